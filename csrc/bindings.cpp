@@ -1,0 +1,199 @@
+// Python bindings: the only file that knows nanobind. Tensors come as addresses; the Python side has checked dtype,
+// device and layout, and what is checked here keeps a mistake there from reading or writing wild memory.
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <stdexcept>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/unique_ptr.h>
+
+#include "cpu/draw.h"
+#include "cpu/kernels.h"
+#include "cpu/step_plan.h"
+
+namespace nb = nanobind;
+
+namespace {
+
+// Raised together with the number in fastvq/_engine.py when a signature changes.
+constexpr int kInterface = 2;
+
+template <typename T>
+T* pointer(const char* name, uintptr_t address, int64_t count) {
+    if (count > 0 && (address == 0 || address % alignof(T) != 0)) {
+        throw std::invalid_argument(std::string(name) + ": expected the address of an aligned array, got " +
+                                    std::to_string(address));
+    }
+    return reinterpret_cast<T*>(address);
+}
+
+void expect(bool condition, const char* name, const char* expected) {
+    if (!condition) throw std::invalid_argument(std::string(name) + ": expected " + expected);
+}
+
+fastvq::cpu::DrawOptions draw_options(int64_t num_codes, float temperature, int64_t top_k, float top_p) {
+    expect(std::isnormal(temperature) && temperature > 0.0f, "temperature", "a positive normal float32");
+    expect(top_k >= 1 && top_k <= num_codes, "top_k", "1 to num_codes");
+    expect(top_p > 0.0f && top_p <= 1.0f, "top_p", "a value in (0, 1]");
+    return {temperature, top_k, top_p};
+}
+
+int64_t draw(uintptr_t logits, uintptr_t uniforms, uintptr_t tokens, int64_t rows, int64_t num_codes,
+             float temperature, int64_t top_k, float top_p) {
+    constexpr int64_t kMaxCodes = std::numeric_limits<int32_t>::max();
+    expect(num_codes >= 1 && num_codes <= kMaxCodes, "num_codes", "1 to 2^31 - 1");
+    expect(rows >= 0 && rows <= std::numeric_limits<int64_t>::max() / 8 / num_codes, "rows",
+           "a count of rows that fits in memory");
+    const auto options = draw_options(num_codes, temperature, top_k, top_p);
+    const auto* logit_data = pointer<const float>("logits", logits, rows);
+    const auto* uniform_data = pointer<const float>("uniforms", uniforms, rows);
+    auto* token_data = pointer<int64_t>("tokens", tokens, rows);
+    if (rows == 0) return -1;
+    nb::gil_scoped_release release;
+    fastvq::cpu::DrawScratch scratch(num_codes);
+    return fastvq::cpu::draw_rows(logit_data, uniform_data, rows, num_codes, options, scratch,
+                                  token_data);
+}
+
+// Columns of the tables that describe operations and terms; fastvq/sampling/cpu_engine.py writes them.
+constexpr int64_t kOpFields = 13;
+constexpr int64_t kTermFields = 4;
+constexpr int64_t kViewFields = 3;
+
+std::unique_ptr<fastvq::cpu::StepPlan> make_step_plan(uintptr_t ops, int64_t num_ops, uintptr_t terms,
+                                                      int64_t num_terms, int64_t output, int64_t batch, int64_t width,
+                                                      int64_t positions, int64_t num_codes, int64_t key_stride,
+                                                      bool bf16, int64_t threads, const std::string& kernels) {
+    using namespace fastvq::cpu;
+    constexpr int64_t kLimit = 1 << 24;
+    expect(num_ops >= 1 && num_ops < kLimit, "num_ops", "1 to 2^24");
+    expect(num_terms >= 0 && num_terms < kLimit, "num_terms", "0 to 2^24");
+    const auto* op_data = pointer<const int64_t>("ops", ops, num_ops);
+    const auto* term_data = pointer<const int64_t>("terms", terms, num_terms);
+    const Kernels* found = find_kernels(kernels.c_str());
+    expect(found != nullptr, "kernels", "auto, or avx512, avx2 or baseline where the processor has it");
+    std::vector<OpSpec> specs;
+    for (int64_t i = 0; i < num_ops; ++i, op_data += kOpFields) {
+        const auto* d = op_data;
+        expect(d[1] >= 1 && d[1] < kLimit, "channels", "1 to 2^24");
+        specs.push_back({static_cast<Kind>(d[0]), d[1], d[2], d[3] != 0, {d[4], d[5], d[6]}, d[7], d[8] != 0, d[9],
+                         d[10], d[11], pointer<const float>("weights", d[12], 0)});
+    }
+    std::vector<TermSpec> term_specs;
+    for (int64_t i = 0; i < num_terms; ++i, term_data += kTermFields) {
+        const auto* d = term_data;
+        term_specs.push_back({d[0], d[1], d[2], pointer<const float>("weights", d[3], 1)});
+    }
+    const StepShape shape{batch, width, positions, num_codes, key_stride};
+    nb::gil_scoped_release release;
+    return std::make_unique<StepPlan>(std::move(specs), term_specs, output, shape, bf16, threads, *found);
+}
+
+std::vector<fastvq::cpu::View> views(const char* name, uintptr_t address, int64_t count) {
+    const auto* data = pointer<const int64_t>(name, address, count);
+    std::vector<fastvq::cpu::View> result;
+    for (int64_t i = 0; i < count; ++i, data += kViewFields) {
+        result.push_back({pointer<float>(name, data[0], 0), data[1], data[2]});
+    }
+    return result;
+}
+
+int64_t run_row(const fastvq::cpu::StepPlan& plan, int64_t row, uintptr_t values, uintptr_t starts, uintptr_t codes,
+                int64_t code_stride, uintptr_t uniforms, int64_t uniform_stride, uintptr_t known, int64_t known_stride,
+                float temperature, int64_t top_k, float top_p) {
+    using namespace fastvq::cpu;
+    const StepShape& shape = plan.shape();
+    expect(row >= 0 && (row + 1) * shape.width <= shape.positions, "row", "a row of the grid");
+    const std::vector<View> value_views = views("values", values, plan.num_ops());
+    const std::vector<View> start_views = views("starts", starts, plan.num_ops());
+    plan.check_views(value_views.data(), start_views.data());
+    RowTask task{};
+    task.row = row;
+    task.values = value_views.data();
+    task.starts = start_views.data();
+    task.codes = pointer<int64_t>("codes", codes, shape.batch);
+    task.code_stride = code_stride;
+    task.uniforms = pointer<const float>("uniforms", uniforms, shape.batch);
+    task.uniform_stride = uniform_stride;
+    task.known = pointer<const uint8_t>("known", known, shape.batch);
+    task.known_stride = known_stride;
+    task.draw = draw_options(shape.num_codes, temperature, top_k, top_p);
+    task.keep_going = [](void*) {
+        nb::gil_scoped_acquire acquire;
+        return PyErr_CheckSignals() == 0;
+    };
+    int64_t bad = -1;
+    Outcome outcome;
+    {
+        nb::gil_scoped_release release;
+        outcome = plan.run_row(task, &bad);
+    }
+    if (outcome == Outcome::kStopped) throw nb::python_error();
+    return outcome == Outcome::kNotDrawable ? bad : -1;
+}
+
+std::string compiler() {
+#if defined(__clang__)
+    return "clang " __clang_version__;
+#elif defined(__GNUC__)
+    return "gcc " __VERSION__;
+#elif defined(_MSC_VER)
+    return "msvc " + std::to_string(_MSC_FULL_VER);
+#else
+    return "unknown";
+#endif
+}
+
+// Instruction sets that this processor and operating system offer and engines may choose from.
+nb::list instruction_sets() {
+    nb::list names;
+#if (defined(__x86_64__) || defined(__i386__)) && (defined(__GNUC__) || defined(__clang__))
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("sse4.2")) names.append("sse4.2");
+    if (__builtin_cpu_supports("avx")) names.append("avx");
+    if (__builtin_cpu_supports("avx2")) names.append("avx2");
+    if (__builtin_cpu_supports("fma")) names.append("fma");
+    if (__builtin_cpu_supports("avx512f")) names.append("avx512f");
+    if (__builtin_cpu_supports("avx512bw")) names.append("avx512bw");
+    if (__builtin_cpu_supports("avx512vnni")) names.append("avx512vnni");
+    if (__builtin_cpu_supports("avx512bf16")) names.append("avx512bf16");
+#elif defined(__aarch64__) || defined(_M_ARM64)
+    names.append("neon");
+#endif
+    return names;
+}
+
+nb::dict build_info() {
+    nb::dict info;
+    info["compiler"] = compiler();
+    info["cxx_standard"] = static_cast<int64_t>(__cplusplus);
+    info["instruction_sets"] = instruction_sets();
+    return info;
+}
+
+}  // namespace
+
+NB_MODULE(_ext, m) {
+    m.attr("INTERFACE") = kInterface;
+    m.def("draw", &draw, nb::arg("logits"), nb::arg("uniforms"), nb::arg("tokens"), nb::arg("rows"),
+          nb::arg("num_codes"), nb::arg("temperature"), nb::arg("top_k"), nb::arg("top_p"),
+          "Inverse-CDF draw; arrays by address. Returns -1, or the first row that cannot be drawn.");
+    nb::class_<fastvq::cpu::StepPlan>(m, "StepPlan")
+        .def_prop_ro("weight_bytes", &fastvq::cpu::StepPlan::weight_bytes)
+        .def_prop_ro("kernels", &fastvq::cpu::StepPlan::kernels_name)
+        .def("run_row", &run_row, nb::arg("row"), nb::arg("values"), nb::arg("starts"), nb::arg("codes"),
+             nb::arg("code_stride"), nb::arg("uniforms"), nb::arg("uniform_stride"), nb::arg("known"),
+             nb::arg("known_stride"), nb::arg("temperature"), nb::arg("top_k"), nb::arg("top_p"),
+             "Fills a row; arrays by address. Returns -1, or sample * width + column of logits that are not finite.");
+    m.def("make_step_plan", &make_step_plan, nb::arg("ops"), nb::arg("num_ops"), nb::arg("terms"),
+          nb::arg("num_terms"), nb::arg("output"), nb::arg("batch"), nb::arg("width"), nb::arg("positions"),
+          nb::arg("num_codes"), nb::arg("key_stride"), nb::arg("bf16"), nb::arg("threads"), nb::arg("kernels"),
+          "Packs the weights of a plan's step phase; tables by address.");
+    m.def("build_info", &build_info, "Compiler, language standard, and the instruction sets of this machine.");
+}

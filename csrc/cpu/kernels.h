@@ -1,0 +1,72 @@
+// The arithmetic of the step phase, compiled once for each instruction set and chosen at run time.
+#pragma once
+
+#include <cstdint>
+
+namespace fastvq::cpu {
+
+// Weights are packed in panels of this many output channels: [depth][kPanel], whatever the instruction set.
+constexpr int64_t kPanel = 32;
+
+// One factor of a product: `depth` consecutive floats per sample.
+struct Segment {
+    const float* data;
+    int64_t stride;  // between samples
+    int64_t depth;
+};
+
+// out[m][c] = start[m][c] + sum over segments and k of segment[m][k] * weight[k][c], for the columns c of some panels.
+// Every output adds its products one after the other in this order, so it does not depend on the number of samples.
+struct Product {
+    const Segment* segments;
+    int64_t num_segments;
+    int64_t depth;        // of all segments together
+    const void* weights;  // the panels, one after the other
+    bool bf16;            // weights are the upper halves of floats
+    const int64_t* columns;  // first column of each panel
+    const int64_t* widths;   // columns of each panel that exist, at most kPanel
+    int64_t num_panels;
+    const float* start;
+    int64_t start_stride;
+    float* out;
+    int64_t out_stride;
+    int64_t rows;
+};
+
+// One query against the positions so far. Keys are [channel][position], values [position][channel].
+struct Attend {
+    const float* query;
+    const float* keys;
+    int64_t key_stride;
+    const float* values;
+    int64_t value_stride;
+    int64_t count;  // positions
+    int64_t key_width;
+    int64_t value_width;
+    float* scores;  // work space, count rounded up to a multiple of 16
+    float* out;     // zeros when count is 0
+};
+
+struct Kernels {
+    const char* name;
+    void (*product)(const Product&);
+    void (*elu)(const float* x, float* y, int64_t n);
+    void (*elu_negated)(const float* x, float* y, int64_t n);  // elu(-x)
+    void (*relu)(const float* x, float* y, int64_t n);
+    void (*add)(const float* a, const float* b, float* y, int64_t n);
+    void (*glu)(const float* a, const float* b, float* y, int64_t n);   // a * sigmoid(b)
+    void (*tanh)(const float* a, const float* b, float* y, int64_t n);  // tanh(a) * sigmoid(b)
+    void (*attend)(const Attend&);
+};
+
+extern const Kernels kBaselineKernels;
+#ifdef FASTVQ_X86_KERNELS
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512Kernels;
+#endif
+
+// The kernels of a name ("avx512", "avx2", "baseline"), or of the widest set that this processor has for "auto"; null
+// if there are none of that name or the processor cannot run them.
+const Kernels* find_kernels(const char* name);
+
+}  // namespace fastvq::cpu

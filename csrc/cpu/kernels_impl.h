@@ -1,0 +1,233 @@
+// Kernels on vectors of FASTVQ_LANES floats. Included by one source file per instruction set, each of which defines
+// FASTVQ_LANES, FASTVQ_ROWS (rows of a register tile) and FASTVQ_KERNELS (the table's name).
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "cpu/kernels.h"
+
+namespace fastvq::cpu {
+namespace {
+
+constexpr int kLanes = FASTVQ_LANES;
+constexpr int kTileRows = FASTVQ_ROWS;
+constexpr int kTileVectors = 2;
+constexpr int kTileColumns = kTileVectors * kLanes;
+
+typedef float Vector __attribute__((vector_size(FASTVQ_LANES * 4)));
+typedef int32_t IntVector __attribute__((vector_size(FASTVQ_LANES * 4)));
+typedef uint32_t WordVector __attribute__((vector_size(FASTVQ_LANES * 4)));
+typedef uint16_t HalfVector __attribute__((vector_size(FASTVQ_LANES * 2)));
+
+inline Vector load(const float* p) {
+    Vector v;
+    std::memcpy(&v, p, sizeof(v));
+    return v;
+}
+
+inline Vector load(const uint16_t* p) {
+    HalfVector half;
+    std::memcpy(&half, p, sizeof(half));
+    return reinterpret_cast<Vector>(__builtin_convertvector(half, WordVector) << 16);
+}
+
+inline void store(float* p, Vector v) { std::memcpy(p, &v, sizeof(v)); }
+
+inline Vector broadcast(float x) { return x - Vector{}; }
+
+// exp(x) within about 2 units in the last place for x in [-87, 88], clamped outside. Polynomial: Cephes expf.
+inline Vector exp_clamped(Vector x) {
+    const Vector low = broadcast(-87.0f), high = broadcast(88.0f);
+    x = x < low ? low : x;
+    x = x > high ? high : x;
+    const Vector shifted = x * 1.44269504088896341f + 12582912.0f;  // the integer part in the low bits
+    const Vector n = shifted - 12582912.0f;
+    const Vector r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    Vector p = broadcast(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    const Vector y = (p * r) * r + r + 1.0f;
+    const IntVector exponent = (reinterpret_cast<IntVector>(shifted) - (0x4B400000 - 127)) << 23;
+    return y * reinterpret_cast<Vector>(exponent);
+}
+
+inline Vector sigmoid(Vector x) { return 1.0f / (1.0f + exp_clamped(-x)); }
+inline Vector elu(Vector x) { return x > 0.0f ? x : exp_clamped(x) - 1.0f; }
+
+// Applies f to whole vectors, and to the rest through a padded copy.
+template <class F>
+inline void map(const float* x, float* y, int64_t n, F f) {
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) store(y + i, f(load(x + i)));
+    if (i < n) {
+        float padded[kLanes] = {};
+        std::memcpy(padded, x + i, (n - i) * sizeof(float));
+        store(padded, f(load(padded)));
+        std::memcpy(y + i, padded, (n - i) * sizeof(float));
+    }
+}
+
+template <class F>
+inline void map(const float* a, const float* b, float* y, int64_t n, F f) {
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) store(y + i, f(load(a + i), load(b + i)));
+    if (i < n) {
+        float first[kLanes] = {}, second[kLanes] = {};
+        std::memcpy(first, a + i, (n - i) * sizeof(float));
+        std::memcpy(second, b + i, (n - i) * sizeof(float));
+        store(first, f(load(first), load(second)));
+        std::memcpy(y + i, first, (n - i) * sizeof(float));
+    }
+}
+
+// kRows samples times kTileColumns channels, accumulated in registers.
+template <int kRows, class Weight>
+void tile(const Product& product, const Weight* panel, int64_t row, int64_t column, int64_t width) {
+    Vector sums[kRows][kTileVectors];
+    const float* start = product.start + row * product.start_stride + column;
+    if (width >= kTileColumns) {
+        for (int m = 0; m < kRows; ++m) {
+            for (int v = 0; v < kTileVectors; ++v) sums[m][v] = load(start + m * product.start_stride + v * kLanes);
+        }
+    } else {
+        for (int m = 0; m < kRows; ++m) {
+            float padded[kTileColumns] = {};
+            std::memcpy(padded, start + m * product.start_stride, width * sizeof(float));
+            for (int v = 0; v < kTileVectors; ++v) sums[m][v] = load(padded + v * kLanes);
+        }
+    }
+    for (int64_t s = 0; s < product.num_segments; ++s) {
+        const int64_t stride = product.segments[s].stride;
+        const float* data = product.segments[s].data + row * stride;
+        for (int64_t k = 0; k < product.segments[s].depth; ++k, panel += kPanel) {
+            Vector weights[kTileVectors];
+            for (int v = 0; v < kTileVectors; ++v) weights[v] = load(panel + v * kLanes);
+            for (int m = 0; m < kRows; ++m) {
+                const Vector x = broadcast(data[m * stride + k]);
+                for (int v = 0; v < kTileVectors; ++v) sums[m][v] += x * weights[v];
+            }
+        }
+    }
+    float* out = product.out + row * product.out_stride + column;
+    for (int m = 0; m < kRows; ++m, out += product.out_stride) {
+        if (width >= kTileColumns) {
+            for (int v = 0; v < kTileVectors; ++v) store(out + v * kLanes, sums[m][v]);
+        } else {
+            float padded[kTileColumns];
+            for (int v = 0; v < kTileVectors; ++v) store(padded + v * kLanes, sums[m][v]);
+            std::memcpy(out, padded, width * sizeof(float));
+        }
+    }
+}
+
+template <class Weight, int kRows>
+void tile_of(int64_t rows, const Product& product, const Weight* panel, int64_t row, int64_t column, int64_t width) {
+    if constexpr (kRows > 0) {
+        if (rows == kRows) {
+            tile<kRows, Weight>(product, panel, row, column, width);
+        } else {
+            tile_of<Weight, kRows - 1>(rows, product, panel, row, column, width);
+        }
+    }
+}
+
+template <class Weight>
+void multiply(const Product& product) {
+    const auto* weights = static_cast<const Weight*>(product.weights);
+    // Tiles of nearly equal height: one of 12 rows and one of 1 would take as long as two of 12.
+    const int64_t tiles = (product.rows + kTileRows - 1) / kTileRows;
+    for (int64_t p = 0; p < product.num_panels; ++p, weights += product.depth * kPanel) {
+        for (int64_t part = 0; part < product.widths[p]; part += kTileColumns) {
+            for (int64_t t = 0; t < tiles; ++t) {
+                const int64_t first = product.rows * t / tiles, last = product.rows * (t + 1) / tiles;
+                tile_of<Weight, kTileRows>(last - first, product, weights + part, first, product.columns[p] + part,
+                                           product.widths[p] - part);
+            }
+        }
+    }
+}
+
+void product(const Product& p) {
+    if (p.bf16) {
+        multiply<uint16_t>(p);
+    } else {
+        multiply<float>(p);
+    }
+}
+
+void apply_elu(const float* x, float* y, int64_t n) {
+    map(x, y, n, [](Vector v) { return elu(v); });
+}
+void apply_elu_negated(const float* x, float* y, int64_t n) {
+    map(x, y, n, [](Vector v) { return elu(-v); });
+}
+void apply_relu(const float* x, float* y, int64_t n) {
+    map(x, y, n, [](Vector v) { return v > 0.0f ? v : Vector{}; });
+}
+void apply_add(const float* a, const float* b, float* y, int64_t n) {
+    map(a, b, y, n, [](Vector u, Vector v) { return u + v; });
+}
+void apply_glu(const float* a, const float* b, float* y, int64_t n) {
+    map(a, b, y, n, [](Vector u, Vector v) { return u * sigmoid(v); });
+}
+void apply_tanh(const float* a, const float* b, float* y, int64_t n) {
+    map(a, b, y, n, [](Vector u, Vector v) { return (2.0f * sigmoid(2.0f * u) - 1.0f) * sigmoid(v); });
+}
+
+void attend(const Attend& a) {
+    if (a.count == 0) {
+        std::memset(a.out, 0, a.value_width * sizeof(float));
+        return;
+    }
+    const float scale = 1.0f / std::sqrt(static_cast<float>(a.key_width));
+    Vector peaks = broadcast(-INFINITY);
+    for (int64_t j = 0; j < a.count; j += kLanes) {
+        Vector sum = {};
+        for (int64_t d = 0; d < a.key_width; ++d) {
+            sum += broadcast(a.query[d] * scale) * load(a.keys + d * a.key_stride + j);
+        }
+        store(a.scores + j, sum);
+        // Rows of keys are padded to whole vectors; what lies behind the last position must not count.
+        for (int64_t i = a.count - j; i < kLanes; ++i) a.scores[j + i] = -INFINITY;
+        sum = load(a.scores + j);
+        peaks = sum > peaks ? sum : peaks;
+    }
+    float largest = peaks[0];
+    for (int i = 1; i < kLanes; ++i) largest = std::max(largest, peaks[i]);
+    Vector totals = {};
+    for (int64_t j = 0; j < a.count; j += kLanes) {
+        const Vector weight = exp_clamped(load(a.scores + j) - largest);
+        store(a.scores + j, weight);
+        totals += weight;
+    }
+    float total = 0.0f;
+    for (int i = 0; i < kLanes; ++i) total += totals[i];
+    const float inverse = 1.0f / total;
+    for (int64_t e = 0; e < a.value_width; e += kLanes) {
+        const int64_t width = std::min<int64_t>(kLanes, a.value_width - e);
+        const float* values = a.values + e;
+        Vector sums[4] = {};  // four chains, because one addition waits for the last
+        for (int64_t j = 0; j < a.count; ++j, values += a.value_stride) {
+            Vector v = {};
+            if (width == kLanes) {
+                v = load(values);
+            } else {
+                std::memcpy(&v, values, width * sizeof(float));
+            }
+            sums[j % 4] += broadcast(a.scores[j]) * v;
+        }
+        const Vector sum = ((sums[0] + sums[1]) + (sums[2] + sums[3])) * inverse;
+        std::memcpy(a.out + e, &sum, width * sizeof(float));
+    }
+}
+
+}  // namespace
+
+extern const Kernels FASTVQ_KERNELS;
+const Kernels FASTVQ_KERNELS = {FASTVQ_NAME, product,    apply_elu, apply_elu_negated, apply_relu,
+                                apply_add,   apply_glu,  apply_tanh, attend};
+
+}  // namespace fastvq::cpu

@@ -1,0 +1,37 @@
+"""fastvq: hierarchical vector-quantised autoencoders and autoregressive priors over their codes.
+
+Importing this package is light: PyTorch is imported with the first name that needs it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from fastvq.models import VQVAE, VQVAE2, GatedPixelCNN, PixelSNAIL, VectorQuantizer
+    from fastvq.sampling import Pipeline, sample
+
+_HOMES = {
+    "GatedPixelCNN": "fastvq.models",
+    "PixelSNAIL": "fastvq.models",
+    "Pipeline": "fastvq.sampling",
+    "VQVAE": "fastvq.models",
+    "VQVAE2": "fastvq.models",
+    "VectorQuantizer": "fastvq.models",
+    "sample": "fastvq.sampling",
+}
+
+__all__ = ["VQVAE", "VQVAE2", "GatedPixelCNN", "Pipeline", "PixelSNAIL", "VectorQuantizer", "__version__", "sample"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'fastvq' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

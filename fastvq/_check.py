@@ -1,0 +1,71 @@
+"""Argument checks shared by the public functions: every message names the argument, what came and what was expected."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastvq.errors import ArgumentError, ArgumentTypeError
+
+INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def require_tensor(name: str, value: object) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise ArgumentTypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    return value
+
+
+def require_shape(name: str, value: Tensor, expected: Sequence[int | str | None]) -> None:
+    """Each entry of ``expected`` is a size, or a letter or None for any size."""
+    fits = value.ndim == len(expected) and all(
+        not isinstance(want, int) or have == want for have, want in zip(value.shape, expected, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join("?" if e is None else str(e) for e in expected)
+        raise ArgumentError(f"{name}: expected shape [{wanted}], got {list(value.shape)}")
+
+
+def require_integer(name: str, value: Tensor) -> None:
+    if value.dtype not in INTEGER_DTYPES:
+        raise ArgumentTypeError(f"{name}: expected an integer tensor, got {value.dtype}")
+
+
+def require_floating(name: str, value: Tensor) -> None:
+    if not value.dtype.is_floating_point:
+        raise ArgumentTypeError(f"{name}: expected a floating-point tensor, got {value.dtype}")
+
+
+def require_range(name: str, value: Tensor, count: int) -> None:
+    """Values must lie in [0, count). Reads the tensor, so on a GPU it waits for it."""
+    if value.numel() == 0:
+        return
+    low, high = (int(v) for v in torch.aminmax(value))
+    if low < 0 or high >= count:
+        bad = low if low < 0 else high
+        raise ArgumentError(f"{name}: values must lie in 0..{count - 1}, got {bad}")
+
+
+def require_codes(name: str, codes: object, shape: Sequence[int | str | None], num_codes: int) -> Tensor:
+    """A checked int64 tensor of codes. The range is checked on the CPU only, where reading it is free of waiting."""
+    tensor = require_tensor(name, codes)
+    require_integer(name, tensor)
+    require_shape(name, tensor, shape)
+    if tensor.device.type == "cpu" and not torch.compiler.is_compiling():
+        require_range(name, tensor, num_codes)
+    return tensor.long()
+
+
+def require_positive_int(name: str, value: object, minimum: int = 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ArgumentTypeError(f"{name}: expected an int, got {type(value).__name__} {value!r}")
+    if value < minimum:
+        raise ArgumentError(f"{name}: must be at least {minimum}, got {value}")
+    return value
+
+
+def require_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ArgumentError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")

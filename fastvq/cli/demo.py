@@ -1,0 +1,153 @@
+"""``fastvq demo``: the whole system on handwritten digits, small enough for two CPU cores."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fastvq.cli.generate import reconstruction
+from fastvq.cli.project import Project, augmentation, choose_device
+from fastvq.cli.train import fit_to_codes, preview_of
+from fastvq.data import CodeDataset, Digits, extract_codes, load_images, save_grid, split_indices
+from fastvq.errors import ArgumentError
+from fastvq.models import PriorConfig, VQVAEConfig, preset
+from fastvq.sampling import Pipeline
+from fastvq.training import TrainConfig, train_prior, train_vqvae
+
+TEMPERATURE = 0.9
+_STEPS = {"vqvae": 900, "prior0": 600, "prior1": 1000}
+_COPIES = 8
+_SHIFT = 2
+_PER_CLASS = 10
+
+
+def demo(arguments: argparse.Namespace) -> None:
+    began = time.perf_counter()
+    device = choose_device(arguments.device)
+    if not (math.isfinite(arguments.effort) and arguments.effort > 0):
+        raise ArgumentError(f"--effort: must be positive, got {arguments.effort}")
+    if arguments.label is not None and not 0 <= arguments.label < Digits.num_classes:
+        raise ArgumentError(f"--label: expected a digit in 0..9, got {arguments.label}")
+    project, progress = Project(arguments.out), not arguments.quiet
+    dataset = Digits(32)
+    description = {
+        "data": "digits",
+        "size": list(dataset.size),
+        "channels": dataset.channels,
+        "class_names": list(dataset.class_names),
+        "skip_broken": False,
+        "flip": False,
+        "shift": _SHIFT,
+        "validation": 0.1,
+        "seed": arguments.seed,
+    }
+    augment = augmentation(description)
+    training, validation = split_indices(len(dataset), 0.1, arguments.seed)
+    project.write_data(description, resume=arguments.resume)
+
+    print(f"1/4  training the autoencoder on {len(training)} digits of 32 x 32 pixels")
+    _, vqvae_config = preset("digits")
+    assert isinstance(vqvae_config, VQVAEConfig)
+    config = _config(arguments, "vqvae", device)
+    resume = arguments.resume and project.vqvae.is_dir()
+    vqvae = train_vqvae(dataset, vqvae_config, config, project.vqvae, augment=augment, resume=resume, progress=progress)
+    metrics = _validation_metrics(project.vqvae)
+    print(
+        f"     each digit is now {_grids(vqvae.code_shapes(dataset.size))} codes of {vqvae_config.num_codes}; "
+        f"validation MSE {metrics['mse']:.4f}, PSNR {metrics['psnr']:.1f} dB"
+    )
+
+    print(f"2/4  writing the codes of {_COPIES} shifted copies of each digit")
+    for indices, folder, copies in ((training, project.codes, _COPIES), (validation, project.validation_codes, 1)):
+        extract_codes(
+            vqvae,
+            dataset,
+            indices,
+            folder,
+            augment=augment if copies > 1 else None,
+            copies=copies,
+            seed=arguments.seed,
+            progress=progress,
+        )
+
+    print("3/4  training a prior over the codes of each level, given the digit's class")
+    codes = CodeDataset(project.codes)
+    for level, name in enumerate(("digits-top", "digits-bottom")):
+        _, template = preset(name)
+        assert isinstance(template, PriorConfig)
+        run = project.prior(level)
+        train_prior(
+            project.codes,
+            level,
+            fit_to_codes(template, codes, level, dataset.num_classes),
+            _config(arguments, f"prior{level}", device),
+            run,
+            validation_folder=project.validation_codes,
+            resume=arguments.resume and run.is_dir(),
+            progress=progress,
+            sample_images=preview_of(vqvae, codes, level),
+        )
+        bits = _validation_metrics(run)["bits"]
+        uniform = math.log2(codes.num_codes[level])
+        print(f"     level {level}: validation NLL {bits:.3f} bits per code (all codes alike: {uniform:.0f})")
+
+    print(f"4/4  sampling at temperature {TEMPERATURE}")
+    pipeline = project.load_pipeline(device)
+    _write_pictures(pipeline, dataset, validation, arguments, device)
+    pipeline.save_pretrained(project.path / "pipeline", overwrite=True)
+    print(f"     {project.path / 'reconstructions.png'}: held-out digits above, what their codes keep below")
+    print(f"     {project.path / 'samples.png'}: new digits, " + _asked(arguments.label))
+    print(f"done in {time.perf_counter() - began:.0f} s; more: fastvq sample --checkpoint {project.path} --label 7")
+
+
+def _config(arguments: argparse.Namespace, name: str, device: str) -> TrainConfig:
+    steps = max(1, round(_STEPS[name] * arguments.effort))
+    return TrainConfig(
+        steps=steps,
+        batch_size=64,
+        learning_rate=2e-3,
+        betas=(0.9, 0.99),
+        weight_decay=0.01,
+        warmup_steps=min(50, steps),
+        final_lr_fraction=0.05,
+        ema_decay=0.99,
+        seed=arguments.seed,
+        image_every=200,
+        checkpoint_every=200,
+        device=device,
+    )
+
+
+def _write_pictures(
+    pipeline: Pipeline, dataset: Digits, validation: np.ndarray, arguments: argparse.Namespace, device: str
+) -> None:
+    originals = load_images(dataset, validation[:16])
+    reconstructions, _ = reconstruction(pipeline.vqvae, originals)
+    pictures = torch.cat([originals, reconstructions])
+    save_grid(arguments.out / "reconstructions.png", pictures, len(originals), overwrite=True)
+    classes = torch.arange(Digits.num_classes) if arguments.label is None else torch.full((10,), arguments.label)
+    labels = classes.repeat_interleave(_PER_CLASS)
+    samples = pipeline.sample(
+        len(labels), label=labels, temperature=TEMPERATURE, seed=arguments.seed, progress=not arguments.quiet
+    )
+    save_grid(arguments.out / "samples.png", samples.images, _PER_CLASS, overwrite=True)
+
+
+def _validation_metrics(run: Path) -> dict[str, float]:
+    """The last validation of a training run."""
+    lines = (run / "logs" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [values for values in map(json.loads, lines) if values["split"] == "validation"][-1]
+
+
+def _grids(shapes: tuple[tuple[int, int], ...]) -> str:
+    return " + ".join(f"{height} x {width}" for height, width in shapes)
+
+
+def _asked(label: int | None) -> str:
+    return "one row for each class" if label is None else f"all of class {label}"

@@ -1,0 +1,184 @@
+"""The commands that use a trained model: ``sample``, ``reconstruct``, ``info``."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import platform
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastvq
+from fastvq import _engine
+from fastvq._files import replacing_folder, write_json
+from fastvq.cli.project import Project, choose_device, load_pipeline, open_data
+from fastvq.data import load_images, psnr, save_grid
+from fastvq.errors import ArgumentError, FileConflictError
+from fastvq.models import PRESETS, HierarchicalVQVAE, Prior, load_pretrained
+from fastvq.models.pretrained import CONFIG_FILE
+from fastvq.sampling import ENGINES, Pipeline, Samples, shipped
+from fastvq.sampling.request import MICRO_BATCH
+
+
+def sample(arguments: argparse.Namespace) -> None:
+    _check_free(arguments.out, arguments.overwrite)
+    if arguments.n < 1:
+        raise ArgumentError(f"-n: must be at least 1, got {arguments.n}")
+    pipeline = load_pipeline(arguments.checkpoint, arguments.pretrained, choose_device(arguments.device))
+    labels = _labels(pipeline, arguments.label, arguments.n)
+    temperature = arguments.temperature
+    samples = pipeline.sample(
+        arguments.n,
+        label=labels,
+        temperature=temperature[0] if len(temperature) == 1 else temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+        progress=not arguments.quiet,
+        engine=arguments.engine,
+        micro_batch=MICRO_BATCH if arguments.micro_batch is None else arguments.micro_batch,
+    )
+    settings = {
+        "n": arguments.n,
+        "labels": None if labels is None else labels.tolist(),
+        "temperature": temperature,
+        "top_k": arguments.top_k,
+        "top_p": arguments.top_p,
+        "seed": samples.seed,
+        "micro_batch": samples.micro_batch,
+        "engine": arguments.engine,
+        "fastvq_version": fastvq.__version__,
+    }
+    if arguments.out.suffix.lower() == ".png":
+        save_grid(arguments.out, samples.images, overwrite=arguments.overwrite)
+    else:
+        _write_folder(arguments.out, samples, settings, arguments.overwrite)
+    print(f"{arguments.n} samples in {arguments.out} (seed {samples.seed})")
+
+
+def reconstruct(arguments: argparse.Namespace) -> None:
+    _check_free(arguments.out, arguments.overwrite)
+    if arguments.out.suffix.lower() != ".png":
+        raise ArgumentError(f"--out: expected a name that ends in .png, got {arguments.out}")
+    if arguments.n < 1:
+        raise ArgumentError(f"-n: must be at least 1, got {arguments.n}")
+    device = choose_device(arguments.device)
+    model, size = _autoencoder(arguments, device)
+    dataset = open_data(arguments.data, arguments.size or size, model.config.in_channels, quiet=arguments.quiet)
+    originals = load_images(dataset, range(min(arguments.n, len(dataset))))
+    reconstructions, mse = reconstruction(model, originals)
+    save_grid(arguments.out, torch.cat([originals, reconstructions]), len(originals), overwrite=arguments.overwrite)
+    print(f"{len(originals)} images and reconstructions in {arguments.out}: MSE {mse:.5f}, PSNR {psnr(mse):.2f} dB")
+
+
+def reconstruction(model: HierarchicalVQVAE, originals: Tensor) -> tuple[Tensor, float]:
+    """Decoded codes of images, on the CPU, and the mean squared error."""
+    device = next(model.parameters()).device
+    with torch.inference_mode():
+        parts = [model.decode(model.encode(part.to(device))).cpu() for part in originals.split(16)]
+    reconstructions = torch.cat(parts)
+    return reconstructions, float(F.mse_loss(reconstructions, originals))
+
+
+def info(arguments: argparse.Namespace) -> None:
+    if arguments.checkpoint is None and arguments.pretrained is None:
+        _print_installation()
+        return
+    if arguments.checkpoint is not None and (arguments.checkpoint / CONFIG_FILE).is_file():
+        _print_model(type(load_pretrained(arguments.checkpoint)).__name__, load_pretrained(arguments.checkpoint))
+        return
+    pipeline = load_pipeline(arguments.checkpoint, arguments.pretrained, "cpu")
+    scale = pipeline.vqvae.total_stride
+    height, width = (side * scale for side in pipeline.priors[0].config.shape)
+    grids = [prior.config.shape for prior in pipeline.priors]
+    bits = sum(h * w for h, w in grids) * math.log2(pipeline.vqvae.config.num_codes)
+    pixels = height * width * pipeline.vqvae.config.in_channels
+    print(f"images      {height} x {width}, {pipeline.vqvae.config.in_channels} channel(s)")
+    print(f"codes       {', '.join(f'{h} x {w}' for h, w in grids)} (top first), {bits:.0f} bits per image")
+    print(f"compression {8 * pixels / bits:.0f}x against 8-bit pixels")
+    if pipeline.num_classes:
+        names = pipeline.class_names or [str(index) for index in range(pipeline.num_classes)]
+        print(f"classes     {', '.join(f'{index}: {name}' for index, name in enumerate(names))}")
+    _print_model("vqvae", pipeline.vqvae)
+    for level, prior in enumerate(pipeline.priors):
+        _print_model(f"prior {level}", prior)
+
+
+def _print_model(title: str, model: HierarchicalVQVAE | Prior | torch.nn.Module) -> None:
+    count = sum(parameter.numel() for parameter in model.parameters())
+    print(f"\n{title}: {type(model).__name__}, {count / 1e6:.2f} million parameters")
+    for name, value in getattr(model, "config").to_dict().items():  # noqa: B009
+        print(f"  {name} = {value!r}")
+
+
+def _print_installation() -> None:
+    reason = _engine.why_unavailable()
+    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    print(f"fastvq      {fastvq.__version__}, Python {platform.python_version()}, PyTorch {torch.__version__}")
+    print(f"extension   {'available' if reason is None else reason}")
+    print(f"devices     cpu ({torch.get_num_threads()} threads){''.join(', ' + name for name in devices)}")
+    print(f"engines     {', '.join(ENGINES)}")
+    print(f"pretrained  {', '.join(shipped()) or 'none'}")
+    print("presets")
+    for name, (model_class, _) in PRESETS.items():
+        print(f"  {name:22} {model_class.__name__}")
+
+
+def _labels(pipeline: Pipeline, text: str | None, n: int) -> Tensor | None:
+    """Labels of n samples: the one asked for, or all in turn."""
+    classes = pipeline.num_classes
+    if classes is None:
+        if text is not None:
+            raise ArgumentError(f"--label: this model knows no classes, got {text}")
+        return None
+    if text is None:
+        return torch.arange(n) % classes
+    names = pipeline.class_names or ()
+    if text in names:
+        return torch.full((n,), names.index(text))
+    if not text.isdecimal() or int(text) >= classes:
+        known = f", or a name: {', '.join(names)}" if names else ""
+        raise ArgumentError(f"--label: expected a number in 0..{classes - 1}{known}; got {text!r}")
+    return torch.full((n,), int(text))
+
+
+def _autoencoder(arguments: argparse.Namespace, device: str) -> tuple[HierarchicalVQVAE, tuple[int, ...] | None]:
+    """The model and, where it is known, the image size it was trained on."""
+    checkpoint = arguments.checkpoint
+    if checkpoint is not None and (checkpoint / CONFIG_FILE).is_file():
+        model = load_pretrained(checkpoint, device=device)
+        if not isinstance(model, HierarchicalVQVAE):
+            raise ArgumentError(f"--checkpoint: {checkpoint} holds a {type(model).__name__}, expected an autoencoder")
+        return model, None
+    if checkpoint is not None and Project(checkpoint).vqvae.is_dir():
+        project = Project(checkpoint)
+        return project.load_vqvae(device), tuple(project.read_data()["size"])
+    pipeline = load_pipeline(checkpoint, arguments.pretrained, device)
+    scale = pipeline.vqvae.total_stride
+    return pipeline.vqvae, tuple(side * scale for side in pipeline.priors[0].config.shape)
+
+
+def _check_free(out: Path, overwrite: bool) -> None:
+    """Find out that the result cannot be written before computing it."""
+    is_picture = out.suffix.lower() == ".png"
+    taken = out.exists() and (is_picture or not out.is_dir() or any(out.iterdir()))
+    if taken and not overwrite:
+        raise FileConflictError(f"--out: {out} exists already; pass --overwrite or another name")
+    if out.exists() and out.is_dir() == is_picture:
+        raise FileConflictError(f"--out: {out} is a {'folder' if is_picture else 'file'} and stays as it is")
+    if out.is_dir() and taken and not (out / "samples.json").is_file():
+        raise FileConflictError(f"--out: {out} holds other things than samples and stays as it is")
+
+
+def _write_folder(out: Path, samples: Samples, settings: dict[str, object], overwrite: bool) -> None:
+    from safetensors.torch import save_file
+
+    with replacing_folder(out, overwrite=overwrite) as folder:
+        for index, image in enumerate(samples.images):
+            save_grid(folder / f"{index:06d}.png", image[None], padding=0)
+        codes = {f"level{level}": grid.cpu().contiguous() for level, grid in enumerate(samples.codes)}
+        save_file(codes, folder / "codes.safetensors")
+        write_json(folder / "samples.json", settings)

@@ -1,0 +1,248 @@
+"""Arguments of every command, and the help that teaches them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import fastvq
+
+_OVERVIEW = """\
+Hierarchical VQ-VAEs and priors over their codes.
+
+A project is one folder, given as --run. The steps fill it from left to right:
+
+  train-vqvae -> RUN/vqvae     an autoencoder that turns images into grids of codes
+  extract     -> RUN/codes     the codes of all images
+  train-prior -> RUN/prior0    one prior per level, 0 is the top (coarsest) level
+  sample      <- RUN           new images: codes from the priors, decoded once
+"""
+
+_EXAMPLES = """\
+examples:
+  fastvq demo                                          train on handwritten digits and look (minutes, on a CPU)
+  fastvq sample --pretrained digits --label 7          sample a model that ships with fastvq
+  fastvq train-vqvae --data photos --size 256 --run my --preset imagenet256 --steps 100000
+  fastvq extract --run my
+  fastvq train-prior --run my --level 0 --preset imagenet256-top --steps 100000 --batch-size 32
+  fastvq train-prior --run my --level 1 --preset imagenet256-bottom --steps 100000 --batch-size 16
+  fastvq sample --checkpoint my -n 16 --label 3 --out samples.png
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fastvq",
+        description=_OVERVIEW,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"fastvq {fastvq.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_demo(commands)
+    _add_train_vqvae(commands)
+    _add_extract(commands)
+    _add_train_prior(commands)
+    _add_sample(commands)
+    _add_reconstruct(commands)
+    _add_info(commands)
+    return parser
+
+
+def _command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, handler: str, summary: str, text: str
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.\n\n{text}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(handler=handler)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    return parser
+
+
+def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(
+        commands,
+        "demo",
+        "fastvq.cli.demo:demo",
+        "train on handwritten digits, sample every class and write pictures",
+        "Trains a 2-level VQVAE2 and both priors on scikit-learn's digits in a few minutes on two CPU cores, then\n"
+        "writes reconstructions.png and samples.png.",
+    )
+    parser.add_argument("--out", type=Path, default=Path("fastvq-demo"), help="project folder (default: fastvq-demo)")
+    parser.add_argument("--label", type=int, help="sample only this digit (default: a row of each)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of training and sampling (default: 0)")
+    parser.add_argument(
+        "--effort", type=float, default=1.0, help="multiplies the number of training steps (default: 1)"
+    )
+    _add_resume(parser)
+
+
+def _add_train_vqvae(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(
+        commands,
+        "train-vqvae",
+        "fastvq.cli.train:train_vqvae",
+        "train the autoencoder (stage 1)",
+        "Writes RUN/vqvae: config.json, data.json, checkpoints/, logs/ (TensorBoard and metrics.jsonl), images/ and,\n"
+        "at the end, model/.",
+    )
+    _add_run(parser)
+    parser.add_argument("--data", required=True, help="a folder of images (labels from sub-folders), or 'digits'")
+    parser.add_argument("--size", type=int, nargs="+", metavar="N", help="image size: one side, or height and width")
+    parser.add_argument("--channels", type=int, choices=(1, 3), help="image channels (default: the preset's)")
+    parser.add_argument("--skip-broken", action="store_true", help="leave out images that cannot be read")
+    parser.add_argument("--flip", action="store_true", help="augmentation: mirror images at random")
+    parser.add_argument("--shift", type=int, default=0, metavar="PIXELS", help="augmentation: shift images at random")
+    _add_training(parser, preset="imagenet256", kind="autoencoder", learning_rate=3e-4, batch_size=128)
+    parser.add_argument(
+        "--validation", type=float, default=0.1, metavar="FRACTION", help="share held out (default: 0.1)"
+    )
+
+
+def _add_extract(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(
+        commands,
+        "extract",
+        "fastvq.cli.train:extract",
+        "write the codes of all images",
+        "Reads RUN/vqvae, writes RUN/codes/train and RUN/codes/validation. An interrupted run goes on when it is\n"
+        "started again.",
+    )
+    _add_run(parser)
+    parser.add_argument("--data", help="the image folder, if it has moved since training")
+    parser.add_argument("--batch-size", type=int, default=64, help="images at a time (default: 64)")
+    parser.add_argument(
+        "--copies", type=int, default=1, help="augmented variants of each training image (default: 1, as it is)"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def _add_train_prior(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(
+        commands,
+        "train-prior",
+        "fastvq.cli.train:train_prior",
+        "train the prior of one level (stage 2)",
+        "Reads RUN/codes, writes RUN/priorLEVEL. Grid, number of codes, classes and condition are taken from the\n"
+        "codes; the preset gives the architecture. Levels can be trained at the same time, or on other machines.",
+    )
+    _add_run(parser)
+    parser.add_argument("--level", type=int, required=True, help="0 is the top (coarsest) level")
+    parser.add_argument("--unconditional", action="store_true", help="ignore the labels")
+    _add_training(parser, preset=None, kind="prior", learning_rate=3e-4, batch_size=32)
+
+
+def _add_sample(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(
+        commands,
+        "sample",
+        "fastvq.cli.generate:sample",
+        "draw new images",
+        "Sample i of a seed is the same whatever -n is. OUT ending in .png gets one picture of all samples; any other\n"
+        "OUT becomes a folder with one PNG per sample, their codes (codes.safetensors) and settings (samples.json).",
+    )
+    _add_model(parser)
+    parser.add_argument("-n", type=int, default=16, help="number of images (default: 16)")
+    parser.add_argument(
+        "--label", help="class: its number, or its name as `fastvq info` shows it (default: all in turn)"
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        nargs="+",
+        default=[1.0],
+        metavar="T",
+        help="one value, or one per level, top first",
+    )
+    parser.add_argument("--top-k", type=int, help="keep the likeliest K codes")
+    parser.add_argument("--top-p", type=float, help="keep the likeliest codes of together this probability")
+    parser.add_argument("--seed", type=int, help="seed (default: a new one, printed)")
+    parser.add_argument("--engine", default="auto", help="sampling engine (default: auto)")
+    parser.add_argument("--micro-batch", type=int, help="samples computed together")
+    _add_output(parser, "samples.png")
+
+
+def _add_reconstruct(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(
+        commands,
+        "reconstruct",
+        "fastvq.cli.generate:reconstruct",
+        "show images beside what their codes keep of them",
+        "Writes a picture with the originals above and the reconstructions below, and prints the mean squared error\n"
+        "in [-1, 1] pixel units.",
+    )
+    _add_model(parser)
+    parser.add_argument("--data", required=True, help="a folder of images, or 'digits'")
+    parser.add_argument("--size", type=int, nargs="+", metavar="N", help="image size (default: the training size)")
+    parser.add_argument("-n", type=int, default=16, help="number of images, the first of the data (default: 16)")
+    _add_output(parser, "reconstructions.png")
+
+
+def _add_info(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(
+        commands,
+        "info",
+        "fastvq.cli.generate:info",
+        "describe a model, or this installation",
+        "Without a model: versions, compiled extension, devices, presets and shipped models.",
+    )
+    _add_model(parser, required=False)
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--run", type=Path, required=True, help="project folder")
+
+
+def _add_resume(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--resume", action="store_true", help="go on exactly where an earlier run was stopped")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def _add_model(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    group = parser.add_mutually_exclusive_group(required=required)
+    group.add_argument(
+        "--checkpoint", type=Path, metavar="FOLDER", help="a project folder or a saved pipeline or model"
+    )
+    group.add_argument("--pretrained", metavar="NAME", help="a model that ships with fastvq, such as digits")
+
+
+def _add_output(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument("--out", type=Path, default=Path(default), help=f"where to write (default: {default})")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def _add_training(
+    parser: argparse.ArgumentParser, *, preset: str | None, kind: str, learning_rate: float, batch_size: int
+) -> None:
+    parser.add_argument(
+        "--preset",
+        default=preset,
+        required=preset is None,
+        help=f"architecture of the {kind}; `fastvq info` lists them" + (f" (default: {preset})" if preset else ""),
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", help="change a field of the preset; repeatable"
+    )
+    parser.add_argument("--steps", type=int, required=True, help="optimiser steps")
+    parser.add_argument("--batch-size", type=int, default=batch_size, help=f"images per step (default: {batch_size})")
+    parser.add_argument("--lr", type=float, default=learning_rate, help=f"learning rate (default: {learning_rate})")
+    parser.add_argument("--optimizer", choices=("adamw", "adam"), default="adamw", help="(default: adamw)")
+    parser.add_argument("--weight-decay", type=float, default=0.0, help="(default: 0)")
+    parser.add_argument("--warmup", type=int, default=0, metavar="STEPS", help="linear warm-up, then cosine decay")
+    parser.add_argument("--grad-clip", type=float, help="clip the gradient's norm")
+    parser.add_argument("--ema", type=float, default=0.999, metavar="DECAY", help="weight averaging; 0: off")
+    parser.add_argument("--accumulate", type=int, default=1, metavar="PARTS", help="compute each step in parts")
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the model")
+    parser.add_argument("--workers", type=int, default=0, help="processes that load data (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
+    parser.add_argument("--log-every", type=int, default=50, metavar="STEPS")
+    parser.add_argument("--image-every", type=int, default=1000, metavar="STEPS")
+    parser.add_argument("--checkpoint-every", type=int, default=1000, metavar="STEPS")
+    _add_resume(parser)

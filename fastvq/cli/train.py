@@ -1,0 +1,186 @@
+"""The commands that fill a project folder: ``train-vqvae``, ``extract``, ``train-prior``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastvq.cli.project import Project, augmentation, choose_device, open_data, parse_overrides
+from fastvq.data import CodeDataset, extract_codes, split_indices
+from fastvq.errors import ArgumentError
+from fastvq.models import HierarchicalVQVAE, Prior, PriorConfig, VQVAEConfig, preset
+from fastvq.sampling import sample
+from fastvq.training import TrainConfig
+from fastvq.training import train_prior as train_prior_on_codes
+from fastvq.training import train_vqvae as train_vqvae_on_images
+
+_PICTURES = 16
+
+
+def train_vqvae(arguments: argparse.Namespace) -> None:
+    device = choose_device(arguments.device)
+    overrides = parse_overrides(arguments.set)
+    if arguments.channels is not None:
+        overrides.setdefault("in_channels", arguments.channels)
+    _, model_config = preset(arguments.preset, **overrides)
+    if not isinstance(model_config, VQVAEConfig):
+        raise ArgumentError(f"--preset: {arguments.preset} is a prior, expected an autoencoder")
+    config = _train_config(arguments, device, validation_fraction=arguments.validation)
+    dataset = open_data(
+        arguments.data,
+        arguments.size,
+        model_config.in_channels,
+        skip_broken=arguments.skip_broken,
+        quiet=arguments.quiet,
+    )
+    description = {
+        "data": arguments.data,
+        "size": list(dataset.size),
+        "channels": dataset.channels,
+        "class_names": list(dataset.class_names),
+        "skip_broken": arguments.skip_broken,
+        "flip": arguments.flip,
+        "shift": arguments.shift,
+        "validation": arguments.validation,
+        "seed": arguments.seed,
+    }
+    project = Project(arguments.run)
+    augment = augmentation(description)
+    project.write_data(description, resume=arguments.resume)
+    train_vqvae_on_images(
+        dataset,
+        model_config,
+        config,
+        project.vqvae,
+        augment=augment,
+        resume=arguments.resume,
+        progress=not arguments.quiet,
+    )
+    print(f"autoencoder in {project.vqvae / 'model'}; next: fastvq extract --run {arguments.run}")
+
+
+def extract(arguments: argparse.Namespace) -> None:
+    device = choose_device(arguments.device)
+    project = Project(arguments.run)
+    model = project.load_vqvae(device)
+    description = project.read_data()
+    dataset = open_data(
+        arguments.data or description["data"],
+        description["size"],
+        description["channels"],
+        skip_broken=description["skip_broken"],
+        quiet=arguments.quiet,
+    )
+    training, validation = split_indices(len(dataset), description["validation"], description["seed"])
+    augment = augmentation(description)
+    if arguments.copies > 1 and augment is None:
+        raise ArgumentError(
+            f"--copies: {arguments.copies} copies would all be the same; train-vqvae had neither --flip nor --shift"
+        )
+    parts = [(training, project.codes, arguments.copies)]
+    if len(validation):
+        parts.append((validation, project.validation_codes, 1))
+    for indices, folder, copies in parts:
+        extract_codes(
+            model,
+            dataset,
+            indices,
+            folder,
+            batch_size=arguments.batch_size,
+            augment=augment if copies > 1 else None,
+            copies=copies,
+            seed=description["seed"],
+            progress=not arguments.quiet,
+        )
+        print(f"codes of {len(indices)} images x {copies} in {folder}")
+    print(f"next: fastvq train-prior --run {arguments.run} --level 0 ... {model.num_levels - 1}")
+
+
+def train_prior(arguments: argparse.Namespace) -> None:
+    device = choose_device(arguments.device)
+    project = Project(arguments.run)
+    codes = CodeDataset(project.codes)
+    if not 0 <= arguments.level < codes.num_levels:
+        raise ArgumentError(f"--level: {project.codes} holds levels 0..{codes.num_levels - 1}, got {arguments.level}")
+    _, template = preset(arguments.preset, **parse_overrides(arguments.set))
+    if not isinstance(template, PriorConfig):
+        raise ArgumentError(f"--preset: {arguments.preset} is an autoencoder, expected a prior")
+    num_classes = None if arguments.unconditional else codes.num_classes
+    model_config = fit_to_codes(template, codes, arguments.level, num_classes)
+    config = _train_config(arguments, device)
+    vqvae = project.load_vqvae(device) if project.vqvae.is_dir() else None
+    train_prior_on_codes(
+        project.codes,
+        arguments.level,
+        model_config,
+        config,
+        project.prior(arguments.level),
+        validation_folder=project.validation_codes if project.validation_codes.is_dir() else None,
+        resume=arguments.resume,
+        progress=not arguments.quiet,
+        sample_images=None if vqvae is None else preview_of(vqvae, codes, arguments.level),
+    )
+    print(f"prior in {project.prior(arguments.level) / 'model'}")
+    print(f"once all levels have one: fastvq sample --checkpoint {arguments.run}")
+
+
+def fit_to_codes(template: PriorConfig, codes: CodeDataset, level: int, num_classes: int | None) -> PriorConfig:
+    """The architecture of ``template`` for the grids, codebooks and classes of a level of ``codes``."""
+    return dataclasses.replace(
+        template,
+        level=level,
+        shape=codes.shapes[level],
+        num_codes=codes.num_codes[level],
+        num_classes=num_classes,
+        condition_shapes=tuple(codes.shapes[:level]),
+        condition_num_codes=tuple(codes.num_codes[:level]),
+    )
+
+
+def preview_of(vqvae: HierarchicalVQVAE, codes: CodeDataset, level: int) -> Callable[[Prior, int], Tensor]:
+    """Pictures of a prior in training: its samples under real codes of the levels above, finer levels left out."""
+    # Rows are spread over the data so that the picture shows several classes.
+    count = min(_PICTURES, len(codes))
+    rows = torch.arange(count) * len(codes) // count
+    above = tuple(codes.codes(upper, rows) for upper in range(level))
+
+    def draw(prior: Prior, step: int) -> Tensor:
+        label = codes.labels[rows] if prior.config.num_classes and codes.labels is not None else None
+        drawn = sample(prior, count, condition=above, label=label, seed=0)
+        return vqvae.preview([*(upper.to(drawn.device) for upper in above), drawn])
+
+    return draw
+
+
+def _train_config(arguments: argparse.Namespace, device: str, **more: Any) -> TrainConfig:
+    if arguments.quiet is False and arguments.steps > arguments.checkpoint_every:
+        print(
+            f"checkpoints every {arguments.checkpoint_every} steps; stop with Ctrl-C, go on with --resume",
+            file=sys.stderr,
+        )
+    return TrainConfig(
+        steps=arguments.steps,
+        batch_size=arguments.batch_size,
+        learning_rate=arguments.lr,
+        optimizer=arguments.optimizer,
+        weight_decay=arguments.weight_decay,
+        warmup_steps=arguments.warmup,
+        grad_clip=arguments.grad_clip,
+        ema_decay=arguments.ema or None,
+        bf16=arguments.bf16,
+        compile=arguments.compile,
+        accumulate=arguments.accumulate,
+        seed=arguments.seed,
+        log_every=arguments.log_every,
+        image_every=arguments.image_every,
+        checkpoint_every=arguments.checkpoint_every,
+        num_workers=arguments.workers,
+        device=device,
+        **more,
+    )

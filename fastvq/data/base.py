@@ -1,0 +1,109 @@
+"""What every data set of images offers, and how one is split."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastvq._check import require_positive_int
+from fastvq.errors import ArgumentError, ArgumentTypeError
+
+# Domains of the counter-based generator: the same seed never gives the same words for two purposes.
+DOMAIN_AUGMENT, DOMAIN_ORDER, DOMAIN_SPLIT = 0, 1, 2
+
+
+class ImageDataset(Protocol):
+    """Images of one size and, perhaps, one label each.
+
+    Attributes:
+        labels: int64 [N] in 0..num_classes-1, or None.
+        class_names: one name per label; empty without labels.
+        channels: 1 or 3.
+        size: (H, W) in pixels.
+    """
+
+    labels: Tensor | None
+    class_names: tuple[str, ...]
+    channels: int
+    size: tuple[int, int]
+
+    def __len__(self) -> int: ...
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of labels, or None without labels."""
+
+    def image(self, index: int) -> Tensor:
+        """float32 [C, H, W] in [-1, 1]."""
+
+    def fingerprint(self) -> str:
+        """A hash of what the data are, the same in every process."""
+
+
+def load_images(dataset: ImageDataset, indices: Iterable[int]) -> Tensor:
+    """The images of some indices: float32 [B, C, H, W] in [-1, 1]."""
+    return torch.stack([dataset.image(int(index)) for index in indices])
+
+
+def random_words(seed: int, stream: int, domain: int, first: int, count: int) -> np.ndarray:
+    """Blocks ``first .. first + count - 1`` of four random 64-bit words, uint64 [count, 4], of a Philox generator.
+
+    Raw words rather than NumPy's distributions: those may change from one NumPy version to the next.
+    """
+    generator = np.random.Philox(key=[seed, stream], counter=[first, 0, 0, domain])
+    return np.asarray(generator.random_raw(4 * count)).reshape(count, 4)
+
+
+def permutation(n: int, seed: int, stream: int, domain: int) -> np.ndarray:
+    """A random order of 0..n-1, int64 [n], that depends on the arguments alone."""
+    words = random_words(seed, stream, domain, 0, -(-n // 4)).reshape(-1)[:n]
+    return np.argsort(words, kind="stable")
+
+
+def split_indices(n: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices 0..n-1 in two sorted int64 arrays (training, validation).
+
+    Args:
+        n: number of items.
+        fraction: share of the validation part, in [0, 1). Above 0 it gets at least one item.
+        seed: the split depends on (n, fraction, seed) alone.
+
+    Raises:
+        ArgumentError: a value out of range, or nothing remains to train on.
+    """
+    require_positive_int("n", n)
+    require_seed("seed", seed)
+    if not 0 <= fraction < 1:
+        raise ArgumentError(f"fraction: must lie in [0, 1), got {fraction!r}")
+    held_out = max(1, round(n * fraction)) if fraction > 0 else 0
+    if held_out >= n:
+        raise ArgumentError(f"fraction: {fraction} of {n} items leaves nothing to train on")
+    order = permutation(n, seed, 0, DOMAIN_SPLIT)
+    return np.sort(order[held_out:]), np.sort(order[:held_out])
+
+
+def require_seed(name: str, seed: object) -> int:
+    """Seeds are 63-bit: they fit a signed and an unsigned 64-bit integer alike."""
+    require_positive_int(name, seed, minimum=0)
+    assert isinstance(seed, int)
+    if seed >= 2**63:
+        raise ArgumentError(f"{name}: must be below 2**63, got {seed}")
+    return seed
+
+
+def require_size(name: str, size: object) -> tuple[int, int]:
+    """An int for a square, or (H, W), as a pair."""
+    pair = (size, size) if isinstance(size, int) else size
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise ArgumentTypeError(f"{name}: expected an int or a pair (height, width), got {size!r}")
+    return require_positive_int(name, pair[0]), require_positive_int(name, pair[1])
+
+
+def psnr(mse: float) -> float:
+    """Peak signal-to-noise ratio in dB of a mean squared error between images in [-1, 1], whose peak range is 2."""
+    return math.inf if mse == 0 else 10 * math.log10(4 / mse)

@@ -1,0 +1,341 @@
+"""Codes of a data set, written once by a stage-1 model and read by the priors through memory maps."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import fastvq
+from fastvq._check import require_positive_int
+from fastvq._files import read_json, sync, write_json
+from fastvq.data.augment import Augment
+from fastvq.data.base import ImageDataset, require_seed
+from fastvq.errors import ArgumentError, CorruptFileError, FileConflictError, MissingFileError
+
+FORMAT = 1
+DESCRIPTION = "codes.json"
+LABELS, SOURCE = "labels.npy", "source.npy"
+
+
+def level_file(level: int) -> str:
+    return f"level{level}.npy"
+
+
+def model_checksum(model: nn.Module) -> str:
+    """SHA-256 over a model's class, configuration, parameters and buffers."""
+    config = getattr(model, "config", None)
+    settings = dataclasses.asdict(config) if dataclasses.is_dataclass(config) and not isinstance(config, type) else None
+    digest = hashlib.sha256(json.dumps([type(model).__name__, settings], default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def extract_codes(
+    model: Any,
+    dataset: ImageDataset,
+    indices: np.ndarray | Tensor | list[int] | None,
+    folder: str | os.PathLike[str],
+    *,
+    batch_size: int = 64,
+    augment: Augment | None = None,
+    copies: int = 1,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    num_workers: int = 0,
+    flush_rows: int = 4096,
+    progress: bool = False,
+) -> Path:
+    """Write the codes of some images to a folder; returns its path.
+
+    The folder receives ``level0.npy`` (top), ``level1.npy``, ... ([N * copies, h, w] in the smallest integer type that
+    fits), ``source.npy`` (each row's image index), ``labels.npy`` (if the data have labels) and ``codes.json``. Rows
+    are ordered copy by copy. After an interruption at any point, the same call goes on after the last rows that
+    reached the disk; once complete, it returns at once.
+
+    Args:
+        model: a VQVAE or VQVAE2. It is copied, so it keeps its mode and its device.
+        indices: images to encode, int [N]; None for all.
+        batch_size: images encoded at a time.
+        augment: how copies after the first differ from the image.
+        copies: rows per image; the first copy is the unchanged image.
+        seed: of the augmentation.
+        device: where to encode; by default where the model is.
+        num_workers: threads that load images; 0: none.
+        flush_rows: rows between two points from which an interrupted extraction can go on.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        ArgumentError: an index out of range, no index, copies without augmentation, channels that do not fit.
+        FileConflictError: the folder holds something else, or codes of another model, of other data or settings.
+        CorruptFileError: files of an earlier, interrupted call are damaged.
+    """
+    folder = Path(folder)
+    for name, value in (("batch_size", batch_size), ("copies", copies), ("flush_rows", flush_rows)):
+        require_positive_int(name, value)
+    require_positive_int("num_workers", num_workers, minimum=0)
+    require_seed("seed", seed)
+    rows = _checked_indices(indices, len(dataset))
+    if copies > 1 and augment is None:
+        raise ArgumentError(f"copies: {copies} copies without augmentation would all be the same")
+    if model.config.in_channels != dataset.channels:
+        raise ArgumentError(
+            f"dataset: has {dataset.channels} channels, the model takes {model.config.in_channels} (in_channels)"
+        )
+    shapes = [tuple(shape) for shape in model.code_shapes(dataset.size)]
+    arguments = {
+        "model": model_checksum(model),
+        "dataset": dataset.fingerprint(),
+        "indices": hashlib.sha256(rows.tobytes()).hexdigest(),
+        "augment": dataclasses.asdict(augment) if augment is not None else None,
+        "copies": copies,
+        "seed": seed,
+    }
+    total = len(rows) * copies
+    description = {
+        "format": FORMAT,
+        "fastvq_version": fastvq.__version__,
+        "rows": total,
+        "shapes": [list(shape) for shape in shapes],
+        "num_codes": [int(model.config.num_codes)] * len(shapes),
+        "num_classes": dataset.num_classes,
+        "class_names": list(dataset.class_names),
+        "arguments": arguments,
+        "rows_done": 0,
+        "complete": False,
+    }
+    done = _resume_point(folder, description)
+    if done == total:
+        CodeDataset(folder)  # the files may have been damaged since
+        return folder
+    arrays = _open_arrays(folder, description, dataset, rows, create=done == 0)
+    description["rows_done"] = done
+
+    encoder = copy.deepcopy(model).eval()
+    if device is not None:
+        encoder = encoder.to(device)
+    target = next(encoder.parameters()).device
+    unflushed = 0
+
+    from tqdm import tqdm
+
+    with (
+        tqdm(total=total, initial=done, desc="extracting codes", disable=not progress, file=sys.stderr) as bar,
+        ThreadPoolExecutor(max(1, num_workers)) as pool,
+        torch.inference_mode(),
+    ):
+        while done < total:
+            batch = np.arange(done, min(done + batch_size, total))
+            sources = rows[batch % len(rows)]
+            load = pool.map if num_workers else map
+            images = torch.stack(list(load(dataset.image, sources.tolist())))
+            if augment is not None:
+                images = augment.batch(images, seed=seed, indices=sources, variants=batch // len(rows))
+            for array, codes in zip(arrays, encoder.encode(images.to(target)), strict=True):
+                array[done : done + len(batch)] = codes.cpu().numpy()
+            done += len(batch)
+            unflushed += len(batch)
+            bar.update(len(batch))
+            if unflushed >= flush_rows or done == total:
+                _flush(folder, arrays, {**description, "rows_done": done, "complete": done == total})
+                unflushed = 0
+    return folder
+
+
+def _checked_indices(indices: np.ndarray | Tensor | list[int] | None, count: int) -> np.ndarray:
+    rows = np.arange(count) if indices is None else np.asarray(indices)
+    if rows.ndim != 1 or len(rows) == 0 or rows.dtype.kind not in "iu":
+        raise ArgumentError(f"indices: expected a non-empty list of integers, got {rows.dtype} of shape {rows.shape}")
+    rows = rows.astype(np.int64)
+    if rows.min() < 0 or rows.max() >= count:
+        raise ArgumentError(f"indices: must lie in 0..{count - 1}, got {rows.min()}..{rows.max()}")
+    return rows
+
+
+def _resume_point(folder: Path, description: dict[str, Any]) -> int:
+    """How many rows an earlier call with the same arguments finished; 0 also for an empty folder."""
+    if folder.exists() and not folder.is_dir():
+        raise FileConflictError(f"folder: {folder} is a file; nothing was written")
+    # An interruption of the very first write leaves nothing but a temporary file, whose name begins with a dot.
+    if not folder.exists() or all(path.name.startswith(".") for path in folder.iterdir()):
+        return 0
+    if not (folder / DESCRIPTION).is_file():
+        raise FileConflictError(f"folder: {folder} is not empty and holds no {DESCRIPTION}; nothing was written")
+    there = read_json(folder / DESCRIPTION)
+    if there.get("format") != FORMAT:
+        raise FileConflictError(f"folder: {folder} holds codes of format {there.get('format')!r}, expected {FORMAT}")
+    differences = [
+        f"{name}: {_short(old)} there, {_short(new)} now"
+        for name, new in description["arguments"].items()
+        if (old := there.get("arguments", {}).get(name)) != new
+    ]
+    differences += [
+        f"{name}: {there.get(name)} there, {description[name]} now"
+        for name in ("rows", "shapes", "num_codes", "num_classes", "class_names")
+        if there.get(name) != description[name]
+    ]
+    if differences:
+        raise FileConflictError(
+            f"folder: {folder} holds codes that differ in\n  " + "\n  ".join(differences) + "\nNothing was written."
+        )
+    done = there.get("rows_done")
+    if not isinstance(done, int) or not 0 <= done <= description["rows"]:
+        raise CorruptFileError(f"{folder / DESCRIPTION}: rows_done is {done!r}, expected 0..{description['rows']}")
+    return done
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:16] + "..."
+
+
+def _open_arrays(
+    folder: Path, description: dict[str, Any], dataset: ImageDataset, rows: np.ndarray, *, create: bool
+) -> list[np.ndarray]:
+    """Writable memory maps, one per level. The description is written first: it claims the folder."""
+    if not create:
+        return [
+            _mapped(folder / level_file(level), *spec, writable=True) for level, spec in enumerate(_specs(description))
+        ]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / DESCRIPTION, description)
+    copies = description["arguments"]["copies"]
+    np.save(folder / SOURCE, np.tile(rows, copies))
+    sync(folder / SOURCE)
+    if dataset.labels is not None:
+        np.save(folder / LABELS, np.tile(dataset.labels.cpu().numpy()[rows].astype(np.int64), copies))
+        sync(folder / LABELS)
+    return [
+        np.lib.format.open_memmap(folder / level_file(level), mode="w+", dtype=dtype, shape=shape)
+        for level, (shape, dtype) in enumerate(_specs(description))
+    ]
+
+
+def _flush(folder: Path, arrays: list[np.ndarray], description: dict[str, Any]) -> None:
+    for level, array in enumerate(arrays):
+        assert isinstance(array, np.memmap)
+        array.flush()
+        sync(folder / level_file(level))
+    write_json(folder / DESCRIPTION, description)
+
+
+def _specs(description: dict[str, Any]) -> list[tuple[tuple[int, ...], np.dtype]]:
+    """Shape and element type of each level's array."""
+    specs = []
+    for shape, num_codes in zip(description["shapes"], description["num_codes"], strict=True):
+        dtype = next(np.dtype(t) for t in ("uint8", "uint16", "int32") if num_codes - 1 <= np.iinfo(t).max)
+        specs.append(((description["rows"], *shape), dtype))
+    return specs
+
+
+def _mapped(path: Path, shape: tuple[int, ...], dtype: np.dtype, *, writable: bool = False) -> np.ndarray:
+    """A memory map of an array file that is checked to be exactly what it should be."""
+    if not path.is_file():
+        raise MissingFileError(f"{path}: no such file, though {DESCRIPTION} beside it says there is")
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise CorruptFileError(f"{path}: not a complete array file ({error})") from error
+    if not isinstance(array, np.memmap) or array.shape != shape or array.dtype != dtype:
+        raise CorruptFileError(
+            f"{path}: holds {array.dtype} of shape {list(array.shape)}, expected {dtype} of shape {list(shape)}"
+        )
+    size = path.stat().st_size
+    if size != array.offset + array.nbytes:
+        raise CorruptFileError(f"{path}: {size} bytes, expected {array.offset + array.nbytes}")
+    # Only now: NumPy lengthens a file that is too short when it maps it for writing.
+    return np.load(path, mmap_mode="r+", allow_pickle=False) if writable else array
+
+
+class CodeDataset:
+    """Codes written by :func:`extract_codes`, read through memory maps.
+
+    Attributes:
+        shapes: (h, w) of each level, top first.
+        num_codes: codebook size of each level.
+        num_classes, class_names: of the labels; None and empty without labels.
+        labels: int64 [N] or None.
+        source: int64 [N], index of each row's image in the data set the codes come from.
+        model: checksum of the model that wrote the codes.
+        dataset: fingerprint of the data set they come from.
+
+    Raises:
+        MissingFileError: the folder or one of its files is missing.
+        CorruptFileError: the extraction is not complete, or a file is damaged.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        if not (self.folder / DESCRIPTION).is_file():
+            raise MissingFileError(f"folder: {self.folder} holds no {DESCRIPTION}, so it is not a folder of codes")
+        description = read_json(self.folder / DESCRIPTION)
+        try:
+            if description["format"] != FORMAT:
+                raise CorruptFileError(
+                    f"{self.folder / DESCRIPTION}: format {description['format']!r}, expected {FORMAT}"
+                )
+            if not description["complete"]:
+                raise CorruptFileError(
+                    f"{self.folder}: the extraction is not complete ({description['rows_done']} of "
+                    f"{description['rows']} rows); run it again to go on"
+                )
+            specs = _specs(description)
+            self._rows = int(description["rows"])
+            self.shapes = tuple((int(h), int(w)) for h, w in description["shapes"])
+            self.num_codes = tuple(int(k) for k in description["num_codes"])
+            self.num_classes: int | None = description["num_classes"]
+            self.class_names = tuple(str(name) for name in description["class_names"])
+            self.model = str(description["arguments"]["model"])
+            self.dataset = str(description["arguments"]["dataset"])
+            self._arguments = json.dumps([self._rows, self.shapes, self.num_codes, description["arguments"]])
+        except (KeyError, TypeError, StopIteration) as error:
+            raise CorruptFileError(f"{self.folder / DESCRIPTION}: missing or wrong entry ({error!r})") from error
+        self._arrays = [_mapped(self.folder / level_file(level), *spec) for level, spec in enumerate(specs)]
+        self.source = self._vector(SOURCE)
+        self.labels = self._vector(LABELS) if self.num_classes is not None else None
+        if self.labels is not None and bool(((self.labels < 0) | (self.labels >= self.num_classes)).any()):
+            raise CorruptFileError(f"{self.folder / LABELS}: labels outside 0..{self.num_classes - 1}")
+
+    def _vector(self, name: str) -> Tensor:
+        return torch.from_numpy(np.array(_mapped(self.folder / name, (self._rows,), np.dtype(np.int64))))
+
+    def __len__(self) -> int:
+        return self._rows
+
+    @property
+    def num_levels(self) -> int:
+        return len(self.shapes)
+
+    def fingerprint(self) -> str:
+        """Hash of what the codes are: model, images, augmentation."""
+        return hashlib.sha256(self._arguments.encode()).hexdigest()
+
+    def codes(self, level: int, rows: np.ndarray | Tensor | slice) -> Tensor:
+        """Codes of some rows: int64 [B, h, w].
+
+        Raises:
+            ArgumentError: no such level.
+            CorruptFileError: a stored code lies outside the codebook.
+        """
+        if not 0 <= level < self.num_levels:
+            raise ArgumentError(f"level: expected 0..{self.num_levels - 1}, got {level}")
+        if isinstance(rows, Tensor):
+            rows = rows.numpy()
+        codes = np.asarray(self._arrays[level])[rows].astype(np.int64)
+        if codes.size and (codes.max() >= self.num_codes[level] or codes.min() < 0):
+            raise CorruptFileError(
+                f"{self.folder / level_file(level)}: holds code {codes.max()}, expected 0..{self.num_codes[level] - 1}"
+            )
+        return torch.from_numpy(codes)

@@ -1,0 +1,33 @@
+"""Plain PyTorch models: quantiser, autoencoders, priors; their configurations and presets."""
+
+from fastvq.models.config import Config, GatedPixelCNNConfig, PixelSNAILConfig, PriorConfig, VQVAEConfig
+from fastvq.models.pixelcnn import GatedPixelCNN
+from fastvq.models.pixelsnail import PixelSNAIL
+from fastvq.models.presets import MODEL_CLASSES, PRESETS, build, preset
+from fastvq.models.pretrained import PretrainedModel, load_pretrained
+from fastvq.models.prior import Prior
+from fastvq.models.quantizer import QuantizerOutput, VectorQuantizer
+from fastvq.models.vqvae import VQVAE, VQVAE2, HierarchicalVQVAE, VQVAEOutput
+
+__all__ = [
+    "MODEL_CLASSES",
+    "PRESETS",
+    "VQVAE",
+    "VQVAE2",
+    "Config",
+    "GatedPixelCNN",
+    "GatedPixelCNNConfig",
+    "HierarchicalVQVAE",
+    "PixelSNAIL",
+    "PixelSNAILConfig",
+    "PretrainedModel",
+    "Prior",
+    "PriorConfig",
+    "QuantizerOutput",
+    "VQVAEConfig",
+    "VQVAEOutput",
+    "VectorQuantizer",
+    "build",
+    "load_pretrained",
+    "preset",
+]

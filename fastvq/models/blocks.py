@@ -1,0 +1,170 @@
+"""Building blocks of the priors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastvq.models.config import Activation, PixelSNAILConfig, PriorConfig
+from fastvq.ops.causal import Form, Mask, causal_conv2d, code_conv2d
+
+ConvFactory = Callable[[int, int], nn.Module]
+Taps = Sequence[tuple[int, int]]
+
+
+class Nonlinearity(Protocol):
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
+def activate(x: Tensor, kind: Activation) -> Tensor:
+    """ELU, or ELU of x and -x side by side (twice the channels)."""
+    return F.elu(x) if kind == "elu" else F.elu(torch.cat([x, -x], dim=1))
+
+
+class CausalConv2d(nn.Module):
+    """Masked convolution; see :func:`fastvq.ops.causal_conv2d`."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, *, mask: Mask, form: Form) -> None:
+        super().__init__()
+        self.mask, self.form = mask, form
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, kernel_size, kernel_size))
+        self.bias = nn.Parameter(torch.empty(out_channels))
+        above = kernel_size - 1 if form == "rows" else kernel_size // 2
+        _init_uniform(self, in_channels * (above * kernel_size + kernel_size // 2 + (mask == "inclusive")))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return causal_conv2d(x, self.weight, self.bias, mask=self.mask, form=self.form)
+
+
+class CodeConv2d(nn.Module):
+    """First layer over codes: one learned vector per tap and code; see :func:`fastvq.ops.code_conv2d`."""
+
+    def __init__(self, num_codes: int, out_channels: int, taps: Taps) -> None:
+        super().__init__()
+        self.taps = tuple(taps)
+        self.weight = nn.Parameter(torch.empty(len(self.taps), num_codes, out_channels))
+        self.bias = nn.Parameter(torch.empty(out_channels))
+        _init_uniform(self, len(self.taps))
+
+    def forward(self, codes: Tensor) -> Tensor:
+        return code_conv2d(codes, self.weight, self.taps, self.bias)
+
+
+def _init_uniform(layer: CausalConv2d | CodeConv2d, fan_in: int) -> None:
+    """PyTorch's default for convolutions, with the taps that are really read as fan-in."""
+    bound = 1 / math.sqrt(fan_in)
+    nn.init.uniform_(layer.weight, -bound, bound)
+    nn.init.uniform_(layer.bias, -bound, bound)
+
+
+def causal_taps(kernel_size: int) -> list[tuple[int, int]]:
+    """Offsets of a centred kernel that come before the current position in raster order."""
+    reach = kernel_size // 2
+    above = [(row, column) for row in range(-reach, 0) for column in range(-reach, reach + 1)]
+    return above + [(0, column) for column in range(-reach, 0)]
+
+
+def centred_taps(kernel_size: int) -> list[tuple[int, int]]:
+    reach = range(-(kernel_size // 2), kernel_size // 2 + 1)
+    return [(row, column) for row in reach for column in reach]
+
+
+class GatedBlock(nn.Module):
+    """x + a * sigmoid(b), where (a, b) = conv2(act(conv1(act(x)) + aux)) + context (Chen et al. 2017, figure 3).
+
+    Args:
+        channels, hidden: width of the trunk and of the inner layer.
+        conv: makes a convolution from (in, out) channels; 1 x 1 by default.
+        context_channels: width of the conditioning features, 0 for none.
+        aux_channels: width of a second input joined after the first convolution, 0 for none.
+        dropout: between the two convolutions.
+        legacy_skip: add act(x) instead of x; see :class:`PixelSNAILConfig`.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        hidden: int,
+        *,
+        conv: ConvFactory | None = None,
+        context_channels: int = 0,
+        aux_channels: int = 0,
+        dropout: float = 0.0,
+        activation: Activation = "elu",
+        legacy_skip: bool = False,
+    ) -> None:
+        super().__init__()
+        make = conv or pointwise
+        widen = 2 if activation == "concat_elu" else 1
+        self.activation, self.dropout, self.legacy_skip = activation, dropout, legacy_skip
+        self.conv1 = make(widen * channels, hidden)
+        self.conv2 = make(widen * hidden, 2 * channels)
+        self.aux = nn.Conv2d(widen * aux_channels, hidden, 1) if aux_channels else None
+        self.context = nn.Conv2d(context_channels, 2 * channels, 1, bias=False) if context_channels else None
+
+    def forward(self, x: Tensor, context: Tensor | None = None, aux: Tensor | None = None) -> Tensor:
+        activated = activate(x, self.activation)
+        h = self.conv1(activated)
+        if self.aux is not None and aux is not None:
+            h = h + self.aux(activate(aux, self.activation))
+        h = F.dropout(activate(h, self.activation), self.dropout, self.training)
+        h = self.conv2(h)
+        if self.context is not None and context is not None:
+            h = h + self.context(context)
+        return (activated if self.legacy_skip else x) + F.glu(h, dim=1)
+
+
+def pointwise(in_channels: int, out_channels: int) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, 1)
+
+
+class ContextEncoder(nn.Module):
+    """What a prior is told beforehand: residual features of the levels above, plus the label's vector.
+
+    Each level's codes are looked up and joined, coarse to fine, by nearest-neighbour upsampling and addition; a stack
+    of gated residual convolutions follows on the finest of these grids (Razavi et al. 2019, section 3.2).
+    """
+
+    def __init__(self, config: PriorConfig) -> None:
+        super().__init__()
+        width, kernel = config.condition_channels, config.condition_kernel
+        self.shape = config.shape
+        self.inputs = nn.ModuleList(
+            [CodeConv2d(count, width, centred_taps(kernel)) for count in config.condition_num_codes]
+        )
+        blocks = config.condition_blocks if config.condition_shapes else 0
+        legacy_skip = isinstance(config, PixelSNAILConfig) and config.legacy_skip
+        self.blocks = nn.ModuleList(
+            [
+                GatedBlock(
+                    width,
+                    width,
+                    conv=lambda i, o: nn.Conv2d(i, o, kernel, padding=kernel // 2),
+                    dropout=config.dropout,
+                    legacy_skip=legacy_skip,
+                )
+                for _ in range(blocks)
+            ]
+        )
+        self.label = nn.Embedding(config.num_classes, width) if config.num_classes else None
+
+    def forward(self, condition: Sequence[Tensor], label: Tensor | None) -> Tensor | None:
+        """[B, condition_channels, H, W], or [B, condition_channels, 1, 1] of the label alone, or None."""
+        features: Tensor | None = None
+        for layer, codes in zip(self.inputs, condition, strict=True):
+            coarse, features = features, layer(codes)
+            if coarse is not None:
+                features = features + F.interpolate(coarse, size=features.shape[2:], mode="nearest")
+        if features is not None:
+            for block in self.blocks:
+                features = block(features)
+            features = F.interpolate(features, size=self.shape, mode="nearest")
+        if self.label is not None and label is not None:
+            vector = self.label(label)[:, :, None, None]
+            features = vector if features is None else features + vector
+        return features

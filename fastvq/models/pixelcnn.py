@@ -1,0 +1,91 @@
+"""Gated PixelCNN prior: two stacks, so that no earlier position is in a blind spot."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastvq.models.blocks import CodeConv2d
+from fastvq.models.config import GatedPixelCNNConfig
+from fastvq.models.prior import Prior
+
+
+class GatedPixelCNN(Prior):
+    """van den Oord et al. 2016, "Conditional Image Generation with PixelCNN Decoders", section 2 and figure 2.
+
+    The vertical stack reads the rows above, the horizontal stack the current row up to the current position and, at
+    the same position, the vertical stack. Only the first layer leaves the current code out, which is what makes every
+    later layer free to read the current position.
+    """
+
+    config_class: ClassVar[type[GatedPixelCNNConfig]] = GatedPixelCNNConfig
+    config: GatedPixelCNNConfig
+
+    def __init__(self, config: GatedPixelCNNConfig) -> None:
+        super().__init__(config)
+        width, reach = config.channels, config.kernel_size // 2
+        above = [(row, column) for row in range(-reach, 0) for column in range(-reach, reach + 1)]
+        before = [(0, column) for column in range(-reach, 0)]
+        self.input_vertical = CodeConv2d(config.num_codes, 2 * width, above)
+        self.input_horizontal = CodeConv2d(config.num_codes, 2 * width, before)
+        self.input_link = nn.Conv2d(2 * width, 2 * width, 1)
+        self.input_merge = nn.Conv2d(width, width, 1)
+        self.input_context = _context_projection(self.context_channels, width)
+        self.layers = nn.ModuleList([GatedLayer(config, self.context_channels) for _ in range(config.layers)])
+        self.hidden = nn.Conv2d(width, config.output_channels, 1)
+        self.output = nn.Conv2d(config.output_channels, config.num_codes, 1)
+
+    def logits(self, codes: Tensor, context: Tensor | None) -> Tensor:
+        codes = self.check_codes(codes)
+        if context is not None:
+            context = context[:, :, : codes.shape[1]]
+        vertical = self.input_vertical(codes)
+        horizontal = self.input_horizontal(codes) + self.input_link(vertical)
+        for_vertical, for_horizontal = _project(self.input_context, context)
+        v = _gate(vertical + for_vertical)
+        h = self.input_merge(_gate(horizontal + for_horizontal))
+        for layer in self.layers:
+            v, h = layer(v, h, context)
+        return self.output(F.relu(self.hidden(F.relu(h))))
+
+
+class GatedLayer(nn.Module):
+    """One step of both stacks; the horizontal one is residual."""
+
+    def __init__(self, config: GatedPixelCNNConfig, context_channels: int) -> None:
+        super().__init__()
+        width, self.reach = config.channels, config.kernel_size // 2
+        self.dropout = config.dropout
+        self.vertical = nn.Conv2d(width, 2 * width, (self.reach + 1, config.kernel_size))
+        self.horizontal = nn.Conv2d(width, 2 * width, (1, self.reach + 1))
+        self.link = nn.Conv2d(2 * width, 2 * width, 1)
+        self.merge = nn.Conv2d(width, width, 1)
+        self.context = _context_projection(context_channels, width)
+
+    def forward(self, v: Tensor, h: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        reach = self.reach
+        vertical = self.vertical(F.pad(v, (reach, reach, reach, 0)))
+        horizontal = self.horizontal(F.pad(h, (reach, 0, 0, 0))) + self.link(vertical)
+        for_vertical, for_horizontal = _project(self.context, context)
+        update = F.dropout(_gate(horizontal + for_horizontal), self.dropout, self.training)
+        return _gate(vertical + for_vertical), h + self.merge(update)
+
+
+def _context_projection(context_channels: int, width: int) -> nn.Conv2d | None:
+    return nn.Conv2d(context_channels, 4 * width, 1, bias=False) if context_channels else None
+
+
+def _project(layer: nn.Conv2d | None, context: Tensor | None) -> tuple[Tensor | float, Tensor | float]:
+    """The context's share in the gates of the vertical and of the horizontal stack."""
+    if layer is None or context is None:
+        return 0.0, 0.0
+    vertical, horizontal = layer(context).chunk(2, dim=1)
+    return vertical, horizontal
+
+
+def _gate(x: Tensor) -> Tensor:
+    content, gate = x.chunk(2, dim=1)
+    return torch.tanh(content) * torch.sigmoid(gate)

@@ -1,0 +1,17 @@
+"""Functional operations: each validates its arguments, chooses a backend and applies it."""
+
+from fastvq.ops.causal import causal_attention, causal_conv2d, code_conv2d
+from fastvq.ops.dispatch import explain_backend
+from fastvq.ops.draw import draw, draw_margin, draw_reference
+from fastvq.ops.nearest_code import nearest_code
+
+__all__ = [
+    "causal_attention",
+    "causal_conv2d",
+    "code_conv2d",
+    "draw",
+    "draw_margin",
+    "draw_reference",
+    "explain_backend",
+    "nearest_code",
+]

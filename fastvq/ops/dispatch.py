@@ -1,0 +1,85 @@
+"""Which backend runs an operation, and why.
+
+For each operation a function lists its backends, best first, each with the reason why it cannot run the given arguments
+or None when it can. With ``backend=None`` the first that can run is chosen; a backend asked for by name is used or
+refused with its reason, never replaced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastvq import _engine
+from fastvq.errors import ArgumentError, UnavailableError
+
+Candidate = tuple[str, str | None]
+
+
+def select_backend(op: str, candidates: Sequence[Candidate], backend: str | None) -> str:
+    """Name of the backend to run.
+
+    Args:
+        op: name of the operation, for messages.
+        candidates: pairs (name, reason against it or None), best first.
+        backend: the user's choice, or None for the first that can run.
+
+    Raises:
+        ArgumentError: the operation has no backend of that name.
+        UnavailableError: the backend asked for, or every backend, cannot run here.
+    """
+    if backend is None:
+        for name, reason in candidates:
+            if reason is None:
+                return name
+        reasons = "; ".join(f"{name!r}: {reason}" for name, reason in candidates)
+        raise UnavailableError(f"backend: none can run {op} here: {reasons}")
+    for name, reason in candidates:
+        if name == backend:
+            if reason is not None:
+                raise UnavailableError(f"backend: {backend!r} was asked for but cannot run {op} here: {reason}")
+            return name
+    names = ", ".join(repr(name) for name, _ in candidates)
+    raise ArgumentError(f"backend: expected None or one of {names} for {op}, got {backend!r}")
+
+
+def memory_reason(tensor: Tensor) -> str | None:
+    """Why compiled CPU code cannot read the tensor's memory, or None when it can."""
+    if tensor.device.type != "cpu":
+        return f"it reads CPU memory, the tensor is on {tensor.device}"
+    if type(tensor) not in (Tensor, torch.nn.Parameter):
+        # Fake and functional tensors say "cpu" but have no memory behind them.
+        return f"it reads plain tensors, not {type(tensor).__name__}"
+    return None
+
+
+def draw_backends(logits: Tensor) -> list[Candidate]:
+    """Backends of `fastvq.ops.draw.draw` for these logits."""
+    return [("cpp", memory_reason(logits) or _engine.why_unavailable()), ("torch", None)]
+
+
+_BACKENDS: dict[str, Callable[..., list[Candidate]]] = {"draw": draw_backends}
+
+
+def explain_backend(op: str, *args: Any, backend: str | None = None) -> str:
+    """One line per backend of an operation: which would run for these arguments, and why the others would not.
+
+    Args:
+        op: name of the operation, such as ``"draw"``.
+        args: the tensors that decide, as the operation takes them (``draw``: the logits).
+        backend: as for the operation itself.
+
+    Raises:
+        ArgumentError: there is no such operation, or no such backend.
+        UnavailableError: the backend asked for cannot run here.
+    """
+    if op not in _BACKENDS:
+        raise ArgumentError(f"op: expected one of {', '.join(map(repr, _BACKENDS))}, got {op!r}")
+    candidates = _BACKENDS[op](*args)
+    chosen = select_backend(op, candidates, backend)
+    why = "chosen: the first that can run" if backend is None else "chosen: asked for"
+    lines = (f"{name}: {why if name == chosen else reason or 'could run, not chosen'}" for name, reason in candidates)
+    return "\n".join(lines)

@@ -1,0 +1,38 @@
+"""The randomness of samples: one uniform number per sample, level and position, the same wherever it is drawn."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastvq.errors import ArgumentError, ArgumentTypeError
+
+SEED_LIMIT = 1 << 64
+
+
+def check_seed(seed: int) -> int:
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ArgumentTypeError(f"seed: expected an int, got {type(seed).__name__} {seed!r}")
+    if not 0 <= seed < SEED_LIMIT:
+        raise ArgumentError(f"seed: must lie in 0..2**64-1, got {seed}")
+    return seed
+
+
+def uniforms(seed: int, start: int, count: int, shape: tuple[int, int], *, level: int = 0) -> Tensor:
+    """Uniform numbers of samples ``start`` to ``start + count - 1``: float32 [count, H, W] in [0, 1), on the CPU.
+
+    Each sample has its own stream of the counter-based generator Philox (Salmon et al. 2011), keyed by (seed, level)
+    with the sample's index in the counter, so its numbers depend on (seed, index, level) alone.
+    """
+    check_seed(seed)
+    positions = shape[0] * shape[1]
+    words = np.empty((count, positions), dtype=np.uint64)
+    key = np.array([seed, level], dtype=np.uint64)
+    for row in range(count):
+        # The generator counts up in the low words; the index sits in a high word, out of reach of that count.
+        counter = np.array([0, 0, start + row, 0], dtype=np.uint64)
+        words[row] = np.random.Philox(key=key, counter=counter).random_raw(positions)
+    # 24 bits fill a float32 exactly. Raw words are fixed by Philox, NumPy's distributions may change with its version.
+    fractions = (words >> np.uint64(40)).astype(np.float32) * np.float32(2**-24)
+    return torch.from_numpy(fractions.reshape(count, *shape))

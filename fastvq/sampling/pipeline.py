@@ -1,0 +1,222 @@
+"""An autoencoder and its priors together: from nothing to images."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import NamedTuple, Self, TypeVar
+
+import torch
+from torch import Tensor
+
+import fastvq
+from fastvq._check import require_positive_int
+from fastvq._files import read_json, replacing_folder, write_json
+from fastvq.errors import ArgumentError, ArgumentTypeError, CorruptFileError, MissingFileError
+from fastvq.models.pretrained import load_pretrained
+from fastvq.models.prior import Prior
+from fastvq.models.vqvae import HierarchicalVQVAE
+from fastvq.sampling.api import choose_engine, evaluating, sample
+from fastvq.sampling.noise import check_seed
+from fastvq.sampling.request import MICRO_BATCH, Settings, micro_batches
+
+PIPELINE_FILE = "pipeline.json"
+FORMAT = 1
+
+T = TypeVar("T")
+
+
+class Samples(NamedTuple):
+    """Result of :meth:`Pipeline.sample`.
+
+    Attributes:
+        images: float32 [n, C, H, W], clamped to [-1, 1].
+        codes: int64 [n, h, w] for each level, top first.
+        seed, micro_batch: what to pass to get the same codes again.
+    """
+
+    images: Tensor
+    codes: tuple[Tensor, ...]
+    seed: int
+    micro_batch: int
+
+
+class Pipeline:
+    """An autoencoder and one prior per level, top first.
+
+    Args:
+        vqvae: VQVAE or VQVAE2.
+        priors: the prior of each level; prior i is conditioned on the codes of levels 0..i-1.
+        class_names: a name per label, for class-conditional priors.
+
+    Raises:
+        ArgumentError: priors that do not fit the autoencoder or each other.
+    """
+
+    def __init__(
+        self, vqvae: HierarchicalVQVAE, priors: Sequence[Prior], *, class_names: Sequence[str] | None = None
+    ) -> None:
+        self.vqvae = vqvae
+        self.priors = tuple(priors)
+        self.class_names = None if class_names is None else tuple(class_names)
+        self._check()
+
+    def _check(self) -> None:
+        if len(self.priors) != self.vqvae.num_levels:
+            raise ArgumentError(f"priors: expected {self.vqvae.num_levels}, one per level, got {len(self.priors)}")
+        top = self.priors[0].config.shape
+        scale = self.vqvae.total_stride
+        shapes = self.vqvae.code_shapes((top[0] * scale, top[1] * scale))
+        classes = {prior.config.num_classes for prior in self.priors}
+        for level, (prior, shape) in enumerate(zip(self.priors, shapes, strict=True)):
+            config = prior.config
+            given = (config.shape, config.num_codes, config.level)
+            wanted = (shape, self.vqvae.config.num_codes, level)
+            if given != wanted:
+                raise ArgumentError(f"priors[{level}]: (shape, num_codes, level) is {given}, expected {wanted}")
+            above = (config.condition_shapes, config.condition_num_codes)
+            levels_above = (shapes[:level], (self.vqvae.config.num_codes,) * level)
+            if above != levels_above:
+                raise ArgumentError(
+                    f"priors[{level}]: (condition_shapes, condition_num_codes) is {above}, expected {levels_above}"
+                )
+        if len(classes) > 1:
+            raise ArgumentError(f"priors: all levels must have the same num_classes, got {sorted(map(str, classes))}")
+        if self.class_names is not None and len(self.class_names) != self.num_classes:
+            raise ArgumentError(f"class_names: expected {self.num_classes} names, got {len(self.class_names)}")
+
+    @property
+    def num_classes(self) -> int | None:
+        return self.priors[0].config.num_classes
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.vqvae.parameters()).device
+
+    def to(self, device: str | torch.device) -> Self:
+        """Move all models; returns the pipeline itself."""
+        for model in (self.vqvae, *self.priors):
+            model.to(device)
+        return self
+
+    def sample(
+        self,
+        n: int,
+        *,
+        label: int | Tensor | None = None,
+        temperature: float | Sequence[float] = 1.0,
+        top_k: int | Sequence[int | None] | None = None,
+        top_p: float | Sequence[float | None] | None = None,
+        seed: int | None = None,
+        progress: bool = False,
+        engine: str = "auto",
+        start: int = 0,
+        micro_batch: int = MICRO_BATCH,
+    ) -> Samples:
+        """Draw all levels, top first, and decode them.
+
+        Arguments are those of :func:`fastvq.sample`; ``temperature``, ``top_k`` and ``top_p`` may also be a sequence
+        with one value per level, top first.
+        """
+        require_positive_int("n", n, minimum=0)
+        require_positive_int("micro_batch", micro_batch)
+        temperatures = self._per_level("temperature", temperature)
+        top_ks = self._per_level("top_k", top_k)
+        top_ps = self._per_level("top_p", top_p)
+        for prior, t, k, p in zip(self.priors, temperatures, top_ks, top_ps, strict=True):
+            choose_engine(engine, prior)
+            Settings(t, k, p).check(prior.config.num_codes)
+        seed = int(torch.randint(2**63 - 1, ())) if seed is None else check_seed(seed)
+        codes: tuple[Tensor, ...] = ()
+        for prior, t, k, p in zip(self.priors, temperatures, top_ks, top_ps, strict=True):
+            drawn = sample(
+                prior,
+                n,
+                condition=codes,
+                label=label,
+                temperature=t,
+                top_k=k,
+                top_p=p,
+                seed=seed,
+                progress=progress,
+                engine=engine,
+                start=start,
+                micro_batch=micro_batch,
+            )
+            codes = (*codes, drawn)
+        return Samples(self._decode(codes, start, micro_batch), codes, seed, micro_batch)
+
+    @torch.no_grad()
+    def _decode(self, codes: tuple[Tensor, ...], start: int, micro_batch: int) -> Tensor:
+        n, rows, columns = codes[0].shape
+        scale = self.vqvae.total_stride
+        size = (n, self.vqvae.config.in_channels, rows * scale, columns * scale)
+        images = torch.empty(size, device=codes[0].device)
+        with evaluating(self.vqvae):
+            for index, new in micro_batches(start, n, micro_batch):
+                index = index.to(images.device)
+                decoded = self.vqvae.decode([level[index] for level in codes])
+                images[index[new]] = decoded[new].float().clamp(-1, 1)
+        return images
+
+    def _per_level(self, name: str, value: T | Sequence[T]) -> list[T]:
+        levels = len(self.priors)
+        if isinstance(value, (list, tuple)):
+            if len(value) != levels:
+                raise ArgumentError(f"{name}: expected one value or {levels}, one per level, got {len(value)}")
+            return list(value)
+        if isinstance(value, Tensor):
+            raise ArgumentTypeError(f"{name}: expected a number or a sequence of numbers, got a tensor")
+        return [value] * levels  # type: ignore[list-item]
+
+    def save_pretrained(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+        """Write all models to a folder, whole or not at all; returns its path."""
+        folder = Path(folder)
+        with replacing_folder(folder, overwrite=overwrite) as temporary:
+            self.vqvae.save_pretrained(temporary / "vqvae")
+            for level, prior in enumerate(self.priors):
+                prior.save_pretrained(temporary / f"prior{level}")
+            description = {
+                "format": FORMAT,
+                "levels": len(self.priors),
+                "class_names": self.class_names,
+                "fastvq_version": fastvq.__version__,
+            }
+            write_json(temporary / PIPELINE_FILE, description)
+        return folder
+
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> Self:
+        """A pipeline that ships with the package, by its name, or one saved in a local folder, by its path.
+
+        Raises:
+            MissingFileError: neither.
+            CorruptFileError: the folder is damaged.
+        """
+        folder = shipped().get(str(name), Path(name))
+        if not folder.is_dir():
+            raise MissingFileError(
+                f"name: {str(name)!r} is neither a local folder nor one of the shipped models {sorted(shipped())}"
+            )
+        if not (folder / PIPELINE_FILE).is_file():
+            raise MissingFileError(f"name: {folder} holds no {PIPELINE_FILE}, so it is not a saved pipeline")
+        description = read_json(folder / PIPELINE_FILE)
+        levels, names = description.get("levels"), description.get("class_names")
+        if description.get("format") != FORMAT or not isinstance(levels, int):
+            raise CorruptFileError(f"{folder / PIPELINE_FILE}: not a pipeline description of format {FORMAT}")
+        vqvae = load_pretrained(folder / "vqvae", device=device)
+        priors = [load_pretrained(folder / f"prior{level}", device=device) for level in range(levels)]
+        if not isinstance(vqvae, HierarchicalVQVAE) or not all(isinstance(prior, Prior) for prior in priors):
+            raise CorruptFileError(f"{folder}: expected an autoencoder in vqvae/ and priors in prior0/, prior1/, ...")
+        try:
+            return cls(vqvae, [prior for prior in priors if isinstance(prior, Prior)], class_names=names)
+        except (ArgumentError, TypeError) as error:
+            raise CorruptFileError(f"{folder}: the models do not fit together ({error})") from error
+
+
+def shipped() -> dict[str, Path]:
+    """Names and folders of the pipelines inside the package."""
+    root = Path(str(resources.files("fastvq"))) / "pretrained"
+    return {path.parent.name: path.parent for path in sorted(root.glob(f"*/{PIPELINE_FILE}"))}

@@ -1,0 +1,165 @@
+"""What a sampling call asks for, checked once and cut into micro-batches."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastvq._check import require_codes, require_positive_int, require_shape, require_tensor
+from fastvq.errors import ArgumentError, ArgumentTypeError
+from fastvq.models.prior import Condition, Prior, condition_levels
+from fastvq.ops.draw import check_options
+from fastvq.sampling.noise import check_seed, uniforms
+
+MICRO_BATCH = 8
+INDEX_LIMIT = 1 << 62
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a code is drawn from its logits; see :func:`fastvq.ops.draw`."""
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def check(self, num_codes: int) -> None:
+        check_options(num_codes, self.temperature, self.top_k, self.top_p)
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """Everything an engine needs to fill grids of codes, on the prior's device.
+
+    Attributes:
+        noise: float32 [n, H, W] in [0, 1).
+        condition: codes of the levels above, int64 [n, h, w] each, top first.
+        label: int64 [n] or None.
+        init_codes: int64 [n, H, W]; read where ``known`` is True.
+        known: bool [n, H, W].
+        settings: how codes are drawn.
+    """
+
+    noise: Tensor
+    condition: tuple[Tensor, ...]
+    label: Tensor | None
+    init_codes: Tensor
+    known: Tensor
+    settings: Settings
+
+    def rows(self, index: Tensor) -> SampleRequest:
+        """The request for some of the samples."""
+        return dataclasses.replace(
+            self,
+            noise=self.noise[index],
+            condition=tuple(codes[index] for codes in self.condition),
+            label=None if self.label is None else self.label[index],
+            init_codes=self.init_codes[index],
+            known=self.known[index],
+        )
+
+
+# An engine fills the grids of one request; it calls ``row_done`` after every row of the grid.
+Engine = Callable[[Prior, SampleRequest, Callable[[], None]], Tensor]
+
+
+def micro_batches(start: int, n: int, size: int) -> Iterator[tuple[Tensor, slice]]:
+    """Cut samples ``start .. start + n - 1`` at multiples of ``size`` of their index.
+
+    Yields, for each micro-batch, ``size`` indices into the n samples, and where the new samples lie among them. A
+    sample always has the same place in a micro-batch of the same size, so that library kernels, which round
+    differently for other sizes and places, treat it alike in every call; gaps are filled with its neighbours.
+    """
+    if n == 0:
+        return
+    for low in range(start - start % size, start + n, size):
+        first, last = max(low, start), min(low + size, start + n)
+        index = torch.arange(low, low + size).clamp(first, last - 1) - start
+        yield index, slice(first - low, last - low)
+
+
+def build_request(
+    prior: Prior,
+    n: int,
+    *,
+    condition: Condition,
+    label: int | Tensor | None,
+    settings: Settings,
+    seed: int | None,
+    noise: Tensor | None,
+    init_codes: Tensor | None,
+    mask: Tensor | None,
+    start: int,
+) -> SampleRequest:
+    """Check the arguments of :func:`fastvq.sample` and bring them to the prior's device."""
+    require_positive_int("n", n, minimum=0)
+    if require_positive_int("start", start, minimum=0) > INDEX_LIMIT:
+        raise ArgumentError(f"start: must be at most 2**62, got {start}")
+    config = prior.config
+    settings.check(config.num_codes)
+    grid = [n, *config.shape]
+    device = next(prior.parameters()).device
+    if isinstance(label, int) and not isinstance(label, bool):
+        classes = config.num_classes
+        if classes is not None and not 0 <= label < classes:
+            raise ArgumentError(f"label: must lie in 0..{classes - 1}, got {label}")
+        label = torch.full((n,), label if classes else 0)
+    elif label is not None and not isinstance(label, Tensor):
+        raise ArgumentTypeError(f"label: expected an int or an integer tensor [{n}], got {type(label).__name__}")
+    # Values are checked on the CPU, where reading them does not wait for a GPU.
+    on_cpu = [require_tensor(f"condition[{i}]", codes).cpu() for i, codes in enumerate(condition_levels(condition))]
+    checked = prior.check_condition(on_cpu, n)
+    label = prior.check_label(None if label is None else label.cpu(), n)
+    if noise is None:
+        seed = int(torch.randint(2**63 - 1, ())) if seed is None else check_seed(seed)
+        noise = uniforms(seed, start, n, config.shape, level=config.level)
+    elif seed is not None:
+        raise ArgumentError("noise and seed: give one or the other, got both")
+    else:
+        noise = _check_noise(noise, grid)
+    if (init_codes is None) != (mask is None):
+        raise ArgumentError("init_codes and mask: known positions need both, got only one of them")
+    known = torch.zeros(grid, dtype=torch.bool)
+    codes = torch.zeros(grid, dtype=torch.int64)
+    if init_codes is not None and mask is not None:
+        known = _check_mask(mask, grid)
+        codes = require_codes("init_codes", _on_cpu("init_codes", init_codes, known), grid, config.num_codes)
+    return SampleRequest(
+        noise=noise.to(device),
+        condition=tuple(codes.to(device) for codes in checked),
+        label=None if label is None else label.to(device),
+        init_codes=codes.to(device),
+        known=known.to(device),
+        settings=settings,
+    )
+
+
+def _on_cpu(name: str, codes: Tensor, known: Tensor) -> Tensor:
+    """Codes with those at unknown positions, which are never read, set to 0."""
+    codes = require_tensor(name, codes).cpu()
+    return codes.masked_fill(~known, 0) if codes.shape == known.shape else codes
+
+
+def _check_noise(noise: Tensor, grid: list[int]) -> Tensor:
+    noise = require_tensor("noise", noise).cpu()
+    if noise.dtype != torch.float32:
+        raise ArgumentTypeError(f"noise: expected float32, got {noise.dtype}")
+    require_shape("noise", noise, grid)
+    if not bool(((noise >= 0) & (noise < 1)).all()):
+        raise ArgumentError("noise: values must lie in [0, 1)")
+    return noise
+
+
+def _check_mask(mask: Tensor, grid: list[int]) -> Tensor:
+    mask = require_tensor("mask", mask).cpu()
+    if mask.dtype != torch.bool:
+        raise ArgumentTypeError(f"mask: expected bool (True where a code is known), got {mask.dtype}")
+    if mask.ndim == 2:
+        require_shape("mask", mask, grid[1:])
+        mask = mask.expand(grid)
+    require_shape("mask", mask, grid)
+    return mask

@@ -1,0 +1,219 @@
+"""What a micro-batch remembers while its grids are filled, and the row phase that all cached engines share."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastvq.sampling.plan import History, Op, Plan, Term
+
+
+class RowConv:
+    """The row part of one term as a library convolution over the channels-last history of its source."""
+
+    def __init__(self, term: Term, history: History | None, device: torch.device) -> None:
+        self.source = term.source
+        self.direct = set(term.taps) == {(0, 0)}
+        rows, columns = [dr for dr, _ in term.taps], [dc for _, dc in term.taps]
+        self.top = -min(rows)
+        height, width = max(rows) - min(rows) + 1, max(columns) - min(columns) + 1
+        if height * width != len(term.taps):
+            raise AssertionError(f"taps {term.taps} do not fill a rectangle")
+        weight = term.weight.to(device)
+        if self.direct:
+            self.weight = weight[0]
+            return
+        assert history is not None
+        self.height, self.left = height, history.left + min(columns)
+        self.extra = width - 1
+        kernel = weight.reshape(height, width, *weight.shape[1:]).permute(3, 2, 0, 1)  # [C_out, C_in, height, width]
+        self.weight = kernel.contiguous(memory_format=torch.channels_last)
+        self._packed: tuple[tuple[int, ...], Tensor] | None = None
+
+    def __call__(self, rows: dict[int, Tensor], ring: Ring | None, width: int) -> Tensor:
+        """[B, W, C_out] (W = 1 if the source is the same at all positions)."""
+        if self.direct:
+            return rows[self.source] @ self.weight
+        assert ring is not None
+        first = ring.slot - self.top
+        x = ring.data[:, first : first + self.height, self.left : self.left + width + self.extra]
+        return self._conv(x.permute(0, 3, 1, 2))[:, :, 0].transpose(1, 2)
+
+    def _conv(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or not _PREPACK:
+            return F.conv2d(x, self.weight)
+        # An eager convolution on a CPU reorders its weights on every call, which costs as much as the products
+        # themselves for small batches. Weights reordered beforehand give the same sums.
+        shape = tuple(x.shape)
+        if self._packed is None or self._packed[0] != shape:
+            plain = self.weight.contiguous().to_mkldnn()
+            packed = torch._C._nn.mkldnn_reorder_conv2d_weight(plain, [0, 0], [1, 1], [1, 1], 1, list(shape))  # type: ignore[call-arg]
+            self._packed = (shape, packed)
+        padding, stride, dilation = [0, 0], [1, 1], [1, 1]
+        convolve = torch.ops.mkldnn._convolution_pointwise
+        return convolve(x, self._packed[1], None, padding, stride, dilation, 1, "none", [], "")
+
+
+def _can_prepack() -> bool:
+    return (
+        torch.backends.mkldnn.is_available()
+        and hasattr(torch._C._nn, "mkldnn_reorder_conv2d_weight")
+        and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+    )
+
+
+_PREPACK = _can_prepack()
+
+
+class CompiledPlan:
+    """A plan with its row weights made ready for one device; used by any number of micro-batches."""
+
+    def __init__(self, plan: Plan, device: torch.device) -> None:
+        self.plan, self.device = plan, device
+        self.bias = {op.index: op.bias.to(device) for op in plan.ops if op.bias is not None}
+        self.convs = {
+            index: [RowConv(term, plan.history.get(term.source), device) for term in terms]
+            for index, terms in plan.row_terms.items()
+        }
+        self.above_tables = {op.index: above for op in plan.ops if (above := _above_table(op, device)) is not None}
+
+
+def _above_table(op: Op, device: torch.device) -> tuple[list[tuple[int, int]], Tensor] | None:
+    """The taps of a lookup on rows above, and its vectors [T * K + 1, C] for them, the last one zero."""
+    if op.kind != "lookup" or op.weight is None:
+        return None
+    chosen = [index for index, (dr, _) in enumerate(op.taps) if dr < 0]
+    if not chosen:
+        return None
+    table = op.weight[chosen].flatten(0, 1)
+    return [op.taps[i] for i in chosen], torch.cat([table, table.new_zeros(1, op.channels)]).to(device)
+
+
+class Ring:
+    """The last rows of one operation's output, channels last, with zeros around the grid: [B, rows, W + padding, C].
+
+    Rows are written one after the other; when the buffer is full, the rows that are still read move to its start.
+    """
+
+    def __init__(self, history: History, batch: int, width: int, channels: int, device: torch.device) -> None:
+        self.above, self.left = history.above, history.left
+        columns = width + history.left + history.right
+        self.data = torch.zeros(batch, ring_rows(history), columns, channels, device=device)
+        self.slot = history.above
+
+    def advance(self) -> None:
+        self.slot += 1
+        if self.slot == self.data.shape[1]:
+            if self.above:
+                self.data[:, : self.above] = self.data[:, self.slot - self.above :].clone()
+            self.slot = self.above
+
+
+def ring_rows(history: History) -> int:
+    """Rows of a ring: twice what is read, so that rows move only every ``above + 2`` rows."""
+    return 2 * (history.above + 1)
+
+
+class GridState:
+    """The caches of one micro-batch: rings, rows worked out beforehand, keys and values."""
+
+    def __init__(self, compiled: CompiledPlan, batch: int, statics: dict[str, Tensor]) -> None:
+        plan, device = compiled.plan, compiled.device
+        height, self.width = plan.shape
+        self.compiled, self.plan, self.batch = compiled, plan, batch
+        self.statics = statics
+        self.codes = torch.zeros(batch, height, self.width, dtype=torch.int64, device=device)
+        self.rings = {
+            index: Ring(history, batch, self.width, plan.ops[index].channels, device)
+            for index, history in plan.history.items()
+        }
+        # Keys lie channel by channel (scores of consecutive positions are one vector), values position by position.
+        self.keys: dict[int, Tensor] = {}
+        self.values: dict[int, Tensor] = {}
+        for op in plan.ops:
+            if op.kind == "attention":
+                _, key, value = op.sources
+                positions = height * self.width
+                self.keys[key] = torch.zeros(batch, plan.ops[key].channels, padded(positions), device=device)
+                self.values[value] = torch.zeros(batch, positions, plan.ops[value].channels, device=device)
+        self.rows: dict[int, Tensor] = {}
+        self._uniform: dict[int, Tensor] = {}
+        for op in plan.row_ops():
+            if op.index in plan.uniform:
+                self._uniform[op.index] = self._row_value(op, 0, self._uniform)
+
+    def begin_row(self, row: int) -> None:
+        """Work out what is known about this row before it starts.
+
+        ``rows[i]`` is [B, W or 1, C]: the values of row operations, and what step operations start from.
+        """
+        if row:
+            for ring in self.rings.values():
+                ring.advance()
+        rows = dict(self._uniform)
+        for op in self.plan.ops:
+            if op.index in rows or (self.plan.timing[op.index] != "row" and op.kind not in ("affine", "lookup")):
+                continue
+            rows[op.index] = self._row_value(op, row, rows)
+            if op.index in self.rings and self.plan.timing[op.index] == "row":
+                ring = self.rings[op.index]
+                ring.data[:, ring.slot, ring.left : ring.left + self.width] = rows[op.index]
+        self.rows = rows
+
+    def _row_value(self, op: Op, row: int, rows: dict[int, Tensor]) -> Tensor:
+        if op.kind == "static":
+            features = self.statics[op.variant]  # [B or 1, C, H or 1, W or 1]
+            features = features if features.shape[2] == 1 and op.variant == "label" else features[:, :, row : row + 1]
+            return features[:, :, 0].transpose(1, 2).expand(self.batch, -1, -1)
+        if op.kind == "affine":
+            total = self.compiled.bias[op.index].expand(self.batch, 1, -1)
+            for conv in self.compiled.convs[op.index]:
+                # Rows above the grid are zero, and so is what they add to its first row.
+                if row or conv.top == 0 or self.plan.timing[conv.source] == "row":
+                    total = total + conv(rows, self.rings.get(conv.source), self.width)
+            return total
+        if op.kind == "lookup":
+            return self._lookup_above(op, row)
+        sources = [rows[source] for source in op.sources]
+        return elementwise(op, sources)
+
+    def _lookup_above(self, op: Op, row: int) -> Tensor:
+        bias = self.compiled.bias[op.index].expand(self.batch, 1, -1)
+        found = self.compiled.above_tables.get(op.index)
+        if found is None or row == 0:
+            return bias
+        taps, table = found
+        left, right = max(0, *(-dc for _, dc in taps)), max(0, *(dc for _, dc in taps))
+        nothing = table.shape[0] - 1
+        index = torch.full((self.batch, self.width, len(taps)), nothing, device=table.device)
+        for tap, (dr, dc) in enumerate(taps):
+            if row + dr < 0:
+                continue
+            padded = F.pad(self.codes[:, row + dr] + tap * self.plan.num_codes, (left, right), value=nothing)
+            index[:, :, tap] = padded[:, left + dc : left + dc + self.width]
+        found_rows = F.embedding_bag(index.flatten(0, 1), table, mode="sum")
+        return found_rows.view(self.batch, self.width, -1) + bias
+
+
+def padded(positions: int) -> int:
+    """Positions rounded up to whole vectors of the widest instruction set."""
+    return -(-positions // 16) * 16
+
+
+def elementwise(op: Op, sources: list[Tensor]) -> Tensor:
+    """Activation, add or gate on vectors along the last axis."""
+    x = sources[0]
+    match op.variant:
+        case "elu":
+            return F.elu(x)
+        case "concat_elu":
+            return F.elu(torch.cat([x, -x], dim=-1))
+        case "relu":
+            return F.relu(x)
+        case "glu":
+            return F.glu(x, dim=-1)
+        case "tanh":
+            content, gate = x.chunk(2, dim=-1)
+            return torch.tanh(content) * torch.sigmoid(gate)
+    return x + sources[1]

@@ -1,0 +1,110 @@
+"""The cached sampler in PyTorch: the plan, interpreted. It is what the compiled engines are read against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastvq.ops.draw import draw
+from fastvq.sampling.plan import Op
+from fastvq.sampling.request import SampleRequest
+from fastvq.sampling.state import CompiledPlan, GridState, elementwise
+
+
+class TorchStep:
+    """The step phase: one position after the other, level by level."""
+
+    def __init__(self, compiled: CompiledPlan) -> None:
+        self.plan = compiled.plan
+        self.steps = list(self.plan.step_ops())
+        self.weights = {
+            index: [term.weight.flatten(0, 1).to(compiled.device) for term in terms]
+            for index, terms in self.plan.step_terms.items()
+        }
+        self.tables = {op.index: op.weight.to(compiled.device) for op in self.steps if op.weight is not None}
+
+    def logits(self, state: GridState, row: int, column: int) -> Tensor:
+        """Logits [B, K] at a position, everything before it being known."""
+        values: dict[int, Tensor] = {}
+        for op in self.steps:
+            value = self._value(op, state, values, row, column)
+            values[op.index] = value
+            if op.index in state.rings:
+                ring = state.rings[op.index]
+                ring.data[:, ring.slot, ring.left + column] = value
+            if op.index in state.keys:
+                state.keys[op.index][:, :, row * state.width + column] = value
+            if op.index in state.values:
+                state.values[op.index][:, row * state.width + column] = value
+        return values[self.plan.output]
+
+    def _value(self, op: Op, state: GridState, values: dict[int, Tensor], row: int, column: int) -> Tensor:
+        def here(source: int) -> Tensor:
+            if source in values:
+                return values[source]
+            known = state.rows[source]
+            return known[:, column if known.shape[1] > 1 else 0]
+
+        if op.kind == "lookup":
+            total = here_start(state.rows[op.index], column)
+            for tap, (dr, dc) in enumerate(op.taps):
+                if dr == 0 and column + dc >= 0:
+                    total = total + self.tables[op.index][tap][state.codes[:, row, column + dc]]
+            return total
+        if op.kind == "affine":
+            total = here_start(state.rows[op.index], column)
+            for term, weight in zip(self.plan.step_terms[op.index], self.weights[op.index], strict=True):
+                if set(term.taps) == {(0, 0)}:
+                    total = total + here(term.source) @ weight
+                else:
+                    ring = state.rings[term.source]
+                    first = ring.left + column + term.taps[0][1]
+                    window = ring.data[:, ring.slot, first : first + len(term.taps)]
+                    total = total + window.flatten(1) @ weight
+            return total
+        if op.kind == "attention":
+            return _attend(op, state, values, row * state.width + column)
+        return elementwise(op, [here(source) for source in op.sources])
+
+
+def here_start(rows: Tensor, column: int) -> Tensor:
+    return rows[:, column if rows.shape[1] > 1 else 0]
+
+
+def _attend(op: Op, state: GridState, values: dict[int, Tensor], position: int) -> Tensor:
+    query, key, value = op.sources
+    count = position + (op.variant == "inclusive")
+    if count == 0:
+        return torch.zeros_like(state.values[value][:, 0])
+    q = values[query].unflatten(1, (op.heads, 1, -1))  # [B, heads, 1, D]
+    k = state.keys[key][:, :, :count].unflatten(1, (op.heads, -1)).transpose(2, 3)  # [B, heads, N, D]
+    v = state.values[value][:, :count].unflatten(2, (op.heads, -1)).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v).flatten(1)
+
+
+def sample_torch(
+    compiled: CompiledPlan, step: TorchStep, state: GridState, request: SampleRequest, row_done: Callable[[], None]
+) -> Tensor:
+    """Fill the grids of a request: int64 [n, H, W]."""
+    height, width = compiled.plan.shape
+    settings = request.settings
+    state.codes.copy_(torch.where(request.known, request.init_codes, 0))
+    for row in range(height):
+        state.begin_row(row)
+        for column in range(width):
+            logits = step.logits(state, row, column)
+            drawn = draw(
+                logits,
+                request.noise[:, row, column],
+                temperature=settings.temperature,
+                top_k=settings.top_k,
+                top_p=settings.top_p,
+                backend="torch",
+            )
+            known = request.known[:, row, column]
+            state.codes[:, row, column] = torch.where(known, request.init_codes[:, row, column], drawn)
+        row_done()
+    return state.codes

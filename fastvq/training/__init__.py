@@ -1,0 +1,9 @@
+"""Training of both stages, with checkpoints from which a run goes on exactly."""
+
+from fastvq.training.config import TrainConfig, learning_rate
+from fastvq.training.ema import WeightAverage
+from fastvq.training.loop import DivergedError
+from fastvq.training.stage1 import train_vqvae
+from fastvq.training.stage2 import train_prior
+
+__all__ = ["DivergedError", "TrainConfig", "WeightAverage", "learning_rate", "train_prior", "train_vqvae"]

@@ -1,0 +1,88 @@
+"""Which rows make up each step's batch, and the processes that may load them."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from fastvq.data.base import DOMAIN_ORDER, permutation
+from fastvq.errors import FastvqError
+
+Batch = tuple[Tensor, ...]
+# (rows, epoch of each row) -> tensors of the batch
+LoadBatch = Callable[[np.ndarray, np.ndarray], Batch]
+
+
+class StepBatches(Dataset[Any]):
+    """The batch of every step.
+
+    The data form an endless stream in which epoch e is a permutation keyed by (seed, e); step s takes the positions
+    s * batch_size .. (s + 1) * batch_size - 1 of it. So every batch is full, every row comes once per epoch, and the
+    place to go on from is the step number.
+    """
+
+    def __init__(self, load: LoadBatch, rows: int, batch_size: int, seed: int) -> None:
+        self._load, self._rows, self._batch_size, self._seed = load, rows, batch_size, seed
+        self._orders: dict[int, np.ndarray] = {}
+
+    def rows(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of a step's batch and the epoch that each belongs to, int64 [batch_size]."""
+        positions = np.arange(step * self._batch_size, (step + 1) * self._batch_size)
+        epochs, places = positions // self._rows, positions % self._rows
+        needed = range(int(epochs[0]), int(epochs[-1]) + 1)
+        self._orders = {
+            e: self._orders[e] if e in self._orders else permutation(self._rows, self._seed, e, DOMAIN_ORDER)
+            for e in needed
+        }
+        rows = np.concatenate([self._orders[e][places[epochs == e]] for e in needed])
+        return rows, epochs
+
+    def __getitem__(self, step: int) -> Batch:
+        return self._load(*self.rows(step))
+
+    def epoch(self, step: int) -> int:
+        """Epochs completed after that many steps."""
+        return step * self._batch_size // self._rows
+
+    def iterate(self, steps: range, *, num_workers: int, pin_memory: bool) -> Iterator[Batch]:
+        if num_workers == 0:
+            yield from (self[step] for step in steps)
+            return
+        loader = DataLoader(
+            _Guarded(self),
+            batch_size=None,
+            sampler=steps,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            worker_init_fn=_ignore_interrupt,
+            # Without its own generator the loader would draw from the one that dropout uses.
+            generator=torch.Generator().manual_seed(0),
+        )
+        for item in loader:
+            if isinstance(item, FastvqError):
+                raise item
+            yield tuple(item)
+
+
+class _Guarded(Dataset[Any]):
+    """Hands mistakes of the user on as values: the loader would bury their message in a worker's traceback."""
+
+    def __init__(self, batches: StepBatches) -> None:
+        self._batches = batches
+
+    def __getitem__(self, step: int) -> Batch | FastvqError:
+        try:
+            return self._batches[step]
+        except FastvqError as error:
+            return error
+
+
+def _ignore_interrupt(worker: int) -> None:
+    """Ctrl-C reaches all processes of a terminal; the training process ends the workers when it is done with them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

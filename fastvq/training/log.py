@@ -1,0 +1,75 @@
+"""Metrics of a run: a line of JSON each, and TensorBoard where it is installed."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from fastvq._files import replacing_file, sync
+
+METRICS = "metrics.jsonl"
+
+
+class MetricLog:
+    """Appends to ``metrics.jsonl`` in a folder, from which lines past the step to go on from are removed first.
+
+    Lines hold no times, so a run that was interrupted ends with the same file as one that was not.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / METRICS
+        with replacing_file(self._path) as temporary:
+            temporary.write_text("".join(_lines_until(self._path, step)), encoding="utf-8")
+        self._file = self._path.open("a", encoding="utf-8")
+        self._board: Any = None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            warnings.warn(
+                f'TensorBoard is not installed, metrics go to {METRICS} alone; pip install "fastvq[train]" adds it',
+                stacklevel=2,
+            )
+        else:
+            self._board = SummaryWriter(str(folder), purge_step=step + 1)
+
+    def write(self, step: int, split: str, values: dict[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(f"{split}/{name}", value, step)
+
+    def sync(self) -> None:
+        """Put what was written on disk: a checkpoint must not outlive the lines before it."""
+        os.fsync(self._file.fileno())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+        sync(self._path)
+        if self._board is not None:
+            self._board.close()
+
+
+def _lines_until(path: Path, step: int) -> list[str]:
+    """Lines of the log up to a step. The first one that is damaged ends it: a write was cut short there."""
+    kept: list[str] = []
+    if not path.exists():
+        return kept
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        try:
+            if not line.endswith("\n") or json.loads(line)["step"] > step:
+                break
+        except (ValueError, KeyError, TypeError):
+            break
+        kept.append(line)
+    return kept

@@ -1,0 +1,247 @@
+"""The training loop that both stages share."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastvq.data.grid import save_grid
+from fastvq.errors import ArgumentError, FastvqError, UnavailableError
+from fastvq.models import PretrainedModel, load_pretrained
+from fastvq.training.batches import Batch, StepBatches
+from fastvq.training.checkpoint import TrainingState, checkpoints, load_checkpoint, save_checkpoint
+from fastvq.training.config import TrainConfig, learning_rate
+from fastvq.training.ema import WeightAverage
+from fastvq.training.interrupt import DeferredInterrupt
+from fastvq.training.log import MetricLog
+from fastvq.training.run import RunFolder, versions
+
+
+class DivergedError(FastvqError, ArithmeticError):
+    """The loss or its gradient is not a finite number."""
+
+
+class Picture(NamedTuple):
+    """A grid of images [N, C, H, W] in [-1, 1] to be written while training."""
+
+    name: str
+    images: Tensor
+    columns: int | None
+
+
+class Task(Protocol):
+    """What tells one stage from the other.
+
+    Attributes:
+        rows: number of training items.
+    """
+
+    rows: int
+
+    def load(self, rows: np.ndarray, epochs: np.ndarray) -> Batch:
+        """Tensors [B, ...] of some training items, each in the given epoch (from 0)."""
+
+    def loss(self, forward: Callable[..., Any], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a batch, a mean over its items, and metrics to log (scalars)."""
+
+    def accumulation(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Wraps the passes of a step whose batch is cut into parts."""
+
+    def validate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
+        """Validation metrics; empty without validation data."""
+
+    def picture(self, model: nn.Module, device: torch.device, step: int) -> Picture | None: ...
+
+
+def train(
+    build: Callable[[], PretrainedModel], task: Task, config: TrainConfig, run: RunFolder, *, progress: bool = False
+) -> PretrainedModel:
+    """Train to the end, from the newest checkpoint in the run folder if there is one.
+
+    Everything random comes from ``config.seed``; the caller's generators are left as they are. Ctrl-C ends training
+    after the current step with a checkpoint.
+
+    Returns:
+        The averaged weights (the weights themselves if ``ema_decay`` is None), in evaluation mode.
+
+    Raises:
+        DivergedError: the loss is not finite; no checkpoint of that step is written.
+        CorruptFileError: the newest checkpoint is damaged.
+        UnavailableError: there is no such device.
+        KeyboardInterrupt: after Ctrl-C.
+    """
+    device = resolve_device(config.device)
+    with _own_generators(device, config.seed):
+        if run.finished:
+            return load_pretrained(run.model, device=device)
+        model = build().to(device).train()
+        state = TrainingState(
+            model=model,
+            average=None if config.ema_decay is None else WeightAverage(model, config.ema_decay),
+            optimizer=_optimizer(model, config),
+            device=device,
+            step=0,
+            totals={},
+            totals_steps=0,
+        )
+        newest = checkpoints(run.checkpoints)[-1:]
+        if newest:
+            load_checkpoint(newest[0], state)
+        _steps(state, task, config, run, progress)
+        averaged = model if state.average is None else state.average.model
+        assert isinstance(averaged, PretrainedModel)
+        averaged.save_pretrained(run.model)
+        return load_pretrained(run.model, device=device)
+
+
+def _steps(state: TrainingState, task: Task, config: TrainConfig, run: RunFolder, progress: bool) -> None:
+    from tqdm import tqdm
+
+    forward = torch.compile(state.model) if config.compile else state.model
+    batches = StepBatches(task.load, task.rows, config.batch_size, config.seed)
+    evaluated = state.model if state.average is None else state.average.model
+    cuda = state.device.type == "cuda"
+    with (
+        DeferredInterrupt() as interrupt,
+        MetricLog(run.logs, state.step) as log,
+        tqdm(total=config.steps, initial=state.step, disable=not progress, file=sys.stderr) as bar,
+    ):
+        remaining = range(state.step, config.steps)
+        for batch in batches.iterate(remaining, num_workers=config.num_workers, pin_memory=cuda):
+            rate = learning_rate(state.step, config)
+            for group in state.optimizer.param_groups:
+                group["lr"] = rate
+            metrics = _gradients(state, forward, task, config, batch)
+            _check_finite(metrics, state.step, run)
+            state.optimizer.step()
+            if state.average is not None:
+                state.average.update(state.model, state.step)
+            state.step += 1
+            state.totals = {name: state.totals.get(name, 0.0) + value for name, value in metrics.items()}
+            state.totals_steps += 1
+            last = state.step == config.steps
+
+            if last or state.step % config.log_every == 0:
+                means = {name: total / state.totals_steps for name, total in state.totals.items()}
+                log.write(state.step, "train", {**means, "learning_rate": rate})
+                bar.set_postfix({"loss": f"{means['loss']:.4f}"}, refresh=False)
+                state.totals, state.totals_steps = {}, 0
+            epoch = batches.epoch(state.step)
+            if last or epoch > batches.epoch(state.step - 1):
+                with _evaluation(state.model, evaluated):
+                    values = task.validate(evaluated, state.device)
+                if values:
+                    log.write(state.step, "validation", {"epoch": epoch, **values})
+            if last or _due(state.step, config.image_every):
+                with _evaluation(state.model, evaluated):
+                    picture = task.picture(evaluated, state.device, state.step)
+                if picture is not None:
+                    path = run.images / f"{picture.name}_{state.step:08d}.png"
+                    save_grid(path, picture.images, picture.columns, overwrite=True)
+            if last or interrupt.requested or _due(state.step, config.checkpoint_every):
+                log.sync()
+                save_checkpoint(run.checkpoints, state, keep=config.keep_checkpoints, versions=versions())
+            bar.update()
+            if interrupt.requested:
+                raise KeyboardInterrupt
+
+
+def _gradients(
+    state: TrainingState, forward: Callable[..., Any], task: Task, config: TrainConfig, batch: Batch
+) -> dict[str, float]:
+    """Fill the gradients of one step; returns its metrics."""
+    state.optimizer.zero_grad(set_to_none=True)
+    totals: dict[str, float] = {}
+    parts = zip(*(tensor.split(config.batch_size // config.accumulate) for tensor in batch), strict=True)
+    with task.accumulation(state.model) if config.accumulate > 1 else contextlib.nullcontext():
+        for part in parts:
+            moved = tuple(tensor.to(state.device, non_blocking=True) for tensor in part)
+            with torch.autocast(state.device.type, dtype=torch.bfloat16, enabled=config.bf16):
+                loss, metrics = task.loss(forward, moved)
+            (loss / config.accumulate).backward()
+            # One transfer for all of them: on a GPU each one waits for the device.
+            values = torch.stack([loss.detach().float(), *(value.detach().float() for value in metrics.values())])
+            for name, value in zip(["loss", *metrics], values.tolist(), strict=True):
+                totals[name] = totals.get(name, 0.0) + value / config.accumulate
+    if config.grad_clip is not None:
+        totals["grad_norm"] = float(nn.utils.clip_grad_norm_(state.model.parameters(), config.grad_clip))
+    return totals
+
+
+def _check_finite(metrics: dict[str, float], step: int, run: RunFolder) -> None:
+    for name in ("loss", "grad_norm"):
+        value = metrics.get(name, 0.0)
+        if not math.isfinite(value):
+            kept = checkpoints(run.checkpoints)
+            where = f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
+            raise DivergedError(
+                f"step {step + 1}: {name} is {value}; {where}. A lower learning_rate, a longer warm-up or a smaller "
+                "grad_clip may help, in a new run."
+            )
+
+
+def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+    return kind(
+        model.parameters(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
+    )
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def resolve_device(name: str | None) -> torch.device:
+    """The device to train on.
+
+    Raises:
+        ArgumentError: a kind of device that training does not support.
+        UnavailableError: there is no such device here.
+    """
+    if name is None:
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device(name)
+    if device.type not in ("cpu", "cuda"):
+        raise ArgumentError(f"device: expected 'cpu' or 'cuda', got {name!r}")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UnavailableError(f"device: {name!r} was asked for, but PyTorch finds no CUDA device")
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        if device.index >= torch.cuda.device_count():
+            raise UnavailableError(f"device: {name!r} was asked for, there are {torch.cuda.device_count()}")
+    return device
+
+
+def _generators_kept(device: torch.device) -> AbstractContextManager[None]:
+    return torch.random.fork_rng([device.index] if device.type == "cuda" else [])
+
+
+@contextlib.contextmanager
+def _own_generators(device: torch.device, seed: int) -> Iterator[None]:
+    with _generators_kept(device):
+        # Not torch.manual_seed: it would seed every other GPU as well, which nobody restores.
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
+@contextlib.contextmanager
+def _evaluation(model: nn.Module, evaluated: nn.Module) -> Iterator[None]:
+    """Evaluation must leave no trace in training: neither in its generators nor in the model's mode."""
+    devices = {parameter.device for parameter in evaluated.parameters()}
+    evaluated.eval()
+    try:
+        with _generators_kept(devices.pop()), torch.no_grad():
+            yield
+    finally:
+        model.train()

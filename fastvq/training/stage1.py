@@ -1,0 +1,172 @@
+"""Stage 1: an autoencoder with discrete codes."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastvq.data.augment import Augment
+from fastvq.data.base import ImageDataset, load_images, psnr, split_indices
+from fastvq.errors import ArgumentError
+from fastvq.models import HierarchicalVQVAE, VectorQuantizer, VQVAEConfig, build
+from fastvq.training.batches import Batch
+from fastvq.training.config import TrainConfig
+from fastvq.training.loop import Picture, resolve_device, train
+from fastvq.training.run import open_run
+
+_PICTURES = 8
+
+
+def train_vqvae(
+    dataset: ImageDataset,
+    model_config: VQVAEConfig,
+    config: TrainConfig,
+    run_dir: str | os.PathLike[str],
+    *,
+    augment: Augment | None = None,
+    resume: bool = False,
+    progress: bool = False,
+) -> HierarchicalVQVAE:
+    """Train an autoencoder on images, minimising the mean squared error plus the commitment loss.
+
+    ``run_dir`` receives ``config.json``, ``checkpoints/``, ``logs/metrics.jsonl`` (and TensorBoard's files),
+    ``images/reconstructions_*.png`` (originals above, reconstructions below) and, at the end, ``model/``. Validation,
+    after every epoch and at the end: ``mse`` (images in [-1, 1]), ``psnr`` in dB, ``commitment``, and for each level
+    (0 = top) the ``perplexity`` of the codes of the whole validation set and their ``usage``, the share of the codebook
+    that occurs.
+
+    Args:
+        augment: changes of the training images, drawn anew each epoch.
+        resume: go on with the run in ``run_dir`` from its newest checkpoint; a finished run returns its model at once.
+        progress: show a progress bar on stderr.
+
+    Returns:
+        The model with averaged weights, in evaluation mode.
+
+    Raises:
+        ArgumentError: data, model and settings do not fit together.
+        FileConflictError: ``run_dir`` is not empty, or holds a run with other settings.
+        MissingFileError: ``resume`` without a run to resume.
+        CorruptFileError: the newest checkpoint is damaged.
+        DivergedError: the loss is not finite.
+    """
+    resolve_device(config.device)
+    if model_config.in_channels != dataset.channels:
+        raise ArgumentError(f"model_config.in_channels: {model_config.in_channels}, the data have {dataset.channels}")
+    training, validation = split_indices(len(dataset), config.validation_fraction, config.seed)
+    with torch.random.fork_rng([]):
+        probe = build(model_config)
+    assert isinstance(probe, HierarchicalVQVAE)
+    probe.code_shapes(dataset.size)  # raises if the size cannot be divided
+    description = {
+        "format": 1,
+        "stage": 1,
+        "model": {"class": type(probe).__name__, **model_config.to_dict()},
+        "train": config.to_dict(),
+        "data": {
+            "fingerprint": dataset.fingerprint(),
+            "images": len(dataset),
+            "size": list(dataset.size),
+            "augment": None if augment is None else dataclasses.asdict(augment),
+        },
+    }
+    run = open_run(Path(run_dir), description, resume=resume)
+    task = _Reconstruction(dataset, training, validation, config, augment)
+    model = train(lambda: build(model_config), task, config, run, progress=progress)
+    assert isinstance(model, HierarchicalVQVAE)
+    return model
+
+
+class _Reconstruction:
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        training: np.ndarray,
+        validation: np.ndarray,
+        config: TrainConfig,
+        augment: Augment | None,
+    ) -> None:
+        self.rows = len(training)
+        self._dataset, self._training, self._validation = dataset, training, validation
+        self._part = config.batch_size // config.accumulate
+        self._seed, self._augment = config.seed, augment
+
+    def load(self, rows: np.ndarray, epochs: np.ndarray) -> Batch:
+        indices = self._training[rows]
+        images = load_images(self._dataset, indices)
+        if self._augment is not None:
+            # Variant 0 is the unchanged image, so the first epoch takes variant 1.
+            images = self._augment.batch(images, seed=self._seed, indices=indices, variants=epochs + 1)
+        return (images,)
+
+    def loss(self, forward: Callable[..., Any], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        (images,) = batch
+        out = forward(images)
+        mse = F.mse_loss(out.reconstruction.float(), images)
+        perplexity = {f"perplexity_{level}": value for level, value in enumerate(out.perplexity.unbind())}
+        return mse + out.commitment_loss, {"mse": mse, "commitment": out.commitment_loss, **perplexity}
+
+    @contextlib.contextmanager
+    def accumulation(self, model: nn.Module) -> Iterator[None]:
+        """Codebooks move once per step, by all of its vectors, as they would if the batch were whole.
+
+        Until then the quantisers stay in evaluation mode and what goes into them is set aside. Only the step that
+        initialises a codebook from data differs: its passes still see the codebook from before.
+        """
+        quantizers = [module for module in model.modules() if isinstance(module, VectorQuantizer)]
+        seen: list[list[Tensor]] = [[] for _ in quantizers]
+
+        def keeper(vectors: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            # Kept out of a compiled forward pass, which would be compiled anew for every length of the list.
+            return torch.compiler.disable(lambda module, inputs: vectors.append(inputs[0].detach()))
+
+        hooks = [q.register_forward_pre_hook(keeper(s)) for q, s in zip(quantizers, seen, strict=True)]
+        try:
+            for quantizer in quantizers:
+                quantizer.eval()
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for quantizer in quantizers:
+                quantizer.train()
+        with torch.no_grad():
+            for quantizer, vectors in zip(quantizers, seen, strict=True):
+                quantizer(torch.cat(vectors))
+
+    def validate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
+        count = len(self._validation)
+        if count == 0:
+            return {}
+        assert isinstance(model, HierarchicalVQVAE)
+        squared, commitment = 0.0, 0.0
+        used = torch.zeros(model.num_levels, model.config.num_codes, dtype=torch.float64)
+        for start in range(0, count, self._part):
+            images = load_images(self._dataset, self._validation[start : start + self._part]).to(device)
+            out = model(images)
+            squared += float(F.mse_loss(out.reconstruction, images)) * len(images)
+            commitment += float(out.commitment_loss) * len(images)
+            for level, codes in enumerate(out.codes):
+                used[level] += torch.bincount(codes.flatten(), minlength=used.shape[1]).cpu()
+        mse = squared / count
+        values = {"mse": mse, "psnr": psnr(mse), "commitment": commitment / count}
+        shares = used / used.sum(1, keepdim=True)
+        for level, share in enumerate(shares):
+            values[f"perplexity_{level}"] = float(torch.exp(-torch.xlogy(share, share).sum()))
+            values[f"usage_{level}"] = float((share > 0).double().mean())
+        return values
+
+    def picture(self, model: nn.Module, device: torch.device, step: int) -> Picture:
+        source = self._validation if len(self._validation) else self._training
+        originals = load_images(self._dataset, source[:_PICTURES])
+        reconstructions = model(originals.to(device)).reconstruction.cpu()
+        return Picture("reconstructions", torch.cat([originals, reconstructions]), len(originals))

@@ -1,0 +1,169 @@
+"""Stage 2: a prior over the codes of one level."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastvq.data.codes import CodeDataset
+from fastvq.errors import ArgumentError
+from fastvq.models import Prior, PriorConfig, build
+from fastvq.training.batches import Batch
+from fastvq.training.config import TrainConfig
+from fastvq.training.loop import Picture, resolve_device, train
+from fastvq.training.run import open_run
+
+
+def train_prior(
+    codes_folder: str | os.PathLike[str],
+    level: int,
+    model_config: PriorConfig,
+    config: TrainConfig,
+    run_dir: str | os.PathLike[str],
+    *,
+    validation_folder: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    progress: bool = False,
+    sample_images: Callable[[Prior, int], Tensor] | None = None,
+) -> Prior:
+    """Train a prior on the codes of one level, minimising the cross entropy in nats per code.
+
+    The prior is conditioned on all levels above and, if ``model_config.num_classes`` is set, on the labels. ``run_dir``
+    is laid out as in :func:`train_vqvae`. Validation, after every epoch and at the end: ``nll`` in nats per code and
+    ``bits`` per code.
+
+    Args:
+        codes_folder: written by :func:`fastvq.data.extract_codes`.
+        level: 0 for the top.
+        validation_folder: codes of held-out images, of the same stage-1 model; None: no validation.
+        resume: go on with the run in ``run_dir`` from its newest checkpoint; a finished run returns its model at once.
+        progress: show a progress bar on stderr.
+        sample_images: given the prior with averaged weights and the step, returns images [N, C, H, W] in [-1, 1], which
+            are written to ``images/samples_*.png`` every ``config.image_every`` steps.
+
+    Returns:
+        The prior with averaged weights, in evaluation mode.
+
+    Raises:
+        ArgumentError: codes, model and settings do not fit together.
+        MissingFileError, CorruptFileError: of the folders of codes, or as in :func:`train_vqvae`.
+        FileConflictError, DivergedError: as in :func:`train_vqvae`.
+    """
+    resolve_device(config.device)
+    codes = CodeDataset(codes_folder)
+    _check_fit("codes_folder", codes, level, model_config)
+    validation = None
+    if validation_folder is not None:
+        validation = CodeDataset(validation_folder)
+        _check_fit("validation_folder", validation, level, model_config)
+        if validation.model != codes.model:
+            raise ArgumentError(
+                f"validation_folder: {validation_folder} and {codes_folder} hold codes of different stage-1 models"
+            )
+    description = {
+        "format": 1,
+        "stage": 2,
+        "level": level,
+        "model": {"class": type(model_config).__name__.removesuffix("Config"), **model_config.to_dict()},
+        "train": config.to_dict(),
+        "data": {
+            "codes": codes.fingerprint(),
+            "rows": len(codes),
+            "validation": None if validation is None else validation.fingerprint(),
+            "stage1_model": codes.model,
+        },
+    }
+    run = open_run(Path(run_dir), description, resume=resume)
+    task = _Likelihood(codes, validation, level, model_config, config, sample_images)
+    prior = train(lambda: build(model_config), task, config, run, progress=progress)
+    assert isinstance(prior, Prior)
+    return prior
+
+
+def _check_fit(name: str, codes: CodeDataset, level: int, config: PriorConfig) -> None:
+    if not 0 <= level < codes.num_levels:
+        raise ArgumentError(f"level: {codes.folder} holds levels 0..{codes.num_levels - 1}, got {level}")
+    expected: dict[str, object] = {
+        "level": level,
+        "shape": codes.shapes[level],
+        "num_codes": codes.num_codes[level],
+        "condition_shapes": codes.shapes[:level],
+        "condition_num_codes": codes.num_codes[:level],
+    }
+    if config.num_classes is not None:
+        if codes.labels is None:
+            raise ArgumentError(
+                f"model_config.num_classes: {config.num_classes}, but the codes in {codes.folder} have no labels"
+            )
+        expected["num_classes"] = codes.num_classes
+    for field, value in expected.items():
+        if getattr(config, field) != value:
+            raise ArgumentError(
+                f"model_config.{field}: {getattr(config, field)}, but {name} {codes.folder} needs {value}"
+            )
+
+
+class _Likelihood:
+    def __init__(
+        self,
+        codes: CodeDataset,
+        validation: CodeDataset | None,
+        level: int,
+        model_config: PriorConfig,
+        config: TrainConfig,
+        sample_images: Callable[[Prior, int], Tensor] | None,
+    ) -> None:
+        self.rows = len(codes)
+        self._codes, self._validation, self._level = codes, validation, level
+        self._labelled = model_config.num_classes is not None
+        self._part = config.batch_size // config.accumulate
+        self._sample_images = sample_images
+
+    def load(self, rows: np.ndarray, epochs: np.ndarray) -> Batch:
+        return self._gather(self._codes, rows)
+
+    def _gather(self, codes: CodeDataset, rows: np.ndarray) -> Batch:
+        """Codes of this level, of each level above (top first) and, if they count, labels."""
+        tensors = [codes.codes(level, rows) for level in (self._level, *range(self._level))]
+        if self._labelled:
+            assert codes.labels is not None
+            tensors.append(codes.labels[torch.from_numpy(rows)])
+        return tuple(tensors)
+
+    def _nll(self, forward: Callable[..., Any], batch: Batch) -> Tensor:
+        codes, *above = batch
+        label = above.pop() if self._labelled else None
+        logits = forward(codes, tuple(above) or None, label)
+        return F.cross_entropy(logits.float(), codes)
+
+    def loss(self, forward: Callable[..., Any], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        return self._nll(forward, batch), {}
+
+    def accumulation(self, model: nn.Module) -> AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def validate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
+        if self._validation is None:
+            return {}
+        total, count = 0.0, len(self._validation)
+        for start in range(0, count, self._part):
+            rows = np.arange(start, min(start + self._part, count))
+            batch = tuple(tensor.to(device) for tensor in self._gather(self._validation, rows))
+            total += float(self._nll(model, batch)) * len(rows)
+        return {"nll": total / count, "bits": total / count / math.log(2)}
+
+    def picture(self, model: nn.Module, device: torch.device, step: int) -> Picture | None:
+        if self._sample_images is None:
+            return None
+        assert isinstance(model, Prior)
+        return Picture("samples", self._sample_images(model, step), None)

@@ -1,0 +1,266 @@
+"""Every command from end to end on tiny data, and what users get to read when they make a mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from fastvq import Pipeline
+from fastvq.cli import main
+from fastvq.cli.parser import build_parser
+
+COMMANDS = ("demo", "train-vqvae", "extract", "train-prior", "sample", "reconstruct", "info")
+TINY = ["--steps", "4", "--batch-size", "4", "--quiet", "--image-every", "2", "--checkpoint-every", "2"]
+
+
+def fastvq_command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "fastvq", *arguments], capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve 16 x 24 images in two classes."""
+    root = tmp_path_factory.mktemp("photos")
+    random = np.random.default_rng(0)
+    for name in ("cats", "dogs"):
+        (root / name).mkdir()
+        for index in range(6):
+            pixels = random.integers(0, 256, (16, 24, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{index}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def project(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project with an autoencoder, codes and both priors."""
+    run = tmp_path_factory.mktemp("project") / "run"
+    vqvae = ["train-vqvae", "--run", str(run), "--data", str(photos), "--size", "16", "24", "--preset", "tiny", *TINY]
+    assert main([*vqvae, "--set", "in_channels=3", "--flip"]) == 0
+    assert main(["extract", "--run", str(run), "--copies", "2", "--quiet"]) == 0
+    for level, preset in enumerate(("tiny-top", "tiny-bottom")):
+        assert main(["train-prior", "--run", str(run), "--level", str(level), "--preset", preset, *TINY]) == 0
+    return run
+
+
+def test_project_holds_what_it_should(project: Path) -> None:
+    for run in ("vqvae", "prior0", "prior1"):
+        assert {"config.json", "checkpoints", "logs", "images", "model"} <= {p.name for p in (project / run).iterdir()}
+        assert list((project / run / "images").glob("*.png"))
+        steps = [json.loads(line)["step"] for line in (project / run / "logs" / "metrics.jsonl").open()]
+        assert steps[-1] == 4
+    rows = json.loads((project / "codes" / "train" / "codes.json").read_text())["rows"]
+    held_out = json.loads((project / "codes" / "validation" / "codes.json").read_text())["rows"]
+    assert (rows, held_out) == (22, 1)
+
+
+def test_sample_writes_one_picture(project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "samples.png"
+    command = ["sample", "--checkpoint", str(project), "-n", "3", "--seed", "5", "--out", str(out), "--quiet"]
+    assert main(command) == 0
+    assert "seed 5" in capsys.readouterr().out
+    first = out.read_bytes()
+    assert Image.open(out).size == (2 * 26 + 2, 2 * 18 + 2)
+    assert main(command) == 1
+    assert "--overwrite" in capsys.readouterr().err
+    assert out.read_bytes() == first
+    assert main([*command, "--overwrite"]) == 0
+    assert out.read_bytes() == first
+
+
+def test_sample_writes_a_folder(project: Path, tmp_path: Path) -> None:
+    out = tmp_path / "samples"
+    options = ["--label", "dogs", "--temperature", "0.5", "0.9", "--top-k", "5", "--top-p", "0.9", "--seed", "1"]
+    assert main(["sample", "--checkpoint", str(project), "-n", "3", *options, "--out", str(out), "--quiet"]) == 0
+    settings = json.loads((out / "samples.json").read_text())
+    assert settings["labels"] == [1, 1, 1]
+    assert settings["temperature"] == [0.5, 0.9]
+    assert [Image.open(out / f"{i:06d}.png").size for i in range(3)] == [(24, 16)] * 3
+    codes = load_file(out / "codes.safetensors")
+    assert {name: tuple(grid.shape) for name, grid in codes.items()} == {"level0": (3, 2, 3), "level1": (3, 4, 6)}
+
+
+def test_sample_does_not_replace_other_folders(project: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("words")
+    command = ["sample", "--checkpoint", str(project), "-n", "1", "--out", str(tmp_path), "--overwrite", "--quiet"]
+    assert main(command) == 1
+    assert (tmp_path / "thesis.tex").read_text() == "words"
+
+
+@pytest.mark.parametrize("source", ["project", "model"])
+def test_reconstruct(project: Path, photos: Path, tmp_path: Path, source: str) -> None:
+    checkpoint = project if source == "project" else project / "vqvae" / "model"
+    size = [] if source == "project" else ["--size", "16", "24"]
+    out = tmp_path / "r.png"
+    command = ["reconstruct", "--checkpoint", str(checkpoint), "--data", str(photos), "-n", "3", "--out", str(out)]
+    assert main([*command, *size, "--quiet"]) == 0
+    assert Image.open(out).size == (3 * 26 + 2, 2 * 18 + 2)
+
+
+def test_info_of_a_project_a_model_and_the_installation(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--checkpoint", str(project)]) == 0
+    text = capsys.readouterr().out
+    assert "16 x 24" in text
+    assert "0: cats, 1: dogs" in text
+    assert "2 x 3, 4 x 6 (top first), 120 bits" in text
+    assert main(["info", "--checkpoint", str(project / "prior1" / "model")]) == 0
+    assert "PixelSNAIL" in capsys.readouterr().out
+    assert main(["info"]) == 0
+    assert "imagenet256-top" in capsys.readouterr().out
+
+
+def test_saved_pipeline_is_a_checkpoint(project: Path, tmp_path: Path) -> None:
+    from fastvq.cli.project import load_pipeline
+
+    load_pipeline(project, None, "cpu").save_pretrained(tmp_path / "saved")
+    for checkpoint, name in ((project, "a"), (tmp_path / "saved", "b")):
+        command = ["sample", "--checkpoint", str(checkpoint), "-n", "2", "--seed", "3", "--quiet"]
+        assert main([*command, "--out", str(tmp_path / f"{name}.png")]) == 0
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_a_finished_run_is_not_overwritten_and_resumes_at_once(
+    project: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train-vqvae", "--run", str(project), "--data", str(photos), "--size", "16", "24", "--preset", "tiny"]
+    command += [*TINY, "--set", "in_channels=3", "--flip"]
+    weights = (project / "vqvae" / "model" / "model.safetensors").read_bytes()
+    assert main(command) == 1
+    assert "--resume" in capsys.readouterr().err
+    assert main([*command, "--resume"]) == 0
+    assert (project / "vqvae" / "model" / "model.safetensors").read_bytes() == weights
+    assert main([*command, "--resume", "--shift", "1"]) == 1
+    assert "shift: 0 there, 1 now" in capsys.readouterr().err
+
+
+def test_unconditional_prior(project: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(project, run, ignore=shutil.ignore_patterns("prior*"))
+    for level, preset in enumerate(("tiny-top", "tiny-bottom")):
+        command = ["train-prior", "--run", str(run), "--level", str(level), "--preset", preset, "--unconditional"]
+        assert main([*command, *TINY]) == 0
+    assert main(["sample", "--checkpoint", str(run), "-n", "1", "--out", str(tmp_path / "s.png"), "--quiet"]) == 0
+
+
+def test_demo_runs_and_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "demo"
+    command = ["demo", "--out", str(out), "--effort", "0.002", "--quiet"]
+    assert main(command) == 0
+    assert "validation NLL" in capsys.readouterr().out
+    assert Image.open(out / "samples.png").size == (342, 342)
+    assert Image.open(out / "reconstructions.png").size == (16 * 34 + 2, 2 * 34 + 2)
+    assert Pipeline.from_pretrained(out / "pipeline").num_classes == 10
+    samples = (out / "samples.png").read_bytes()
+    assert main(command) == 1
+    shutil.rmtree(out / "prior1")
+    (out / "samples.png").unlink()
+    assert main([*command, "--resume"]) == 0
+    assert (out / "samples.png").read_bytes() == samples
+
+
+def test_shipped_digits_sample_in_class(tmp_path: Path) -> None:
+    out = tmp_path / "sevens.png"
+    command = ["sample", "--pretrained", "digits", "--label", "7", "-n", "4", "--seed", "0", "--out", str(out)]
+    assert main([*command, "--quiet"]) == 0
+    assert Image.open(out).size == (70, 70)
+
+
+def test_shipped_digits_look_like_their_class() -> None:
+    """A nearest-neighbour classifier of real digits agrees with the label asked for."""
+    from sklearn.datasets import load_digits
+    from sklearn.neighbors import KNeighborsClassifier
+
+    real = load_digits()
+    labels = torch.arange(10).repeat(20)
+    images = Pipeline.from_pretrained("digits").sample(200, label=labels, temperature=0.9, seed=0).images
+    small = torch.nn.functional.avg_pool2d(images, 4).flatten(1).add(1).mul(8)  # 8 x 8 pixels in 0..16
+    predicted = KNeighborsClassifier(3).fit(real.data, real.target).predict(small.numpy())
+    assert (predicted == labels.numpy()).mean() >= 0.85
+
+
+@pytest.mark.parametrize("module", ["torch", "numpy", "triton"])
+def test_help_imports_nothing_heavy(module: str) -> None:
+    code = (
+        f"import sys; from fastvq.cli import main\ntry: main(['--help'])\nfinally: assert '{module}' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert all(command in done.stdout for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        build_parser().parse_args([command, "--help"])
+    assert stop.value.code == 0
+    assert "--device" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["sample", "--pretrained", "digitz"], "digitz"),
+        (["sample", "--checkpoint", "no/such/folder"], "no folder no/such/folder"),
+        (["sample", "--pretrained", "digits", "--label", "ten"], "'ten'"),
+        (["sample", "--pretrained", "digits", "--label", "10"], "0..9"),
+        (["sample", "--pretrained", "digits", "-n", "0"], "-n"),
+        (["sample", "--pretrained", "digits", "--temperature", "0"], "temperature"),
+        (["sample", "--pretrained", "digits", "--temperature", "1", "1", "1"], "temperature"),
+        (["sample", "--pretrained", "digits", "--top-k", "0"], "top_k"),
+        (["sample", "--pretrained", "digits", "--top-p", "2"], "top_p"),
+        (["sample", "--pretrained", "digits", "--micro-batch", "0"], "micro_batch"),
+        (["sample", "--pretrained", "digits", "--engine", "warp"], "warp"),
+        (["sample", "--pretrained", "digits", "--device", "abacus"], "abacus"),
+        (["reconstruct", "--pretrained", "digits", "--data", "nowhere"], "nowhere"),
+        (["reconstruct", "--pretrained", "digits", "--data", "digits", "--size", "30"], "30 x 30"),
+        (["reconstruct", "--pretrained", "digits", "--data", "digits", "--out", "a.jpg"], ".png"),
+        (["extract", "--run", "nowhere"], "train-vqvae"),
+        (["train-prior", "--run", "nowhere", "--level", "0", "--preset", "tiny-top", "--steps", "1"], "nowhere"),
+        (["train-vqvae", "--run", "r", "--data", "nowhere", "--size", "32", "--steps", "1"], "nowhere"),
+        (["train-vqvae", "--run", "r", "--data", "digits", "--preset", "bogus", "--steps", "1"], "bogus"),
+        (["train-vqvae", "--run", "r", "--data", "digits", "--preset", "tiny-top", "--steps", "1"], "prior"),
+        (["train-vqvae", "--run", "r", "--data", "digits", "--preset", "tiny", "--set", "x", "--steps", "1"], "--set"),
+        (["train-vqvae", "--run", "r", "--data", "digits", "--preset", "tiny", "--steps", "0"], "steps"),
+        (["train-vqvae", "--run", "r", "--data", "digits", "--preset", "imagenet256", "--steps", "1"], "channel"),
+        (["demo", "--out", "r", "--label", "10"], "0..9"),
+        (["demo", "--out", "r", "--effort", "0"], "--effort"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_mistakes_get_one_line(
+    command: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(command) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("fastvq: error: ")
+    assert message in error
+    assert "Traceback" not in error
+    assert os.listdir(tmp_path) == []
+
+
+def test_debug_keeps_the_traceback() -> None:
+    done = fastvq_command("sample", "--pretrained", "digitz", "--debug")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+
+
+def test_closed_output_is_no_error() -> None:
+    code = f"{sys.executable} -m fastvq info | head -n 1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
