@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from fastvq.models import VQVAE, VQVAE2, GatedPixelCNN, PixelSNAIL, VectorQuantizer
-    from fastvq.sampling import Pipeline, sample
+    from fastvq.sampling import Pipeline, explain, sample
 
 _HOMES = {
     "GatedPixelCNN": "fastvq.models",
@@ -21,10 +21,21 @@ _HOMES = {
     "VQVAE": "fastvq.models",
     "VQVAE2": "fastvq.models",
     "VectorQuantizer": "fastvq.models",
+    "explain": "fastvq.sampling",
     "sample": "fastvq.sampling",
 }
 
-__all__ = ["VQVAE", "VQVAE2", "GatedPixelCNN", "Pipeline", "PixelSNAIL", "VectorQuantizer", "__version__", "sample"]
+__all__ = [
+    "VQVAE",
+    "VQVAE2",
+    "GatedPixelCNN",
+    "Pipeline",
+    "PixelSNAIL",
+    "VectorQuantizer",
+    "__version__",
+    "explain",
+    "sample",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,8 @@
-"""Writing files so that an interruption at any point leaves either the old contents or the new ones."""
+"""Writing files so that an interruption at any point leaves either the old contents or the new ones.
+
+Replacing a folder takes two renames. A kill just between them leaves the old folder beside its place, under a hidden
+name that ends in ``.old``.
+"""
 
 from __future__ import annotations
 

@@ -173,7 +173,7 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "bottom-top-k": ({"top_k": [None, 6]}, ArgumentError, "top_k: "),
     "top-ps": ({"top_p": ()}, ArgumentError, "top_p: expected one value or 2, one per level, got 0"),
     "bottom-top-p": ({"top_p": [0.5, 2.0]}, ArgumentError, "top_p: "),
-    "engine": ({"engine": "warp"}, ArgumentError, "engine: expected 'auto' or one of 'naive'"),
+    "engine": ({"engine": "warp"}, ArgumentError, "engine: expected 'auto' or one of .*'naive'"),
 }
 
 

@@ -552,7 +552,7 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ArgumentError,
         "init_codes: values must lie in 0..4, got 5",
     ),
-    "engine": ({"engine": "warp"}, ArgumentError, "engine: expected 'auto' or one of 'naive'.*, got 'warp'"),
+    "engine": ({"engine": "warp"}, ArgumentError, "engine: expected 'auto' or one of .*'naive', got 'warp'"),
     "engine-none": ({"engine": None}, ArgumentError, "engine: expected 'auto' or one of"),
 }
 
@@ -575,7 +575,9 @@ def test_refuses_before_any_work(
 
 
 def test_refuses_what_is_no_prior() -> None:
-    with refuses(ArgumentTypeError, "prior: expected a prior of fastvq.models, got Linear"):
+    with refuses(
+        ArgumentTypeError, "prior: expected a prior of fastvq.models or a layout that fastvq.interop knows, got Linear"
+    ):
         sample(torch.nn.Linear(2, 2), 1)  # type: ignore[arg-type]
 
 

@@ -20,7 +20,6 @@ from fastvq.errors import ArgumentError, FileConflictError
 from fastvq.models import PRESETS, HierarchicalVQVAE, Prior, load_pretrained
 from fastvq.models.pretrained import CONFIG_FILE
 from fastvq.sampling import ENGINES, Pipeline, Samples, shipped
-from fastvq.sampling.request import MICRO_BATCH
 
 
 def sample(arguments: argparse.Namespace) -> None:
@@ -39,7 +38,8 @@ def sample(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         progress=not arguments.quiet,
         engine=arguments.engine,
-        micro_batch=MICRO_BATCH if arguments.micro_batch is None else arguments.micro_batch,
+        micro_batch=arguments.micro_batch,
+        precision=arguments.precision,
     )
     settings = {
         "n": arguments.n,
@@ -50,6 +50,7 @@ def sample(arguments: argparse.Namespace) -> None:
         "seed": samples.seed,
         "micro_batch": samples.micro_batch,
         "engine": arguments.engine,
+        "precision": arguments.precision,
         "fastvq_version": fastvq.__version__,
     }
     if arguments.out.suffix.lower() == ".png":

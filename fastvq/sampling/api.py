@@ -12,27 +12,13 @@ from tqdm import tqdm
 from fastvq._check import require_positive_int
 from fastvq.errors import ArgumentError, ArgumentTypeError
 from fastvq.models.prior import Condition, Prior
-from fastvq.sampling.naive import sample_naive
-from fastvq.sampling.request import MICRO_BATCH, Engine, Settings, build_request, micro_batches
-
-ENGINES: dict[str, Engine] = {"naive": sample_naive}
-
-
-def choose_engine(engine: str, prior: Prior) -> tuple[str, str]:
-    """Name of the engine that would fill this prior's grids, and why.
-
-    Raises:
-        ArgumentError: there is no engine of that name.
-    """
-    if engine == "auto":
-        return "naive", "it is the only engine, and it runs every prior on every device"
-    if engine not in ENGINES:
-        raise ArgumentError(f"engine: expected 'auto' or one of {', '.join(map(repr, ENGINES))}, got {engine!r}")
-    return engine, "asked for by name"
+from fastvq.sampling.cost import describe
+from fastvq.sampling.engines import EngineOptions, Precision, choose_engine, fill
+from fastvq.sampling.request import MICRO_BATCH, Settings, build_request, micro_batches
 
 
 def sample(
-    prior: Prior,
+    prior: Prior | nn.Module,
     n: int,
     *,
     condition: Condition = None,
@@ -47,12 +33,15 @@ def sample(
     progress: bool = False,
     engine: str = "auto",
     start: int = 0,
-    micro_batch: int = MICRO_BATCH,
+    micro_batch: int | None = None,
+    memory_limit: int | None = None,
+    precision: Precision = "float32",
 ) -> Tensor:
     """Draw grids of codes from a prior.
 
     Args:
-        prior: any prior of :mod:`fastvq.models`, on any device. It is evaluated without dropout.
+        prior: any prior of :mod:`fastvq.models`, on any device, or a prior of another project that
+            :mod:`fastvq.interop` knows. It is evaluated without dropout.
         n: number of samples, 0 or more.
         condition: codes of the levels above, int [n, h, w]; a sequence of them, top first, if there are several.
         label: class of all samples, or int [n]; for class-conditional priors.
@@ -65,10 +54,17 @@ def sample(
         init_codes, mask: in-painting. Where ``mask`` (bool [n, H, W] or [H, W]) is True the code of ``init_codes``
             (int [n, H, W]) is kept.
         progress: show a progress bar on stderr.
-        engine: ``naive`` or ``auto``.
+        engine: ``cpu`` (cached, C++), ``torch`` (cached, any device), ``naive``, or ``auto`` for the first of these
+            that can run here. All give the same codes, except where a uniform number lies within float32 rounding of
+            a boundary between two codes.
         start: index of the first sample; sampling 0..9 in one call or in two gives the same codes.
-        micro_batch: samples computed together, aligned on the sample's index and padded. Codes are bit-identical
-            between calls with the same ``micro_batch``; with another one, logits may differ by float32 rounding.
+        micro_batch: samples computed together (default: 8), aligned on the sample's index and padded. Codes are
+            bit-identical between calls with the same ``micro_batch``, engine and threads; with another one, logits may
+            differ by float32 rounding.
+        memory_limit: bytes that a cached engine may use beyond the prior itself (see :func:`fastvq.explain`). It
+            lowers the default ``micro_batch`` where that would need more.
+        precision: ``bfloat16`` halves the weights that the ``cpu`` engine reads at each position. Faster for small
+            micro-batches, and not exact.
 
     Returns:
         int64 [n, H, W] on the prior's device.
@@ -76,10 +72,9 @@ def sample(
     Raises:
         ArgumentError, ArgumentTypeError: arguments that do not fit; nothing has been computed then.
     """
-    if not isinstance(prior, Prior):
-        raise ArgumentTypeError(f"prior: expected a prior of fastvq.models, got {type(prior).__name__}")
-    require_positive_int("micro_batch", micro_batch)
-    run = ENGINES[choose_engine(engine, prior)[0]]
+    prior = as_prior(prior)
+    engine, _ = choose_engine(engine, prior, precision)
+    micro_batch = choose_micro_batch(prior, engine, micro_batch, memory_limit)
     request = build_request(
         prior,
         n,
@@ -92,14 +87,53 @@ def sample(
         mask=mask,
         start=start,
     )
+    options = EngineOptions(precision=precision)
     codes = torch.empty_like(request.init_codes)
     blocks = list(micro_batches(start, n, micro_batch))
     bar = tqdm(total=len(blocks) * prior.config.shape[0], desc="sampling", unit="row", disable=not progress)
     with evaluating(prior), bar:
         for index, new in blocks:
-            filled = run(prior, request.rows(index.to(codes.device)), bar.update)
+            filled = fill(engine, prior, request.rows(index.to(codes.device)), bar.update, options)
             codes[index[new].to(codes.device)] = filled[new]
     return codes
+
+
+def as_prior(prior: object) -> Prior:
+    """The prior itself, or our form of one from another project."""
+    if isinstance(prior, Prior):
+        return prior
+    if isinstance(prior, nn.Module):
+        from fastvq.interop import convert, recognise
+
+        if recognise(prior) == "pixelsnail":
+            converted = convert(prior)
+            assert isinstance(converted, Prior)
+            return converted
+    raise ArgumentTypeError(
+        f"prior: expected a prior of fastvq.models or a layout that fastvq.interop knows, got {type(prior).__name__}"
+    )
+
+
+def choose_micro_batch(prior: Prior, engine: str, micro_batch: int | None, memory_limit: int | None) -> int:
+    """Samples to compute together: as asked for, or the default as far as the memory limit allows.
+
+    Raises:
+        ArgumentError: the limit is below what is needed.
+    """
+    size = MICRO_BATCH if micro_batch is None else require_positive_int("micro_batch", micro_batch)
+    if memory_limit is None:
+        return size
+    require_positive_int("memory_limit", memory_limit)
+    if engine == "naive":
+        raise ArgumentError("memory_limit: the naive engine cannot keep to one; its memory is the model's own")
+    explanation = describe(prior)
+    least = size if micro_batch is not None else 1
+    if explanation.memory(least) > memory_limit:
+        raise ArgumentError(
+            f"memory_limit: a micro-batch of {least} needs {explanation.memory(least)} bytes, got {memory_limit}"
+        )
+    fitting = (memory_limit - explanation.weight_bytes) // explanation.cache_bytes
+    return size if micro_batch is not None else min(size, fitting)
 
 
 @contextlib.contextmanager

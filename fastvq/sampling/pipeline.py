@@ -18,9 +18,10 @@ from fastvq.errors import ArgumentError, ArgumentTypeError, CorruptFileError, Mi
 from fastvq.models.pretrained import load_pretrained
 from fastvq.models.prior import Prior
 from fastvq.models.vqvae import HierarchicalVQVAE
-from fastvq.sampling.api import choose_engine, evaluating, sample
+from fastvq.sampling.api import choose_micro_batch, evaluating, sample
+from fastvq.sampling.engines import Precision, choose_engine
 from fastvq.sampling.noise import check_seed
-from fastvq.sampling.request import MICRO_BATCH, Settings, micro_batches
+from fastvq.sampling.request import Settings, micro_batches
 
 PIPELINE_FILE = "pipeline.json"
 FORMAT = 1
@@ -113,7 +114,9 @@ class Pipeline:
         progress: bool = False,
         engine: str = "auto",
         start: int = 0,
-        micro_batch: int = MICRO_BATCH,
+        micro_batch: int | None = None,
+        memory_limit: int | None = None,
+        precision: Precision = "float32",
     ) -> Samples:
         """Draw all levels, top first, and decode them.
 
@@ -121,13 +124,15 @@ class Pipeline:
         with one value per level, top first.
         """
         require_positive_int("n", n, minimum=0)
-        require_positive_int("micro_batch", micro_batch)
         temperatures = self._per_level("temperature", temperature)
         top_ks = self._per_level("top_k", top_k)
         top_ps = self._per_level("top_p", top_p)
+        sizes = []
         for prior, t, k, p in zip(self.priors, temperatures, top_ks, top_ps, strict=True):
-            choose_engine(engine, prior)
             Settings(t, k, p).check(prior.config.num_codes)
+            chosen, _ = choose_engine(engine, prior, precision)
+            sizes.append(choose_micro_batch(prior, chosen, micro_batch, memory_limit))
+        size = min(sizes)  # all levels and the decoder work on the same micro-batches
         seed = int(torch.randint(2**63 - 1, ())) if seed is None else check_seed(seed)
         codes: tuple[Tensor, ...] = ()
         for prior, t, k, p in zip(self.priors, temperatures, top_ks, top_ps, strict=True):
@@ -143,10 +148,11 @@ class Pipeline:
                 progress=progress,
                 engine=engine,
                 start=start,
-                micro_batch=micro_batch,
+                micro_batch=size,
+                precision=precision,
             )
             codes = (*codes, drawn)
-        return Samples(self._decode(codes, start, micro_batch), codes, seed, micro_batch)
+        return Samples(self._decode(codes, start, size), codes, seed, size)
 
     @torch.no_grad()
     def _decode(self, codes: tuple[Tensor, ...], start: int, micro_batch: int) -> Tensor:

@@ -1,0 +1,89 @@
+"""Which layouts are known, and the models they become."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastvq._check import require_tensor
+from fastvq.errors import ArgumentError
+from fastvq.interop import snail, vqvae
+from fastvq.interop.state import normalise
+from fastvq.models import VQVAE2, PixelSNAIL
+
+# Every model of a layout has names that begin so.
+_MARKERS = {"pixelsnail": ("horizontal.conv.", "vertical.conv."), "vqvae": ("enc_b.blocks.", "quantize_t.")}
+KINDS = tuple(_MARKERS)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What shapes cannot tell; None where the layout's own default holds.
+
+    Attributes:
+        legacy: residual blocks add their activated input.
+        shape: grid of a prior, if other than the stored one.
+        heads: of attention.
+        dropout: of a prior.
+        decay: of a VQVAE's codebooks.
+    """
+
+    legacy: bool = False
+    shape: tuple[int, int] | None = None
+    heads: int = 8
+    dropout: float | None = None
+    decay: float | None = None
+
+
+def recognise(source: nn.Module | Mapping[str, Tensor]) -> str | None:
+    """The layout of a module or state dict: ``"pixelsnail"``, ``"vqvae"``, or None for any other."""
+    tensors = source.state_dict() if isinstance(source, nn.Module) else source
+    if not isinstance(tensors, Mapping) or not all(isinstance(name, str) for name in tensors):
+        return None
+    try:
+        return kind_of(normalise(tensors))
+    except ArgumentError:
+        return None
+
+
+def kind_of(tensors: Mapping[str, Tensor]) -> str | None:
+    """The layout of a normalised state dict."""
+
+    def present(prefix: str) -> bool:
+        return any(name.startswith(prefix) for name in tensors)
+
+    return next((kind for kind, prefixes in _MARKERS.items() if all(map(present, prefixes))), None)
+
+
+def require_kind(tensors: Mapping[str, Tensor], wanted: str | None = None) -> str:
+    """The layout of a normalised state dict, which must be known and the one wanted."""
+    kind = kind_of(tensors)
+    if kind is None:
+        known = "; ".join(f"{', '.join(f'{p}*' for p in prefixes)} ({kind})" for kind, prefixes in _MARKERS.items())
+        raise ArgumentError(
+            f"source: unknown layout: expected keys such as {known}, got {', '.join(sorted(tensors)[:4])}, ..."
+        )
+    if wanted is not None and kind != wanted:
+        raise ArgumentError(f"kind: expected {wanted!r}, but this is the state dict of a {kind!r}")
+    return kind
+
+
+def build(tensors: Mapping[str, Tensor], kind: str, options: Options) -> PixelSNAIL | VQVAE2:
+    """Our model of a normalised state dict: float32, on the CPU, in evaluation mode."""
+    for name, value in tensors.items():
+        if not require_tensor(name, value).dtype.is_floating_point:
+            raise ArgumentError(f"source: expected floating-point tensors, got {value.dtype} for {name}")
+        if value.is_meta:
+            raise ArgumentError(f"source: expected tensors with values, got {name} on the meta device")
+    model: PixelSNAIL | VQVAE2
+    with torch.random.fork_rng([]):  # initial weights are about to be replaced; leave the caller's generator alone
+        if kind == "pixelsnail":
+            model = snail.build(
+                tensors, legacy=options.legacy, shape=options.shape, heads=options.heads, dropout=options.dropout
+            )
+        else:
+            model = vqvae.build(tensors, legacy=options.legacy, decay=options.decay)
+    return model.eval()

@@ -1,0 +1,63 @@
+"""Checkpoints of other projects."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from fastvq._check import require_choice, require_positive_int
+from fastvq.errors import ArgumentError, ArgumentTypeError
+from fastvq.interop.layout import KINDS, Options, build, require_kind
+from fastvq.interop.state import read
+from fastvq.models import VQVAE2, PixelSNAIL
+
+
+def load(
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    *,
+    kind: str | None = None,
+    legacy: bool = False,
+    shape: tuple[int, int] | None = None,
+    heads: int = 8,
+) -> VQVAE2 | PixelSNAIL:
+    """Our model with the weights of a checkpoint; see :mod:`fastvq.interop` for which.
+
+    Args:
+        source: path of a checkpoint, a state dict, or ``{"model": state dict, "args": argparse.Namespace}``. Names may
+            carry the prefix of a distributed or compiled module; weight norm may have its old or its new names. Files
+            are read without unpickling anything but tensors, plain containers and the namespace.
+        kind: ``"pixelsnail"`` or ``"vqvae"``, to be sure of what comes; None takes either.
+        legacy: whether the activations at the start of residual blocks worked in place when the model was trained.
+        shape: grid (H, W) of a prior, for another one than it was trained on.
+        heads: number of attention heads of a prior, which shapes do not tell; 8 in that port.
+
+    Returns:
+        The model in float32, on the CPU, in evaluation mode. A prior whose layers are conditioned is of level 1, and
+        its condition has half its height and width; any other is of level 0. Weight norm is folded; coordinates in the
+        grid are computed anew, so that those of half-precision checkpoints are exact again.
+
+    Raises:
+        MissingFileError: no such file.
+        CorruptFileError: the file is damaged, or loading it would run code that it names.
+        ArgumentError, ArgumentTypeError: not one of the known layouts, with the names or shapes that do not fit.
+    """
+    if kind is not None:
+        require_choice("kind", kind, KINDS)
+    if not isinstance(legacy, bool):
+        raise ArgumentTypeError(f"legacy: expected True or False, got {legacy!r}")
+    require_positive_int("heads", heads)
+    tensors, arguments = read(source)
+    found = require_kind(tensors, kind)
+    if shape is not None:
+        if found != "pixelsnail":
+            raise ArgumentError("shape: a VQVAE takes images of any size; only priors have a grid")
+        if not isinstance(shape, (tuple, list)) or len(shape) != 2:
+            raise ArgumentError(f"shape: expected (height, width), got {shape!r}")
+        shape = (require_positive_int("shape", shape[0]), require_positive_int("shape", shape[1]))
+    return build(tensors, found, Options(legacy, shape, heads, _dropout(arguments)))
+
+
+def _dropout(arguments: Mapping[str, Any]) -> float | None:
+    value = arguments.get("dropout")
+    return float(value) if isinstance(value, (int, float)) and 0 <= value < 1 else None

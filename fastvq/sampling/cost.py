@@ -1,0 +1,172 @@
+"""What sampling a prior costs, read off its plan before anything runs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from fastvq.models.prior import Prior
+from fastvq.sampling.engines import choose_engine, plan_of
+from fastvq.sampling.plan import Op, Plan, Term
+from fastvq.sampling.state import padded, ring_rows
+
+_FLOAT = 4
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Arithmetic and memory of sampling one prior. FLOPs count a multiplication and an addition as two.
+
+    Attributes:
+        engine, reason: what ``engine="auto"`` would take, and why.
+        levels: groups of operations per position that wait for each other, the draw included.
+        row_ops, left_ops, here_ops: number of operations by what they wait for.
+        row_flops, step_flops, setup_flops: per sample, of the row phase, of the step phase, and once beforehand.
+        naive_flops: per sample, of the naive sampler on the same prior.
+        row_weight_bytes, step_weight_bytes: float32 weights read per row, and per position.
+        cache_bytes: per sample of a micro-batch: what is kept while a grid is filled.
+        weight_bytes: of the plan and its packed copies, shared by all samples.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    engine: str
+    reason: str
+    levels: int
+    row_ops: int
+    left_ops: int
+    here_ops: int
+    row_flops: int
+    step_flops: int
+    naive_flops: int
+    row_weight_bytes: int
+    step_weight_bytes: int
+    cache_bytes: int
+    weight_bytes: int
+
+    @property
+    def saved(self) -> float:
+        """How many times less arithmetic than the naive sampler."""
+        return self.naive_flops / (self.row_flops + self.step_flops)
+
+    def memory(self, batch: int) -> int:
+        """Bytes that sampling a micro-batch takes beyond the prior itself."""
+        return self.weight_bytes + batch * self.cache_bytes
+
+    def __str__(self) -> str:
+        height, width = self.shape
+        positions = height * width
+        lines = [
+            f"{self.name} over {height} x {width} positions",
+            f"  engine       {self.engine} ({self.reason})",
+            f"  operations   {self.row_ops} by row, {self.left_ops} from the left, {self.here_ops} here; "
+            f"{self.levels} levels per position",
+            f"  row phase    {_si(self.row_flops / height)}FLOP per row and sample, "
+            f"{_si(self.row_weight_bytes)}B of weights per row",
+            f"  step phase   {_si(self.step_flops / positions)}FLOP per position and sample, "
+            f"{_si(self.step_weight_bytes)}B of weights per position",
+            f"  memory       {_si(self.weight_bytes)}B of weights, {_si(self.cache_bytes)}B per sample",
+            f"  per sample   {_si(self.row_flops + self.step_flops)}FLOP, naive {_si(self.naive_flops)}FLOP: "
+            f"{self.saved:.0f} times less",
+        ]
+        return "\n".join(lines)
+
+
+def describe(prior: Prior) -> Explanation:
+    """Arithmetic and memory of sampling a prior.
+
+    Raises:
+        UnavailableError: no plan is known for this class of prior.
+    """
+    plan = plan_of(prior)
+    engine, reason = choose_engine("auto", prior)
+    height, width = plan.shape
+    row_weights = {op.index: _size(plan.row_terms[op.index]) for op in plan.ops if op.kind == "affine"}
+    step_weights = {op.index: _size(plan.step_terms[op.index]) for op in plan.ops if op.kind == "affine"}
+    per_row = sum(
+        2 * size * (1 if index in plan.uniform else width * height) for index, size in row_weights.items()
+    ) + _lookup_flops(plan, above=True)
+    per_step = 2 * sum(step_weights.values()) * width * height + _lookup_flops(plan, above=False)
+    attention = sum(_attention_flops(op, plan) for op in plan.ops if op.kind == "attention")
+    full = sum(row_weights[i] + step_weights[i] for i in row_weights if i not in plan.uniform)
+    # Row r of the naive sampler runs the network on r + 1 rows once for each of its columns.
+    rows_run = width * height * (height + 1) // 2
+    naive = 2 * full * rows_run * width + sum(_naive_attention(op, plan) for op in plan.ops if op.kind == "attention")
+    timing = [plan.timing[op.index] for op in plan.ops if op.kind != "static"]
+    packed = sum(row_weights.values()) + sum(step_weights.values())
+    plan_size = packed + sum(op.weight.numel() for op in plan.ops if op.weight is not None)
+    tables = sum(op.weight.numel() for op in plan.ops if op.weight is not None)
+    return Explanation(
+        name=type(prior).__name__,
+        shape=plan.shape,
+        engine=engine,
+        reason=reason,
+        levels=plan.num_levels,
+        row_ops=timing.count("row"),
+        left_ops=timing.count("left"),
+        here_ops=timing.count("here"),
+        row_flops=per_row,
+        step_flops=per_step + attention,
+        naive_flops=naive,
+        row_weight_bytes=_FLOAT * sum(row_weights.values()),
+        step_weight_bytes=_FLOAT * sum(step_weights.values()),
+        cache_bytes=cache_bytes(plan),
+        weight_bytes=_FLOAT * (plan_size + packed + tables),
+    )
+
+
+def explain(prior: Prior) -> None:
+    """Print what sampling a prior costs: levels per position, FLOPs, weights, memory, and the arithmetic saved."""
+    print(describe(prior))
+
+
+def cache_bytes(plan: Plan) -> int:
+    """Bytes per sample that a micro-batch keeps while its grids are filled."""
+    height, width = plan.shape
+    floats = 0
+    for index, history in plan.history.items():
+        floats += ring_rows(history) * (width + history.left + history.right) * plan.ops[index].channels
+    for op in plan.ops:
+        if op.kind == "attention":
+            _, key, value = op.sources
+            floats += padded(height * width) * plan.ops[key].channels + height * width * plan.ops[value].channels
+        if plan.level[op.index] < 0 or op.kind in ("affine", "lookup"):
+            floats += op.channels * (1 if op.index in plan.uniform else width)
+        if op.kind == "static" and op.variant == "context":
+            floats += height * width * op.channels
+        if plan.level[op.index] >= 0 and op.index not in plan.history:
+            floats += op.channels
+    return _FLOAT * floats + torch.int64.itemsize * height * width
+
+
+def _size(terms: tuple[Term, ...]) -> int:
+    return sum(term.weight.numel() for term in terms)
+
+
+def _lookup_flops(plan: Plan, *, above: bool) -> int:
+    taps = sum(op.channels for op in plan.ops for dr, _ in op.taps if (dr < 0) == above)
+    return taps * math.prod(plan.shape)
+
+
+def _attention_flops(op: Op, plan: Plan) -> int:
+    """Products of queries with earlier keys, and of weights with values, over a whole grid."""
+    positions = math.prod(plan.shape)
+    pairs = positions * (positions + (1 if op.variant == "inclusive" else -1)) // 2
+    return 2 * pairs * (plan.ops[op.sources[1]].channels + op.channels)
+
+
+def _naive_attention(op: Op, plan: Plan) -> int:
+    height, width = plan.shape
+    widths = plan.ops[op.sources[1]].channels + op.channels
+    return sum(width * 2 * ((row + 1) * width) ** 2 * widths for row in range(height))
+
+
+def _si(value: float) -> str:
+    """Three digits and a decimal prefix."""
+    for prefix in ("", "k", "M", "G", "T", "P"):
+        if value < 1000:
+            return f"{value:.3g} {prefix}"
+        value /= 1000
+    return f"{value:.3g} E"

@@ -1,0 +1,169 @@
+"""The engines that can fill grids, the choice between them, and what they keep from one call to the next."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fastvq import _engine
+from fastvq._check import require_choice
+from fastvq.errors import ArgumentError, UnavailableError
+from fastvq.models.prior import Prior
+from fastvq.sampling.cpu_engine import CpuStep, sample_cpu
+from fastvq.sampling.lower import compile_plan, why_no_plan
+from fastvq.sampling.naive import sample_naive
+from fastvq.sampling.plan import Plan
+from fastvq.sampling.request import SampleRequest
+from fastvq.sampling.state import CompiledPlan, GridState
+from fastvq.sampling.torch_engine import TorchStep, sample_torch
+
+Precision = Literal["float32", "bfloat16"]
+RowDone = Callable[[], None]
+# Fastest first; "auto" takes the first that can run.
+ENGINES = ("cpu", "torch", "naive")
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How an engine computes.
+
+    Attributes:
+        precision: of the weights in the step phase of the ``cpu`` engine; sums are float32 either way. ``bfloat16``
+            halves the memory traffic and is not exact.
+        threads: of the ``cpu`` engine; None for PyTorch's number.
+        kernels: instruction set of the ``cpu`` engine: ``auto``, ``avx512``, ``avx2`` or ``baseline``.
+    """
+
+    precision: Precision = "float32"
+    threads: int | None = None
+    kernels: str = "auto"
+
+
+def why_not(engine: str, prior: Prior) -> str | None:
+    """Why an engine cannot run a prior where it is, or None."""
+    if engine == "naive":
+        return None
+    reason = why_no_plan(prior)
+    if reason is not None or engine == "torch":
+        return reason
+    device = next(prior.parameters()).device
+    if device.type != "cpu":
+        return f"it computes on the CPU, the prior is on {device}"
+    return _engine.why_unavailable()
+
+
+def choose_engine(engine: str, prior: Prior, precision: str = "float32") -> tuple[str, str]:
+    """Name of the engine that would fill this prior's grids, and why that one.
+
+    Raises:
+        ArgumentError: there is no engine of that name, or it has no such precision.
+        UnavailableError: the engine asked for cannot run this prior here.
+    """
+    require_choice("precision", precision, ("float32", "bfloat16"))
+    if engine == "auto":
+        passed: list[str] = []
+        for name in ENGINES:
+            reason = why_not(name, prior)
+            if reason is None:
+                engine, why = name, "; ".join([*passed, f"{name} is the fastest that runs here"])
+                break
+            passed.append(f"{name}: {reason}")
+    elif engine not in ENGINES:
+        raise ArgumentError(f"engine: expected 'auto' or one of {', '.join(map(repr, ENGINES))}, got {engine!r}")
+    else:
+        reason = why_not(engine, prior)
+        if reason is not None:
+            raise UnavailableError(f"engine: {engine!r} was asked for but cannot run here: {reason}")
+        why = "asked for by name"
+    if precision == "bfloat16" and engine != "cpu":
+        raise ArgumentError(f"precision: only the cpu engine has bfloat16 weights, the engine here is {engine!r}")
+    return engine, why
+
+
+def fill(
+    engine: str, prior: Prior, request: SampleRequest, row_done: RowDone, options: EngineOptions | None = None
+) -> Tensor:
+    """Fill the grids of one micro-batch with a chosen engine: int64 [n, H, W]."""
+    if engine == "naive":
+        return sample_naive(prior, request, row_done)
+    options = options or EngineOptions()
+    with torch.inference_mode():
+        prepared = _prepared(prior)
+        batch = request.noise.shape[0]
+        statics = static_inputs(prior, request)
+        if engine == "torch":
+            step = prepared.torch_step()
+            return sample_torch(
+                prepared.compiled, step, GridState(prepared.compiled, batch, statics), request, row_done
+            )
+        packed = prepared.cpu_step(batch, options)
+        return sample_cpu(prepared.compiled, packed, GridState(prepared.compiled, batch, statics), request, row_done)
+
+
+def plan_of(prior: Prior) -> Plan:
+    """The plan of a prior as its weights are now.
+
+    Raises:
+        UnavailableError: no plan is known for this class of prior.
+    """
+    return _prepared(prior).compiled.plan
+
+
+def static_inputs(prior: Prior, request: SampleRequest) -> dict[str, Tensor]:
+    """What is known before the first position: [B or 1, C, H or 1, W or 1] by name."""
+    batch = request.noise.shape[0]
+    context = prior.context(request.condition, request.label, batch=batch)
+    inputs = {}
+    background = getattr(prior, "background", None)
+    if isinstance(background, Tensor):
+        inputs["background"] = background.float()
+    if context is not None:
+        inputs["context" if prior.config.condition_shapes else "label"] = context.float()
+    return inputs
+
+
+class _Prepared:
+    """A compiled plan and the weights packed for it. Everything in it is read-only once made."""
+
+    def __init__(self, prior: Prior, versions: object) -> None:
+        self.versions = versions
+        self.compiled = CompiledPlan(compile_plan(prior), next(prior.parameters()).device)
+        self._lock = threading.Lock()
+        self._torch: TorchStep | None = None
+        self._cpu: tuple[object, CpuStep] | None = None
+
+    def torch_step(self) -> TorchStep:
+        with self._lock:
+            if self._torch is None:
+                self._torch = TorchStep(self.compiled)
+            return self._torch
+
+    def cpu_step(self, batch: int, options: EngineOptions) -> CpuStep:
+        threads = options.threads or torch.get_num_threads()
+        key = (batch, threads, options.precision, options.kernels)
+        with self._lock:
+            if self._cpu is None or self._cpu[0] != key:
+                bf16 = options.precision == "bfloat16"
+                step = CpuStep(self.compiled.plan, batch, threads=threads, kernels=options.kernels, bf16=bf16)
+                self._cpu = (key, step)
+            return self._cpu[1]
+
+
+_LOCK = threading.Lock()
+_PREPARED: weakref.WeakKeyDictionary[Prior, _Prepared] = weakref.WeakKeyDictionary()
+
+
+def _prepared(prior: Prior) -> _Prepared:
+    """The compiled form of a prior, made again when its weights have changed."""
+    versions = tuple((p.data_ptr(), p._version, p.device) for p in [*prior.parameters(), *prior.buffers()])
+    with _LOCK:
+        found = _PREPARED.get(prior)
+        if found is None or found.versions != versions:
+            found = _PREPARED[prior] = _Prepared(prior, versions)
+        return found
