@@ -18,6 +18,9 @@ from fastvq.sampling.state import CompiledPlan, GridState, padded
 _KINDS = {"lookup": 0, "affine": 1, "elu": 2, "concat_elu": 3, "relu": 4, "add": 5, "glu": 6, "tanh": 7}
 _STORE_KEYS, _ATTEND = 8, 9
 
+# About 2 microseconds of one core's arithmetic; a meeting of two threads takes a few tenths of one.
+_FLOPS_PER_MEETING = 100_000
+
 
 class CpuStep:
     """A plan packed for a number of samples, threads and an instruction set.
@@ -35,7 +38,7 @@ class CpuStep:
         self.key_stores: dict[int, int] = {}
         ops, terms = self._tables()
         self.num_ops = len(ops)
-        op_table, term_table = np.array(ops, dtype=np.int64), np.array(terms, dtype=np.int64).reshape(-1, 4)
+        op_table, term_table = np.array(ops, dtype=np.int64), np.array(terms, dtype=np.int64).reshape(-1, 5)
         self.native = extension.make_step_plan(
             op_table.ctypes.data,
             len(ops),
@@ -72,13 +75,14 @@ class CpuStep:
             elif level >= 0 and op.kind == "affine":
                 row[9], row[10] = len(terms), len(plan.step_terms[op.index])
                 terms += [
-                    [term.source, term.taps[0][1], len(term.taps), self._address(term.weight)]
+                    [term.source, term.taps[0][1], len(term.taps), self._address(term.weight), term.weight.numel()]
                     for term in plan.step_terms[op.index]
                 ]
             elif level >= 0 and op.kind == "lookup":
                 assert op.weight is not None
                 current = [index for index, (dr, _) in enumerate(op.taps) if dr == 0]
-                row[11], row[12] = len(current), self._address(op.weight[current])
+                table = op.weight[current]
+                row[11], row[12], row[13] = len(current), self._address(table), table.numel()
             ops.append(row)
         ops += [
             self._row(_STORE_KEYS, plan.ops[key].channels, plan.level[key], key in paired, [key])
@@ -88,7 +92,7 @@ class CpuStep:
 
     @staticmethod
     def _row(kind: int, channels: int, level: int, paired: bool, sources: list[int]) -> list[int]:
-        return [kind, channels, level, int(paired), *(sources + [-1] * 3)[:3], 0, 0, 0, 0, 0, 0]
+        return [kind, channels, level, int(paired), *(sources + [-1] * 3)[:3], 0, 0, 0, 0, 0, 0, 0]
 
     def _address(self, weight: Tensor) -> int:
         weight = weight.detach().float().cpu().contiguous()
@@ -101,6 +105,12 @@ class CpuStep:
 def _kind(op: Op) -> int:
     # Row work never runs in the extension, so its kind does not matter there.
     return _KINDS.get(op.kind, _KINDS.get(op.variant, 0))
+
+
+def useful_threads(plan: Plan, batch: int, available: int) -> int:
+    """Threads that have enough to do between two meetings to be worth meeting. Results do not depend on it."""
+    products = sum(term.weight.numel() for terms in plan.step_terms.values() for term in terms)
+    return max(1, min(available, 2 * products * batch // (plan.num_levels * _FLOPS_PER_MEETING)))
 
 
 def paired_ops(plan: Plan) -> set[int]:
@@ -127,7 +137,7 @@ def sample_cpu(
     plan = compiled.plan
     height, width = plan.shape
     settings = request.settings
-    state.codes.copy_(torch.where(request.known, request.init_codes, 0))
+    state.codes.copy_(request.start_codes())
     noise, known = request.noise.contiguous(), request.known.contiguous()
     scratch = _scratch(step, state)
     for row in range(height):

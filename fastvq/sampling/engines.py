@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +16,7 @@ from fastvq import _engine
 from fastvq._check import require_choice
 from fastvq.errors import ArgumentError, UnavailableError
 from fastvq.models.prior import Prior
-from fastvq.sampling.cpu_engine import CpuStep, sample_cpu
+from fastvq.sampling.cpu_engine import CpuStep, sample_cpu, useful_threads
 from fastvq.sampling.lower import compile_plan, why_no_plan
 from fastvq.sampling.naive import sample_naive
 from fastvq.sampling.plan import Plan
@@ -36,7 +37,7 @@ class EngineOptions:
     Attributes:
         precision: of the weights in the step phase of the ``cpu`` engine; sums are float32 either way. ``bfloat16``
             halves the memory traffic and is not exact.
-        threads: of the ``cpu`` engine; None for PyTorch's number.
+        threads: of the ``cpu`` engine; None for PyTorch's number, or fewer where a position has little work.
         kernels: instruction set of the ``cpu`` engine: ``auto``, ``avx512``, ``avx2`` or ``baseline``.
     """
 
@@ -90,10 +91,10 @@ def fill(
     engine: str, prior: Prior, request: SampleRequest, row_done: RowDone, options: EngineOptions | None = None
 ) -> Tensor:
     """Fill the grids of one micro-batch with a chosen engine: int64 [n, H, W]."""
-    if engine == "naive":
-        return sample_naive(prior, request, row_done)
     options = options or EngineOptions()
-    with torch.inference_mode():
+    with torch.inference_mode(), full_float32(request.noise.device):
+        if engine == "naive":
+            return sample_naive(prior, request, row_done)
         prepared = _prepared(prior)
         batch = request.noise.shape[0]
         statics = static_inputs(prior, request)
@@ -104,6 +105,22 @@ def fill(
             )
         packed = prepared.cpu_step(batch, options)
         return sample_cpu(prepared.compiled, packed, GridState(prepared.compiled, batch, statics), request, row_done)
+
+
+@contextlib.contextmanager
+def full_float32(device: torch.device) -> Iterator[None]:
+    """Keep autocast and TF32, which the caller may have on, out of the logits."""
+    with torch.autocast(device.type, enabled=False):
+        if device.type != "cuda":
+            yield
+            return
+        matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn
+        before = matmul.allow_tf32, convolution.allow_tf32
+        matmul.allow_tf32 = convolution.allow_tf32 = False
+        try:
+            yield
+        finally:
+            matmul.allow_tf32, convolution.allow_tf32 = before
 
 
 def plan_of(prior: Prior) -> Plan:
@@ -145,7 +162,7 @@ class _Prepared:
             return self._torch
 
     def cpu_step(self, batch: int, options: EngineOptions) -> CpuStep:
-        threads = options.threads or torch.get_num_threads()
+        threads = options.threads or useful_threads(self.compiled.plan, batch, torch.get_num_threads())
         key = (batch, threads, options.precision, options.kernels)
         with self._lock:
             if self._cpu is None or self._cpu[0] != key:
@@ -161,7 +178,11 @@ _PREPARED: weakref.WeakKeyDictionary[Prior, _Prepared] = weakref.WeakKeyDictiona
 
 def _prepared(prior: Prior) -> _Prepared:
     """The compiled form of a prior, made again when its weights have changed."""
-    versions = tuple((p.data_ptr(), p._version, p.device) for p in [*prior.parameters(), *prior.buffers()])
+    # Tensors made in inference mode have no version; they cannot be changed in place outside it either.
+    versions = tuple(
+        (tensor.data_ptr(), None if tensor.is_inference() else tensor._version, tensor.device)
+        for tensor in [*prior.parameters(), *prior.buffers()]
+    )
     with _LOCK:
         found = _PREPARED.get(prior)
         if found is None or found.versions != versions:

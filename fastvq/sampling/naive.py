@@ -12,29 +12,19 @@ import torch
 from torch import Tensor
 
 from fastvq.models.prior import Prior
-from fastvq.ops.draw import draw
 from fastvq.sampling.request import SampleRequest
 
 
 @torch.inference_mode()
 def sample_naive(prior: Prior, request: SampleRequest, row_done: Callable[[], None]) -> Tensor:
     """Fill the grids of a request: int64 [n, H, W]."""
-    codes = torch.where(request.known, request.init_codes, 0)
+    codes = request.start_codes()
     batch, height, width = codes.shape
-    settings = request.settings
     context = prior.context(request.condition, request.label, batch=batch)
     for row in range(height):
         for column in range(width):
             if not bool(request.known[:, row, column].all()):
                 logits = prior.logits(codes[:, : row + 1], context)[:, :, row, column]
-                drawn = draw(
-                    logits,
-                    request.noise[:, row, column],
-                    temperature=settings.temperature,
-                    top_k=settings.top_k,
-                    top_p=settings.top_p,
-                    backend="torch",
-                )
-                codes[:, row, column] = torch.where(request.known[:, row, column], codes[:, row, column], drawn)
+                request.draw_into(codes, logits, row, column)
         row_done()
     return codes

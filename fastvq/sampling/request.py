@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from fastvq._check import require_codes, require_positive_int, require_shape, require_tensor
 from fastvq.errors import ArgumentError, ArgumentTypeError
 from fastvq.models.prior import Condition, Prior, condition_levels
-from fastvq.ops.draw import check_options
+from fastvq.ops.draw import check_options, draw
 from fastvq.sampling.noise import check_seed, uniforms
 
 MICRO_BATCH = 8
@@ -62,9 +62,21 @@ class SampleRequest:
             known=self.known[index],
         )
 
+    def start_codes(self) -> Tensor:
+        """The grids before anything is drawn: known codes, and 0 elsewhere."""
+        return torch.where(self.known, self.init_codes, 0)
 
-# An engine fills the grids of one request; it calls ``row_done`` after every row of the grid.
-Engine = Callable[[Prior, SampleRequest, Callable[[], None]], Tensor]
+    def draw_into(self, codes: Tensor, logits: Tensor, row: int, column: int) -> None:
+        """Draw the codes of a position from logits [n, K], and keep those that are known."""
+        drawn = draw(
+            logits,
+            self.noise[:, row, column],
+            temperature=self.settings.temperature,
+            top_k=self.settings.top_k,
+            top_p=self.settings.top_p,
+            backend="torch",
+        )
+        codes[:, row, column] = torch.where(self.known[:, row, column], codes[:, row, column], drawn)
 
 
 def micro_batches(start: int, n: int, size: int) -> Iterator[tuple[Tensor, slice]]:

@@ -28,7 +28,9 @@ class RowConv:
         self.height, self.left = height, history.left + min(columns)
         self.extra = width - 1
         kernel = weight.reshape(height, width, *weight.shape[1:]).permute(3, 2, 0, 1)  # [C_out, C_in, height, width]
-        self.weight = kernel.contiguous(memory_format=torch.channels_last)
+        self._prepack = device.type == "cpu" and _PREPACK
+        # What gets packed later needs no copy of its own in between: weights are most of the memory.
+        self.weight = kernel if self._prepack else kernel.contiguous(memory_format=torch.channels_last)
         self._packed: tuple[tuple[int, ...], Tensor] | None = None
 
     def __call__(self, rows: dict[int, Tensor], ring: Ring | None, width: int) -> Tensor:
@@ -41,18 +43,20 @@ class RowConv:
         return self._conv(x.permute(0, 3, 1, 2))[:, :, 0].transpose(1, 2)
 
     def _conv(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or not _PREPACK:
+        if not self._prepack:
             return F.conv2d(x, self.weight)
         # An eager convolution on a CPU reorders its weights on every call, which costs as much as the products
         # themselves for small batches. Weights reordered beforehand give the same sums.
-        shape = tuple(x.shape)
-        if self._packed is None or self._packed[0] != shape:
-            plain = self.weight.contiguous().to_mkldnn()
-            packed = torch._C._nn.mkldnn_reorder_conv2d_weight(plain, [0, 0], [1, 1], [1, 1], 1, list(shape))  # type: ignore[call-arg]
-            self._packed = (shape, packed)
         padding, stride, dilation = [0, 0], [1, 1], [1, 1]
+        shape = tuple(x.shape)
+        packed = self._packed  # read once: another thread may sample another number of samples
+        if packed is None or packed[0] != shape:
+            reorder = torch._C._nn.mkldnn_reorder_conv2d_weight
+            plain = self.weight.contiguous().to_mkldnn()
+            packed = (shape, reorder(plain, padding, stride, dilation, 1, list(shape)))  # type: ignore[call-arg]
+            self._packed = packed
         convolve = torch.ops.mkldnn._convolution_pointwise
-        return convolve(x, self._packed[1], None, padding, stride, dilation, 1, "none", [], "")
+        return convolve(x, packed[1], None, padding, stride, dilation, 1, "none", [], "")
 
 
 def _can_prepack() -> bool:

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvq.ops.draw import draw
 from fastvq.sampling.plan import Op
 from fastvq.sampling.request import SampleRequest
 from fastvq.sampling.state import CompiledPlan, GridState, elementwise
@@ -90,21 +89,10 @@ def sample_torch(
 ) -> Tensor:
     """Fill the grids of a request: int64 [n, H, W]."""
     height, width = compiled.plan.shape
-    settings = request.settings
-    state.codes.copy_(torch.where(request.known, request.init_codes, 0))
+    state.codes.copy_(request.start_codes())
     for row in range(height):
         state.begin_row(row)
         for column in range(width):
-            logits = step.logits(state, row, column)
-            drawn = draw(
-                logits,
-                request.noise[:, row, column],
-                temperature=settings.temperature,
-                top_k=settings.top_k,
-                top_p=settings.top_p,
-                backend="torch",
-            )
-            known = request.known[:, row, column]
-            state.codes[:, row, column] = torch.where(known, request.init_codes[:, row, column], drawn)
+            request.draw_into(state.codes, step.logits(state, row, column), row, column)
         row_done()
     return state.codes
