@@ -22,7 +22,7 @@ namespace nb = nanobind;
 namespace {
 
 // Raised together with the number in fastvq/_engine.py when a signature changes.
-constexpr int kInterface = 2;
+constexpr int kInterface = 3;
 
 template <typename T>
 T* pointer(const char* name, uintptr_t address, int64_t count) {
@@ -62,8 +62,8 @@ int64_t draw(uintptr_t logits, uintptr_t uniforms, uintptr_t tokens, int64_t row
 }
 
 // Columns of the tables that describe operations and terms; fastvq/sampling/cpu_engine.py writes them.
-constexpr int64_t kOpFields = 13;
-constexpr int64_t kTermFields = 4;
+constexpr int64_t kOpFields = 14;
+constexpr int64_t kTermFields = 5;
 constexpr int64_t kViewFields = 3;
 
 std::unique_ptr<fastvq::cpu::StepPlan> make_step_plan(uintptr_t ops, int64_t num_ops, uintptr_t terms,
@@ -83,12 +83,12 @@ std::unique_ptr<fastvq::cpu::StepPlan> make_step_plan(uintptr_t ops, int64_t num
         const auto* d = op_data;
         expect(d[1] >= 1 && d[1] < kLimit, "channels", "1 to 2^24");
         specs.push_back({static_cast<Kind>(d[0]), d[1], d[2], d[3] != 0, {d[4], d[5], d[6]}, d[7], d[8] != 0, d[9],
-                         d[10], d[11], pointer<const float>("weights", d[12], 0)});
+                         d[10], d[11], pointer<const float>("weights", d[12], d[13]), d[13]});
     }
     std::vector<TermSpec> term_specs;
     for (int64_t i = 0; i < num_terms; ++i, term_data += kTermFields) {
         const auto* d = term_data;
-        term_specs.push_back({d[0], d[1], d[2], pointer<const float>("weights", d[3], 1)});
+        term_specs.push_back({d[0], d[1], d[2], pointer<const float>("weights", d[3], 1), d[4]});
     }
     const StepShape shape{batch, width, positions, num_codes, key_stride};
     nb::gil_scoped_release release;
@@ -99,7 +99,7 @@ std::vector<fastvq::cpu::View> views(const char* name, uintptr_t address, int64_
     const auto* data = pointer<const int64_t>(name, address, count);
     std::vector<fastvq::cpu::View> result;
     for (int64_t i = 0; i < count; ++i, data += kViewFields) {
-        result.push_back({pointer<float>(name, data[0], 0), data[1], data[2]});
+        result.push_back({pointer<float>(name, data[0], data[0] != 0), data[1], data[2]});
     }
     return result;
 }
@@ -109,7 +109,7 @@ int64_t run_row(const fastvq::cpu::StepPlan& plan, int64_t row, uintptr_t values
                 float temperature, int64_t top_k, float top_p) {
     using namespace fastvq::cpu;
     const StepShape& shape = plan.shape();
-    expect(row >= 0 && (row + 1) * shape.width <= shape.positions, "row", "a row of the grid");
+    expect(row >= 0 && row < shape.positions / shape.width, "row", "a row of the grid");
     const std::vector<View> value_views = views("values", values, plan.num_ops());
     const std::vector<View> start_views = views("starts", starts, plan.num_ops());
     plan.check_views(value_views.data(), start_views.data());
@@ -123,6 +123,13 @@ int64_t run_row(const fastvq::cpu::StepPlan& plan, int64_t row, uintptr_t values
     task.uniform_stride = uniform_stride;
     task.known = pointer<const uint8_t>("known", known, shape.batch);
     task.known_stride = known_stride;
+    for (int64_t b = 0; b < shape.batch; ++b) {
+        for (int64_t c = 0; c < shape.width; ++c) {
+            const int64_t code = task.codes[b * code_stride + c];
+            expect(task.known[b * known_stride + c] == 0 || (code >= 0 && code < shape.num_codes), "codes",
+                   "known codes of 0 to num_codes - 1");
+        }
+    }
     task.draw = draw_options(shape.num_codes, temperature, top_k, top_p);
     task.keep_going = [](void*) {
         nb::gil_scoped_acquire acquire;
@@ -180,6 +187,8 @@ nb::dict build_info() {
 }  // namespace
 
 NB_MODULE(_ext, m) {
+    // Plans live as long as the priors they were made for, often to the end of the process. That is no leak.
+    nb::set_leak_warnings(false);
     m.attr("INTERFACE") = kInterface;
     m.def("draw", &draw, nb::arg("logits"), nb::arg("uniforms"), nb::arg("tokens"), nb::arg("rows"),
           nb::arg("num_codes"), nb::arg("temperature"), nb::arg("top_k"), nb::arg("top_p"),

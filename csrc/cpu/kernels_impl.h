@@ -35,8 +35,13 @@ inline void store(float* p, Vector v) { std::memcpy(p, &v, sizeof(v)); }
 
 inline Vector broadcast(float x) { return x - Vector{}; }
 
-// exp(x) within about 2 units in the last place for x in [-87, 88], clamped outside. Polynomial: Cephes expf.
-inline Vector exp_clamped(Vector x) {
+// exp(x) as (1 + fraction) * scale, within about 2 units in the last place for x in [-87, 88], clamped outside.
+// Polynomial: Cephes expf.
+struct Exp {
+    Vector fraction, scale;
+};
+
+inline Exp split_exp(Vector x) {
     const Vector low = broadcast(-87.0f), high = broadcast(88.0f);
     x = x < low ? low : x;
     x = x > high ? high : x;
@@ -49,13 +54,29 @@ inline Vector exp_clamped(Vector x) {
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
-    const Vector y = (p * r) * r + r + 1.0f;
     const IntVector exponent = (reinterpret_cast<IntVector>(shifted) - (0x4B400000 - 127)) << 23;
-    return y * reinterpret_cast<Vector>(exponent);
+    return {(p * r) * r + r, reinterpret_cast<Vector>(exponent)};
+}
+
+inline Vector exp_clamped(Vector x) {
+    const Exp e = split_exp(x);
+    return (e.fraction + 1.0f) * e.scale;
 }
 
 inline Vector sigmoid(Vector x) { return 1.0f / (1.0f + exp_clamped(-x)); }
-inline Vector elu(Vector x) { return x > 0.0f ? x : exp_clamped(x) - 1.0f; }
+
+// Subtracting 1 from exp(x) would lose the digits of a small x.
+inline Vector exp_minus_one(Vector x) {
+    const Exp e = split_exp(x);
+    return e.fraction * e.scale + (e.scale - 1.0f);
+}
+
+inline Vector tanh(Vector x) {
+    const Vector y = exp_minus_one(2.0f * x);
+    return y / (y + 2.0f);
+}
+
+inline Vector elu(Vector x) { return x > 0.0f ? x : exp_minus_one(x); }
 
 // Applies f to whole vectors, and to the rest through a padded copy.
 template <class F>
@@ -165,7 +186,7 @@ void apply_elu_negated(const float* x, float* y, int64_t n) {
     map(x, y, n, [](Vector v) { return elu(-v); });
 }
 void apply_relu(const float* x, float* y, int64_t n) {
-    map(x, y, n, [](Vector v) { return v > 0.0f ? v : Vector{}; });
+    map(x, y, n, [](Vector v) { return v < 0.0f ? Vector{} : v; });  // keeps NaN
 }
 void apply_add(const float* a, const float* b, float* y, int64_t n) {
     map(a, b, y, n, [](Vector u, Vector v) { return u + v; });
@@ -174,7 +195,7 @@ void apply_glu(const float* a, const float* b, float* y, int64_t n) {
     map(a, b, y, n, [](Vector u, Vector v) { return u * sigmoid(v); });
 }
 void apply_tanh(const float* a, const float* b, float* y, int64_t n) {
-    map(a, b, y, n, [](Vector u, Vector v) { return (2.0f * sigmoid(2.0f * u) - 1.0f) * sigmoid(v); });
+    map(a, b, y, n, [](Vector u, Vector v) { return tanh(u) * sigmoid(v); });
 }
 
 void attend(const Attend& a) {

@@ -14,9 +14,22 @@ namespace {
 
 constexpr std::size_t kAlignment = 64;
 constexpr int64_t kMaxSegments = 16;
+constexpr int64_t kMaxSize = int64_t{1} << 31;
 
 void require(bool condition, int64_t op, const char* what) {
     if (!condition) throw std::invalid_argument("operation " + std::to_string(op) + ": " + what);
+}
+
+// Whether count == a * b * c, for positive factors of any size.
+bool is_product(int64_t count, int64_t a, int64_t b, int64_t c) {
+    return count > 0 && count % a == 0 && count / a % b == 0 && count / a / b == c;
+}
+
+// Whichever thread comes first, the lowest sample is reported.
+void keep_first(std::atomic<int64_t>& found, int64_t place) {
+    int64_t before = found.load();
+    while ((before < 0 || place < before) && !found.compare_exchange_weak(before, place)) {
+    }
 }
 
 uint16_t round_to_bf16(float x) {
@@ -31,11 +44,14 @@ StepPlan::StepPlan(std::vector<OpSpec> ops, const std::vector<TermSpec>& terms, 
                    bool bf16, int64_t threads, const Kernels& kernels)
     : output_(output), shape_(shape), bf16_(bf16), threads_(threads), kernels_(kernels) {
     if (shape.batch < 1 || shape.width < 1 || shape.num_codes < 1 || shape.positions < shape.width || threads < 1 ||
-        threads > 1024 || shape.key_stride < shape.positions || shape.key_stride % 16 != 0) {
+        threads > 1024 || shape.key_stride < shape.positions || shape.key_stride % 16 != 0 ||
+        std::max({shape.batch, shape.num_codes, shape.key_stride}) >= kMaxSize) {
         throw std::invalid_argument("shape: expected positive sizes and key rows padded to a multiple of 16");
     }
     // All operations are stored before any is checked, because terms may read later ones.
     for (const OpSpec& spec : ops) {
+        require(spec.channels >= 1 && spec.channels < kMaxSize && (!spec.paired || spec.channels % 2 == 0), num_ops(),
+                "bad number of channels");
         ops_.emplace_back();
         ops_.back().spec = spec;
     }
@@ -62,8 +78,8 @@ StepPlan::StepPlan(std::vector<OpSpec> ops, const std::vector<TermSpec>& terms, 
 }
 
 void StepPlan::check(const OpSpec& op, int64_t index, const std::vector<TermSpec>& terms) const {
-    require(op.channels >= 1 && (!op.paired || op.channels % 2 == 0), index, "bad number of channels");
     if (op.level < 0) return;  // worked out before the row starts
+    require(op.level < num_ops(), index, "its level is beyond the number of operations");
     const auto source = [&](int which) -> const OpSpec& {
         const int64_t at = op.sources[which];
         require(at >= 0 && at < num_ops(), index, "a source does not exist");
@@ -72,46 +88,70 @@ void StepPlan::check(const OpSpec& op, int64_t index, const std::vector<TermSpec
     const auto same = [&](const OpSpec& from, int64_t channels) {
         require(from.channels == channels, index, "channels of a source do not fit");
     };
+    // Within a level a thread goes on with the channels it has computed itself; all others are known a level later.
+    const auto known = [&](int which, bool split_alike) {
+        const OpSpec& from = source(which);
+        const bool own = split_alike && from.kind != Kind::kAttend && op.sources[which] < index;
+        require(from.level < op.level || (from.level == op.level && own), index, "a source is not known at its level");
+    };
     switch (op.kind) {
         case Kind::kLookup:
-            require(op.num_taps >= 1 && op.weights != nullptr, index, "a lookup needs taps and a table");
+            require(op.num_taps >= 1 && op.weights != nullptr &&
+                        is_product(op.num_weights, op.channels, shape_.num_codes, op.num_taps),
+                    index, "a lookup needs taps and a table of their size");
             break;
         case Kind::kAffine:
             require(op.first_term >= 0 && op.num_terms >= 1 && op.num_terms <= kMaxSegments &&
-                        op.first_term + op.num_terms <= static_cast<int64_t>(terms.size()),
+                        op.first_term <= static_cast<int64_t>(terms.size()) - op.num_terms,
                     index, "terms do not exist");
             for (int64_t t = op.first_term; t < op.first_term + op.num_terms; ++t) {
-                require(terms[t].source >= 0 && terms[t].source < num_ops(), index, "a source does not exist");
-                require(terms[t].num_columns >= 1 && terms[t].first_column + terms[t].num_columns <= 1 &&
-                            terms[t].weights != nullptr,
+                const TermSpec& term = terms[t];
+                require(term.source >= 0 && term.source < num_ops(), index, "a source does not exist");
+                const OpSpec& from = ops_[term.source].spec;
+                require(term.num_columns >= 1 && term.first_column > -kMaxSize &&
+                            term.first_column <= 1 - term.num_columns,
                         index, "a term reads columns that are not known yet");
+                require(term.first_column <= -term.num_columns || from.level < op.level, index,
+                        "a source is not known at its level");
+                require(term.weights != nullptr &&
+                            is_product(term.num_weights, op.channels, from.channels, term.num_columns),
+                        index, "a term needs weights of its size");
             }
             break;
         case Kind::kElu:
         case Kind::kRelu:
             same(source(0), op.channels);
+            known(0, source(0).paired == op.paired);
             break;
         case Kind::kConcatElu:
             same(source(0), op.channels / 2);
             require(op.paired, index, "concatenated halves must be paired");
+            known(0, !source(0).paired);
             break;
         case Kind::kAdd:
-            same(source(0), op.channels);
-            same(source(1), op.channels);
+            for (int which = 0; which < 2; ++which) {
+                same(source(which), op.channels);
+                known(which, source(which).paired == op.paired);
+            }
             break;
         case Kind::kGlu:
         case Kind::kTanh:
             same(source(0), 2 * op.channels);
-            require(source(0).paired || source(0).level < op.level, index, "a gate needs paired halves");
+            require(!op.paired, index, "what a gate gives cannot be paired");
+            known(0, source(0).paired);
             break;
         case Kind::kStoreKeys:
             same(source(0), op.channels);
+            known(0, source(0).paired == op.paired);
             break;
         case Kind::kAttend:
             require(op.heads >= 1 && source(0).channels == source(1).channels && source(2).channels == op.channels &&
                         op.channels % op.heads == 0 && source(0).channels % op.heads == 0 &&
-                        source(1).kind == Kind::kStoreKeys,
+                        source(1).kind == Kind::kStoreKeys && source(1).level >= 0,
                     index, "attention needs query, stored keys and values of fitting widths");
+            for (int which = 0; which < (op.inclusive ? 3 : 1); ++which) known(which, false);
+            // Keys are loaded by whole vectors, so even where the own position does not count nobody may be writing it.
+            require(source(1).level != op.level, index, "keys are stored at the level that reads them");
             break;
         default:
             require(false, index, "unknown kind");
@@ -189,8 +229,8 @@ void StepPlan::check_views(const View* values, const View* starts) const {
     }
 }
 
-// One thread's part of a row.
-class StepPlan::Worker {
+// One thread's part of a row, on cache lines of its own.
+class alignas(kAlignment) StepPlan::Worker {
    public:
     Worker(const StepPlan& plan, const RowTask& task, int64_t thread)
         : plan_(plan), task_(task), thread_(thread), scratch_(plan.shape_.num_codes), scores_(plan.shape_.key_stride) {}
@@ -386,10 +426,14 @@ Outcome StepPlan::run_row(const RowTask& task, int64_t* bad) const {
     // Threads begin together once all of them exist: a barrier would wait forever for one that could not be made.
     enum { kWait, kGo, kGiveUp };
     std::atomic<int> signal{kWait};
+    // Made before any thread is: memory may run out, and nothing may throw in a thread.
+    std::vector<Worker> workers;
+    workers.reserve(threads_);
+    for (int64_t thread = 0; thread < threads_; ++thread) workers.emplace_back(*this, task, thread);
     const auto work = [&](int64_t thread) {
         while (signal.load() == kWait) std::this_thread::yield();
         if (signal.load() == kGiveUp) return;
-        Worker worker(*this, task, thread);
+        Worker& worker = workers[thread];
         auto asked = std::chrono::steady_clock::now();
         for (int64_t column = 0; column < shape_.width; ++column) {
             for (int64_t level = 0; level < static_cast<int64_t>(levels_.size()); ++level) {
@@ -398,7 +442,7 @@ Outcome StepPlan::run_row(const RowTask& task, int64_t* bad) const {
                 barrier.wait();
             }
             const int64_t sample = worker.draw(column);
-            if (sample >= 0) failed.store(sample * shape_.width + column);
+            if (sample >= 0) keep_first(failed, sample * shape_.width + column);
             if (thread == 0 && task.keep_going != nullptr) {
                 const auto now = std::chrono::steady_clock::now();
                 if (now - asked > std::chrono::milliseconds(50)) {

@@ -27,6 +27,7 @@ struct OpSpec {
     int64_t num_terms;
     int64_t num_taps;       // lookup: table [num_taps][num_codes][channels], taps at columns -num_taps .. -1
     const float* weights;   // lookup: the table
+    int64_t num_weights;    // floats at weights
 };
 
 // Consecutive columns of one source times a matrix [num_columns * channels of the source][channels of the operation].
@@ -35,6 +36,7 @@ struct TermSpec {
     int64_t first_column;  // relative to the current one
     int64_t num_columns;
     const float* weights;
+    int64_t num_weights;  // floats at weights
 };
 
 // Where an operation's vectors lie: sample b, column c at data + b * batch_stride + c * column_stride.

@@ -86,7 +86,7 @@ def describe(prior: Prior) -> Explanation:
     row_weights = {op.index: _size(plan.row_terms[op.index]) for op in plan.ops if op.kind == "affine"}
     step_weights = {op.index: _size(plan.step_terms[op.index]) for op in plan.ops if op.kind == "affine"}
     per_row = sum(
-        2 * size * (1 if index in plan.uniform else width * height) for index, size in row_weights.items()
+        2 * term.weight.numel() * _times(op, term, plan) for op in plan.ops for term in plan.row_terms.get(op.index, ())
     ) + _lookup_flops(plan, above=True)
     per_step = 2 * sum(step_weights.values()) * width * height + _lookup_flops(plan, above=False)
     attention = sum(_attention_flops(op, plan) for op in plan.ops if op.kind == "attention")
@@ -132,17 +132,32 @@ def cache_bytes(plan: Plan) -> int:
         if op.kind == "attention":
             _, key, value = op.sources
             floats += padded(height * width) * plan.ops[key].channels + height * width * plan.ops[value].channels
-        if plan.level[op.index] < 0 or op.kind in ("affine", "lookup"):
-            floats += op.channels * (1 if op.index in plan.uniform else width)
-        if op.kind == "static" and op.variant == "context":
-            floats += height * width * op.channels
+        if op.kind == "static":
+            floats += op.channels * {"context": height * width, "label": 1}.get(op.variant, 0)
+        elif plan.level[op.index] < 0 or plan.row_terms.get(op.index) or any(dr < 0 for dr, _ in op.taps):
+            floats += op.channels * (width if _varies(op, plan) else 1)
         if plan.level[op.index] >= 0 and op.index not in plan.history:
             floats += op.channels
     return _FLOAT * floats + torch.int64.itemsize * height * width
 
 
+def _varies(op: Op, plan: Plan) -> bool:
+    """Whether what the row phase works out for an operation differs from column to column."""
+    if op.kind == "affine":
+        return any(term.source not in plan.uniform for term in plan.row_terms[op.index])
+    return op.index not in plan.uniform
+
+
 def _size(terms: tuple[Term, ...]) -> int:
     return sum(term.weight.numel() for term in terms)
+
+
+def _times(op: Op, term: Term, plan: Plan) -> int:
+    """How often a grid's row phase multiplies one vector by the weights of a term."""
+    height, width = plan.shape
+    if op.index in plan.uniform:
+        return 1
+    return height if term.source in plan.uniform else height * width
 
 
 def _lookup_flops(plan: Plan, *, above: bool) -> int:

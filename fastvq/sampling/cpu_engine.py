@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastvq import _engine
 from fastvq.errors import ArgumentError, UnavailableError
-from fastvq.sampling.plan import Op, Plan
+from fastvq.sampling.plan import Op, Plan, require_finite
 from fastvq.sampling.request import SampleRequest
 from fastvq.sampling.state import CompiledPlan, GridState, padded
 
@@ -32,6 +32,7 @@ class CpuStep:
 
     def __init__(self, plan: Plan, batch: int, *, threads: int, kernels: str = "auto", bf16: bool = False) -> None:
         extension = _engine.require()
+        require_finite(plan)
         self.plan, self.batch = plan, batch
         height, width = plan.shape
         self._tensors: list[Tensor] = []  # kept while the extension copies them
@@ -96,8 +97,6 @@ class CpuStep:
 
     def _address(self, weight: Tensor) -> int:
         weight = weight.detach().float().cpu().contiguous()
-        if not bool(torch.isfinite(weight).all()):
-            raise ArgumentError("prior: its weights hold NaN or infinite values")
         self._tensors.append(weight)
         return weight.data_ptr()
 
@@ -131,9 +130,14 @@ def paired_ops(plan: Plan) -> set[int]:
 
 
 def sample_cpu(
-    compiled: CompiledPlan, step: CpuStep, state: GridState, request: SampleRequest, row_done: Callable[[], None]
+    compiled: CompiledPlan,
+    step: CpuStep,
+    state: GridState,
+    request: SampleRequest,
+    row_done: Callable[[], None],
+    logits: Tensor | None = None,
 ) -> Tensor:
-    """Fill the grids of a request: int64 [n, H, W]."""
+    """Fill the grids of a request: int64 [n, H, W]. ``logits`` [n, H, W, K] receives those of all positions."""
     plan = compiled.plan
     height, width = plan.shape
     settings = request.settings
@@ -144,6 +148,8 @@ def sample_cpu(
         state.begin_row(row)
         kept: list[Tensor] = []
         values, starts = _views(step, state, scratch, row, kept)
+        if logits is not None:
+            values[plan.output] = (logits[:, row].data_ptr(), logits.stride(0), logits.stride(2))
         bad = step.native.run_row(
             row,
             values.ctypes.data,

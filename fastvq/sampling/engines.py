@@ -146,10 +146,13 @@ def static_inputs(prior: Prior, request: SampleRequest) -> dict[str, Tensor]:
 
 
 class _Prepared:
-    """A compiled plan and the weights packed for it. Everything in it is read-only once made."""
+    """A compiled plan and the weights packed for it. Everything in it is read-only once made.
 
-    def __init__(self, prior: Prior, versions: object) -> None:
-        self.versions = versions
+    The views keep the memory of the weights alive, so that an address cannot come to belong to another tensor.
+    """
+
+    def __init__(self, prior: Prior, versions: object, views: list[Tensor], seen: list[Tensor]) -> None:
+        self.versions, self.views, self.seen = versions, views, seen
         self.compiled = CompiledPlan(compile_plan(prior), next(prior.parameters()).device)
         self._lock = threading.Lock()
         self._torch: TorchStep | None = None
@@ -176,15 +179,34 @@ _LOCK = threading.Lock()
 _PREPARED: weakref.WeakKeyDictionary[Prior, _Prepared] = weakref.WeakKeyDictionary()
 
 
+@torch.no_grad()
 def _prepared(prior: Prior) -> _Prepared:
-    """The compiled form of a prior, made again when its weights have changed."""
-    # Tensors made in inference mode have no version; they cannot be changed in place outside it either.
+    """The compiled form of a prior, made again when its weights have changed.
+
+    Operations on ``tensor.data``, and those on tensors made in inference mode, leave no trace. They are noticed by
+    comparing the first elements of every tensor.
+    """
+    tensors = [*prior.parameters(), *prior.buffers()]
     versions = tuple(
-        (tensor.data_ptr(), None if tensor.is_inference() else tensor._version, tensor.device)
-        for tensor in [*prior.parameters(), *prior.buffers()]
+        (tensor.data_ptr(), None if tensor.is_inference() else tensor._version, tensor.device) for tensor in tensors
     )
     with _LOCK:
         found = _PREPARED.get(prior)
-        if found is None or found.versions != versions:
-            found = _PREPARED[prior] = _Prepared(prior, versions)
+        if found is None or found.versions != versions or not all(map(torch.equal, _gather(found.views), found.seen)):
+            views = [_first_elements(tensor) for tensor in tensors]
+            found = _PREPARED[prior] = _Prepared(prior, versions, views, _gather(views))
         return found
+
+
+def _first_elements(tensor: Tensor) -> Tensor:
+    """A view of up to 16 elements. Flattening another memory format would copy."""
+    tensor = tensor.detach()
+    return (tensor.reshape(-1) if tensor.is_contiguous() else tensor[(0,) * (tensor.ndim - 1)])[:16]
+
+
+def _gather(views: list[Tensor]) -> list[Tensor]:
+    """Copies, joined by device and type so that comparing takes few operations."""
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for view in views:
+        groups.setdefault((view.device, view.dtype), []).append(view)
+    return [torch.cat(group) for group in groups.values()]

@@ -14,11 +14,14 @@ prior; what the architectures look like is written down in :mod:`fastvq.sampling
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
+
+from fastvq.errors import ArgumentError
 
 Kind = Literal["lookup", "affine", "static", "activation", "add", "gate", "attention"]
 Timing = Literal["row", "left", "here"]
@@ -123,6 +126,19 @@ class Plan:
 
     def row_ops(self) -> Iterator[Op]:
         return (op for op in self.ops if self.timing[op.index] == "row")
+
+
+def require_finite(plan: Plan) -> None:
+    """Refuse weights that can only give NaN. A bias of -inf is one way to exclude a code.
+
+    Raises:
+        ArgumentError: there are some.
+    """
+    for op in plan.ops:
+        weights = [term.weight for term in op.terms] + ([] if op.weight is None else [op.weight])
+        biases = [] if op.bias is None else [op.bias]
+        if not all(bool(w.isfinite().all()) for w in weights) or not all(bool((b < math.inf).all()) for b in biases):
+            raise ArgumentError("prior: its weights hold NaN or infinite values")
 
 
 def schedule(ops: Sequence[Op], output: int, shape: tuple[int, int], num_codes: int) -> Plan:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvq.sampling.plan import Op
+from fastvq.sampling.plan import Op, require_finite
 from fastvq.sampling.request import SampleRequest
 from fastvq.sampling.state import CompiledPlan, GridState, elementwise
 
@@ -18,6 +18,7 @@ class TorchStep:
 
     def __init__(self, compiled: CompiledPlan) -> None:
         self.plan = compiled.plan
+        require_finite(self.plan)
         self.steps = list(self.plan.step_ops())
         self.weights = {
             index: [term.weight.flatten(0, 1).to(compiled.device) for term in terms]

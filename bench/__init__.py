@@ -1,0 +1,1 @@
+"""Benchmarks: one list of cases, one harness, one report. ``pytest bench/ --benchmark`` runs them."""

@@ -1,0 +1,149 @@
+"""Results as a table and as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.harness import Entry, Recorder, Result
+from bench.machine import Ceilings, describe_commit, describe_machine, describe_versions, now
+
+FORMAT = 1
+
+
+def tables(results: Sequence[Result], ceilings: Ceilings) -> list[str]:
+    """Lines of one table per operation, with a column for the ratio to every peer."""
+    lines: list[str] = []
+    for operation in dict.fromkeys(result.operation for result in results):
+        group = [result for result in results if result.operation == operation]
+        lines += [operation, *_table(group, ceilings), ""]
+    return lines
+
+
+def legend(ceilings: Ceilings) -> list[str]:
+    """What the columns mean, and the rates that floors were worked out with."""
+    return [
+        "time: median of the runs; e: rests on an extrapolated time. over X: time of X / time.",
+        f"floor: the case's work at the best rates of this session ({ceilings.rate / 1e9:.0f} GFLOP/s); weights that",
+        "exceed the second-level caches are read anew at every position. No ratios for what is not exact or failed its",
+        "check: the naive model's logits for the drawn codes must give these codes, up to a margin of rounding.",
+        "Every engine runs with one thread or all, whichever suits it.",
+        "memory: peak of a fresh process beyond the model, and what was predicted. Best rates:",
+        *(f"  {line}" for line in ceilings.lines()),
+    ]
+
+
+def _table(results: Sequence[Result], ceilings: Ceilings) -> list[str]:
+    exact = [entry.peer for result in results for entry in result.entries if entry.exact]
+    peers = list(dict.fromkeys(exact))
+    header = ["case", "batch", "peer", "time", "runs", *(f"over {peer}" for peer in peers), "time/floor", "memory"]
+    rows = [[*header, "phases, check"]]
+    for result in results:
+        for number, entry in enumerate(result.entries):
+            label = [result.case, str(result.batch)] if number == 0 else ["", ""]
+            name = entry.peer if entry.exact else f"{entry.peer} (not exact)"
+            runs = "e" if entry.extrapolated else str(len(entry.seconds))
+            ratios = [_ratio(result, entry, peer) for peer in peers]
+            cells = [*label, name, seconds(entry.median), runs, *ratios, _over_floor(result, entry, ceilings)]
+            rows.append([*cells, _memory(result, entry), _remarks(entry)])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    # Text to the left, numbers to the right.
+    left = {0, 2, len(header)}
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return [lines[0], "-" * len(lines[0]), *lines[1:]]
+
+
+def _ratio(result: Result, entry: Entry, peer: str) -> str:
+    found = result.speedup(entry, peer)
+    other = result.entry(peer)
+    if found is None or other is None:
+        return "-"
+    return number(found) + (" e" if entry.extrapolated or other.extrapolated else "")
+
+
+def _over_floor(result: Result, entry: Entry, ceilings: Ceilings) -> str:
+    floor = result.floor(ceilings)
+    if not floor or not entry.comparable:
+        return "-"
+    return number(entry.median / floor) + (" e" if entry.extrapolated else "")
+
+
+def _memory(result: Result, entry: Entry) -> str:
+    found = next((memory for memory in result.memory if memory.peer == entry.peer), None)
+    return f"{found.measured / 1e6:.0f} MB = {found.measured / found.predicted:.2f} of predicted" if found else "-"
+
+
+def _remarks(entry: Entry) -> str:
+    remarks = [f"{entry.facts['threads']} thr"] if "threads" in entry.facts else []
+    if spent := entry.facts.get("row_phase_seconds"):
+        steps = [total - row for total, row in zip(entry.seconds, spent, strict=True)]
+        remarks.append(f"rows {seconds(statistics.median(spent))}, steps {seconds(statistics.median(steps))}")
+    if "identical_grids" in entry.facts:
+        remarks.append(f"{entry.facts['identical_grids']:.0%} identical grids")
+    if entry.check is not None:
+        remarks.append(("" if entry.check.passed else "CHECK FAILED: ") + entry.check.summary)
+    if entry.extrapolated:
+        remarks.append(entry.extrapolated)
+    return "; ".join(remarks)
+
+
+def seconds(value: float) -> str:
+    """Three digits, in a unit that suits."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if value >= size:
+            return f"{number(value / size)} {unit}"
+    return f"{value * 1e9:.3g} ns"
+
+
+def number(value: float) -> str:
+    """Three digits, never with an exponent."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def to_json(recorder: Recorder) -> dict[str, Any]:
+    """Everything that was measured, every repeat included."""
+    return {
+        "format": FORMAT,
+        "date": now(),
+        "quick": recorder.quick,
+        "machine": describe_machine(),
+        "load_before": recorder.load,
+        "versions": describe_versions(),
+        **describe_commit(),
+        "ceilings": recorder.ceilings.to_json(),
+        "results": [_result_json(result, recorder) for result in recorder.results],
+    }
+
+
+def _result_json(result: Result, recorder: Recorder) -> dict[str, Any]:
+    floor = None if recorder.quick else result.floor(recorder.ceilings)
+    values = dataclasses.asdict(result)
+    values["floor_seconds"] = floor
+    for entry, stored in zip(result.entries, values["entries"], strict=True):
+        stored["median"] = entry.median
+        stored["over_floor"] = entry.median / floor if floor and entry.comparable else None
+        stored["speedup_over"] = {
+            other.peer: ratio for other in result.entries if (ratio := result.speedup(entry, other.peer)) is not None
+        }
+    return values
+
+
+def write_json(recorder: Recorder, folder: Path) -> Path:
+    """A file named after date and commit."""
+    values = to_json(recorder)
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = f"{values['date'][:19].replace(':', '')}-{(values['commit'] or 'unknown')[:8]}"
+    free = (folder / f"{stem}{suffix}.json" for suffix in itertools.chain([""], (f"-{i}" for i in itertools.count(2))))
+    path = next(path for path in free if not path.exists())
+    path.write_text(json.dumps(values, indent=1) + "\n")
+    return path

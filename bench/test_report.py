@@ -1,0 +1,98 @@
+"""What the report may say: no ratio without a passed check, extrapolated times marked, everything in the file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bench.harness import Check, Entry, Memory, Peer, Recorder, Result, Work, measure, repeats
+from bench.report import number, seconds, tables, write_json
+
+GOOD, BAD = Check(True, "0 of 9 codes differ"), Check(False, "3 of 9 codes differ")
+
+
+def _recorder(*entries: Entry) -> Recorder:
+    recorder = Recorder(quick=False, log=print)
+    recorder.ceilings.gemm["made up"] = [100e9, 50e9]
+    recorder.ceilings.read[4 << 20] = [10e9]
+    work = [Work("rows", 100e9), Work("steps", 10e9, 5e9, 1000)]
+    recorder.results.append(
+        Result("sampling", "a case", 8, list(entries), work, [Memory("cpu", 11_000_000, 10_000_000)])
+    )
+    return recorder
+
+
+def test_table_holds_ratios_to_every_peer_and_to_the_floor() -> None:
+    recorder = _recorder(Entry("naive", [30.0, 10.0, 20.0], GOOD), Entry("cpu", [2.0], GOOD))
+    header, _, naive, cpu = tables(recorder.results, recorder.ceilings)[1:5]
+    assert "over naive" in header
+    assert "over cpu" in header
+    assert naive.split()[:6] == ["a", "case", "8", "naive", "20", "s"]
+    # The floor is 1 s of arithmetic and 0.5 s of reading.
+    assert cpu.split()[:7] == ["cpu", "2", "s", "1", "10", "-", "1.33"]
+    assert "11 MB = 1.10 of predicted" in cpu
+
+
+@pytest.mark.parametrize("check", [BAD, None], ids=["failed", "not-checked"])
+def test_no_ratio_without_a_passed_check(check: Check | None) -> None:
+    recorder = _recorder(Entry("naive", [20.0], GOOD), Entry("cpu", [2.0], check))
+    result = recorder.results[0]
+    assert result.speedup(result.entries[1], "naive") is None
+    assert result.speedup(result.entries[0], "cpu") is None
+    cpu = tables(recorder.results, recorder.ceilings)[4]
+    assert cpu.split()[:7] == ["cpu", "2", "s", "1", "-", "-", "-"]
+    assert ("CHECK FAILED" in cpu) == (check is BAD)
+
+
+def test_inexact_entries_are_not_compared() -> None:
+    recorder = _recorder(Entry("naive", [20.0], GOOD), Entry("cpu bf16", [1.0], GOOD, exact=False))
+    lines = tables(recorder.results, recorder.ceilings)
+    assert "over cpu bf16" not in lines[1]
+    assert lines[4].split()[:8] == ["cpu", "bf16", "(not", "exact)", "1", "s", "1", "-"]
+
+
+def test_extrapolated_times_are_marked() -> None:
+    recorder = _recorder(
+        Entry("naive", [40.0], GOOD, extrapolated="extrapolated from row 3"), Entry("cpu", [2.0], GOOD)
+    )
+    lines = tables(recorder.results, recorder.ceilings)
+    assert "extrapolated from row 3" in lines[3]
+    assert "40 s     e" in lines[3]
+    assert "20 e" in lines[4]
+
+
+def test_file_holds_everything(tmp_path: Path) -> None:
+    recorder = _recorder(Entry("naive", [30.0, 10.0, 20.0], GOOD), Entry("cpu", [2.0], BAD))
+    first, second = write_json(recorder, tmp_path / "new"), write_json(recorder, tmp_path / "new")
+    assert first != second
+    values = json.loads(first.read_text())
+    assert {"date", "commit", "dirty", "machine", "versions", "ceilings", "results"} <= set(values)
+    assert {"cpu", "cores", "threads", "caches", "memory_bytes", "gpus"} <= set(values["machine"])
+    assert {"python", "torch", "numpy", "fastvq", "extension"} <= set(values["versions"])
+    naive, cpu = values["results"][0]["entries"]
+    assert naive["seconds"] == [30.0, 10.0, 20.0]
+    assert values["results"][0]["floor_seconds"] == pytest.approx(1.5)
+    assert cpu["speedup_over"] == {}
+
+
+def test_peers_take_turns_and_all_repeats_run() -> None:
+    order: list[str] = []
+    peers = [Peer("a", lambda: order.append("a"), 1.0, 1), Peer("b", lambda: order.append("b"), 100.0, 1)]
+    times, results = measure(peers)
+    assert [len(times[name]) for name in "ab"] == [3, 1]
+    assert sorted(order) == ["a", "a", "a", "b"]
+    assert set(results) == {"a", "b"}
+    assert repeats(1e-6) > repeats(1.0) == 3
+
+
+def test_numbers_are_readable() -> None:
+    assert [seconds(value) for value in (12345.6, 1.5, 0.0123, 4.5e-6, 2e-9)] == [
+        "12346 s",
+        "1.5 s",
+        "12.3 ms",
+        "4.5 us",
+        "2 ns",
+    ]
+    assert number(1999.6) == "2000"

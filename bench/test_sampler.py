@@ -1,0 +1,74 @@
+"""Engines of the sampler: time, ratios, floors, memory; each against the naive model's own draws."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from bench.cases import SAMPLER_CASES, SamplerCase
+from bench.harness import Recorder
+from bench.sampler import check_codes, measure_memory, naive_pace, request_of, run_case, torch_rows
+from fastvq import _engine, sample
+
+CASES = {case.id: case for case in SAMPLER_CASES}
+
+
+@pytest.fixture
+def threads(recorder: Recorder) -> Iterator[None]:
+    """One thread in the smoke run: on tensors this small more only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if recorder.quick else before)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("case", SAMPLER_CASES, ids=lambda case: case.id)
+def test_sampler(case: SamplerCase, recorder: Recorder) -> None:
+    recorder.log(case.id)
+    result = run_case(case.small() if recorder.quick else case, recorder)
+    recorder.results.append(result)
+    for entry in result.entries:
+        if entry.exact:
+            assert entry.check is not None
+            assert entry.check.passed, f"{entry.peer}: {entry.check.summary}"
+
+
+@pytest.mark.skipif(not _engine.available(), reason="the cpu engine needs the extension")
+def test_memory_of_a_fresh_process() -> None:
+    memory = measure_memory(CASES["default-strict-bottom-b8"], small=True)
+    assert 0.5 * memory.predicted < memory.measured < 2 * memory.predicted
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("name", ["small-strict-top-b8", "default-inclusive-bottom-b32"])
+def test_extrapolations_are_labelled(name: str) -> None:
+    case = dataclasses.replace(CASES[name].small(), naive_batch=2)
+    prior = case.prior()
+    request = request_of(prior, case.batch, case.inputs(prior))
+    naive, cached = naive_pace(case, prior, request, 1).entry(), torch_rows(prior, request, 1)
+    for entry in (naive, cached):
+        assert entry.extrapolated
+        assert entry.comparable
+        assert entry.median > 0
+    assert f"at batch 2, times {case.batch / 2:g}" in str(naive.extrapolated)
+    assert cached.check is not None
+    assert cached.check.facts["positions"] == case.batch * 3 * prior.config.shape[1]
+
+
+@pytest.mark.usefixtures("threads")
+def test_check_finds_a_wrong_code() -> None:
+    case = CASES["digits-bottom-b8"]
+    prior = case.prior()
+    inputs = case.inputs(prior)
+    codes = sample(prior, case.batch, **inputs, engine="naive", micro_batch=case.batch)
+    request = request_of(prior, case.batch, inputs)
+    assert check_codes(prior, request, codes).passed
+    assert check_codes(prior, request, codes[:, :2], samples=2).passed
+    codes[3, 2, 1] = (codes[3, 2, 1] + 1) % prior.config.num_codes
+    check = check_codes(prior, request, codes)
+    assert not check.passed
+    assert check.facts["outside"] >= 1

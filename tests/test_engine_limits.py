@@ -1,0 +1,246 @@
+"""The choice of an engine, memory limits, weights and logits that are not finite, and options that do not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from engine_helpers import CACHED, needs_extension, request_of, spread
+from helpers import TablePrior, pixelcnn, refuses, snail
+
+from fastvq import _engine
+from fastvq.errors import ArgumentError, UnavailableError
+from fastvq.models import PixelSNAIL, Prior
+from fastvq.sampling import EngineOptions, Pipeline, choose_engine, describe, sample
+from fastvq.sampling import api as api_module
+from fastvq.sampling.engines import fill
+
+pytestmark = pytest.mark.usefixtures("steady")
+
+every_engine = pytest.mark.parametrize("engine", [pytest.param("torch"), pytest.param("cpu", marks=needs_extension)])
+
+
+@pytest.fixture
+def blocked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the extension was not built."""
+    monkeypatch.setattr(_engine, "_load", lambda: (None, "it was blocked for this test"))
+
+
+class Mine(PixelSNAIL):
+    """May compute anything."""
+
+
+# The choice.
+
+
+@needs_extension
+def test_auto_takes_the_fastest() -> None:
+    assert choose_engine("auto", snail()) == ("cpu", "cpu is the fastest that runs here")
+    assert choose_engine("auto", pixelcnn())[0] == "cpu"
+    assert choose_engine("torch", snail()) == ("torch", "asked for by name")
+
+
+def test_auto_without_the_extension(blocked: None) -> None:
+    engine, reason = choose_engine("auto", snail())
+    assert engine == "torch"
+    assert reason.startswith("cpu: it was blocked for this test. Build it with")
+    assert reason.endswith("; torch is the fastest that runs here")
+    with refuses(UnavailableError, "engine: 'cpu' was asked for but cannot run here: it was blocked for this test"):
+        choose_engine("cpu", snail())
+    prior = snail()
+    assert torch.equal(sample(prior, 2, seed=1), sample(prior, 2, seed=1, engine="torch"))
+    assert describe(prior).engine == "torch"
+
+
+@pytest.mark.parametrize("prior", [TablePrior((2, 3), 7), Mine(snail().config)], ids=["own-prior", "subclass"])
+def test_only_the_naive_engine_runs_any_prior(prior: Prior) -> None:
+    engine, reason = choose_engine("auto", prior)
+    assert engine == "naive"
+    unknown = f"no plan is known for a {type(prior).__name__}, only the naive engine runs it"
+    assert reason == f"cpu: {unknown}; torch: {unknown}; naive is the fastest that runs here"
+    for name in CACHED:
+        with refuses(UnavailableError, f"engine: '{name}' was asked for but cannot run here: no plan is known"):
+            sample(prior, 1, engine=name)
+    assert torch.equal(sample(prior, 2, seed=1), sample(prior, 2, seed=1, engine="naive"))
+
+
+def test_a_prior_on_another_device() -> None:
+    prior = snail().to("meta")
+    engine, reason = choose_engine("auto", prior)
+    assert engine == "torch"
+    assert "cpu: it computes on the CPU, the prior is on meta" in reason
+
+
+def test_precisions(blocked: None) -> None:
+    for engine in ("auto", "torch", "naive"):
+        with refuses(ArgumentError, "precision: only the cpu engine has bfloat16 weights, the engine here is"):
+            sample(snail(), 1, engine=engine, precision="bfloat16")
+    for precision in ("float16", None):
+        with refuses(ArgumentError, f"precision: expected one of 'float32', 'bfloat16', got {precision!r}"):
+            sample(snail(), 1, precision=precision)  # type: ignore[arg-type]
+
+
+@needs_extension
+@pytest.mark.parametrize("options", [{"threads": -1}, {"threads": 5000}, {"kernels": "mmx"}])
+def test_options_that_do_not_fit(options: dict[str, Any]) -> None:
+    prior = snail()
+    with pytest.raises(ValueError, match="^shape: expected|^kernels: expected auto"):
+        fill("cpu", prior, request_of(prior, 1, {}, seed=0), lambda: None, EngineOptions(**options))
+
+
+# Memory.
+
+
+@pytest.fixture
+def batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Sizes of the micro-batches that were filled."""
+    sizes: list[int] = []
+
+    def counted(engine: str, prior: Prior, request: Any, *rest: Any) -> Any:
+        sizes.append(len(request.noise))
+        return fill(engine, prior, request, *rest)
+
+    monkeypatch.setattr(api_module, "fill", counted)
+    return sizes
+
+
+@every_engine
+@pytest.mark.parametrize("fits", [1, 3, 7, 8, 100])
+def test_a_memory_limit_lowers_the_micro_batch(engine: str, fits: int, batches: list[int]) -> None:
+    prior = spread(snail())
+    limit = describe(prior).memory(fits)
+    codes = sample(prior, 9, seed=1, engine=engine, memory_limit=limit)
+    size = min(fits, 8)  # the default is 8
+    assert batches == [size] * -(-9 // size)
+    assert torch.equal(codes, sample(prior, 9, seed=1, engine=engine, micro_batch=size))
+    batches.clear()
+    sample(prior, 9, seed=1, engine=engine, memory_limit=limit + describe(prior).cache_bytes - 1)
+    assert batches == [size] * -(-9 // size)
+
+
+@every_engine
+def test_a_micro_batch_asked_for_is_kept(engine: str, batches: list[int]) -> None:
+    prior = snail()
+    sample(prior, 9, engine=engine, micro_batch=5, memory_limit=describe(prior).memory(5))
+    assert batches == [5, 5]
+
+
+def test_memory_limits_too_small() -> None:
+    prior = snail()
+    needed = describe(prior).memory(1)
+    with refuses(ArgumentError, f"memory_limit: a micro-batch of 1 needs {needed} bytes, got {needed - 1}"):
+        sample(prior, 1, engine="torch", memory_limit=needed - 1)
+    needed = describe(prior).memory(5)
+    with refuses(ArgumentError, f"memory_limit: a micro-batch of 5 needs {needed} bytes, got {needed - 1}"):
+        sample(prior, 1, engine="torch", micro_batch=5, memory_limit=needed - 1)
+    with refuses(ArgumentError, "memory_limit: must be at least 1, got 0"):
+        sample(prior, 1, engine="torch", memory_limit=0)
+    with refuses(ArgumentError, "memory_limit: the naive engine cannot keep to one"):
+        sample(prior, 1, engine="naive", memory_limit=2**40)
+    with refuses(ArgumentError, "memory_limit: the naive engine cannot keep to one"):
+        sample(TablePrior((2, 3), 7), 1, memory_limit=2**40)
+
+
+def test_a_pipeline_keeps_all_levels_to_the_limit() -> None:
+    pipeline = Pipeline.from_pretrained("digits")
+    limit = max(describe(prior).memory(3) for prior in pipeline.priors)
+    drawn = pipeline.sample(4, label=1, seed=1, memory_limit=limit, engine="torch")
+    assert drawn.micro_batch == 3
+    again = pipeline.sample(4, label=1, seed=1, micro_batch=3, engine="torch")
+    assert torch.equal(drawn.images, again.images)
+
+
+# Weights and logits that are not finite.
+
+NOT_FINITE: dict[str, Callable[[Any, float], object]] = {
+    "table": lambda p, x: p.input.weight[0, 1].fill_(x),
+    "tap-above": lambda p, x: p.blocks[0].layers[0].conv1.weight[0, 0, 0, 0].fill_(x),
+    "tap-on-the-row": lambda p, x: p.blocks[0].layers[0].conv1.weight[0, 0, 2, 0].fill_(x),
+    "pointwise": lambda p, x: p.blocks[0].attention.key.weight[0].fill_(x),
+    "output": lambda p, x: p.output.weight[1].fill_(x),
+    "bias": lambda p, x: p.blocks[0].layers[0].conv2.bias[0].fill_(x),
+}
+
+
+@every_engine
+@pytest.mark.parametrize("place", NOT_FINITE)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(engine: str, place: str, value: float) -> None:
+    prior = snail()
+    with torch.no_grad():
+        NOT_FINITE[place](prior, value)
+    rows = []
+    with refuses(ArgumentError, "prior: its weights hold NaN or infinite values"):
+        fill(engine, prior, request_of(prior, 2, {}, seed=0), lambda: rows.append(0))
+    assert rows == []
+
+
+@every_engine
+def test_weights_behind_the_mask_may_be_anything(engine: str) -> None:
+    prior: Any = spread(snail())
+    wanted = sample(prior, 4, seed=1, engine=engine)
+    with torch.no_grad():
+        prior.blocks[0].layers[0].conv1.weight[:, :, 2, 1:].fill_(float("nan"))
+    assert torch.equal(sample(prior, 4, seed=1, engine=engine), wanted)
+
+
+@every_engine
+@pytest.mark.parametrize("kind", [snail, pixelcnn])
+def test_logits_that_overflow(engine: str, kind: Callable[..., Any]) -> None:
+    """Found at the first position, not drawn from; a layer that maps NaN to 0 must not hide it either."""
+    prior = spread(kind())
+    with torch.no_grad():
+        for name, parameter in prior.named_parameters():
+            if name.endswith("weight"):
+                parameter.mul_(1e25)
+    message = {"cpu": "prior: its logits are not finite for sample 0 of the micro-batch at row 0", "torch": "logits: "}
+    for threads in (1, 2):
+        with refuses(ArgumentError, message[engine]):
+            fill(engine, prior, request_of(prior, 2, {}, seed=0), lambda: None, EngineOptions(threads=threads))
+
+
+@every_engine
+def test_logits_that_overflow_late(engine: str) -> None:
+    """Only the code 3 leads to infinity, and only sample 1 draws it, in the second row."""
+    prior: Any = pixelcnn(layers=0)
+    with torch.no_grad():
+        prior.input_horizontal.weight[:, 3].fill_(1e38)
+        prior.input_merge.weight.fill_(1e38)
+        prior.hidden.weight.fill_(1e38)
+    init = torch.zeros(2, 3, 4, dtype=torch.int64)
+    init[1, 1, 1] = 3
+    known = torch.zeros(3, 4, dtype=torch.bool)
+    known[:2] = True
+    known[1, 2] = False
+    where = "prior: its logits are not finite for sample [01] of the micro-batch at row 1, column 2"
+    with refuses(ArgumentError, where if engine == "cpu" else "logits: "):
+        sample(prior, 2, seed=1, engine=engine, init_codes=init, mask=known)
+
+
+@every_engine
+def test_sampling_goes_on_after_an_error(engine: str) -> None:
+    prior: Any = spread(snail())
+    wanted = sample(prior, 4, seed=1, engine=engine)
+    with torch.no_grad():
+        prior.output.weight.fill_(3e38)
+    with refuses(ArgumentError, "prior: its logits are not finite|logits: "):
+        sample(prior, 4, seed=1, engine=engine)
+    with torch.no_grad():
+        prior.output.weight.copy_(spread(snail()).output.weight)
+    assert torch.equal(sample(prior, 4, seed=1, engine=engine), wanted)
+
+
+@every_engine
+def test_rows_are_counted(engine: str) -> None:
+    prior = snail()
+    rows = []
+    fill(engine, prior, request_of(prior, 2, {}, seed=0), lambda: rows.append(0))
+    assert len(rows) == 3
+
+
+@every_engine
+def test_progress(engine: str, capsys: pytest.CaptureFixture[str]) -> None:
+    sample(snail(), 9, seed=1, progress=True, micro_batch=4, engine=engine)
+    assert "9/9" in capsys.readouterr().err
