@@ -18,8 +18,12 @@ from fastvq.sampling.state import CompiledPlan, GridState, padded
 _KINDS = {"lookup": 0, "affine": 1, "elu": 2, "concat_elu": 3, "relu": 4, "add": 5, "glu": 6, "tanh": 7}
 _STORE_KEYS, _ATTEND = 8, 9
 
-# About 2 microseconds of one core's arithmetic; a meeting of two threads takes a few tenths of one.
+# About 2 microseconds of one core's arithmetic; a meeting of two threads takes a few tenths of one. Where the weights
+# stay in one core's cache there is no streaming to share, and rows are so short that the threads of PyTorch's row
+# phase, which wait actively for their next task, are still in the way: 64 channels and 8 samples are faster on one.
 _FLOPS_PER_MEETING = 100_000
+_SMALL_FLOPS_PER_MEETING = 5_000_000
+_CACHE_OF_A_CORE = 2 << 20
 
 
 class CpuStep:
@@ -109,7 +113,8 @@ def _kind(op: Op) -> int:
 def useful_threads(plan: Plan, batch: int, available: int) -> int:
     """Threads that have enough to do between two meetings to be worth meeting. Results do not depend on it."""
     products = sum(term.weight.numel() for terms in plan.step_terms.values() for term in terms)
-    return max(1, min(available, 2 * products * batch // (plan.num_levels * _FLOPS_PER_MEETING)))
+    least = _FLOPS_PER_MEETING if 4 * products > _CACHE_OF_A_CORE else _SMALL_FLOPS_PER_MEETING
+    return max(1, min(available, 2 * products * batch // (plan.num_levels * least)))
 
 
 def paired_ops(plan: Plan) -> set[int]:
@@ -164,6 +169,7 @@ def sample_cpu(
             plan.num_codes if settings.top_k is None else settings.top_k,
             1.0 if settings.top_p is None else settings.top_p,
         )
+        kept.clear()  # the next row's values are worked out before these names are bound again
         if bad >= 0:
             sample, column = divmod(bad, width)
             raise ArgumentError(

@@ -47,7 +47,12 @@ class Term:
         chosen = [index for index, wanted in enumerate(keep) if wanted]
         if len(chosen) == len(self.taps):
             return self
-        return Term(self.source, tuple(self.taps[i] for i in chosen), self.weight[chosen]) if chosen else None
+        if not chosen:
+            return None
+        # Rows come one after the other, so the taps lie together and a view does: weights are most of the memory.
+        first, last = chosen[0], chosen[-1] + 1
+        assert last - first == len(chosen)
+        return Term(self.source, self.taps[first:last], self.weight[first:last])
 
 
 @dataclass(frozen=True)

@@ -155,6 +155,7 @@ class GridState:
         if row:
             for ring in self.rings.values():
                 ring.advance()
+        self.rows = {}  # the last row's values make room for this one's
         rows = dict(self._uniform)
         for op in self.plan.ops:
             if op.index in rows or (self.plan.timing[op.index] != "row" and op.kind not in ("affine", "lookup")):
