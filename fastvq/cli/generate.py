@@ -89,7 +89,8 @@ def info(arguments: argparse.Namespace) -> None:
         _print_installation()
         return
     if arguments.checkpoint is not None and (arguments.checkpoint / CONFIG_FILE).is_file():
-        _print_model(type(load_pretrained(arguments.checkpoint)).__name__, load_pretrained(arguments.checkpoint))
+        model = load_pretrained(arguments.checkpoint)
+        _print_model(type(model).__name__, model)
         return
     pipeline = load_pipeline(arguments.checkpoint, arguments.pretrained, "cpu")
     scale = pipeline.vqvae.total_stride

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fastvq._watch import first_elements, gather, unchanged
 from fastvq.errors import ArgumentError, ArgumentTypeError
 from fastvq.interop.layout import Options, build, require_kind
 from fastvq.interop.state import WRAPPERS, normalise
@@ -75,11 +76,11 @@ def convert(module: nn.Module, *, legacy: bool | None = None) -> PixelSNAIL | VQ
         entry = _cache.get(module)
         tensors, settings = _contents(module)
         marks = _marks(tensors, settings)
-        if entry is not None and entry.legacy == legacy and entry.marks == marks and _unchanged(entry):
+        if entry is not None and entry.legacy == legacy and entry.marks == marks and unchanged(entry.views, entry.seen):
             return entry.model
         # The marks were taken first: what is changed by another thread meanwhile is noticed the next time.
         views = [_view(tensor) for tensor in tensors]
-        seen = _gather(views)
+        seen = gather(views)
         try:
             model = _convert(module, legacy)
         except ArgumentError as error:
@@ -175,22 +176,8 @@ def _marks(tensors: list[Tensor], settings: list[bool]) -> _Marks:
 
 def _view(tensor: Tensor) -> Tensor:
     """The first elements of a tensor."""
-    tensor = tensor.detach()
     count = _SAMPLES
     if tensor.ndim == 4 and tensor.shape[2] > 1:
         # Causal kernels zero masked entries of their last row in every pass, which changes nothing: stay above it.
         count = min(count, (tensor.shape[2] - 1) * tensor.shape[3])
-    # A view in any case: flattening another memory format would copy.
-    return (tensor.reshape(-1) if tensor.is_contiguous() else tensor[(0,) * (tensor.ndim - 1)])[:count]
-
-
-def _gather(views: list[Tensor]) -> list[Tensor]:
-    """Copies of the views, joined by device and type so that comparing takes few operations."""
-    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for view in views:
-        groups.setdefault((view.device, view.dtype), []).append(view)
-    return [torch.cat(group) for group in groups.values()]
-
-
-def _unchanged(entry: _Entry) -> bool:
-    return all(map(torch.equal, _gather(entry.views), entry.seen))
+    return first_elements(tensor, count)

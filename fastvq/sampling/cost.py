@@ -96,7 +96,6 @@ def describe(prior: Prior) -> Explanation:
     naive = 2 * full * rows_run * width + sum(_naive_attention(op, plan) for op in plan.ops if op.kind == "attention")
     timing = [plan.timing[op.index] for op in plan.ops if op.kind != "static"]
     packed = sum(row_weights.values()) + sum(step_weights.values())
-    plan_size = packed + sum(op.weight.numel() for op in plan.ops if op.weight is not None)
     tables = sum(op.weight.numel() for op in plan.ops if op.weight is not None)
     return Explanation(
         name=type(prior).__name__,
@@ -113,7 +112,7 @@ def describe(prior: Prior) -> Explanation:
         row_weight_bytes=_FLOAT * sum(row_weights.values()),
         step_weight_bytes=_FLOAT * sum(step_weights.values()),
         cache_bytes=cache_bytes(plan),
-        weight_bytes=_FLOAT * (plan_size + packed + tables),
+        weight_bytes=_FLOAT * 2 * (packed + tables),
     )
 
 

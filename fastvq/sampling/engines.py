@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastvq import _engine
 from fastvq._check import require_choice
+from fastvq._watch import first_elements, gather, unchanged
 from fastvq.errors import ArgumentError, UnavailableError
 from fastvq.models.prior import Prior
 from fastvq.sampling.cpu_engine import CpuStep, sample_cpu, useful_threads
@@ -28,6 +29,8 @@ Precision = Literal["float32", "bfloat16"]
 RowDone = Callable[[], None]
 # Fastest first; "auto" takes the first that can run.
 ENGINES = ("cpu", "torch", "naive")
+# Elements of every tensor that are compared to notice changes.
+_WATCHED = 16
 
 
 @dataclass(frozen=True)
@@ -192,21 +195,7 @@ def _prepared(prior: Prior) -> _Prepared:
     )
     with _LOCK:
         found = _PREPARED.get(prior)
-        if found is None or found.versions != versions or not all(map(torch.equal, _gather(found.views), found.seen)):
-            views = [_first_elements(tensor) for tensor in tensors]
-            found = _PREPARED[prior] = _Prepared(prior, versions, views, _gather(views))
+        if found is None or found.versions != versions or not unchanged(found.views, found.seen):
+            views = [first_elements(tensor, _WATCHED) for tensor in tensors]
+            found = _PREPARED[prior] = _Prepared(prior, versions, views, gather(views))
         return found
-
-
-def _first_elements(tensor: Tensor) -> Tensor:
-    """A view of up to 16 elements. Flattening another memory format would copy."""
-    tensor = tensor.detach()
-    return (tensor.reshape(-1) if tensor.is_contiguous() else tensor[(0,) * (tensor.ndim - 1)])[:16]
-
-
-def _gather(views: list[Tensor]) -> list[Tensor]:
-    """Copies, joined by device and type so that comparing takes few operations."""
-    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for view in views:
-        groups.setdefault((view.device, view.dtype), []).append(view)
-    return [torch.cat(group) for group in groups.values()]

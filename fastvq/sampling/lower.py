@@ -27,7 +27,7 @@ def compile_plan(prior: Prior) -> Plan:
     reason = why_no_plan(prior)
     if reason is not None:
         raise UnavailableError(reason)
-    graph = _Graph(has_context=prior.context_encoder is not None, spatial_context=bool(prior.config.condition_shapes))
+    graph = _Graph(spatial_context=bool(prior.config.condition_shapes))
     with torch.no_grad():
         output = _pixelsnail(graph, prior) if isinstance(prior, PixelSNAIL) else _gated_pixelcnn(graph, prior)
     return schedule(graph.ops, output, prior.config.shape, prior.config.num_codes)
@@ -41,12 +41,11 @@ def why_no_plan(prior: Prior) -> str | None:
 
 
 class _Graph:
-    def __init__(self, *, has_context: bool, spatial_context: bool) -> None:
+    def __init__(self, *, spatial_context: bool) -> None:
         self.ops: list[Op] = []
         self._activations: dict[tuple[int, str], int] = {}
-        self.background: int | None = None
         self.context: int | None = None
-        self._has_context, self._spatial_context = has_context, spatial_context
+        self._spatial_context = spatial_context
 
     def add_op(self, op: Op) -> int:
         self.ops.append(op)
