@@ -17,7 +17,7 @@ from torch import Tensor
 from fastvq.errors import ArgumentError, ArgumentTypeError
 from fastvq.models import VectorQuantizer
 from fastvq.models import quantizer as quantizer_module
-from fastvq.ops import nearest_code as nearest_code_op
+from fastvq.ops import nearest_code_reference
 from fastvq.ops.nearest_code import nearest_code
 
 pytestmark = pytest.mark.usefixtures("steady")
@@ -104,9 +104,9 @@ def test_nearest_code_of_a_code_is_itself() -> None:
 def test_nearest_code_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     x, codebook = normal(101, 4), normal(10, 4, seed=1)
     whole = nearest_code(x, codebook)
-    monkeypatch.setattr(sys.modules[nearest_code_op.__module__], "_CHUNK_SCORES", 70)
+    monkeypatch.setattr(nearest_code_reference, "_CHUNK_SCORES", 70)
     assert torch.equal(nearest_code(x, codebook), whole)
-    monkeypatch.setattr(sys.modules[nearest_code_op.__module__], "_CHUNK_SCORES", 1)
+    monkeypatch.setattr(nearest_code_reference, "_CHUNK_SCORES", 1)
     assert torch.equal(nearest_code(x, codebook), whole)
 
 

@@ -3,9 +3,10 @@
 from fastvq.ops.causal import causal_attention, causal_conv2d, code_conv2d
 from fastvq.ops.dispatch import explain_backend
 from fastvq.ops.draw import draw, draw_margin, draw_reference
-from fastvq.ops.nearest_code import nearest_code
+from fastvq.ops.nearest_code import CodeStatistics, nearest_code, nearest_code_statistics
 
 __all__ = [
+    "CodeStatistics",
     "causal_attention",
     "causal_conv2d",
     "code_conv2d",
@@ -14,4 +15,5 @@ __all__ = [
     "draw_reference",
     "explain_backend",
     "nearest_code",
+    "nearest_code_statistics",
 ]

@@ -7,6 +7,9 @@ refused with its reason, never replaced.
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +20,8 @@ from fastvq import _engine
 from fastvq.errors import ArgumentError, UnavailableError
 
 Candidate = tuple[str, str | None]
+
+_LEAST_TRITON = (3, 6)
 
 
 def select_backend(op: str, candidates: Sequence[Candidate], backend: str | None) -> str:
@@ -61,7 +66,37 @@ def draw_backends(logits: Tensor) -> list[Candidate]:
     return [("cpp", memory_reason(logits) or _engine.why_unavailable()), ("torch", None)]
 
 
-_BACKENDS: dict[str, Callable[..., list[Candidate]]] = {"draw": draw_backends}
+@functools.cache
+def why_no_triton() -> str | None:
+    """Why Triton kernels cannot be used in this process, or None when they can."""
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "Triton is not installed (pip install fastvq[gpu])"
+    if tuple(int(part) for part in version.split(".")[:2]) < _LEAST_TRITON:
+        return f"it needs Triton {'.'.join(map(str, _LEAST_TRITON))} or newer, {version} is installed"
+    return None
+
+
+def triton_reason(*tensors: Tensor) -> str | None:
+    """Why Triton kernels cannot run on these tensors, or None when they can."""
+    # On a CPU they run for tests alone, in the interpreter, which Triton chooses when a kernel is imported.
+    if any(t.device.type != "cuda" for t in tensors) and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"it needs a GPU, the tensor is on {tensors[0].device}"
+    if any(t.dtype == torch.float64 for t in tensors):
+        return "it computes in float32, and the tensors are float64"
+    return why_no_triton()
+
+
+def nearest_code_backends(x: Tensor, codebook: Tensor) -> list[Candidate]:
+    """Backends of `fastvq.ops.nearest_code` and `nearest_code_statistics` for these arguments."""
+    triton: Candidate = ("triton", triton_reason(x, codebook))
+    if x.device.type == "cuda":
+        return [triton, ("torch", None)]
+    return [("torch", None), triton]
+
+
+_BACKENDS: dict[str, Callable[..., list[Candidate]]] = {"draw": draw_backends, "nearest_code": nearest_code_backends}
 
 
 def explain_backend(op: str, *args: Any, backend: str | None = None) -> str:
@@ -69,7 +104,8 @@ def explain_backend(op: str, *args: Any, backend: str | None = None) -> str:
 
     Args:
         op: name of the operation, such as ``"draw"``.
-        args: the tensors that decide, as the operation takes them (``draw``: the logits).
+        args: the tensors that decide, as the operation takes them (``draw``: the logits;
+            ``nearest_code``: x and the codebook).
         backend: as for the operation itself.
 
     Raises:

@@ -1,49 +1,226 @@
-"""Nearest code by Euclidean distance."""
+"""Nearest code, and the statistics of assignment that move a codebook, in one pass.
+
+No backend ever holds the distances of all vectors to all codes.
+"""
 
 from __future__ import annotations
 
+from typing import Literal, NamedTuple
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from fastvq._check import require_floating, require_shape, require_tensor
-from fastvq.errors import ArgumentError
+from fastvq._check import require_choice, require_floating, require_tensor
+from fastvq.errors import ArgumentError, ArgumentTypeError
+from fastvq.ops import nearest_code_backends as backends
 
-_CHUNK_SCORES = 1 << 22
+Metric = Literal["euclidean", "cosine"]
+Mode = Literal["exact", "fast"]
+METRICS: tuple[Metric, ...] = ("euclidean", "cosine")
+MODES: tuple[Mode, ...] = ("exact", "fast")
 
 
-def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
+class CodeStatistics(NamedTuple):
+    """Result of `nearest_code_statistics`; H stands for the axis of heads, absent where x has none.
+
+    Attributes:
+        indices: int64 [H, N], as `nearest_code` returns.
+        counts: int64 [H, K], how many vectors each code has.
+        sums: [H, K, D], the sum of these vectors, in float32 (float64 for float64 input).
+        squared_error: [H], sum of |x - codebook[index]|^2, differentiable in both.
+    """
+
+    indices: Tensor
+    counts: Tensor
+    sums: Tensor
+    squared_error: Tensor
+
+
+def nearest_code(
+    x: Tensor,
+    codebook: Tensor,
+    *,
+    metric: Metric = "euclidean",
+    mode: Mode = "exact",
+    check_finite: bool = False,
+    backend: str | None = None,
+) -> Tensor:
     """Index of the code nearest to each vector.
 
     Args:
-        x: vectors [N, D], floating point.
-        codebook: codes [K, D], floating point, K >= 1.
+        x: vectors [N, D], or [H, N, D] for H heads; float32, float64, bfloat16 or float16.
+        codebook: codes [K, D], or [H, K, D], a codebook per head; floating point, K >= 1, on the same device.
+        metric: ``euclidean``, or ``cosine``: both sides are scaled to unit length first.
+        mode: ``exact`` gives the float32 result everywhere. ``fast`` allows scores of bfloat16 products where that is
+            faster (GPU): the chosen code may be farther than the nearest by about 2^-7 |x| max|c|.
+        check_finite: raise for a vector that is not finite, instead of giving it index 0. Reads x once more, and waits
+            for a GPU.
+        backend: None for the first that can run, ``"cpp"`` (CPU), ``"triton"`` (GPU) or ``"torch"``; see
+            `fastvq.ops.explain_backend`.
 
     Returns:
-        int64 [N]: argmin over k of |x - codebook[k]|^2, computed in float32 (float64 for float64 input). The lowest
-        index among equal scores; codes nearer to each other than rounding, copies included, may change places.
+        int64 [N] or [H, N]: argmin over k of |x - codebook[k]|^2. Computed in float32 (float64 for float64 input) as
+        |c|^2 / 2 - x.c with both sides shifted by the codebook's mean, so the distance of the code found exceeds the
+        least one by rounding alone: with u = 2^-24, at most 16 u (|x| + max|c|)^2 for D <= 256. Among equal codes the
+        one of lowest index (``torch`` may return another copy). Codes that are not finite are never chosen. A vector
+        for which no code has a finite score (NaN, infinite, beyond about 1e18) has index 0.
 
     Raises:
-        ArgumentError, ArgumentTypeError: shapes or dtypes that do not fit.
+        ArgumentError, ArgumentTypeError: shapes, dtypes or devices that do not fit; values that are not finite.
+        UnavailableError: the backend asked for cannot run here.
 
-    The score is |c|^2 / 2 - x.c: |x|^2 is the same for every code and would only add rounding error. Both sides are
-    shifted by the codebook's mean, which keeps the score accurate for data far from the origin.
+    van den Oord et al. 2017, equations 1 and 2.
     """
-    require_shape("x", require_tensor("x", x), ["N", "D"])
-    require_shape("codebook", require_tensor("codebook", codebook), ["K", x.shape[1]])
+    x, codebook = _check(x, codebook, metric, mode)
+    vectors, codes = _heads(x, codebook, metric)
+    indices = torch.ops.fastvq.nearest_code(vectors, codes, mode, check_finite, backend)
+    return indices if x.ndim == 3 else indices.squeeze(0)
+
+
+def nearest_code_statistics(
+    x: Tensor,
+    codebook: Tensor,
+    *,
+    mask: Tensor | None = None,
+    metric: Metric = "euclidean",
+    mode: Mode = "exact",
+    deterministic: bool | None = None,
+    check_finite: bool = False,
+    backend: str | None = None,
+) -> CodeStatistics:
+    """`nearest_code`, and in the same pass the counts, sums and squared error that training needs.
+
+    Args:
+        x, codebook, metric, mode, check_finite, backend: as for `nearest_code`. With ``cosine`` sums and errors are of
+            the vectors scaled to unit length.
+        mask: bool [N] or [H, N]; vectors where it is False are given an index but left out of everything else.
+        deterministic: the same bits in every run, without atomic additions on a GPU; None follows
+            ``torch.use_deterministic_algorithms``. On a CPU results never depend on the run or the number of threads.
+
+    Returns:
+        See `CodeStatistics`. Vectors that are not finite are left out of counts and sums, so that they cannot poison a
+        codebook, while squared_error shows them. Nothing is averaged over processes or applied to the codebook.
+
+    Raises:
+        As `nearest_code`; also a mask that does not fit.
+
+    van den Oord et al. 2017, appendix A.1.
+    """
+    x, codebook = _check(x, codebook, metric, mode)
+    if mask is not None:
+        if require_tensor("mask", mask).dtype != torch.bool:
+            raise ArgumentTypeError(f"mask: expected torch.bool, got {mask.dtype}")
+        if mask.shape != x.shape[:-1]:
+            raise ArgumentError(f"mask: expected shape {list(x.shape[:-1])}, got {list(mask.shape)}")
+        if mask.device != x.device:
+            raise ArgumentError(f"mask: expected device {x.device} as for x, got {mask.device}")
+        mask = mask if x.ndim == 3 else mask.unsqueeze(0)
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+    vectors, codes = _heads(x, codebook, metric)
+    found = torch.ops.fastvq.nearest_code_statistics(vectors, codes, mask, mode, deterministic, check_finite, backend)
+    error, sums, counts, indices = found if x.ndim == 3 else (value.squeeze(0) for value in found)
+    return CodeStatistics(indices, counts, sums, error)
+
+
+def _check(x: object, codebook: object, metric: str, mode: str) -> tuple[Tensor, Tensor]:
+    x, codebook = require_tensor("x", x), require_tensor("codebook", codebook)
     require_floating("x", x)
     require_floating("codebook", codebook)
-    if codebook.shape[0] == 0:
-        raise ArgumentError("codebook: expected at least one code, got shape " + str(list(codebook.shape)))
-    dtype = torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        codes = codebook.to(dtype)
-        mean = codes.mean(0)
-        codes = codes - mean
-        half_norms = codes.square().sum(1) / 2
-        rows = max(1, _CHUNK_SCORES // codes.shape[0])
-        indices = torch.empty(x.shape[0], dtype=torch.int64, device=x.device)
-        for start in range(0, x.shape[0], rows):
-            part = x[start : start + rows].to(dtype) - mean
-            scores = torch.addmm(half_norms, part, codes.T, alpha=-1)
-            torch.argmin(scores, dim=1, out=indices[start : start + rows])
-        return indices
+    if x.ndim not in (2, 3):
+        raise ArgumentError(f"x: expected shape [N, D] or [H, N, D], got {list(x.shape)}")
+    expected = ["K", x.shape[1]] if x.ndim == 2 else [x.shape[0], "K", x.shape[2]]
+    sizes = [size if want == "K" else want for size, want in zip(codebook.shape, expected, strict=False)]
+    if codebook.ndim != x.ndim or list(codebook.shape) != sizes:
+        raise ArgumentError(
+            f"codebook: expected shape [{', '.join(map(str, expected))}], got {list(codebook.shape)}"
+            f" for x of shape {list(x.shape)}"
+        )
+    if codebook.shape[-2] == 0:
+        raise ArgumentError(f"codebook: expected at least one code, got shape {list(codebook.shape)}")
+    if codebook.device != x.device:
+        raise ArgumentError(f"codebook: expected device {x.device} as for x, got {codebook.device}")
+    require_choice("metric", metric, METRICS)
+    require_choice("mode", mode, MODES)
+    return x, codebook
+
+
+def _heads(x: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Tensor]:
+    """Both with an axis of heads, and scaled for the cosine."""
+    if metric == "cosine":
+        with torch.autocast(x.device.type, enabled=False):
+            x, codebook = F.normalize(_wide(x), dim=-1), F.normalize(_wide(codebook), dim=-1)
+    return (x, codebook) if x.ndim == 3 else (x.unsqueeze(0), codebook.unsqueeze(0))
+
+
+def _wide(value: Tensor) -> Tensor:
+    return value.to(torch.promote_types(value.dtype, torch.float32))
+
+
+# Registered by hand: torch.library.custom_op costs ten times as much per call. The only output with a gradient comes
+# first, as torch.library.opcheck wants it.
+_library = torch.library.Library("fastvq", "FRAGMENT")
+_library.define("nearest_code(Tensor x, Tensor codebook, str mode, bool check_finite, str? backend) -> Tensor")
+_library.define(
+    "nearest_code_statistics(Tensor x, Tensor codebook, Tensor? mask, str mode, bool deterministic, bool check_finite,"
+    " str? backend) -> (Tensor squared_error, Tensor sums, Tensor counts, Tensor indices)"
+)
+for _device in ("CPU", "CUDA"):
+    _library.impl("nearest_code", backends.nearest_code, _device)
+    _library.impl("nearest_code_statistics", backends.nearest_code_statistics, _device)
+
+
+@torch.library.register_fake("fastvq::nearest_code", lib=_library)
+def _(x: Tensor, codebook: Tensor, mode: str, check_finite: bool, backend: str | None) -> Tensor:
+    return x.new_empty(x.shape[:2], dtype=torch.int64)
+
+
+@torch.library.register_fake("fastvq::nearest_code_statistics", lib=_library)
+def _(
+    x: Tensor,
+    codebook: Tensor,
+    mask: Tensor | None,
+    mode: str,
+    deterministic: bool,
+    check_finite: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = backends.wide_dtype(x, codebook)
+    return (
+        x.new_empty(x.shape[:1], dtype=dtype),
+        x.new_empty(codebook.shape, dtype=dtype),
+        x.new_empty(codebook.shape[:2], dtype=torch.int64),
+        x.new_empty(x.shape[:2], dtype=torch.int64),
+    )
+
+
+def _keep_for_backward(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
+    x, codebook, mask, *_ = inputs
+    _, sums, counts, indices = output
+    ctx.save_for_backward(x, codebook, mask, indices, counts, sums)
+    ctx.mark_non_differentiable(indices, counts, sums)
+
+
+def _backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    """squared_error = sum over n of |x_n - c_i(n)|^2; where the nearest code changes it has no derivative."""
+    x, codebook, mask, indices, counts, sums = ctx.saved_tensors  # type: ignore[attr-defined]
+    upstream = grads[0]
+    grad_x = grad_codebook = None
+    if upstream is not None:
+        scale = 2 * upstream[:, None, None]
+        codes = codebook.to(scale.dtype)
+        if ctx.needs_input_grad[0]:  # type: ignore[attr-defined]
+            chosen = torch.gather(codes, 1, indices[..., None].expand(x.shape))
+            grad_x = (x.to(scale.dtype) - chosen) * scale
+            if mask is not None:
+                grad_x = torch.where(mask[..., None], grad_x, 0)
+            grad_x = grad_x.to(x.dtype)
+        if ctx.needs_input_grad[1]:  # type: ignore[attr-defined]
+            grad_codebook = ((codes * counts[..., None] - sums) * scale).to(codebook.dtype)
+    return grad_x, grad_codebook, None, None, None, None, None
+
+
+torch.library.register_autograd(
+    "fastvq::nearest_code_statistics", _backward, setup_context=_keep_for_backward, lib=_library
+)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from fastvq import _engine
 from fastvq._check import require_choice
+from fastvq._precision import full_float32
 from fastvq._watch import first_elements, gather, unchanged
 from fastvq.errors import ArgumentError, UnavailableError
 from fastvq.models.prior import Prior
@@ -108,22 +108,6 @@ def fill(
             )
         packed = prepared.cpu_step(batch, options)
         return sample_cpu(prepared.compiled, packed, GridState(prepared.compiled, batch, statics), request, row_done)
-
-
-@contextlib.contextmanager
-def full_float32(device: torch.device) -> Iterator[None]:
-    """Keep autocast and TF32, which the caller may have on, out of the logits."""
-    with torch.autocast(device.type, enabled=False):
-        if device.type != "cuda":
-            yield
-            return
-        matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn
-        before = matmul.allow_tf32, convolution.allow_tf32
-        matmul.allow_tf32 = convolution.allow_tf32 = False
-        try:
-            yield
-        finally:
-            matmul.allow_tf32, convolution.allow_tf32 = before
 
 
 def plan_of(prior: Prior) -> Plan:

@@ -1,0 +1,69 @@
+"""Nearest code and its statistics in plain PyTorch: the definition, and what runs where no kernel does."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastvq._precision import full_float32
+
+# Scores that exist at a time.
+_CHUNK_SCORES = 1 << 22
+
+
+@torch.no_grad()
+def indices_reference(x: Tensor, codebook: Tensor) -> Tensor:
+    """x [H, N, D], codebook [H, K, D] to int64 [H, N]; -1 where no code has a finite score.
+
+    The score is |c|^2 / 2 - x.c: |x|^2 is the same for every code and would only add rounding error. Both sides are
+    shifted by the codebook's mean, which keeps the score accurate for data far from the origin.
+    """
+    with full_float32(x.device):
+        found = [_indices(part, codes) for part, codes in zip(x, codebook, strict=True)]
+        return torch.stack(found) if found else x.new_empty(x.shape[:2], dtype=torch.int64)
+
+
+def _indices(x: Tensor, codebook: Tensor) -> Tensor:
+    dtype = wide_dtype(x, codebook)
+    codes = codebook.to(dtype)
+    finite = codes.isfinite().all(1)
+    mean = torch.where(finite[:, None], codes, 0).sum(0) / finite.sum().clamp(min=1)
+    # A code that is not finite must not be chosen, and its products must not be NaN.
+    codes = torch.where(finite[:, None], codes - mean, 0)
+    half_norms = torch.where(finite, codes.square().sum(1) / 2, torch.inf)
+    rows = max(1, _CHUNK_SCORES // codes.shape[0])
+    indices = torch.empty(x.shape[0], dtype=torch.int64, device=x.device)
+    for start in range(0, x.shape[0], rows):
+        part = x[start : start + rows].to(dtype) - mean
+        least, index = torch.addmm(half_norms, part, codes.T, alpha=-1).min(1)
+        indices[start : start + rows] = torch.where(least.isfinite(), index, -1)
+    return indices
+
+
+def statistics_reference(
+    x: Tensor, codebook: Tensor, assigned: Tensor, error_where: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Squared error [H], sums [H, K, D] and counts [H, K] of vectors assigned to codes.
+
+    ``assigned`` [H, N] holds -1 for vectors that counts and sums leave out; the error leaves out those where
+    ``error_where`` is False, and takes code 0 for the others that have none.
+    """
+    heads, num_codes, width = codebook.shape
+    dtype = wide_dtype(x, codebook)
+    counts = torch.zeros(heads, num_codes, dtype=torch.int64, device=x.device)
+    sums = torch.zeros(heads, num_codes, width, dtype=dtype, device=x.device)
+    errors = torch.zeros(heads, dtype=dtype, device=x.device)
+    for head in range(heads):
+        used = assigned[head] >= 0
+        index, vectors = assigned[head].clamp(min=0), x[head].to(dtype)
+        counts[head].index_add_(0, index, used.long())
+        sums[head].index_add_(0, index, torch.where(used[:, None], vectors, 0))
+        gaps = (vectors - F.embedding(index, codebook[head].to(dtype))).square().sum(1)
+        errors[head] = (gaps if error_where is None else torch.where(error_where[head], gaps, 0)).sum()
+    return errors, sums, counts
+
+
+def wide_dtype(x: Tensor, codebook: Tensor) -> torch.dtype:
+    """What is computed in: float32, or float64 if either is."""
+    return torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
