@@ -15,6 +15,7 @@
 
 #include "cpu/draw.h"
 #include "cpu/kernels.h"
+#include "cpu/nearest.h"
 #include "cpu/step_plan.h"
 
 namespace nb = nanobind;
@@ -22,7 +23,7 @@ namespace nb = nanobind;
 namespace {
 
 // Raised together with the number in fastvq/_engine.py when a signature changes.
-constexpr int kInterface = 3;
+constexpr int kInterface = 4;
 
 template <typename T>
 T* pointer(const char* name, uintptr_t address, int64_t count) {
@@ -61,6 +62,44 @@ int64_t draw(uintptr_t logits, uintptr_t uniforms, uintptr_t tokens, int64_t row
                                   token_data);
 }
 
+const fastvq::cpu::Kernels& kernels_named(const std::string& name) {
+    const auto* found = fastvq::cpu::find_kernels(name.c_str());
+    expect(found != nullptr, "kernels", "auto, or avx512, avx2 or baseline where the processor has it");
+    return *found;
+}
+
+void nearest_codes(uintptr_t x, int64_t element, int64_t rows, int64_t stride, int64_t depth, uintptr_t codebook,
+                   int64_t num_codes, uintptr_t indices, uintptr_t mask, uintptr_t counts, uintptr_t sums,
+                   uintptr_t squared_error, int64_t threads, const std::string& kernels) {
+    using fastvq::cpu::Element;
+    constexpr int64_t kMost = std::numeric_limits<int32_t>::max() / 2;
+    expect(num_codes >= 1 && num_codes <= kMost, "num_codes", "1 to 2^30");
+    expect(depth >= 1 && depth <= kMost, "depth", "1 to 2^30");
+    expect(rows >= 0, "rows", "a count");
+    expect(stride >= 0, "stride", "0 or more elements");
+    expect(element >= 0 && element <= 2, "element", "0 (float32), 1 (bfloat16) or 2 (float16)");
+    expect(threads >= 1 && threads <= 1024, "threads", "1 to 1024");
+    fastvq::cpu::NearestTask task{};
+    task.element = static_cast<Element>(element);
+    task.x = task.element == Element::kFloat32 ? static_cast<const void*>(pointer<const float>("x", x, rows))
+                                               : static_cast<const void*>(pointer<const uint16_t>("x", x, rows));
+    task.rows = rows;
+    task.stride = stride;
+    task.depth = depth;
+    task.codebook = pointer<const float>("codebook", codebook, num_codes);
+    task.num_codes = num_codes;
+    task.indices = pointer<int64_t>("indices", indices, rows);
+    if (counts != 0) {
+        task.mask = pointer<const uint8_t>("mask", mask, 0);
+        task.counts = pointer<int64_t>("counts", counts, num_codes);
+        task.sums = pointer<float>("sums", sums, num_codes);
+        task.squared_error = pointer<float>("squared_error", squared_error, 1);
+    }
+    const auto& found = kernels_named(kernels);
+    nb::gil_scoped_release release;
+    fastvq::cpu::nearest_codes(task, threads, found);
+}
+
 // Columns of the tables that describe operations and terms; fastvq/sampling/cpu_engine.py writes them.
 constexpr int64_t kOpFields = 14;
 constexpr int64_t kTermFields = 5;
@@ -76,8 +115,7 @@ std::unique_ptr<fastvq::cpu::StepPlan> make_step_plan(uintptr_t ops, int64_t num
     expect(num_terms >= 0 && num_terms < kLimit, "num_terms", "0 to 2^24");
     const auto* op_data = pointer<const int64_t>("ops", ops, num_ops);
     const auto* term_data = pointer<const int64_t>("terms", terms, num_terms);
-    const Kernels* found = find_kernels(kernels.c_str());
-    expect(found != nullptr, "kernels", "auto, or avx512, avx2 or baseline where the processor has it");
+    const Kernels& found = kernels_named(kernels);
     std::vector<OpSpec> specs;
     for (int64_t i = 0; i < num_ops; ++i, op_data += kOpFields) {
         const auto* d = op_data;
@@ -92,7 +130,7 @@ std::unique_ptr<fastvq::cpu::StepPlan> make_step_plan(uintptr_t ops, int64_t num
     }
     const StepShape shape{batch, width, positions, num_codes, key_stride};
     nb::gil_scoped_release release;
-    return std::make_unique<StepPlan>(std::move(specs), term_specs, output, shape, bf16, threads, *found);
+    return std::make_unique<StepPlan>(std::move(specs), term_specs, output, shape, bf16, threads, found);
 }
 
 std::vector<fastvq::cpu::View> views(const char* name, uintptr_t address, int64_t count) {
@@ -193,6 +231,10 @@ NB_MODULE(_ext, m) {
     m.def("draw", &draw, nb::arg("logits"), nb::arg("uniforms"), nb::arg("tokens"), nb::arg("rows"),
           nb::arg("num_codes"), nb::arg("temperature"), nb::arg("top_k"), nb::arg("top_p"),
           "Inverse-CDF draw; arrays by address. Returns -1, or the first row that cannot be drawn.");
+    m.def("nearest_codes", &nearest_codes, nb::arg("x"), nb::arg("element"), nb::arg("rows"), nb::arg("stride"),
+          nb::arg("depth"), nb::arg("codebook"), nb::arg("num_codes"), nb::arg("indices"), nb::arg("mask"),
+          nb::arg("counts"), nb::arg("sums"), nb::arg("squared_error"), nb::arg("threads"), nb::arg("kernels"),
+          "Nearest codes, and statistics unless counts is 0; arrays by address.");
     nb::class_<fastvq::cpu::StepPlan>(m, "StepPlan")
         .def_prop_ro("weight_bytes", &fastvq::cpu::StepPlan::weight_bytes)
         .def_prop_ro("kernels", &fastvq::cpu::StepPlan::kernels_name)

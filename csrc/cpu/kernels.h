@@ -1,4 +1,4 @@
-// The arithmetic of the step phase, compiled once for each instruction set and chosen at run time.
+// The arithmetic of the engines, compiled once for each instruction set and chosen at run time.
 #pragma once
 
 #include <cstdint>
@@ -47,6 +47,29 @@ struct Attend {
     float* out;     // zeros when count is 0
 };
 
+constexpr int64_t kMostPanelRows = 32;
+
+// How the elements of a matrix are stored.
+enum class Element { kFloat32, kBFloat16, kFloat16 };
+
+// Kernels of the search for nearest codes (nearest.h). A panel is a set of panel_rows vectors stored [depth][panel_rows],
+// a tile a set of tile_codes codes stored [depth][tile_codes].
+struct NearestKernels {
+    int64_t panel_rows;
+    int64_t tile_codes;
+    // panel = rows of x minus shift; vectors that do not exist are zeros. stride: elements between rows.
+    void (*pack)(const void* x, Element element, int64_t stride, int64_t rows, int64_t depth, const float* shift,
+                 float* panel);
+    // For every vector of the panel the least of its `best` and start[k] + sum over d of tile[d][k] * panel[d] for the
+    // codes k of some tiles, numbered from `first`, and in `index` the first code that reaches it. NaN is never least.
+    void (*scan)(const float* panel, const float* tiles, const float* start, int64_t depth, int64_t num_tiles,
+                 int32_t first, float* best, int32_t* index);
+    // |x - code|^2 in float.
+    float (*squared_distance)(const void* x, Element element, const float* code, int64_t depth);
+    // sums[d] += x[d].
+    void (*add)(const void* x, Element element, int64_t depth, double* sums);
+};
+
 struct Kernels {
     const char* name;
     void (*product)(const Product&);
@@ -57,6 +80,7 @@ struct Kernels {
     void (*glu)(const float* a, const float* b, float* y, int64_t n);   // a * sigmoid(b)
     void (*tanh)(const float* a, const float* b, float* y, int64_t n);  // tanh(a) * sigmoid(b)
     void (*attend)(const Attend&);
+    NearestKernels nearest;
 };
 
 extern const Kernels kBaselineKernels;

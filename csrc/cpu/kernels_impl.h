@@ -1,39 +1,15 @@
-// Kernels on vectors of FASTVQ_LANES floats. Included by one source file per instruction set, each of which defines
-// FASTVQ_LANES, FASTVQ_ROWS (rows of a register tile) and FASTVQ_KERNELS (the table's name).
+// Kernels of the step phase. Included by one source file per instruction set, each of which defines FASTVQ_LANES,
+// FASTVQ_ROWS (rows of a register tile), FASTVQ_KERNELS and FASTVQ_NAME (the table's variable and name).
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 
 #include "cpu/kernels.h"
+#include "cpu/nearest_impl.h"
+#include "cpu/vectors.h"
 
 namespace fastvq::cpu {
 namespace {
-
-constexpr int kLanes = FASTVQ_LANES;
-constexpr int kTileRows = FASTVQ_ROWS;
-constexpr int kTileVectors = 2;
-constexpr int kTileColumns = kTileVectors * kLanes;
-
-typedef float Vector __attribute__((vector_size(FASTVQ_LANES * 4)));
-typedef int32_t IntVector __attribute__((vector_size(FASTVQ_LANES * 4)));
-typedef uint32_t WordVector __attribute__((vector_size(FASTVQ_LANES * 4)));
-typedef uint16_t HalfVector __attribute__((vector_size(FASTVQ_LANES * 2)));
-
-inline Vector load(const float* p) {
-    Vector v;
-    std::memcpy(&v, p, sizeof(v));
-    return v;
-}
-
-inline Vector load(const uint16_t* p) {
-    HalfVector half;
-    std::memcpy(&half, p, sizeof(half));
-    return reinterpret_cast<Vector>(__builtin_convertvector(half, WordVector) << 16);
-}
-
-inline void store(float* p, Vector v) { std::memcpy(p, &v, sizeof(v)); }
-
-inline Vector broadcast(float x) { return x - Vector{}; }
 
 // exp(x) as (1 + fraction) * scale, within about 2 units in the last place for x in [-87, 88], clamped outside.
 // Polynomial: Cephes expf.
@@ -249,6 +225,6 @@ void attend(const Attend& a) {
 
 extern const Kernels FASTVQ_KERNELS;
 const Kernels FASTVQ_KERNELS = {FASTVQ_NAME, product,    apply_elu, apply_elu_negated, apply_relu,
-                                apply_add,   apply_glu,  apply_tanh, attend};
+                                apply_add,   apply_glu,  apply_tanh, attend,            kNearestKernels};
 
 }  // namespace fastvq::cpu

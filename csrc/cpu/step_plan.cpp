@@ -8,6 +8,7 @@
 #include <thread>
 
 #include "cpu/barrier.h"
+#include "cpu/team.h"
 
 namespace fastvq::cpu {
 namespace {
@@ -423,16 +424,11 @@ Outcome StepPlan::run_row(const RowTask& task, int64_t* bad) const {
     Barrier barrier(threads_);
     std::atomic<bool> stop{false};
     std::atomic<int64_t> failed{-1};
-    // Threads begin together once all of them exist: a barrier would wait forever for one that could not be made.
-    enum { kWait, kGo, kGiveUp };
-    std::atomic<int> signal{kWait};
     // Made before any thread is: memory may run out, and nothing may throw in a thread.
     std::vector<Worker> workers;
     workers.reserve(threads_);
     for (int64_t thread = 0; thread < threads_; ++thread) workers.emplace_back(*this, task, thread);
     const auto work = [&](int64_t thread) {
-        while (signal.load() == kWait) std::this_thread::yield();
-        if (signal.load() == kGiveUp) return;
         Worker& worker = workers[thread];
         auto asked = std::chrono::steady_clock::now();
         for (int64_t column = 0; column < shape_.width; ++column) {
@@ -455,17 +451,7 @@ Outcome StepPlan::run_row(const RowTask& task, int64_t* bad) const {
             if (failed.load() >= 0 || stop.load()) break;
         }
     };
-    std::vector<std::thread> others;
-    try {
-        for (int64_t thread = 1; thread < threads_; ++thread) others.emplace_back(work, thread);
-    } catch (...) {
-        signal.store(kGiveUp);
-        for (std::thread& other : others) other.join();
-        throw;
-    }
-    signal.store(kGo);
-    work(0);
-    for (std::thread& other : others) other.join();
+    run_team(threads_, work);
     if (failed.load() >= 0) {
         *bad = failed.load();
         return Outcome::kNotDrawable;

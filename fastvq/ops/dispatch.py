@@ -93,7 +93,13 @@ def nearest_code_backends(x: Tensor, codebook: Tensor) -> list[Candidate]:
     triton: Candidate = ("triton", triton_reason(x, codebook))
     if x.device.type == "cuda":
         return [triton, ("torch", None)]
-    return [("torch", None), triton]
+    reason = memory_reason(x) or memory_reason(codebook)
+    if torch.float64 in (x.dtype, codebook.dtype):
+        reason = reason or "it computes in float32, and the tensors are float64"
+    if x.shape[-1] == 0:
+        reason = reason or "the vectors have no elements"
+    reason = reason or _engine.why_unavailable()
+    return [("cpp", reason), ("torch", None), triton]
 
 
 _BACKENDS: dict[str, Callable[..., list[Candidate]]] = {"draw": draw_backends, "nearest_code": nearest_code_backends}

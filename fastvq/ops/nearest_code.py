@@ -62,8 +62,9 @@ def nearest_code(
     Returns:
         int64 [N] or [H, N]: argmin over k of |x - codebook[k]|^2. Computed in float32 (float64 for float64 input) as
         |c|^2 / 2 - x.c with both sides shifted by the codebook's mean, so the distance of the code found exceeds the
-        least one by rounding alone: with u = 2^-24, at most 16 u (|x| + max|c|)^2 for D <= 256. Among equal codes the
-        one of lowest index (``torch`` may return another copy). Codes that are not finite are never chosen. A vector
+        least one by rounding alone: with u = 2^-24, at most 16 u (|x| + max|c|)^2 for D <= 256, and sqrt(D) in place
+        of 16 beyond, since errors of D products add up like a random walk. Among equal codes the one of lowest index
+        (``torch`` may return another copy). Codes that are not finite are never chosen. A vector
         for which no code has a finite score (NaN, infinite, beyond about 1e18) has index 0.
 
     Raises:
@@ -198,27 +199,24 @@ def _(
 def _keep_for_backward(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
     x, codebook, mask, *_ = inputs
     _, sums, counts, indices = output
-    ctx.save_for_backward(x, codebook, mask, indices, counts, sums)
-    ctx.mark_non_differentiable(indices, counts, sums)
+    ctx.save_for_backward(x, codebook, mask, indices)
+    ctx.mark_non_differentiable(sums, counts, indices)
 
 
 def _backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     """squared_error = sum over n of |x_n - c_i(n)|^2; where the nearest code changes it has no derivative."""
-    x, codebook, mask, indices, counts, sums = ctx.saved_tensors  # type: ignore[attr-defined]
-    upstream = grads[0]
-    grad_x = grad_codebook = None
-    if upstream is not None:
-        scale = 2 * upstream[:, None, None]
-        codes = codebook.to(scale.dtype)
-        if ctx.needs_input_grad[0]:  # type: ignore[attr-defined]
-            chosen = torch.gather(codes, 1, indices[..., None].expand(x.shape))
-            grad_x = (x.to(scale.dtype) - chosen) * scale
-            if mask is not None:
-                grad_x = torch.where(mask[..., None], grad_x, 0)
-            grad_x = grad_x.to(x.dtype)
-        if ctx.needs_input_grad[1]:  # type: ignore[attr-defined]
-            grad_codebook = ((codes * counts[..., None] - sums) * scale).to(codebook.dtype)
-    return grad_x, grad_codebook, None, None, None, None, None
+    x, codebook, mask, indices = ctx.saved_tensors  # type: ignore[attr-defined]
+    upstream, grad_codebook = grads[0], None
+    if upstream is None:
+        return (None,) * 7
+    codes = codebook.to(upstream.dtype)
+    places = indices[..., None].expand(x.shape)
+    gap = (x.to(upstream.dtype) - codes.gather(1, places)) * (2 * upstream[:, None, None])
+    if mask is not None:
+        gap = torch.where(mask[..., None], gap, 0)
+    if ctx.needs_input_grad[1]:  # type: ignore[attr-defined]
+        grad_codebook = torch.zeros_like(codes).scatter_add(1, places, -gap).to(codebook.dtype)
+    return gap.to(x.dtype), grad_codebook, None, None, None, None, None
 
 
 torch.library.register_autograd(

@@ -5,11 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastvq import _engine
 from fastvq.errors import ArgumentError
 from fastvq.ops.dispatch import nearest_code_backends, select_backend
 from fastvq.ops.nearest_code_reference import indices_reference, statistics_reference, wide_dtype
 
-__all__ = ["nearest_code", "nearest_code_statistics", "wide_dtype"]
+__all__ = ["cpp_indices", "cpp_statistics", "nearest_code", "nearest_code_statistics", "wide_dtype"]
+
+# The numbers of the extension's element types.
+_ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 Statistics = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -23,6 +27,8 @@ def nearest_code(x: Tensor, codebook: Tensor, mode: str, check_finite: bool, bac
         from fastvq.kernels import nearest_code as kernels
 
         return kernels.nearest_code(x, codebook, mode=mode)
+    if chosen == "cpp":
+        return cpp_indices(x, codebook)
     return indices_reference(x, codebook).clamp(min=0)
 
 
@@ -43,9 +49,60 @@ def nearest_code_statistics(
         from fastvq.kernels import nearest_code as kernels
 
         return kernels.nearest_code_statistics(x, codebook, mask, mode=mode, deterministic=deterministic)
+    if chosen == "cpp":
+        return cpp_statistics(x, codebook, mask)
     found = indices_reference(x, codebook)
     assigned = found if mask is None else torch.where(mask, found, -1)
     return *statistics_reference(x, codebook, assigned, mask), found.clamp(min=0)
+
+
+def cpp_indices(x: Tensor, codebook: Tensor, *, threads: int | None = None, kernels: str = "auto") -> Tensor:
+    """`nearest_code` in C++, with PyTorch's number of threads and the widest instruction set unless told otherwise."""
+    indices = torch.empty(x.shape[:2], dtype=torch.int64)
+    for part, codes, found in zip(x, codebook, indices, strict=True):
+        _run_cpp(part, codes, found, None, None, threads, kernels)
+    return indices
+
+
+def cpp_statistics(
+    x: Tensor, codebook: Tensor, mask: Tensor | None, *, threads: int | None = None, kernels: str = "auto"
+) -> Statistics:
+    """`nearest_code_statistics` in C++; see `cpp_indices`."""
+    indices = torch.empty(x.shape[:2], dtype=torch.int64)
+    counts = torch.empty(codebook.shape[:2], dtype=torch.int64)
+    sums, errors = torch.empty(codebook.shape), torch.empty(x.shape[:1])
+    for head, (part, codes) in enumerate(zip(x, codebook, strict=True)):
+        wanted = None if mask is None else mask[head].contiguous()
+        _run_cpp(part, codes, indices[head], wanted, (counts[head], sums[head], errors[head]), threads, kernels)
+    return errors, sums, counts, indices
+
+
+def _run_cpp(
+    x: Tensor,
+    codebook: Tensor,
+    indices: Tensor,
+    mask: Tensor | None,
+    statistics: tuple[Tensor, Tensor, Tensor] | None,
+    threads: int | None,
+    kernels: str,
+) -> None:
+    """x [N, D], codebook [K, D]; fills indices, and counts, sums and squared error if given."""
+    x = x if x.stride(1) == 1 else x.contiguous()
+    codes = codebook.float().contiguous()
+    _engine.require().nearest_codes(
+        x.data_ptr(),
+        _ELEMENTS[x.dtype],
+        x.shape[0],
+        x.stride(0),
+        x.shape[1],
+        codes.data_ptr(),
+        codes.shape[0],
+        indices.data_ptr(),
+        0 if mask is None else mask.data_ptr(),
+        *((0, 0, 0) if statistics is None else (value.data_ptr() for value in statistics)),
+        torch.get_num_threads() if threads is None else threads,
+        kernels,
+    )
 
 
 def _require_finite(x: Tensor, mask: Tensor | None) -> None:

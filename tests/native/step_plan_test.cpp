@@ -365,6 +365,7 @@ int run(uint64_t num_plans) {
     for (const Kernels* kernels : kernels_here()) {
         const std::string on = std::string(" on ") + kernels->name;
         test("kernels" + on, [&] { test_kernels(*kernels); });
+        test("nearest codes" + on, [&] { test_nearest(*kernels); });
         test("invalid plans" + on, [&] { test_invalid_plans(*kernels); });
         test("invalid views" + on, [&] { test_invalid_views(*kernels); });
         test("logits that are not finite" + on, [&] { test_logits_that_are_not_finite(*kernels); });

@@ -7,5 +7,6 @@ namespace fastvq::cpu::testing {
 
 void test_kernels(const Kernels& kernels);
 void test_draw();
+void test_nearest(const Kernels& kernels);
 
 }  // namespace fastvq::cpu::testing

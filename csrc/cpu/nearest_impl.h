@@ -1,0 +1,173 @@
+// Kernels of the search for nearest codes, for one instruction set.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+#include "cpu/kernels.h"
+#include "cpu/vectors.h"
+
+namespace fastvq::cpu {
+namespace {
+
+typedef double DoubleVector __attribute__((vector_size(FASTVQ_LANES * 8)));
+
+struct Half {
+    uint16_t bits;
+};
+
+// The exponent is rebiased by a product, which is right for subnormal numbers too; only infinity and NaN keep theirs.
+inline Vector load(const Half* p) {
+    const WordVector bits = load_words(&p->bits);
+    const Vector scaled = reinterpret_cast<Vector>((bits & 0x7FFF) << 13) * 0x1p112f;
+    const WordVector special = reinterpret_cast<WordVector>((bits & 0x7C00) == 0x7C00) & 0x7F800000;
+    return reinterpret_cast<Vector>(reinterpret_cast<WordVector>(scaled) | special | ((bits & 0x8000) << 16));
+}
+
+// The first `count` lanes; zeros behind them.
+template <class T>
+inline Vector load_part(const T* p, int64_t count) {
+    T padded[kLanes] = {};
+    std::memcpy(padded, p, count * sizeof(T));
+    return load(padded);
+}
+
+template <class T>
+inline Vector load_up_to(const T* p, int64_t count) {
+    return count >= kLanes ? load(p) : load_part(p, count);
+}
+
+template <class F>
+inline auto with_element(Element element, const void* x, F f) {
+    switch (element) {
+        case Element::kBFloat16:
+            return f(static_cast<const uint16_t*>(x));
+        case Element::kFloat16:
+            return f(static_cast<const Half*>(x));
+        default:
+            return f(static_cast<const float*>(x));
+    }
+}
+
+// Lane l of the result: b[l ^ kStep] where l has the bit kStep set, else a[l] (kHigh: b[l], else a[l ^ kStep]).
+template <int kStep, bool kHigh, int... kLane>
+inline Vector merge(Vector a, Vector b, std::integer_sequence<int, kLane...>) {
+    constexpr int kFrom = kHigh ? 0 : kStep, kOther = kHigh ? kStep : 0;
+#if defined(__clang__)
+    return __builtin_shufflevector(a, b, ((kLane & kStep) ? kLanes + (kLane ^ kFrom) : (kLane ^ kOther))...);
+#else
+    return __builtin_shuffle(a, b, IntVector{((kLane & kStep) ? kLanes + (kLane ^ kFrom) : (kLane ^ kOther))...});
+#endif
+}
+
+// Transposes a square of kLanes vectors by exchanging halves, quarters and so on.
+template <int kStep = 1>
+inline void transpose(Vector (&v)[kLanes]) {
+    if constexpr (kStep < kLanes) {
+        using Lanes = std::make_integer_sequence<int, kLanes>;
+        for (int i = 0; i < kLanes; ++i) {
+            if (i & kStep) continue;
+            const Vector a = v[i], b = v[i | kStep];
+            v[i] = merge<kStep, false>(a, b, Lanes());
+            v[i | kStep] = merge<kStep, true>(a, b, Lanes());
+        }
+        transpose<2 * kStep>(v);
+    }
+}
+
+template <class T>
+void pack_rows(const T* x, int64_t stride, int64_t rows, int64_t depth, const float* shift, float* panel) {
+    for (int64_t part = 0; part < kTileColumns; part += kLanes) {
+        const int64_t present = std::min<int64_t>(std::max<int64_t>(rows - part, 0), kLanes);
+        for (int64_t d = 0; d < depth; d += kLanes) {
+            const Vector away = load_up_to(shift + d, depth - d);
+            Vector v[kLanes] = {};
+            for (int64_t r = 0; r < present; ++r) v[r] = load_up_to(x + (part + r) * stride + d, depth - d) - away;
+            transpose(v);
+            const int64_t wanted = std::min<int64_t>(kLanes, depth - d);
+            for (int64_t i = 0; i < wanted; ++i) store(panel + (d + i) * kTileColumns + part, v[i]);
+        }
+    }
+}
+
+void pack(const void* x, Element element, int64_t stride, int64_t rows, int64_t depth, const float* shift,
+          float* panel) {
+    with_element(element, x, [&](auto* data) { pack_rows(data, stride, rows, depth, shift, panel); });
+}
+
+// kTileRows codes times kTileVectors vectors of rows stay in registers over the whole depth, and so do the least scores.
+void scan(const float* panel, const float* tiles, const float* start, int64_t depth, int64_t num_tiles, int32_t first,
+          float* best, int32_t* index) {
+    Vector least[kTileVectors];
+    IntVector where[kTileVectors];
+    std::memcpy(least, best, sizeof(least));
+    std::memcpy(where, index, sizeof(where));
+    const float* code = tiles;
+    for (int64_t t = 0; t < num_tiles; ++t, start += kTileRows, first += kTileRows) {
+        Vector sums[kTileRows][kTileVectors];
+        for (int c = 0; c < kTileRows; ++c) {
+            for (int v = 0; v < kTileVectors; ++v) sums[c][v] = broadcast(start[c]);
+        }
+        const float* row = panel;
+        for (int64_t d = 0; d < depth; ++d, row += kTileColumns, code += kTileRows) {
+            Vector x[kTileVectors];
+            for (int v = 0; v < kTileVectors; ++v) x[v] = load(row + v * kLanes);
+            for (int c = 0; c < kTileRows; ++c) {
+                const Vector factor = broadcast(code[c]);
+                for (int v = 0; v < kTileVectors; ++v) sums[c][v] += factor * x[v];
+            }
+        }
+        for (int c = 0; c < kTileRows; ++c) {
+            for (int v = 0; v < kTileVectors; ++v) {
+                const IntVector less = sums[c][v] < least[v];
+                least[v] = less ? sums[c][v] : least[v];
+                where[v] = less ? IntVector{} + (first + c) : where[v];
+            }
+        }
+    }
+    std::memcpy(best, least, sizeof(least));
+    std::memcpy(index, where, sizeof(where));
+}
+
+template <class T>
+float squared_distance_of(const T* x, const float* code, int64_t depth) {
+    Vector sum = {};
+    for (int64_t d = 0; d < depth; d += kLanes) {
+        const Vector gap = load_up_to(x + d, depth - d) - load_up_to(code + d, depth - d);
+        sum += gap * gap;
+    }
+    float total = 0.0f;
+    for (int i = 0; i < kLanes; ++i) total += sum[i];
+    return total;
+}
+
+float squared_distance(const void* x, Element element, const float* code, int64_t depth) {
+    return with_element(element, x, [&](auto* data) { return squared_distance_of(data, code, depth); });
+}
+
+template <class T>
+void add_row(const T* x, int64_t depth, double* sums) {
+    for (int64_t d = 0; d < depth; d += kLanes, sums += kLanes) {
+        const DoubleVector values = __builtin_convertvector(load_up_to(x + d, depth - d), DoubleVector);
+        DoubleVector sum;
+        if (depth - d >= kLanes) {
+            std::memcpy(&sum, sums, sizeof(sum));
+            sum += values;
+            std::memcpy(sums, &sum, sizeof(sum));
+        } else {
+            for (int64_t i = 0; i < depth - d; ++i) sums[i] += values[i];
+        }
+    }
+}
+
+void add(const void* x, Element element, int64_t depth, double* sums) {
+    with_element(element, x, [&](auto* data) { add_row(data, depth, sums); });
+}
+
+static_assert(kTileColumns <= kMostPanelRows, "blocks have room for panels of this size");
+
+constexpr NearestKernels kNearestKernels = {kTileColumns, kTileRows, pack, scan, squared_distance, add};
+
+}  // namespace
+}  // namespace fastvq::cpu

@@ -1,0 +1,41 @@
+// Vectors of FASTVQ_LANES floats. Included by one source file per instruction set, each of which defines FASTVQ_LANES and
+// FASTVQ_ROWS (rows of a register tile).
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace fastvq::cpu {
+namespace {
+
+constexpr int kLanes = FASTVQ_LANES;
+constexpr int kTileRows = FASTVQ_ROWS;
+constexpr int kTileVectors = 2;
+constexpr int kTileColumns = kTileVectors * kLanes;
+
+typedef float Vector __attribute__((vector_size(FASTVQ_LANES * 4)));
+typedef int32_t IntVector __attribute__((vector_size(FASTVQ_LANES * 4)));
+typedef uint32_t WordVector __attribute__((vector_size(FASTVQ_LANES * 4)));
+typedef uint16_t HalfVector __attribute__((vector_size(FASTVQ_LANES * 2)));
+
+inline Vector load(const float* p) {
+    Vector v;
+    std::memcpy(&v, p, sizeof(v));
+    return v;
+}
+
+inline WordVector load_words(const uint16_t* p) {
+    HalfVector half;
+    std::memcpy(&half, p, sizeof(half));
+    return __builtin_convertvector(half, WordVector);
+}
+
+// bfloat16
+inline Vector load(const uint16_t* p) { return reinterpret_cast<Vector>(load_words(p) << 16); }
+
+inline void store(float* p, Vector v) { std::memcpy(p, &v, sizeof(v)); }
+
+inline Vector broadcast(float x) { return x - Vector{}; }
+
+}  // namespace
+}  // namespace fastvq::cpu

@@ -1,0 +1,148 @@
+// Nearest codes and their statistics, on arrays of exactly their size, against sums in double.
+#include "cpu/nearest.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "check.h"
+#include "tests.h"
+
+namespace fastvq::cpu::testing {
+namespace {
+
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+
+struct Result {
+    std::vector<int64_t> indices, counts;
+    std::vector<float> sums;
+    float squared_error = kNaN;
+
+    bool operator==(const Result& other) const {
+        return indices == other.indices && counts == other.counts && sums == other.sums &&
+               std::memcmp(&squared_error, &other.squared_error, sizeof(float)) == 0;
+    }
+};
+
+struct Problem {
+    int64_t rows, stride, depth, num_codes;
+    Element element;
+    std::vector<float> values;    // of x, as read back from its elements
+    std::vector<float> floats;    // x as float
+    std::vector<uint16_t> words;  // x as bfloat16 or float16
+    std::vector<float> codebook;
+    std::vector<uint8_t> mask;
+
+    Result solve(int64_t threads, const Kernels& kernels, bool statistics) const {
+        Result r{std::vector<int64_t>(rows, -7), std::vector<int64_t>(num_codes, -7),
+                 std::vector<float>(num_codes * depth, kNaN)};
+        NearestTask task{};
+        task.x = element == Element::kFloat32 ? static_cast<const void*>(floats.data()) : words.data();
+        task.element = element;
+        task.rows = rows;
+        task.stride = stride;
+        task.depth = depth;
+        task.codebook = codebook.data();
+        task.num_codes = num_codes;
+        task.indices = r.indices.data();
+        if (statistics) {
+            task.mask = mask.empty() ? nullptr : mask.data();
+            task.counts = r.counts.data();
+            task.sums = r.sums.data();
+            task.squared_error = &r.squared_error;
+        }
+        nearest_codes(task, threads, kernels);
+        return r;
+    }
+
+    double squared_distance(int64_t n, int64_t k) const {
+        double total = 0.0;
+        for (int64_t d = 0; d < depth; ++d) {
+            const double gap = static_cast<double>(values[n * depth + d]) - codebook[k * depth + d];
+            total += gap * gap;
+        }
+        return total;
+    }
+};
+
+// Quarters up to 8 are exact in every element type.
+Problem random_problem(bool large, Random& random) {
+    Problem p{};
+    p.rows = large ? 2000 : random.below(150);
+    p.depth = large ? 60 : 1 + random.below(70);
+    p.num_codes = large ? 150 : 1 + random.below(90);
+    p.stride = p.depth + random.below(3);
+    p.element = random.pick<Element>({Element::kFloat32, Element::kBFloat16, Element::kFloat16});
+    const int64_t size = p.rows > 0 ? (p.rows - 1) * p.stride + p.depth : 0;
+    (p.element == Element::kFloat32 ? p.floats.resize(size, kNaN) : p.words.resize(size, 0x7FFF));
+    p.values.resize(p.rows * p.depth);
+    for (int64_t n = 0; n < p.rows; ++n) {
+        for (int64_t d = 0; d < p.depth; ++d) {
+            const float value = static_cast<float>(random.below(65) - 32) / 4.0f;
+            p.values[n * p.depth + d] = value;
+            if (p.element == Element::kFloat32) {
+                p.floats[n * p.stride + d] = value;
+                continue;
+            }
+            uint32_t bits;
+            std::memcpy(&bits, &value, sizeof(bits));
+            const uint32_t half = value == 0.0f ? 0 : ((bits >> 16) & 0x8000) | (((bits & 0x7FFFFFFF) - 0x38000000) >> 13);
+            p.words[n * p.stride + d] = static_cast<uint16_t>(p.element == Element::kBFloat16 ? bits >> 16 : half);
+        }
+    }
+    p.codebook.resize(p.num_codes * p.depth);
+    for (float& c : p.codebook) c = random.symmetric(8.0f);
+    if (random.chance(50)) {
+        p.mask.resize(p.rows);
+        for (uint8_t& m : p.mask) m = random.chance(70);
+    }
+    return p;
+}
+
+void check_problem(const Problem& p, const Kernels& kernels) {
+    const Result result = p.solve(1, kernels, true);
+    std::vector<int64_t> counts(p.num_codes);
+    std::vector<double> sums(p.num_codes * p.depth);
+    double error = 0.0;
+    for (int64_t n = 0; n < p.rows; ++n) {
+        const int64_t found = result.indices[n];
+        expect(found >= 0 && found < p.num_codes, "index ", found, " of ", p.num_codes);
+        const double distance = p.squared_distance(n, found);
+        double least = std::numeric_limits<double>::infinity(), length = 0.0, longest = 0.0;
+        for (int64_t k = 0; k < p.num_codes; ++k) {
+            least = std::min(least, p.squared_distance(n, k));
+            double square = 0.0;
+            for (int64_t d = 0; d < p.depth; ++d) square += std::pow(p.codebook[k * p.depth + d], 2.0);
+            longest = std::max(longest, std::sqrt(square));
+        }
+        for (int64_t d = 0; d < p.depth; ++d) length += std::pow(p.values[n * p.depth + d], 2.0);
+        const double bound = 16 * 0x1p-24 * std::pow(std::sqrt(length) + longest, 2.0);
+        expect(distance - least <= bound, "vector ", n, ": ", distance, " instead of ", least);
+        if (!p.mask.empty() && !p.mask[n]) continue;
+        ++counts[found];
+        error += distance;
+        for (int64_t d = 0; d < p.depth; ++d) sums[found * p.depth + d] += p.values[n * p.depth + d];
+    }
+    expect(result.counts == counts, "counts differ");
+    for (size_t i = 0; i < sums.size(); ++i) {
+        expect(result.sums[i] == static_cast<float>(sums[i]), "sum ", result.sums[i], " instead of ", sums[i]);
+    }
+    expect(std::abs(result.squared_error - error) <= 1e-5 * error, "error ", result.squared_error, " not ", error);
+    for (int64_t threads : {2, 3, 5}) {
+        expect(p.solve(threads, kernels, true) == result, "other results with ", threads, " threads");
+        expect(p.solve(threads, kernels, false).indices == result.indices, "other indices without statistics");
+    }
+}
+
+}  // namespace
+
+void test_nearest(const Kernels& kernels) {
+    Random random(5);
+    for (int i = 0; i < 60; ++i) check_problem(random_problem(false, random), kernels);
+    // Enough work for several threads.
+    for (int i = 0; i < 3; ++i) check_problem(random_problem(true, random), kernels);
+}
+
+}  // namespace fastvq::cpu::testing
