@@ -58,8 +58,11 @@ struct NearestKernels {
     int64_t panel_rows;
     int64_t tile_codes;
     // panel = rows of x minus shift; vectors that do not exist are zeros. stride: elements between rows.
-    void (*pack)(const void* x, Element element, int64_t stride, int64_t rows, int64_t depth, const float* shift,
-                 float* panel);
+    void (*pack_rows)(const void* x, Element element, int64_t stride, int64_t rows, int64_t depth, const float* shift,
+                      float* panel);
+    // tile = shift minus codes, zeros for those that do not exist; half_norms[k] = |shift - code k|^2 / 2.
+    void (*pack_codes)(const float* codes, int64_t count, int64_t depth, const float* shift, float* tile,
+                       float* half_norms);
     // For every vector of the panel the least of its `best` and start[k] + sum over d of tile[d][k] * panel[d] for the
     // codes k of some tiles, numbered from `first`, and in `index` the first code that reaches it. NaN is never least.
     void (*scan)(const float* panel, const float* tiles, const float* start, int64_t depth, int64_t num_tiles,

@@ -52,7 +52,6 @@ struct Search {
     int64_t num_blocks = ceil_div(task.rows, block_rows);
 
     std::vector<float> mean = std::vector<float>(task.depth);
-    std::vector<uint8_t> finite = std::vector<uint8_t>(task.num_codes);
     std::unique_ptr<float[]> tiles{new float[num_tiles * kernels.tile_codes * task.depth]};
     std::unique_ptr<float[]> half_norms{new float[num_tiles * kernels.tile_codes]};
     // The code that a vector counts for, or -1.
@@ -67,33 +66,25 @@ struct Search {
         int64_t count = 0;
         for (int64_t k = 0; k < task.num_codes; ++k) {
             const float* code = task.codebook + k * task.depth;
-            finite[k] = all_finite(code, task.depth);
-            if (!finite[k]) continue;
+            if (!all_finite(code, task.depth)) continue;
             ++count;
-            for (int64_t d = 0; d < task.depth; ++d) total[d] += code[d];
+            kernels.add(code, Element::kFloat32, task.depth, total.data());
         }
         for (int64_t d = 0; d < task.depth; ++d) {
             mean[d] = static_cast<float>(total[d] / static_cast<double>(std::max<int64_t>(count, 1)));
         }
     }
 
-    // Negated, so that a score is a sum. Codes that fill up the last tile, or are not finite, have the score infinity.
+    // Negated, so that a score is a sum. A code that is not finite has an infinite half norm or NaN, and so its scores,
+    // which are never the least; the same holds for those that fill up the last tile.
     void pack_codes(int64_t thread) {
         const int64_t width = kernels.tile_codes;
         for (int64_t t = num_tiles * thread / threads; t < num_tiles * (thread + 1) / threads; ++t) {
-            float* tile = tiles.get() + t * width * task.depth;
-            for (int64_t c = 0; c < width; ++c) {
-                const int64_t k = t * width + c;
-                const bool usable = k < task.num_codes && finite[k];
-                const float* code = task.codebook + k * task.depth;
-                double square = 0.0;
-                for (int64_t d = 0; d < task.depth; ++d) {
-                    const float value = usable ? code[d] - mean[d] : 0.0f;
-                    tile[d * width + c] = -value;
-                    square += static_cast<double>(value) * value;
-                }
-                half_norms[k] = usable ? static_cast<float>(square / 2) : std::numeric_limits<float>::infinity();
-            }
+            const int64_t first = t * width, present = std::min(width, task.num_codes - first);
+            float* norms = half_norms.get() + first;
+            kernels.pack_codes(task.codebook + first * task.depth, present, task.depth, mean.data(),
+                               tiles.get() + first * task.depth, norms);
+            std::fill(norms + present, norms + width, std::numeric_limits<float>::infinity());
         }
     }
 
@@ -111,7 +102,7 @@ struct Search {
         std::fill(best, best + used * width, std::numeric_limits<float>::infinity());
         std::fill(index, index + used * width, -1);
         for (int64_t p = 0; p < used; ++p) {
-            kernels.pack(row(first + p * width), task.element, task.stride, rows - p * width, task.depth, mean.data(),
+            kernels.pack_rows(row(first + p * width), task.element, task.stride, rows - p * width, task.depth, mean.data(),
                          panels + p * width * task.depth);
         }
         const int64_t step = std::max<int64_t>(1, kCodeBytes / (tile_size * static_cast<int64_t>(sizeof(float))));

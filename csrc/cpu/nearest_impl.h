@@ -76,24 +76,49 @@ inline void transpose(Vector (&v)[kLanes]) {
     }
 }
 
+// kLanes values of each of `rows` rows minus shift, transposed: v[i] holds value i of every row.
 template <class T>
-void pack_rows(const T* x, int64_t stride, int64_t rows, int64_t depth, const float* shift, float* panel) {
+inline void load_square(const T* x, int64_t stride, int64_t rows, int64_t width, const float* shift,
+                        Vector (&v)[kLanes]) {
+    const Vector away = load_up_to(shift, width);
+    for (int r = 0; r < kLanes; ++r) v[r] = r < rows ? load_up_to(x + r * stride, width) - away : Vector{};
+    transpose(v);
+}
+
+template <class T>
+void pack_rows_of(const T* x, int64_t stride, int64_t rows, int64_t depth, const float* shift, float* panel) {
     for (int64_t part = 0; part < kTileColumns; part += kLanes) {
-        const int64_t present = std::min<int64_t>(std::max<int64_t>(rows - part, 0), kLanes);
         for (int64_t d = 0; d < depth; d += kLanes) {
-            const Vector away = load_up_to(shift + d, depth - d);
-            Vector v[kLanes] = {};
-            for (int64_t r = 0; r < present; ++r) v[r] = load_up_to(x + (part + r) * stride + d, depth - d) - away;
-            transpose(v);
+            Vector v[kLanes];
+            load_square(x + part * stride + d, stride, rows - part, depth - d, shift + d, v);
             const int64_t wanted = std::min<int64_t>(kLanes, depth - d);
             for (int64_t i = 0; i < wanted; ++i) store(panel + (d + i) * kTileColumns + part, v[i]);
         }
     }
 }
 
-void pack(const void* x, Element element, int64_t stride, int64_t rows, int64_t depth, const float* shift,
-          float* panel) {
-    with_element(element, x, [&](auto* data) { pack_rows(data, stride, rows, depth, shift, panel); });
+void pack_rows(const void* x, Element element, int64_t stride, int64_t rows, int64_t depth, const float* shift,
+               float* panel) {
+    with_element(element, x, [&](auto* data) { pack_rows_of(data, stride, rows, depth, shift, panel); });
+}
+
+void pack_codes(const float* codes, int64_t count, int64_t depth, const float* shift, float* tile, float* half_norms) {
+    for (int64_t part = 0; part < kTileRows; part += kLanes) {
+        const int64_t width = std::min<int64_t>(kLanes, kTileRows - part);
+        DoubleVector squares = {};
+        for (int64_t d = 0; d < depth; d += kLanes) {
+            Vector v[kLanes];
+            load_square(codes + part * depth + d, depth, count - part, depth - d, shift + d, v);
+            const int64_t wanted = std::min<int64_t>(kLanes, depth - d);
+            for (int64_t i = 0; i < wanted; ++i) {
+                const Vector negated = -v[i];
+                std::memcpy(tile + (d + i) * kTileRows + part, &negated, width * sizeof(float));
+                const DoubleVector wide = __builtin_convertvector(v[i], DoubleVector);
+                squares += wide * wide;
+            }
+        }
+        for (int64_t c = 0; c < width; ++c) half_norms[part + c] = static_cast<float>(squares[c] / 2);
+    }
 }
 
 // kTileRows codes times kTileVectors vectors of rows stay in registers over the whole depth, and so do the least scores.
@@ -167,7 +192,7 @@ void add(const void* x, Element element, int64_t depth, double* sums) {
 
 static_assert(kTileColumns <= kMostPanelRows, "blocks have room for panels of this size");
 
-constexpr NearestKernels kNearestKernels = {kTileColumns, kTileRows, pack, scan, squared_distance, add};
+constexpr NearestKernels kNearestKernels = {kTileColumns, kTileRows, pack_rows, pack_codes, scan, squared_distance, add};
 
 }  // namespace
 }  // namespace fastvq::cpu
