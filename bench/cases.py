@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from bench.harness import Case
 from fastvq import Pipeline, PixelSNAIL
@@ -133,3 +134,113 @@ def _sampler_cases() -> list[SamplerCase]:
 
 
 SAMPLER_CASES = _sampler_cases()
+
+
+What = Literal["forward", "forward + EMA", "module"]
+_SMALL_SIZES = {4096: 77, 16384: 150, 65536: 389, 1 << 20: 1003}
+_SMALL_CODES = {256: 13, 512: 61, 1024: 127, 8192: 301, 65536: 515}
+
+
+@dataclass(frozen=True)
+class NearestCodeCase(Case):
+    """Assigning ``batch`` standard normal vectors [N, D] to a standard normal codebook [K, D].
+
+    Attributes:
+        num_codes: K.
+        code_dim: D.
+        what: ``forward``: the indices. ``forward + EMA``: indices, the counts and sums of each code, and the update of
+            the three buffers that make up an EMA codebook. ``module``: a training forward of a quantiser module.
+        dtype: of the vectors; the codebook is float32.
+        device: ``cpu`` or ``cuda``.
+        memory: peers whose peak memory is measured.
+    """
+
+    num_codes: int = 0
+    code_dim: int = 0
+    what: What = "forward"
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    memory: tuple[str, ...] = ()
+
+    @property
+    def id(self) -> str:
+        what = self.what.replace(" + ", "-").lower()
+        rest = [part for part in (self._type, "" if self.device == "cpu" else self.device) if part]
+        return "-".join([f"n{self.batch}", f"k{self.num_codes}", f"d{self.code_dim}", what, *rest])
+
+    @property
+    def _type(self) -> str:
+        return {torch.float32: "", torch.bfloat16: "bf16"}[self.dtype]
+
+    @property
+    def scores(self) -> int:
+        """N x K."""
+        return self.batch * self.num_codes
+
+    @property
+    def flops(self) -> float:
+        """Of the product of all vectors with all codes."""
+        return 2.0 * self.scores * self.code_dim
+
+    def small(self) -> NearestCodeCase:
+        """The twin for the smoke run, with sizes that are multiples of nothing."""
+        return dataclasses.replace(
+            self,
+            batch=_SMALL_SIZES.get(self.batch, 1003),
+            num_codes=_SMALL_CODES[self.num_codes],
+            code_dim=self.code_dim // 8 + 1,
+        )
+
+    def inputs(self, count: int) -> tuple[list[Tensor], Tensor]:
+        """``count`` different x [N, D], and a codebook [K, D]."""
+        generator = torch.Generator(self.device).manual_seed(1)
+
+        def normal(rows: int) -> Tensor:
+            return torch.randn(rows, self.code_dim, generator=generator, device=self.device)
+
+        codebook = normal(self.num_codes)
+        return [normal(self.batch).to(self.dtype) for _ in range(count)], codebook
+
+
+def nearest_code_case(
+    batch: int, num_codes: int, code_dim: int, what: What, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> NearestCodeCase:
+    """The case, with a name that says all but N, and memory measured where N x K would be large."""
+    operation = "quantiser module" if what == "module" else "nearest code"
+    bf16 = ", bf16" if dtype == torch.bfloat16 else ""
+    name = f"K {num_codes}, D {code_dim}, {what}{bf16}{', GPU' if device != 'cpu' else ''}"
+    memory: tuple[str, ...] = ()
+    if num_codes >= 8192 and batch >= 65536 and dtype == torch.float32:
+        memory = ("fastvq",)
+        if (batch, code_dim, what) == (65536, 64, "forward + EMA"):
+            memory += ("eager", "vector-quantize-pytorch")
+    return NearestCodeCase(operation, name, batch, num_codes, code_dim, what, dtype, device, memory)
+
+
+_NEAREST_CODE_SHAPES = (
+    (4096, 512, 64),
+    (65536, 256, 32),
+    (65536, 512, 64),
+    (65536, 1024, 128),
+    (65536, 1024, 512),
+    (65536, 8192, 64),
+    (65536, 8192, 256),
+    (16384, 65536, 64),
+    (1 << 20, 512, 64),
+    (1 << 20, 8192, 64),
+)
+_BF16_SHAPES = ((65536, 512, 64), (65536, 1024, 128))
+_MODULE_SHAPES = ((4096, 512, 64), (65536, 512, 64), (65536, 1024, 128), (65536, 8192, 64))
+_LARGER_SHAPES = ((1 << 20, 8192, 256), (1 << 20, 65536, 64))
+
+
+def _nearest_code_cases(device: str) -> list[NearestCodeCase]:
+    fp32 = _NEAREST_CODE_SHAPES + (() if device == "cpu" else _LARGER_SHAPES)
+    shapes = [(shape, torch.float32) for shape in fp32] + [(shape, torch.bfloat16) for shape in _BF16_SHAPES]
+    both: tuple[What, ...] = ("forward", "forward + EMA")
+    cases = [nearest_code_case(*shape, what, dtype, device) for shape, dtype in shapes for what in both]
+    return cases + [nearest_code_case(*shape, "module", device=device) for shape in _MODULE_SHAPES]
+
+
+NEAREST_CODE_CASES = _nearest_code_cases("cpu")
+NEAREST_CODE_GPU_CASES = _nearest_code_cases("cuda")

@@ -52,8 +52,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         machine, source = describe_machine(), describe_commit()
         threads = f"{machine['threads']} threads, {', '.join(f'{k} {v}' for k, v in machine['caches'].items())}"
         terminalreporter.write_line(f"{machine['cpu']}, {threads}; load before: {recorder.load:.1f}")
+        for gpu in machine["gpus"]:
+            terminalreporter.write_line(f"GPU: {gpu}")
         terminalreporter.write_line(f"commit {source['commit']}{' with changes' if source['dirty'] else ''}")
-        for line in ["", *tables(recorder.results, recorder.ceilings), *legend(recorder.ceilings)]:
+        for line in ["", *tables(recorder.results, recorder.ceilings), *legend(recorder.results, recorder.ceilings)]:
             terminalreporter.write_line(line)
     folder = config.getoption("--results")
     if folder is not None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from bench.machine import Ceilings, load_average
+from bench.machine import CPU_FLOAT32, Ceilings, load_average
 
 # Peers run until they have used about this long each, at least once and at most MOST_REPEATS times.
 TARGET_SECONDS = 3.0
@@ -38,19 +38,27 @@ class Case:
         return f"{self.name}-b{self.batch}"
 
 
+def _nothing() -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class Peer:
-    """Something to be timed: it must be warm, and leave no work running when it returns.
+    """Something to be timed: it must be warm, and leave no work running on the CPU when it returns.
 
     Attributes:
         expected: seconds that one run is thought to take; decides how often it is repeated.
         threads: PyTorch's number of threads while it runs.
+        prepare: called before every run, outside of its time.
+        device: where its work runs; that of a GPU is waited for.
     """
 
     name: str
     run: Callable[[], object]
     expected: float
     threads: int
+    prepare: Callable[[], object] = _nothing
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -70,15 +78,20 @@ class Entry:
         seconds: of every repeat, or the one figure of an extrapolation.
         check: against the reference; an entry without one is not compared.
         exact: False for modes that do not promise the reference's result; they are never compared with exact ones.
+        whole: False for a part of the operation, timed for orientation: the others' times are shown as multiples of
+            its time, and it is no faster or slower than anything.
         extrapolated: how the time was extrapolated; None if it was measured in full.
+        remarks: what the table should say about it.
     """
 
     peer: str
     seconds: list[float]
     check: Check | None
     exact: bool = True
+    whole: bool = True
     extrapolated: str | None = None
     facts: dict[str, Any] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
 
     @property
     def median(self) -> float:
@@ -86,35 +99,43 @@ class Entry:
 
     @property
     def comparable(self) -> bool:
-        return self.exact and self.check is not None and self.check.passed
+        return self.exact and self.whole and self.check is not None and self.check.passed
 
 
 @dataclass(frozen=True)
 class Work:
-    """A part of the least that has to be done: arithmetic, or reading ``bytes`` from a working set again and again."""
+    """A part of the least that has to be done: arithmetic, or reading ``bytes`` from a working set again and again.
+
+    ``unit`` is where the arithmetic is done and in which type, as in `Ceilings.rate_of`.
+    """
 
     what: str
     flops: float
     bytes: float = 0.0
     working_set: int = 0
+    unit: str = CPU_FLOAT32
 
     def seconds(self, ceilings: Ceilings) -> float:
         reading = self.bytes / ceilings.bandwidth(self.working_set) if self.bytes else 0.0
-        return max(self.flops / ceilings.rate, reading)
+        return max(self.flops / ceilings.rate_of(self.unit), reading)
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes beyond the model: the peak in a fresh process, and the prediction."""
+    """Bytes beyond the model and inputs: the peak in a fresh process, and the prediction if there is one."""
 
     peer: str
     measured: int
-    predicted: int
+    predicted: int | None = None
 
 
 @dataclass
 class Result:
-    """All that is known about a case. ``work`` is done one part after the other; ``floor`` is the time it takes."""
+    """All that is known about a case. ``work`` is done one part after the other; ``floor`` is the time it takes.
+
+    Attributes:
+        left_out: peers that were not run, each with the reason.
+    """
 
     operation: str
     case: str
@@ -123,6 +144,7 @@ class Result:
     work: list[Work] = field(default_factory=list)
     memory: list[Memory] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def entry(self, peer: str) -> Entry | None:
         return next((entry for entry in self.entries if entry.peer == peer), None)
@@ -167,6 +189,11 @@ def measure(peers: Sequence[Peer], *, quick: bool = False) -> tuple[dict[str, li
     Peers take turns, so that a machine that drifts drifts for all of them; those with fewer repeats are spread evenly
     over the rounds.
     """
+    with contextlib.nullcontext() if quick else _old_objects_aside():
+        return _measure(peers, quick)
+
+
+def _measure(peers: Sequence[Peer], quick: bool) -> tuple[dict[str, list[float]], dict[str, object]]:
     counts = {peer.name: 1 if quick else repeats(peer.expected) for peer in peers}
     seconds: dict[str, list[float]] = {peer.name: [] for peer in peers}
     results: dict[str, object] = {}
@@ -179,12 +206,27 @@ def measure(peers: Sequence[Peer], *, quick: bool = False) -> tuple[dict[str, li
             if idle or sum(seconds[peer.name]) > 5 * max(TARGET_SECONDS, peer.expected):
                 continue
             results.pop(peer.name, None)
-            gc.collect()
+            if not quick:
+                gc.collect()
             with using_threads(peer.threads):
+                peer.prepare()
+                synchronise(peer.device)
                 start = time.perf_counter()
                 results[peer.name] = peer.run()
+                synchronise(peer.device)
                 seconds[peer.name].append(time.perf_counter() - start)
     return seconds, results
+
+
+@contextlib.contextmanager
+def _old_objects_aside() -> Iterator[None]:
+    """Collecting garbage inside the block looks at what was made inside it: all of PyTorch takes longer than a run."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextlib.contextmanager
@@ -199,8 +241,16 @@ def using_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def timed(run: Callable[..., object], *arguments: Any) -> float:
-    """Seconds that a call takes."""
+def synchronise(device: str) -> None:
+    """Wait until a GPU has done all that it was given."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(run: Callable[..., object], *arguments: Any, device: str = "cpu") -> float:
+    """Seconds that a call takes, its work on the device included."""
+    synchronise(device)
     start = time.perf_counter()
     run(*arguments)
+    synchronise(device)
     return time.perf_counter() - start

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
+import importlib.metadata
 import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,13 @@ from fastvq import _engine
 ROOT = Path(__file__).resolve().parent.parent
 # Below this a call costs as much as the reading, and the rate would come out too low.
 _LEAST_BUFFER = 4 << 20
+# Units of arithmetic, where they run and their type.
+CPU_FLOAT32 = "cpu float32"
+GPU_UNITS = ("cuda float32", "cuda tf32", "cuda bfloat16")
 
 
 class Ceilings:
-    """The best rates seen in a session, in float32 with all of PyTorch's threads.
+    """The best rates seen in a session: on the CPU in float32 with all of PyTorch's threads, on a GPU in several types.
 
     A floor is honest only if its rate is one that the machine really reaches, so every measurement is kept and the
     best one counts.
@@ -34,13 +39,22 @@ class Ceilings:
     def __init__(self) -> None:
         self.gemm: dict[str, list[float]] = {}
         self.read: dict[int, list[float]] = {}
+        self.gpu: dict[str, dict[str, list[float]]] = {}
 
     @property
     def rate(self) -> float:
-        """FLOP/s of the fastest library product."""
+        """FLOP/s of the fastest library product on the CPU."""
         if not self.gemm:
             self.measure_gemm()
         return max(max(rates) for rates in self.gemm.values())
+
+    def rate_of(self, unit: str) -> float:
+        """FLOP/s of the fastest library product of a unit: `CPU_FLOAT32`, or one of `GPU_UNITS`."""
+        if unit == CPU_FLOAT32:
+            return self.rate
+        if unit not in self.gpu:
+            self.measure_gpu(unit, 8192, 8192, 8192)
+        return max(max(rates) for rates in self.gpu[unit].values())
 
     def bandwidth(self, working_set: int) -> float:
         """Bytes/s at which a buffer of this many bytes is read over and over."""
@@ -64,6 +78,29 @@ class Ceilings:
         self.gemm.setdefault("conv 4x5, 256 to 512 channels on [8, 13, 64]", []).append(rate)
 
     @torch.inference_mode()
+    def measure_tile(self, m: int, k: int, n: int, repeats: int = 20) -> None:
+        """A product whose result stays in the caches: of thin matrices the rate is that of writing it, otherwise."""
+        a, b, out = torch.randn(m, k), torch.randn(k, n), torch.empty(m, n)
+        rate = 2 * m * k * n / _best(functools.partial(torch.mm, a, b, out=out), repeats)
+        self.gemm.setdefault(f"mm [{m}, {k}] x [{k}, {n}]", []).append(rate)
+
+    @torch.inference_mode()
+    def measure_gpu(self, unit: str, m: int, k: int, n: int, repeats: int = 10) -> None:
+        """``torch.mm`` on the current GPU."""
+        dtype = torch.bfloat16 if unit == "cuda bfloat16" else torch.float32
+        a = torch.randn(m, k, device="cuda", dtype=dtype)
+        b = torch.randn(k, n, device="cuda", dtype=dtype)
+        out = torch.empty(m, n, device="cuda", dtype=dtype)
+
+        def run() -> None:
+            torch.mm(a, b, out=out)
+            torch.cuda.synchronize()
+
+        with allowing_tf32(unit == "cuda tf32"):
+            rate = 2 * m * k * n / _best(run, repeats)
+        self.gpu.setdefault(unit, {}).setdefault(f"mm [{m}, {k}] x [{k}, {n}]", []).append(rate)
+
+    @torch.inference_mode()
     def measure_read(self, working_set: int, repeats: int = 30) -> None:
         """Best of a sum and a dot product of its halves: one addition or one multiply-add for every four bytes."""
         size = max(working_set, _LEAST_BUFFER)
@@ -74,13 +111,33 @@ class Ceilings:
 
     def lines(self) -> list[str]:
         lines = [f"{name}: {max(rates) / 1e9:.0f} GFLOP/s" for name, rates in self.gemm.items()]
+        lines += [
+            f"{unit}, {name}: {max(rates) / 1e9:.0f} GFLOP/s"
+            for unit, products in self.gpu.items()
+            for name, rates in products.items()
+        ]
         return lines + [
             f"reading {size / 1e6:.0f} MB over and over: {max(rates) / 1e9:.0f} GB/s"
             for size, rates in sorted(self.read.items())
         ]
 
     def to_json(self) -> dict[str, Any]:
-        return {"flops_per_s": self.gemm, "read_bytes_per_s": {str(size): rates for size, rates in self.read.items()}}
+        return {
+            "flops_per_s": self.gemm,
+            "gpu_flops_per_s": self.gpu,
+            "read_bytes_per_s": {str(size): rates for size, rates in self.read.items()},
+        }
+
+
+@contextlib.contextmanager
+def allowing_tf32(allowed: bool) -> Iterator[None]:
+    """Whether a GPU's float32 products may round their factors to TF32."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def _best(run: Callable[[], object], repeats: int) -> float:
@@ -117,8 +174,16 @@ def describe_versions() -> dict[str, Any]:
         "torch": torch.__version__,
         "numpy": np.__version__,
         "fastvq": fastvq.__version__,
+        "peers": {name: _version(name) for name in ("vector-quantize-pytorch", "faiss-cpu", "triton")},
         "extension": dict(_engine.require().build_info()) if _engine.available() else _engine.why_unavailable(),
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def describe_commit() -> dict[str, Any]:
@@ -152,8 +217,17 @@ def caches() -> dict[str, str]:
 
 def private_cache_bytes() -> int:
     """Second-level cache of all threads together; 0 if unknown."""
-    size = caches().get("L2", "0K")
-    return int(size[:-1]) * 1024 * torch.get_num_threads() if size.endswith("K") else 0
+    return _cache_bytes("L2") * torch.get_num_threads()
+
+
+def shared_cache_bytes() -> int:
+    """Third-level cache; 0 if unknown."""
+    return _cache_bytes("L3")
+
+
+def _cache_bytes(level: str) -> int:
+    size = caches().get(level, "0K")
+    return int(size[:-1]) * 1024 if size.endswith("K") else 0
 
 
 def _memory() -> int | None:

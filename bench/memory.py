@@ -1,7 +1,8 @@
-"""Peak memory of sampling a case with the ``cpu`` engine: ``python -m bench.memory CASE``, in a fresh process.
+"""Peak memory of one case in a fresh process: ``python -m bench.memory CASE [PEER] [--small]``.
 
-Prints ``{"measured": ..., "predicted": ...}``: the peak of resident bytes above those with the prior built and the
-libraries warm, and what :func:`fastvq.sampling.describe` says.
+Prints ``{"measured": ..., "predicted": ...}``. Of a sampler's case: the peak of resident bytes of the ``cpu`` engine
+above those with the prior built and the libraries warm, and what :func:`fastvq.sampling.describe` says. Of a case of
+nearest code: that of the peer above those with inputs and codebook, and no prediction.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from bench.cases import SAMPLER_CASES
+from bench.cases import NEAREST_CODE_CASES, SAMPLER_CASES, NearestCodeCase, SamplerCase
+from bench.nearest_code_contender import Contender, Problem
+from bench.nearest_code_peers import factories
 from bench.sampler import request_of
 from fastvq import PixelSNAIL, sample
 from fastvq.sampling import describe
@@ -29,17 +32,12 @@ class _EnoughError(Exception):
     pass
 
 
-def main(case_id: str, small: bool) -> None:
-    case = next(case for case in SAMPLER_CASES if case.id == case_id)
-    case = case.small() if small else case
+def sampler_memory(case: SamplerCase) -> dict[str, int]:
     prior = case.prior()
     request = request_of(prior, case.batch, case.inputs(prior))
     warm = PixelSNAIL.from_preset("tiny-top").eval()
     sample(warm, 2, seed=0, micro_batch=2, engine="cpu")
-    _return_freed_memory()
-    # Resetting the high-water mark makes it that of sampling, whatever building the prior took.
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _resident("VmRSS")
+    before = _start()
     rows: list[int] = []
 
     def row_done() -> None:
@@ -49,8 +47,30 @@ def main(case_id: str, small: bool) -> None:
 
     with contextlib.suppress(_EnoughError), mock.patch.object(GridState, "__init__", _touching(GridState.__init__)):
         fill("cpu", prior, request, row_done)
-    measured = _resident("VmHWM") - before
-    print(json.dumps({"measured": measured, "predicted": describe(prior).memory(case.batch)}))
+    return {"measured": _resident("VmHWM") - before, "predicted": describe(prior).memory(case.batch)}
+
+
+def nearest_code_memory(case: NearestCodeCase, peer: str) -> dict[str, int | None]:
+    warm = _contender(case.small(), peer)
+    warm.prepare()
+    warm.run()
+    contender = _contender(case, peer)
+    contender.prepare()
+    before = _start()
+    contender.run()
+    return {"measured": _resident("VmHWM") - before, "predicted": None}
+
+
+def _contender(case: NearestCodeCase, peer: str) -> Contender:
+    problem = Problem(case, tuned=False, inputs=1)
+    return next(make(problem) for name, _, make in factories(problem) if name == peer)
+
+
+def _start() -> int:
+    """Resident bytes now; the high-water mark becomes that of what follows, whatever preparing it took."""
+    _return_freed_memory()
+    Path("/proc/self/clear_refs").write_text("5")
+    return _resident("VmRSS")
 
 
 def _touching(init: Any) -> Any:
@@ -72,10 +92,19 @@ def _resident(name: str) -> int:
 
 
 def _return_freed_memory() -> None:
-    """Otherwise sampling would fill what building the prior has left, and seem to need less."""
+    """Otherwise a run would fill what its preparation has left, and seem to need less."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def main(arguments: list[str]) -> None:
+    small = "--small" in arguments
+    case_id, *peer = (argument for argument in arguments if argument != "--small")
+    cases: tuple[SamplerCase | NearestCodeCase, ...] = (*SAMPLER_CASES, *NEAREST_CODE_CASES)
+    case = next(case for case in cases if case.id == case_id)
+    case = case.small() if small else case
+    print(json.dumps(sampler_memory(case) if isinstance(case, SamplerCase) else nearest_code_memory(case, *peer)))
+
+
 if __name__ == "__main__":
-    main(sys.argv[1], "--small" in sys.argv[2:])
+    main(sys.argv[1:])

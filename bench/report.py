@@ -13,7 +13,7 @@ from typing import Any
 from bench.harness import Entry, Recorder, Result
 from bench.machine import Ceilings, describe_commit, describe_machine, describe_versions, now
 
-FORMAT = 1
+FORMAT = 2
 
 
 def tables(results: Sequence[Result], ceilings: Ceilings) -> list[str]:
@@ -25,32 +25,60 @@ def tables(results: Sequence[Result], ceilings: Ceilings) -> list[str]:
     return lines
 
 
-def legend(ceilings: Ceilings) -> list[str]:
+_LEGENDS = {
+    "sampling": [
+        "sampling: weights that exceed the second-level caches are read anew at every position, in the floor too.",
+        "Check: the naive model's logits for the drawn codes must give these codes, up to a margin of rounding.",
+        "Every engine runs with one thread or all, whichever suits it.",
+        "Memory: beyond the model, and what was predicted.",
+    ],
+    "nearest code": [
+        "nearest code: batch is the number N of vectors; the floor is 2 N K D operations, nothing else.",
+        "Check, in float64, of a sample of rows: no chosen code is farther than the nearest one by more than",
+        "16 u (|x| + max|c|)^2, u = 2^-24 (D / 256 times that for D > 256); with EMA also the averages of all vectors.",
+        "time/gemm only: the product alone, written to memory in full where that is less than 3 GB.",
+        "With EMA fastvq and vector-quantize-pytorch work out the commitment loss too, the latter the chosen vectors.",
+        "All threads. Memory: beyond inputs and codebook.",
+    ],
+    "quantiser module": [
+        "quantiser module: training forward for inputs that need a gradient: codes, straight-through vectors,",
+        "commitment loss, EMA update. Floor, check, threads and memory as for nearest code.",
+    ],
+}
+
+
+def legend(results: Sequence[Result], ceilings: Ceilings) -> list[str]:
     """What the columns mean, and the rates that floors were worked out with."""
+    operations = dict.fromkeys(result.operation for result in results)
     return [
         "time: median of the runs; e: rests on an extrapolated time. over X: time of X / time.",
-        f"floor: the case's work at the best rates of this session ({ceilings.rate / 1e9:.0f} GFLOP/s); weights that",
-        "exceed the second-level caches are read anew at every position. No ratios for what is not exact or failed its",
-        "check: the naive model's logits for the drawn codes must give these codes, up to a margin of rounding.",
-        "Every engine runs with one thread or all, whichever suits it.",
-        "memory: peak of a fresh process beyond the model, and what was predicted. Best rates:",
+        f"floor: the case's work at the best rates of this session ({ceilings.rate / 1e9:.0f} GFLOP/s).",
+        "No ratios for what is not exact or failed its check. memory: peak of a fresh process.",
+        *(line for operation in operations for line in _LEGENDS.get(operation, [])),
+        "Best rates:",
         *(f"  {line}" for line in ceilings.lines()),
     ]
 
 
 def _table(results: Sequence[Result], ceilings: Ceilings) -> list[str]:
-    exact = [entry.peer for result in results for entry in result.entries if entry.exact]
-    peers = list(dict.fromkeys(exact))
-    header = ["case", "batch", "peer", "time", "runs", *(f"over {peer}" for peer in peers), "time/floor", "memory"]
+    entries = [entry for result in results for entry in result.entries]
+    peers = list(dict.fromkeys(entry.peer for entry in entries if entry.exact and entry.whole))
+    parts = list(dict.fromkeys(entry.peer for entry in entries if not entry.whole))
+    columns = [f"over {peer}" for peer in peers] + ["time/floor"] + [f"time/{part}" for part in parts]
+    header = ["case", "batch", "peer", "time", "runs", *columns, "memory"]
     rows = [[*header, "phases, check"]]
     for result in results:
-        for number, entry in enumerate(result.entries):
-            label = [result.case, str(result.batch)] if number == 0 else ["", ""]
-            name = entry.peer if entry.exact else f"{entry.peer} (not exact)"
+        first = len(rows)
+        for entry in result.entries:
             runs = "e" if entry.extrapolated else str(len(entry.seconds))
-            ratios = [_ratio(result, entry, peer) for peer in peers]
-            cells = [*label, name, seconds(entry.median), runs, *ratios, _over_floor(result, entry, ceilings)]
-            rows.append([*cells, _memory(result, entry), _remarks(entry)])
+            ratios = [_ratio(result, entry, peer) for peer in peers] + [_over_floor(result, entry, ceilings)]
+            ratios += [_over_part(result, entry, part) for part in parts]
+            cells = ["", "", _label(entry), seconds(entry.median), runs, *ratios]
+            rows.append([*cells, _memory(result, entry.peer), _remarks(entry)])
+        for peer, reason in result.left_out.items():
+            cells = ["", "", peer, *["-"] * (len(header) - 4)]
+            rows.append([*cells, _memory(result, peer), f"left out: {reason}"])
+        rows[first][:2] = [result.case, str(result.batch)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     # Text to the left, numbers to the right.
     left = {0, 2, len(header)}
@@ -71,6 +99,17 @@ def _ratio(result: Result, entry: Entry, peer: str) -> str:
     return number(found) + (" e" if entry.extrapolated or other.extrapolated else "")
 
 
+def _label(entry: Entry) -> str:
+    if not entry.whole:
+        return f"{entry.peer} (not the operation)"
+    return entry.peer if entry.exact else f"{entry.peer} (not exact)"
+
+
+def _over_part(result: Result, entry: Entry, part: str) -> str:
+    other = result.entry(part)
+    return "-" if other is None or not entry.comparable else number(entry.median / other.median)
+
+
 def _over_floor(result: Result, entry: Entry, ceilings: Ceilings) -> str:
     floor = result.floor(ceilings)
     if not floor or not entry.comparable:
@@ -78,9 +117,12 @@ def _over_floor(result: Result, entry: Entry, ceilings: Ceilings) -> str:
     return number(entry.median / floor) + (" e" if entry.extrapolated else "")
 
 
-def _memory(result: Result, entry: Entry) -> str:
-    found = next((memory for memory in result.memory if memory.peer == entry.peer), None)
-    return f"{found.measured / 1e6:.0f} MB = {found.measured / found.predicted:.2f} of predicted" if found else "-"
+def _memory(result: Result, peer: str) -> str:
+    found = next((memory for memory in result.memory if memory.peer == peer), None)
+    if found is None:
+        return "-"
+    size = f"{found.measured / 1e6:.0f} MB"
+    return size if found.predicted is None else f"{size} = {found.measured / found.predicted:.2f} of predicted"
 
 
 def _remarks(entry: Entry) -> str:
@@ -90,6 +132,7 @@ def _remarks(entry: Entry) -> str:
         remarks.append(f"rows {seconds(statistics.median(spent))}, steps {seconds(statistics.median(steps))}")
     if "identical_grids" in entry.facts:
         remarks.append(f"{entry.facts['identical_grids']:.0%} identical grids")
+    remarks += entry.remarks
     if entry.check is not None:
         remarks.append(("" if entry.check.passed else "CHECK FAILED: ") + entry.check.summary)
     if entry.extrapolated:

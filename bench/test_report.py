@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 
 from bench.harness import Check, Entry, Memory, Peer, Recorder, Result, Work, measure, repeats
-from bench.report import number, seconds, tables, write_json
+from bench.report import legend, number, seconds, tables, write_json
 
 GOOD, BAD = Check(True, "0 of 9 codes differ"), Check(False, "3 of 9 codes differ")
 
@@ -53,6 +54,65 @@ def test_inexact_entries_are_not_compared() -> None:
     assert lines[4].split()[:8] == ["cpu", "bf16", "(not", "exact)", "1", "s", "1", "-"]
 
 
+def test_a_part_of_the_operation_is_neither_faster_nor_slower() -> None:
+    part = Entry("gemm only", [0.5], None, whole=False)
+    recorder = _recorder(Entry("naive", [20.0], GOOD), Entry("cpu", [2.0], GOOD), part, Entry("bad", [0.1], BAD))
+    lines = tables(recorder.results, recorder.ceilings)
+    assert "over gemm only" not in lines[1]
+    assert "time/floor  time/gemm only" in lines[1]
+    # over naive, over cpu, over bad, time/floor, time/gemm only
+    assert lines[4].split()[:9] == ["cpu", "2", "s", "1", "10", "-", "-", "1.33", "4"]
+    assert lines[5].split()[2:7] == ["(not", "the", "operation)", "500", "ms"]
+    assert lines[5].split()[7:13] == ["1", "-", "-", "-", "-", "-"]
+    assert lines[6].split()[:9] == ["bad", "100", "ms", "1", "-", "-", "-", "-", "-"]
+    result = recorder.results[0]
+    assert [result.speedup(part, peer) for peer in ("naive", "cpu")] == [None, None]
+    assert [result.speedup(entry, "gemm only") for entry in result.entries] == [None] * 4
+
+
+def test_even_a_checked_part_is_not_compared() -> None:
+    recorder = _recorder(Entry("cpu", [2.0], GOOD), Entry("gemm only", [0.5], GOOD, whole=False))
+    assert recorder.results[0].speedup(recorder.results[0].entries[0], "gemm only") is None
+    assert "over gemm only" not in tables(recorder.results, recorder.ceilings)[1]
+
+
+def test_what_was_left_out_says_why_and_keeps_its_place() -> None:
+    recorder = _recorder(Entry("cpu", [2.0], GOOD, remarks=["backend cpp"]))
+    recorder.results[0].left_out = {"eager": "about 34 GB for N x K, limit 9"}
+    lines = tables(recorder.results, recorder.ceilings)
+    assert lines[3].endswith("backend cpp; 0 of 9 codes differ")
+    assert lines[4].split()[:2] == ["eager", "-"]
+    assert lines[4].endswith("left out: about 34 GB for N x K, limit 9")
+    # A case in which nobody could run still has its name.
+    recorder.results[0].entries = []
+    assert tables(recorder.results, recorder.ceilings)[3].startswith("a case      8  eager")
+
+
+def test_memory_without_prediction(tmp_path: Path) -> None:
+    recorder = _recorder(Entry("cpu", [2.0], GOOD))
+    recorder.results[0].memory = [Memory("cpu", 12_000_000)]
+    assert "12 MB  0 of 9" in tables(recorder.results, recorder.ceilings)[3]
+    stored = json.loads(write_json(recorder, tmp_path).read_text())["results"][0]["memory"]
+    assert stored == [{"peer": "cpu", "measured": 12_000_000, "predicted": None}]
+
+
+def test_legend_explains_the_operations_that_ran() -> None:
+    recorder = _recorder(Entry("cpu", [2.0], GOOD))
+    assert "naive model's logits" in "\n".join(legend(recorder.results, recorder.ceilings))
+    assert "2 N K D" not in "\n".join(legend(recorder.results, recorder.ceilings))
+    recorder.results[0].operation = "nearest code"
+    assert "2 N K D" in "\n".join(legend(recorder.results, recorder.ceilings))
+
+
+def test_floor_of_a_gpu_uses_its_own_rate() -> None:
+    recorder = _recorder(Entry("cpu", [2.0], GOOD))
+    recorder.ceilings.gpu["cuda tf32"] = {"made up": [1e12, 2e12]}
+    recorder.results[0].work = [Work("product", 1e12, unit="cuda tf32")]
+    assert recorder.results[0].floor(recorder.ceilings) == 0.5
+    assert recorder.ceilings.to_json()["gpu_flops_per_s"] == {"cuda tf32": {"made up": [1e12, 2e12]}}
+    assert "cuda tf32, made up: 2000 GFLOP/s" in recorder.ceilings.lines()
+
+
 def test_extrapolated_times_are_marked() -> None:
     recorder = _recorder(
         Entry("naive", [40.0], GOOD, extrapolated="extrapolated from row 3"), Entry("cpu", [2.0], GOOD)
@@ -75,6 +135,18 @@ def test_file_holds_everything(tmp_path: Path) -> None:
     assert naive["seconds"] == [30.0, 10.0, 20.0]
     assert values["results"][0]["floor_seconds"] == pytest.approx(1.5)
     assert cpu["speedup_over"] == {}
+
+
+def test_preparing_a_run_is_not_timed() -> None:
+    order: list[str] = []
+
+    def prepare() -> None:
+        order.append("prepare")
+        time.sleep(0.05)
+
+    times, _ = measure([Peer("a", lambda: order.append("run"), 1.0, 1, prepare)])
+    assert order == ["prepare", "run"] * 3
+    assert max(times["a"]) < 0.05
 
 
 def test_peers_take_turns_and_all_repeats_run() -> None:

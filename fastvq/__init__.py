@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from fastvq.models import VQVAE, VQVAE2, GatedPixelCNN, PixelSNAIL, VectorQuantizer
+    from fastvq.models import VQVAE, VQVAE2, GatedPixelCNN, PixelSNAIL, ResidualVQ, VectorQuantizer
     from fastvq.sampling import Pipeline, explain, sample
 
 _HOMES = {
     "GatedPixelCNN": "fastvq.models",
     "PixelSNAIL": "fastvq.models",
     "Pipeline": "fastvq.sampling",
+    "ResidualVQ": "fastvq.models",
     "VQVAE": "fastvq.models",
     "VQVAE2": "fastvq.models",
     "VectorQuantizer": "fastvq.models",
@@ -31,6 +32,7 @@ __all__ = [
     "GatedPixelCNN",
     "Pipeline",
     "PixelSNAIL",
+    "ResidualVQ",
     "VectorQuantizer",
     "__version__",
     "explain",

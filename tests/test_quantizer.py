@@ -1,141 +1,24 @@
-"""Nearest codes against brute force; the quantiser's gradients, its moving codebook, and two processes as one."""
+"""The quantiser's gradients and its moving codebook."""
 
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from helpers import refuses
+from quantizer_helpers import BUFFERS, buffers, is_row_of, normal, same, squared_distances
 from torch import Tensor
 
 from fastvq.errors import ArgumentError, ArgumentTypeError
 from fastvq.models import VectorQuantizer
-from fastvq.models import quantizer as quantizer_module
-from fastvq.ops import nearest_code_reference
-from fastvq.ops.nearest_code import nearest_code
+from fastvq.models.codebook_update import lloyd
 
 pytestmark = pytest.mark.usefixtures("steady")
 
 NAN = math.nan
-BUFFERS = ("embedding", "cluster_size", "embedding_sum", "initialized")
-
-
-def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def buffers(quantizer: VectorQuantizer) -> dict[str, Tensor]:
-    return {name: getattr(quantizer, name).clone() for name in BUFFERS}
-
-
-def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
-    return all(torch.equal(left[name], right[name]) for name in BUFFERS)
-
-
-def squared_distances(x: Tensor, codebook: Tensor) -> Tensor:
-    return (x.double()[:, None] - codebook.double()).square().sum(-1)
-
-
-def assert_nearest(x: Tensor, codebook: Tensor, found: Tensor, unit: float = 2.0**-24) -> None:
-    """No code is nearer than the one found by more than rounding of vectors centred on the codebook explains."""
-    distances = squared_distances(x, codebook)
-    gap = distances.gather(1, found[:, None])[:, 0] - distances.amin(1)
-    mean = codebook.double().mean(0)
-    lengths = (x.double() - mean).norm(dim=1) + (codebook.double() - mean).norm(dim=1).amax()
-    assert (gap <= 16 * unit * lengths**2).all()
-
-
-@pytest.mark.parametrize("offset", [0.0, 10.0, -1000.0])
-@pytest.mark.parametrize(("rows", "num_codes", "dim"), [(1, 1, 1), (7, 2, 3), (257, 33, 64), (500, 512, 5)])
-def test_nearest_code_equals_brute_force(rows: int, num_codes: int, dim: int, offset: float) -> None:
-    x, codebook = offset + normal(rows, dim), offset + normal(num_codes, dim, seed=1)
-    found = nearest_code(x, codebook)
-    assert found.shape == (rows,)
-    assert found.dtype == torch.int64
-    assert_nearest(x, codebook, found)
-    # Almost every vector has one nearest code by a clear margin.
-    assert (found == squared_distances(x, codebook).argmin(1)).double().mean() > 0.99
-
-
-def test_nearest_code_in_float64() -> None:
-    x, codebook = 1e6 + normal(200, 8, dtype=torch.float64), 1e6 + normal(64, 8, seed=1, dtype=torch.float64)
-    found = nearest_code(x, codebook)
-    assert torch.equal(found, squared_distances(x, codebook).argmin(1))
-    assert_nearest(x, codebook, found, unit=2.0**-53)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_nearest_code_of_half_precision_vectors(dtype: torch.dtype) -> None:
-    x, codebook = normal(300, 16).to(dtype), normal(40, 16, seed=1)
-    assert_nearest(x, codebook, nearest_code(x, codebook))
-    assert_nearest(x, codebook.to(dtype), nearest_code(x, codebook.to(dtype)))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert_nearest(x.float(), codebook, nearest_code(x.float(), codebook))
-
-
-def test_nearest_code_takes_the_lowest_index_among_equals() -> None:
-    # Small integers whose mean is one too: every score is exact.
-    codebook = torch.tensor([[3.0, 0], [-3, 0], [0, 3], [0, -3], [3, 0], [-3, 0], [0, 3], [0, -3]])
-    x = torch.tensor([[1.0, 1], [-1, 1], [-1, -1], [1, -1], [0, 0], [2, 1], [-2, 1], [1, 2], [1, -2]])
-    assert nearest_code(x, codebook).tolist() == [0, 1, 1, 0, 0, 0, 1, 2, 3]
-
-
-def test_nearest_code_among_copies_is_one_of_the_copies() -> None:
-    codebook = normal(50, 16, seed=1).repeat(3, 1)
-    x = normal(200, 16)
-    found = nearest_code(x, codebook)
-    assert_nearest(x, codebook, found)
-    assert torch.equal(found % 50, nearest_code(x, codebook[:50]))
-    exact = nearest_code(codebook, codebook)
-    assert torch.equal(codebook[exact], codebook)
-
-
-def test_nearest_code_of_a_code_is_itself() -> None:
-    codebook = 10 + normal(512, 64)
-    assert torch.equal(nearest_code(codebook, codebook), torch.arange(512))
-
-
-def test_nearest_code_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, codebook = normal(101, 4), normal(10, 4, seed=1)
-    whole = nearest_code(x, codebook)
-    monkeypatch.setattr(nearest_code_reference, "_CHUNK_SCORES", 70)
-    assert torch.equal(nearest_code(x, codebook), whole)
-    monkeypatch.setattr(nearest_code_reference, "_CHUNK_SCORES", 1)
-    assert torch.equal(nearest_code(x, codebook), whole)
-
-
-def test_nearest_code_of_nothing() -> None:
-    found = nearest_code(torch.zeros(0, 4), normal(3, 4))
-    assert found.shape == (0,)
-    assert found.dtype == torch.int64
-
-
-def test_nearest_code_of_strided_memory() -> None:
-    x, codebook = normal(4, 50).T, normal(20, 8)[:, ::2]
-    assert torch.equal(nearest_code(x, codebook), nearest_code(x.contiguous(), codebook.contiguous()))
-
-
-@pytest.mark.parametrize(
-    ("x", "codebook", "error", "message"),
-    [
-        ([[1.0]], torch.zeros(3, 1), ArgumentTypeError, "x: expected a torch.Tensor, got list"),
-        (torch.zeros(4), torch.zeros(3, 4), ArgumentError, "x: expected shape"),
-        (torch.zeros(2, 4), torch.zeros(3, 5), ArgumentError, "codebook: expected shape"),
-        (torch.zeros(2, 4), torch.zeros(0, 4), ArgumentError, "codebook: expected at least one code"),
-        (torch.zeros(2, 4).long(), torch.zeros(3, 4), ArgumentTypeError, "x: expected a floating-point tensor"),
-        (torch.zeros(2, 4), torch.zeros(3, 4).int(), ArgumentTypeError, "codebook: expected a floating-point tensor"),
-    ],
-    ids=["list", "1d", "other-width", "no-codes", "integer-x", "integer-codebook"],
-)
-def test_nearest_code_refuses(x: Any, codebook: Tensor, error: type[Exception], message: str) -> None:
-    with refuses(error, message):
-        nearest_code(x, codebook)
 
 
 def test_output_in_evaluation() -> None:
@@ -259,16 +142,12 @@ def test_codebook_follows_the_paper(decay: float, eps: float, dtype: torch.dtype
             assert np.isfinite(have).all()
 
 
-def is_row_of(vectors: Tensor, batch: Tensor) -> bool:
-    return bool((vectors[:, None] == batch[None]).all(-1).any(1).all())
-
-
 @pytest.mark.parametrize(("rows", "repeats"), [(40, 0), (12, 0), (5, 2)], ids=["more", "as-many", "fewer"])
 def test_data_initialisation_uses_vectors_of_the_batch(rows: int, repeats: int) -> None:
     # Without the update that follows, the codebook holds what initialisation chose.
     quantizer = VectorQuantizer(12, 3, init="data", channels_last=True)
     x = normal(rows, 3)
-    quantizer._initialize(x)
+    quantizer.initialize(x)
     assert bool(quantizer.initialized)
     assert is_row_of(quantizer.embedding, x)
     uses = (quantizer.embedding[:, None] == x[None]).all(-1).sum(0)
@@ -299,7 +178,7 @@ def test_initialisation_leaves_out_vectors_that_are_not_finite() -> None:
     x = normal(20, 3)
     x[::2, 1] = NAN
     x[1, 0] = math.inf
-    quantizer._initialize(x)
+    quantizer.initialize(x)
     assert quantizer.embedding.isfinite().all()
     quantizer = VectorQuantizer(6, 3, init="data", channels_last=True)
     with refuses(ArgumentError, "x: the first batch holds no finite vector"):
@@ -314,7 +193,7 @@ def test_kmeans_initialisation_lowers_the_error() -> None:
     for init in ("data", "kmeans"):
         torch.manual_seed(2)
         quantizer = VectorQuantizer(8, 3, init=init, channels_last=True)  # type: ignore[arg-type]
-        quantizer._initialize(x)
+        quantizer.initialize(x)
         errors[init] = squared_distances(x, quantizer.embedding).amin(1).mean()
         if init == "kmeans":
             # Each centre is the mean of the vectors that have it as their nearest.
@@ -326,7 +205,7 @@ def test_kmeans_initialisation_lowers_the_error() -> None:
 
 def test_kmeans_keeps_the_centre_of_an_empty_cluster() -> None:
     start = torch.tensor([[0.0], [1.0], [50.0]])
-    found = quantizer_module._kmeans(torch.tensor([[0.0], [0.2], [1.0]]), start)
+    found = lloyd(torch.tensor([[0.0], [0.2], [1.0]]), start, 10)
     torch.testing.assert_close(found, torch.tensor([[0.1], [1.0], [50.0]]))
 
 
@@ -360,17 +239,45 @@ def test_nothing_is_revived_by_default() -> None:
 
 
 @pytest.mark.parametrize("bad", [NAN, math.inf, -math.inf])
+def test_vectors_that_are_not_finite_are_left_out(bad: float) -> None:
+    quantizer, other = (VectorQuantizer(6, 4, channels_last=True) for _ in range(2))
+    other.load_state_dict(quantizer.state_dict())
+    x = normal(9, 4)
+    x[3, 2] = bad
+    out = quantizer(x)
+    want = other(torch.cat([x[:3], x[4:]]))
+    assert same(buffers(quantizer), buffers(other))
+    assert torch.equal(out.perplexity, want.perplexity)
+    assert out.codes[3] == 0
+    # The loss does not hide them.
+    assert not out.commitment_loss.isfinite()
+
+
+@pytest.mark.parametrize("bad", [NAN, math.inf, -math.inf])
 @pytest.mark.parametrize("revive_below", [0.0, 0.5])
-def test_bad_input_leaves_the_codebook_alone(bad: float, revive_below: float) -> None:
+def test_a_batch_without_finite_vectors_leaves_the_codebook_alone(bad: float, revive_below: float) -> None:
     quantizer = VectorQuantizer(6, 4, revive_below=revive_below)
     quantizer(normal(2, 4, 9))
     before = buffers(quantizer)
     x = normal(2, 4, 9, seed=1)
-    x[1, 2, 3] = bad
+    x[:, 2] = bad
     quantizer(x)
     assert same(buffers(quantizer), before)
     quantizer(normal(2, 4, 9, seed=1))
     assert not same(buffers(quantizer), before)
+
+
+def test_dead_codes_are_not_revived_onto_vectors_that_are_not_finite() -> None:
+    quantizer = VectorQuantizer(40, 4, decay=0.5, revive_below=1.3, channels_last=True)
+    x = normal(30, 4)
+    x[::2] = NAN
+    for _ in range(3):
+        quantizer(x)
+        assert all(value.isfinite().all() for value in buffers(quantizer).values())
+    # No count of vectors leads to just this size.
+    revived = quantizer.cluster_size == torch.tensor(1.3)
+    assert revived.any()
+    assert is_row_of(quantizer.embedding[revived], x[1::2])
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -468,114 +375,3 @@ def test_look_up_refuses() -> None:
         quantizer.lookup(torch.zeros(2, 3))
     with refuses(ArgumentTypeError, "codes: expected a torch.Tensor, got list"):
         quantizer.lookup([[1]])  # type: ignore[arg-type]
-
-
-# Each of two processes sees its share of every batch; what they end with goes to a file.
-WORKER = """
-import sys
-import torch
-import torch.distributed as dist
-from fastvq.models import VectorQuantizer
-
-rank, folder = int(sys.argv[1]), sys.argv[2]
-torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-batches = torch.load(f"{folder}/batches.pt", weights_only=True)
-results = {}
-for name, settings in torch.load(f"{folder}/settings.pt", weights_only=True).items():
-    torch.manual_seed(rank)
-    quantizer = VectorQuantizer(6, 3, channels_last=True, **settings)
-    quantizer.load_state_dict(torch.load(f"{folder}/start.pt", weights_only=True), strict=False)
-    outputs = []
-    for batch in batches[name][rank]:
-        out = quantizer(batch)
-        outputs.append({"codes": out.codes, "perplexity": out.perplexity})
-    results[name] = {"state": quantizer.state_dict(), "outputs": outputs}
-torch.save(results, f"{folder}/results{rank}.pt")
-dist.destroy_process_group()
-"""
-
-
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Two processes on shares of the same batches: settings, batches and results by scenario."""
-    if not (dist.is_available() and dist.is_gloo_available()):
-        pytest.skip("this PyTorch is built without gloo")
-    folder = tmp_path_factory.mktemp("processes")
-    settings: dict[str, dict[str, Any]] = {
-        "average": {"decay": 0.7},
-        "uneven": {"decay": 0.7, "revive_below": 0.05},
-        "not-finite": {"decay": 0.7},
-        "revival": {"decay": 0.5, "revive_below": 0.1},
-        "data": {"init": "data"},
-        "kmeans": {"init": "kmeans"},
-    }
-    shares = {name: [[normal(20, 3, seed=10 * s + r) for s in range(4)] for r in range(2)] for name in settings}
-    # A process may get no vectors, or others than its peer.
-    shares["uneven"][0][1], shares["uneven"][1][2] = torch.zeros(0, 3), torch.zeros(0, 3)
-    shares["not-finite"][1][1][3, 0] = NAN
-    # Code 5 is far away from all data; in the scenario of revival its N falls below 0.1 in the last of four steps.
-    start = {"embedding": torch.cat([normal(5, 3, seed=99), torch.full((1, 3), 100.0)]), "cluster_size": torch.ones(6)}
-    start["embedding_sum"] = start["embedding"].clone()
-    for name, value in (("settings", settings), ("batches", shares), ("start", start)):
-        torch.save(value, folder / f"{name}.pt")
-    script = folder / "worker.py"
-    script.write_text(WORKER)
-    workers = [
-        subprocess.Popen([sys.executable, script, str(rank), folder], stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    try:
-        for worker in workers:
-            _, complaint = worker.communicate(timeout=90)
-            assert worker.returncode == 0, complaint
-    finally:
-        for worker in workers:
-            worker.kill()
-    return {
-        "settings": settings,
-        "shares": shares,
-        "start": start,
-        "results": [torch.load(folder / f"results{rank}.pt", weights_only=True) for rank in range(2)],
-    }
-
-
-@pytest.mark.parametrize("scenario", ["average", "uneven", "not-finite", "revival", "data", "kmeans"])
-def test_two_processes_have_one_codebook(two_processes: dict[str, Any], scenario: str) -> None:
-    first, second = (result[scenario] for result in two_processes["results"])
-    assert same(first["state"], second["state"])
-    for left, right in zip(first["outputs"], second["outputs"], strict=True):
-        assert torch.equal(left["perplexity"], right["perplexity"])
-
-
-@pytest.mark.parametrize("scenario", ["average", "not-finite"])
-def test_two_processes_equal_one_on_all_vectors(two_processes: dict[str, Any], scenario: str) -> None:
-    quantizer = VectorQuantizer(6, 3, channels_last=True, **two_processes["settings"][scenario])
-    quantizer.load_state_dict(two_processes["start"], strict=False)
-    results = [result[scenario] for result in two_processes["results"]]
-    for step, batch in enumerate(zip(*two_processes["shares"][scenario], strict=True)):
-        out = quantizer(torch.cat(batch))
-        theirs = [result["outputs"][step] for result in results]
-        assert torch.equal(out.codes, torch.cat([other["codes"] for other in theirs]))
-        torch.testing.assert_close(out.perplexity, theirs[0]["perplexity"])
-    for name in ("embedding", "embedding_sum", "cluster_size"):
-        torch.testing.assert_close(results[0]["state"][name], getattr(quantizer, name), rtol=1e-6, atol=1e-6)
-
-
-def test_two_processes_start_from_vectors_of_the_first(two_processes: dict[str, Any]) -> None:
-    result = two_processes["results"][0]["data"]
-    # The first batch moves the codebook once after the start; replay that on the vectors of both.
-    shares = [share[0] for share in two_processes["shares"]["data"]]
-    codes = torch.cat([r["data"]["outputs"][0]["codes"] for r in two_processes["results"]])
-    assert bool(result["state"]["initialized"])
-    torch.manual_seed(0)
-    alone = VectorQuantizer(6, 3, init="data", channels_last=True)
-    alone._initialize(shares[0])
-    assert torch.equal(codes, squared_distances(torch.cat(shares), alone.embedding).argmin(1))
-
-
-def test_two_processes_revive_alike(two_processes: dict[str, Any]) -> None:
-    result = two_processes["results"][1]["revival"]["state"]
-    assert result["cluster_size"][5] == 1
-    # It lies on a vector that the first process saw last, in the second process too.
-    assert is_row_of(result["embedding"][5:], two_processes["shares"]["revival"][0][-1])

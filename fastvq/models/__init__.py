@@ -7,6 +7,7 @@ from fastvq.models.presets import MODEL_CLASSES, PRESETS, build, preset
 from fastvq.models.pretrained import PretrainedModel, load_pretrained
 from fastvq.models.prior import Prior
 from fastvq.models.quantizer import QuantizerOutput, VectorQuantizer
+from fastvq.models.residual_vq import ResidualVQ, ResidualVQOutput
 from fastvq.models.vqvae import VQVAE, VQVAE2, HierarchicalVQVAE, VQVAEOutput
 
 __all__ = [
@@ -24,6 +25,8 @@ __all__ = [
     "Prior",
     "PriorConfig",
     "QuantizerOutput",
+    "ResidualVQ",
+    "ResidualVQOutput",
     "VQVAEConfig",
     "VQVAEOutput",
     "VectorQuantizer",

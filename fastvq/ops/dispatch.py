@@ -22,6 +22,9 @@ from fastvq.errors import ArgumentError, UnavailableError
 Candidate = tuple[str, str | None]
 
 _LEAST_TRITON = (3, 6)
+_WIDEST_VECTOR = 512
+# Of the attention kernels, whose blocks hold whole rows.
+_WIDEST_HEAD = 256
 
 
 def select_backend(op: str, candidates: Sequence[Candidate], backend: str | None) -> str:
@@ -90,19 +93,43 @@ def triton_reason(*tensors: Tensor) -> str | None:
 
 def nearest_code_backends(x: Tensor, codebook: Tensor) -> list[Candidate]:
     """Backends of `fastvq.ops.nearest_code` and `nearest_code_statistics` for these arguments."""
-    triton: Candidate = ("triton", triton_reason(x, codebook))
+    width = x.shape[-1]
+    wide = f"it takes vectors of up to {_WIDEST_VECTOR} elements, not {width}" if width > _WIDEST_VECTOR else None
+    triton: Candidate = ("triton", triton_reason(x, codebook) or wide)
     if x.device.type == "cuda":
         return [triton, ("torch", None)]
     reason = memory_reason(x) or memory_reason(codebook)
     if torch.float64 in (x.dtype, codebook.dtype):
         reason = reason or "it computes in float32, and the tensors are float64"
-    if x.shape[-1] == 0:
+    if width == 0:
         reason = reason or "the vectors have no elements"
     reason = reason or _engine.why_unavailable()
     return [("cpp", reason), ("torch", None), triton]
 
 
-_BACKENDS: dict[str, Callable[..., list[Candidate]]] = {"draw": draw_backends, "nearest_code": nearest_code_backends}
+def causal_conv2d_backends(x: Tensor, weight: Tensor) -> list[Candidate]:
+    """Backends of `fastvq.ops.causal_conv2d` and `fused_causal_conv2d` for these arguments."""
+    return _kernel_or_library(x, weight)
+
+
+def causal_attention_backends(query: Tensor, key: Tensor, value: Tensor) -> list[Candidate]:
+    """Backends of `fastvq.ops.causal_attention` for these arguments."""
+    widest = max(query.shape[-1], value.shape[-1])
+    reason = f"it takes widths up to {_WIDEST_HEAD}, not {widest}" if widest > _WIDEST_HEAD else None
+    return _kernel_or_library(query, key, value, reason=reason)
+
+
+def _kernel_or_library(*tensors: Tensor, reason: str | None = None) -> list[Candidate]:
+    triton: Candidate = ("triton", triton_reason(*tensors) or reason)
+    return [triton, ("torch", None)] if tensors[0].device.type == "cuda" else [("torch", None), triton]
+
+
+_BACKENDS: dict[str, Callable[..., list[Candidate]]] = {
+    "causal_attention": causal_attention_backends,
+    "causal_conv2d": causal_conv2d_backends,
+    "draw": draw_backends,
+    "nearest_code": nearest_code_backends,
+}
 
 
 def explain_backend(op: str, *args: Any, backend: str | None = None) -> str:
@@ -111,7 +138,8 @@ def explain_backend(op: str, *args: Any, backend: str | None = None) -> str:
     Args:
         op: name of the operation, such as ``"draw"``.
         args: the tensors that decide, as the operation takes them (``draw``: the logits;
-            ``nearest_code``: x and the codebook).
+            ``nearest_code``: x and the codebook; ``causal_conv2d``: x and the weight; ``causal_attention``: query,
+            key and value).
         backend: as for the operation itself.
 
     Raises:

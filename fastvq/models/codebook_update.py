@@ -1,0 +1,226 @@
+"""How a codebook starts from data and moves with it, as registered operations that change its tensors in place.
+
+As single operations they stay whole under `torch.compile`, whatever they decide by looking at data and whichever
+processes they wait for.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastvq.errors import ArgumentError, UnavailableError
+from fastvq.ops.nearest_code import nearest_code_statistics
+
+_KMEANS_VECTORS_PER_CODE = 256
+# Shorter vectors have no direction worth keeping.
+LEAST_LENGTH = 1e-6
+
+
+def start_codebook(
+    vectors: Tensor,
+    mask: Tensor | None,
+    embedding: Tensor,
+    cluster_size: Tensor,
+    embedding_sum: Tensor | None,
+    initialized: Tensor,
+    init: str,
+    kmeans_iters: int,
+    cosine: bool,
+    sync: bool | None,
+) -> None:
+    """Take the codes from ``vectors`` [G, M, D] where ``mask`` [G, M], unless ``initialized`` says it was done.
+
+    With ``init = kmeans`` Lloyd's iterations run on the vectors of all processes; the codes they start from, and those
+    that ``init = data`` keeps, are the first process's.
+    """
+    if bool(initialized):
+        return
+    table = embedding[None] if embedding.ndim == 2 else embedding
+    started = []
+    for group, part in enumerate(vectors):
+        usable = part.isfinite().all(1) if mask is None else part.isfinite().all(1) & mask[group]
+        if cosine:
+            usable &= part.norm(dim=1) > LEAST_LENGTH
+        rows = part[usable].to(torch.promote_types(table.dtype, torch.float32))
+        codes = rows.new_full(table.shape[1:], torch.nan)
+        if rows.shape[0]:
+            codes = rows[_spread(rows.shape[0], codes.shape[0], rows.device)]
+        codes = _from_first_process(codes, sync)
+        # The same on every process, so that none is left waiting for another that has raised.
+        if not bool(codes.isfinite().all()):
+            raise ArgumentError("x: the first batch holds no finite vector to initialise the codebook from")
+        if init == "kmeans":
+            subset = min(rows.shape[0], codes.shape[0] * _KMEANS_VECTORS_PER_CODE)
+            codes = lloyd(rows[_spread(rows.shape[0], subset, rows.device)], codes, kmeans_iters, cosine, sync)
+        started.append(codes)
+    codebook = torch.stack(started).view(embedding.shape)
+    embedding.copy_(codebook)
+    if embedding_sum is not None:
+        embedding_sum.copy_(codebook)
+    cluster_size.fill_(1)
+    initialized.fill_(True)
+
+
+def lloyd(vectors: Tensor, codes: Tensor, iterations: int, cosine: bool = False, sync: bool | None = None) -> Tensor:
+    """k-means from ``codes`` [K, D] on ``vectors`` [N, D] of all processes; an empty cluster keeps its centre."""
+    for _ in range(iterations):
+        found = nearest_code_statistics(vectors, codes)
+        counts, sums = _over_processes(found.counts[None], found.sums.to(codes.dtype), sync)
+        means = sums / counts[0, :, None].clamp(min=1)
+        codes = _unit(means, codes) if cosine else torch.where(counts[0, :, None] > 0, means, codes)
+    return codes
+
+
+def move_codebook(
+    counts: Tensor,
+    sums: Tensor,
+    vectors: Tensor,
+    mask: Tensor | None,
+    embedding: Tensor,
+    cluster_size: Tensor,
+    embedding_sum: Tensor | None,
+    decay: float,
+    eps: float,
+    revive_below: float,
+    cosine: bool,
+    sync: bool | None,
+) -> Tensor:
+    """One step of the averages by what L passes over the codebook found, then new places for dead codes.
+
+    Args:
+        counts: [L, G, K], of this process alone.
+        sums: [G, K, D], likewise, added over the passes.
+        vectors, mask: [G, M, D] and [G, M], where codes that are dead find their new places.
+        embedding_sum: None for a codebook that gradients move; it then only follows the use of its codes.
+
+    Returns:
+        counts added over processes, as floating point.
+    """
+    table = embedding[None] if embedding.ndim == 2 else embedding
+    before = cluster_size[None] if cluster_size.ndim == 1 else cluster_size
+    dtype = torch.promote_types(table.dtype, torch.float32)
+    totals, sums = _over_processes(counts, sums.to(dtype), sync)
+    counts = totals.sum(0)
+    usable = sums.isfinite().all(2).all(1) & (counts.sum(1) > 0)  # [G]
+    size = torch.lerp(counts, before.to(dtype), decay)
+    codes = table.to(dtype)
+    total = codes
+    if embedding_sum is not None:
+        total = torch.lerp(sums, embedding_sum.to(dtype).view_as(codes), decay)
+        if cosine:
+            codes = _unit(total, codes)
+        else:
+            whole = size.sum(1, keepdim=True)
+            codes = total / ((size + eps) / (whole + size.shape[1] * eps) * whole)[..., None]
+    if revive_below > 0:
+        fresh = _from_first_process(_draw(vectors, mask, table.shape[1]).to(dtype), sync)
+        # A draw may be no place for a code; the code then waits for the next batch.
+        fits = fresh.isfinite().all(2)
+        if cosine:
+            fits &= fresh.norm(dim=2) > LEAST_LENGTH
+        dead = (size < revive_below) & fits
+        # With less than the threshold a code would be dead again in the next step, whatever it gains there.
+        begin = max(1.0, revive_below)
+        size = torch.where(dead, begin, size)
+        total = torch.where(dead[..., None], fresh * begin, total)
+        codes = torch.where(dead[..., None], fresh, codes)
+    cluster_size.copy_(torch.where(usable[:, None], size, before).view_as(cluster_size))
+    if embedding_sum is not None:
+        kept = embedding_sum.view_as(total)
+        embedding_sum.copy_(torch.where(usable[:, None, None], total.to(kept.dtype), kept).view_as(embedding_sum))
+    embedding.copy_(torch.where(usable[:, None, None], codes.to(table.dtype), table).view_as(embedding))
+    return totals
+
+
+def _unit(vectors: Tensor, otherwise: Tensor) -> Tensor:
+    """Scaled to unit length; where there is no length, ``otherwise``."""
+    length = vectors.norm(dim=-1, keepdim=True)
+    return torch.where(length > 0, vectors / length, otherwise)
+
+
+def _spread(available: int, wanted: int, device: torch.device) -> Tensor:
+    """Random indices, each available one used before any is repeated."""
+    if wanted == 0:
+        return torch.empty(0, dtype=torch.int64, device=device)
+    return torch.cat([torch.randperm(available, device=device) for _ in range(-(-wanted // available))])[:wanted]
+
+
+def _draw(vectors: Tensor, mask: Tensor | None, wanted: int) -> Tensor:
+    """Random ones of vectors [G, M, D] where mask [G, M]: [G, wanted, D], NaN if there are none."""
+    groups, available, width = vectors.shape
+    if available == 0:
+        return vectors.new_full((groups, wanted, width), torch.nan)
+    if mask is None:
+        index = torch.randint(available, (groups, wanted), device=vectors.device)
+        return torch.gather(vectors, 1, index[..., None].expand(-1, -1, width))
+    # The n-th real vector is found by the running count, without waiting for a GPU to say how many there are.
+    running = mask.cumsum(1)
+    last = running[:, -1:]
+    nth = (torch.rand(groups, wanted, device=vectors.device) * last).long().minimum(last - 1) + 1
+    index = torch.searchsorted(running, nth).clamp(max=available - 1)
+    drawn = torch.gather(vectors, 1, index[..., None].expand(-1, -1, width))
+    return torch.where(last[..., None] > 0, drawn, torch.nan)
+
+
+def _distributed(sync: bool | None) -> bool:
+    ready = dist.is_available() and dist.is_initialized()
+    if sync and not ready:
+        raise UnavailableError("sync_codebook: torch.distributed has no process group; call init_process_group first")
+    return sync is not False and ready and dist.get_world_size() > 1
+
+
+def _over_processes(counts: Tensor, sums: Tensor, sync: bool | None) -> tuple[Tensor, Tensor]:
+    """Both added over processes, in the type of ``sums``; float32 holds counts exactly up to 2^24."""
+    together = torch.cat([counts.flatten().to(sums.dtype), sums.flatten()])
+    if _distributed(sync):
+        dist.all_reduce(together)
+    return together[: counts.numel()].view_as(counts), together[counts.numel() :].view_as(sums)
+
+
+def _from_first_process(value: Tensor, sync: bool | None) -> Tensor:
+    if _distributed(sync):
+        value = value.contiguous()
+        dist.broadcast(value, src=0)
+    return value
+
+
+def snapshot(value: Tensor) -> Tensor:
+    """A copy that a compiled backward pass cannot make anew from what ``value`` has become by then."""
+    return value.clone(memory_format=torch.contiguous_format)
+
+
+# nondeterministic_seeded: they draw random numbers.
+_library = torch.library.Library("fastvq", "FRAGMENT")
+_library.define(
+    "start_codebook(Tensor vectors, Tensor? mask, Tensor(a!) embedding, Tensor(b!) cluster_size,"
+    " Tensor(c!)? embedding_sum, Tensor(d!) initialized, str init, int kmeans_iters, bool cosine, bool? sync) -> ()",
+    tags=(torch.Tag.nondeterministic_seeded,),
+)
+_library.define(
+    "move_codebook(Tensor counts, Tensor sums, Tensor vectors, Tensor? mask, Tensor(a!) embedding,"
+    " Tensor(b!) cluster_size, Tensor(c!)? embedding_sum, float decay, float eps, float revive_below, bool cosine,"
+    " bool? sync) -> Tensor",
+    tags=(torch.Tag.nondeterministic_seeded,),
+)
+_library.define("snapshot(Tensor value) -> Tensor")
+for _device in ("CPU", "CUDA"):
+    _library.impl("start_codebook", start_codebook, _device)
+    _library.impl("move_codebook", move_codebook, _device)
+    _library.impl("snapshot", snapshot, _device)
+
+
+@torch.library.register_fake("fastvq::start_codebook", lib=_library)
+def _(*args: object) -> None:
+    return None
+
+
+@torch.library.register_fake("fastvq::move_codebook", lib=_library)
+def _(counts: Tensor, sums: Tensor, vectors: Tensor, mask: Tensor | None, embedding: Tensor, *args: object) -> Tensor:
+    return counts.new_empty(counts.shape, dtype=torch.promote_types(embedding.dtype, torch.float32))
+
+
+@torch.library.register_fake("fastvq::snapshot", lib=_library)
+def _(value: Tensor) -> Tensor:
+    return torch.empty_like(value, memory_format=torch.contiguous_format)

@@ -1,0 +1,243 @@
+"""Residual vector quantisation: each level quantises what the levels before it left over."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastvq._check import require_choice, require_floating, require_positive_int, require_tensor
+from fastvq.errors import ArgumentError
+from fastvq.models.code_gradient import CODE_GRADIENTS, CodeGradient, pass_gradient
+from fastvq.models.codebook import require_bool
+from fastvq.models.quantizer import QuantizerOutput, VectorQuantizer, perplexity
+
+
+class ResidualVQOutput(NamedTuple):
+    """Result of :class:`ResidualVQ`, of Q levels.
+
+    Attributes:
+        quantized: the sum of the levels' codes, shape and dtype of the input, whose gradient goes to the input once,
+            as ``gradient`` says. Zero where masked.
+        codes: int64, the input's shape without the vector axis, and levels last: [..., Q]. -1 where masked or dropped.
+        commitment_loss: the levels' commitment losses added up, a scalar.
+        perplexity: [Q], as of :class:`fastvq.models.QuantizerOutput`.
+        codebook_loss: the levels' codebook losses added up, a scalar.
+        dead_codes: int64 [Q].
+        level_losses: commitment loss of each level, [Q].
+    """
+
+    quantized: Tensor
+    codes: Tensor
+    commitment_loss: Tensor
+    perplexity: Tensor
+    codebook_loss: Tensor
+    dead_codes: Tensor
+    level_losses: Tensor
+
+    @property
+    def loss(self) -> Tensor:
+        """What to add to the reconstruction's error: commitment and codebook loss."""
+        return self.commitment_loss + self.codebook_loss
+
+
+class ResidualVQ(nn.Module):
+    """Q quantisers in a row: r_0 = x, q_l = nearest code of level l to r_l, r_{l+1} = r_l - sg[q_l], out = sum of q_l.
+
+    Zeghidour et al. 2021 (SoundStream, arXiv 2107.03312, algorithm 1); with a shared codebook Lee et al. 2022 (RQ-VAE,
+    arXiv 2203.01941, section 3.1). The gradient of the sum passes to x once, whatever the number of levels; each
+    level's commitment loss pulls its own residual. Residuals are kept in float32 at least.
+
+    Args:
+        num_quantizers: Q.
+        num_codes: K, or one for each level.
+        code_dim: D, also the number of channels of the input.
+        shared_codebook: one codebook for all levels. It moves once per pass, by counts and sums of all levels; ``init``
+            from data takes it from the first level's vectors.
+        quantize_dropout: in training mode each sample of the batch (index along the first axis) uses only its first n
+            levels, n uniform in quantize_dropout_min..Q; the levels beyond it are masked for this sample (SoundStream,
+            section III.C).
+        quantize_dropout_min: the fewest levels that are left.
+        channels_last: whether vectors lie along the last axis ([..., D]) rather than axis 1 ([B, D, ...]).
+        gradient: between x and the sum, see `fastvq.models.code_gradient.pass_gradient`.
+        options: of :class:`fastvq.VectorQuantizer`, for every level; no heads.
+    """
+
+    def __init__(
+        self,
+        num_quantizers: int,
+        num_codes: int | Sequence[int],
+        code_dim: int,
+        *,
+        shared_codebook: bool = False,
+        quantize_dropout: bool = False,
+        quantize_dropout_min: int = 1,
+        channels_last: bool = False,
+        gradient: CodeGradient = "straight_through",
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.num_quantizers = require_positive_int("num_quantizers", num_quantizers)
+        require_bool("shared_codebook", shared_codebook)
+        require_bool("quantize_dropout", quantize_dropout)
+        require_bool("channels_last", channels_last)
+        require_choice("gradient", gradient, CODE_GRADIENTS)
+        if require_positive_int("quantize_dropout_min", quantize_dropout_min) > num_quantizers:
+            raise ArgumentError(
+                f"quantize_dropout_min: expected at most num_quantizers, {num_quantizers}, got {quantize_dropout_min}"
+            )
+        for name in ("heads", "separate_codebook_per_head"):
+            if name in options:
+                raise ArgumentError(f"{name}: a residual quantiser has no heads, got {options[name]!r}")
+        sizes = list(num_codes) if isinstance(num_codes, Sequence) else [num_codes] * num_quantizers
+        if len(sizes) != num_quantizers:
+            raise ArgumentError(f"num_codes: expected one for each of {num_quantizers} levels, got {len(sizes)}")
+        if shared_codebook and len(set(sizes)) > 1:
+            raise ArgumentError(f"num_codes: expected a single number for a shared codebook, got {sizes}")
+        self.code_dim, self.shared_codebook, self.channels_last = code_dim, shared_codebook, channels_last
+        self.quantize_dropout, self.quantize_dropout_min = quantize_dropout, quantize_dropout_min
+        self.gradient = gradient
+        self.levels = nn.ModuleList(
+            [
+                VectorQuantizer(size, code_dim, channels_last=True, **options)
+                for size in (sizes[:1] if shared_codebook else sizes)
+            ]
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.num_quantizers}, shared_codebook={self.shared_codebook}, gradient={self.gradient!r}"
+
+    def quantizer(self, level: int) -> VectorQuantizer:
+        """The quantiser of a level, counted from 0; the same for all levels if they share their codebook."""
+        found = self.levels[0 if self.shared_codebook else level]
+        assert isinstance(found, VectorQuantizer)
+        return found
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, *, freeze_codebook: bool | None = None
+    ) -> ResidualVQOutput:
+        """Quantise vectors [B, D, ...] (or [..., D] when ``channels_last``); arguments as of the plain quantiser."""
+        start = self._checked(x, mask)
+        with torch.autocast(x.device.type, enabled=False):
+            masks = self._level_masks(start, mask)
+            if self.shared_codebook:
+                outputs, total = self._shared(start, masks, freeze_codebook)
+            else:
+                outputs, total = self._separate(start, masks, mask, freeze_codebook)
+            quantized = pass_gradient(start, total, self.gradient)
+            if mask is not None:
+                quantized = torch.where(mask[..., None], quantized, 0)
+            quantized = quantized.to(x.dtype)
+            losses = torch.stack([out.commitment_loss for out in outputs])
+            return ResidualVQOutput(
+                quantized if self.channels_last else quantized.movedim(-1, 1),
+                torch.stack([out.codes for out in outputs], -1),
+                losses.sum(),
+                torch.stack([out.perplexity for out in outputs]),
+                torch.stack([out.codebook_loss for out in outputs]).sum(),
+                torch.stack([out.dead_codes for out in outputs]),
+                losses,
+            )
+
+    @torch.no_grad()
+    def encode(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Codes [B, ..., Q] of all levels, without statistics or dropout; moves nothing."""
+        residual = self._checked(x, mask)
+        codes = []
+        for level in range(self.num_quantizers):
+            quantizer = self.quantizer(level)
+            codes.append(quantizer.encode(residual, mask))
+            residual = residual - quantizer.lookup(codes[-1])
+        return torch.stack(codes, -1)
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        """Sum of the vectors of codes [B, ..., q], of the first q <= Q levels: [B, D, ...] (or [..., D] when
+        ``channels_last``). Code -1 adds nothing.
+        """
+        if require_tensor("codes", codes).ndim < 2 or not 1 <= codes.shape[-1] <= self.num_quantizers:
+            raise ArgumentError(
+                f"codes: expected a last axis of 1 to {self.num_quantizers} levels, got shape {list(codes.shape)}"
+            )
+        # One after the other, as a pass adds them up.
+        total = self.quantizer(0).lookup(codes[..., 0])
+        for level in range(1, codes.shape[-1]):
+            total = total + self.quantizer(level).lookup(codes[..., level])
+        return total if self.channels_last else total.movedim(-1, 1)
+
+    def _checked(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """x as [B, ..., D] in float32 at least."""
+        axis = -1 if self.channels_last else 1
+        require_floating("x", require_tensor("x", x))
+        if x.ndim < 2 or x.shape[axis] != self.code_dim:
+            raise ArgumentError(f"x: expected {self.code_dim} channels along axis {axis}, got shape {list(x.shape)}")
+        moved = x.movedim(axis, -1)
+        self.quantizer(0)._arrange(moved, mask)
+        return moved.to(torch.promote_types(x.dtype, torch.float32))
+
+    def _level_masks(self, start: Tensor, mask: Tensor | None) -> list[Tensor | None]:
+        if not (self.training and self.quantize_dropout):
+            return [mask] * self.num_quantizers
+        batch = start.shape[0]
+        kept = torch.randint(self.quantize_dropout_min, self.num_quantizers + 1, (batch,), device=start.device)
+        kept = kept.view(-1, *[1] * (start.ndim - 2)).expand(start.shape[:-1])
+        found: list[Tensor | None] = []
+        for level in range(self.num_quantizers):
+            # The levels that are never dropped need no mask of their own.
+            present = None if level < self.quantize_dropout_min else kept > level
+            found.append(mask if present is None else present if mask is None else present & mask)
+        return found
+
+    def _separate(
+        self, residual: Tensor, masks: list[Tensor | None], real: Tensor | None, freeze_codebook: bool | None
+    ) -> tuple[list[QuantizerOutput], Tensor]:
+        outputs: list[QuantizerOutput] = []
+        total = torch.zeros_like(residual)
+        for level, mask in enumerate(masks):
+            quantizer = self.quantizer(level)
+            if quantizer._moves(freeze_codebook):
+                # From all samples: those that are left at this level may be none.
+                quantizer._begin(residual, real)
+            outputs.append(out := quantizer(residual, mask, freeze_codebook=freeze_codebook))
+            code = out.quantized.detach()
+            residual, total = residual - code, total + code
+        return outputs, total.detach()
+
+    def _shared(
+        self, residual: Tensor, masks: list[Tensor | None], freeze_codebook: bool | None
+    ) -> tuple[list[QuantizerOutput], Tensor]:
+        """All levels against the codebook as it is, then one move by what they found together."""
+        quantizer = self.quantizer(0)
+        moves = quantizer._moves(freeze_codebook)
+        grid, total = residual.shape[:-1], torch.zeros_like(residual)
+        found = []
+        for mask in masks:
+            vectors, real = quantizer._arrange(residual, mask)
+            found.append(quantizer._assign(vectors, real, moves=moves))
+            code = found[-1].quantized.detach().view(residual.shape)
+            residual, total = residual - code, total + code
+        counts = torch.stack([one.statistics.counts for one in found])  # [Q, 1, K]
+        used = counts.to(torch.promote_types(quantizer.embedding.dtype, torch.float32))
+        if moves:
+            places, real = found[0].searched, found[0].mask
+            if quantizer.revive_below > 0:
+                places = torch.cat([one.searched.detach() for one in found], 1)
+                if any(one.mask is not None for one in found):
+                    real = torch.cat([one.codes.reshape(1, -1) >= 0 for one in found], 1)
+            sums = torch.stack([one.statistics.sums for one in found]).sum(0)
+            used = quantizer._move(counts, sums, places, real)
+        outputs = []
+        for one, level_used in zip(found, used, strict=True):
+            commitment, codebook = one.errors
+            outputs.append(
+                QuantizerOutput(
+                    one.quantized,
+                    one.codes.view(grid),
+                    quantizer.commitment * commitment,
+                    perplexity(level_used).mean(),
+                    codebook,
+                    (level_used == 0).sum(),
+                )
+            )
+        return outputs, total.detach()

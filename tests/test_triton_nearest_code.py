@@ -1,0 +1,482 @@
+"""The Triton kernels of nearest code: against float64 in the interpreter and on a GPU, and compiled for three chips."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from triton_helpers import (
+    Check,
+    assert_fits,
+    assert_interpreted,
+    compile_kernel,
+    names,
+    needs_compiler,
+    needs_gpu,
+    needs_triton,
+    serve,
+)
+
+UNIT = 2.0**-24
+NAN, INF = math.nan, math.inf
+MODES = ("exact", "fast")
+
+Data = tuple[Tensor, Tensor]
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def search(x: Tensor, codebook: Tensor, mode: str = "exact") -> Tensor:
+    from fastvq.kernels import nearest_code as kernels
+
+    return kernels.nearest_code(x, codebook, mode=mode)
+
+
+def statistics(
+    x: Tensor, codebook: Tensor, mask: Tensor | None = None, *, mode: str = "exact", deterministic: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from fastvq.kernels import nearest_code as kernels
+
+    return kernels.nearest_code_statistics(x, codebook, mask, mode=mode, deterministic=deterministic)
+
+
+def distances(x: Tensor, codebook: Tensor) -> Tensor:
+    """Squared distances [H, N, K] in float64."""
+    x, codebook = x.double().cpu(), codebook.double().cpu()
+    return torch.stack([(codes - part[:, None]).square().sum(-1) for part, codes in zip(x, codebook, strict=True)])
+
+
+def tolerance(x: Tensor, codebook: Tensor) -> Tensor:
+    """16 u (|x| + max|c|)^2 of every vector, [H, N]; beyond D = 256 float32 sums may err twice as much."""
+    reach = x.double().cpu().norm(dim=-1) + codebook.double().cpu().norm(dim=-1).amax(1, keepdim=True)
+    return (16 if x.shape[-1] <= 256 else 32) * UNIT * reach.square()
+
+
+def assert_exact(x: Tensor, codebook: Tensor, found: Tensor, *, near_ties: float = 1.0) -> str:
+    """The criterion of exact mode; ``near_ties`` bounds the share of vectors whose index it leaves open."""
+    assert found.dtype == torch.int64
+    assert found.shape == x.shape[:2]
+    found = found.cpu()
+    gaps = distances(x, codebook)
+    assert (found >= 0).all()
+    assert (found < codebook.shape[1]).all()
+    allowed = tolerance(x, codebook)
+    excess = gaps.gather(2, found[..., None]).squeeze(2) - gaps.amin(2)
+    assert (excess <= allowed).all(), f"excess up to {(excess / allowed).max():.3g} of what is allowed"
+    two = gaps.topk(min(2, gaps.shape[2]), dim=2, largest=False).values
+    open_rows = (two[..., -1] - two[..., 0] <= allowed) & (gaps.shape[2] > 1)
+    assert torch.equal(found[~open_rows], gaps.argmin(2)[~open_rows])
+    # Among bitwise equal codes the first.
+    for head, codes in enumerate(codebook.cpu()):
+        same = (codes[:, None] == codes[None]).all(2)
+        assert torch.equal(same.int().argmax(1)[found[head]], found[head])
+    assert open_rows.double().mean() <= near_ties
+    return f"{int(open_rows.sum())} of {open_rows.numel()} vectors excluded as near ties"
+
+
+def assert_fast(x: Tensor, codebook: Tensor, found: Tensor) -> None:
+    """The bound that `fastvq.kernels.nearest_code.nearest_code` states for fast mode."""
+    gaps = distances(x, codebook)
+    excess = gaps.gather(2, found.cpu()[..., None]).squeeze(2) - gaps.amin(2)
+    mean = codebook.double().cpu().mean(1, keepdim=True)
+    norm = (x.double().cpu() - mean).norm(dim=-1)
+    largest = (codebook.double().cpu() - mean).norm(dim=-1).amax(1, keepdim=True)
+    assert (excess <= 2.0**-7 * norm * largest + 2.0**-14 * largest.square() + tolerance(x, codebook)).all()
+
+
+def assert_statistics(x: Tensor, codebook: Tensor, mask: Tensor | None, got: tuple[Tensor, ...]) -> None:
+    """Against float64, at most twice as wrong as float32 operators of PyTorch, for the indices that were found."""
+    error, sums, counts, indices = (value.cpu() for value in got)
+    assert (error.dtype, sums.dtype, counts.dtype) == (torch.float32, torch.float32, torch.int64)
+    x, codebook = x.cpu(), codebook.cpu()
+    keep = torch.ones(x.shape[:2], dtype=torch.bool) if mask is None else mask.cpu()
+    for head in range(x.shape[0]):
+        rows, index, codes = x[head][keep[head]], indices[head][keep[head]], codebook[head]
+        assert torch.equal(counts[head], torch.bincount(index, minlength=codes.shape[0]))
+        exact = torch.zeros(codes.shape, dtype=torch.float64).index_add_(0, index, rows.double())
+        plain = torch.zeros(codes.shape).index_add_(0, index, rows.float())
+        assert_no_worse(sums[head], plain, exact)
+        exact = (rows.double() - codes.double()[index]).square().sum()
+        # Three roundings of each square, and a tree of additions whose blocks of columns form a chain.
+        roundings = 3 + math.log2(max(2, rows.numel())) + rows.shape[1] / 64
+        assert (error[head].double() - exact).abs() <= roundings * UNIT * exact
+
+
+def assert_no_worse(got: Tensor, plain: Tensor, exact: Tensor) -> None:
+    worst = (plain.double() - exact).abs().max()
+    assert (got.double() - exact).abs().max() <= 2 * worst + UNIT * exact.abs().max()
+
+
+def random_data(n: int, k: int, d: int, *, heads: int = 1, dtype: torch.dtype = torch.float32) -> Data:
+    return normal(heads, n, d).to(dtype), normal(heads, k, d, seed=1).to(dtype)
+
+
+def clustered() -> Data:
+    """Vectors close to codes, as in a trained model."""
+    codes = normal(1, 90, 48, seed=1)
+    return codes[:, torch.arange(200) % 90] + 0.2 * normal(1, 200, 48), codes
+
+
+def fresh() -> Data:
+    """A codebook as it is initialised, far smaller than the vectors."""
+    return normal(1, 150, 32), (torch.rand(1, 300, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1) / 300
+
+
+def offset() -> Data:
+    """Far from the origin: the distance of two codes is small against their norm."""
+    x, codes = random_data(150, 70, 24)
+    return x + 30, codes + 30
+
+
+def near_ties() -> Data:
+    """Pairs of codes that differ by less than float16 resolves, and more than the tolerance."""
+    codes = normal(1, 60, 64, seed=1)
+    twins = codes + 2e-4 * normal(1, 60, 64, seed=2)
+    return normal(1, 150, 64), torch.stack([codes, twins], dim=2).flatten(1, 2)
+
+
+def graded_ties() -> Data:
+    """Vectors midway between two codes, off the middle by amounts from far below to far above every bound."""
+    codes = normal(1, 40, 40, seed=1)
+    a, b = codes[:, torch.arange(120) % 40], codes[:, (torch.arange(120) * 7 + 1) % 40]
+    share = 0.5 + torch.logspace(-9, -1, 120)[None, :, None] * torch.tensor([1.0, -1.0]).repeat(60)[None, :, None]
+    return share * a + (1 - share) * b, codes
+
+
+def duplicates() -> Data:
+    """Every code several times, among different tiles too."""
+    return normal(1, 100, 16), normal(1, 30, 16, seed=1)[:, torch.randperm(300, generator=torch.Generator()) % 30]
+
+
+def one_code() -> Data:
+    return normal(1, 150, 20), normal(1, 1, 20, seed=1).expand(1, 140, 20)
+
+
+def dominated() -> Data:
+    """One code takes everything; sums cancel and squares do not."""
+    codes = 100 + normal(1, 70, 20, seed=1)
+    codes[:, 41] = 0
+    return normal(1, 500, 20), codes
+
+
+def outlier() -> Data:
+    """One huge code, against which float16 rounds the others away."""
+    x, codes = random_data(130, 70, 24)
+    codes[0, 3] *= 1e6
+    return x, codes
+
+
+def scaled(x_scale: float, code_scale: float) -> Data:
+    x, codes = random_data(100, 70, 24)
+    return x * x_scale, codes * code_scale
+
+
+DATA: dict[str, Callable[[], Data]] = {
+    "ragged": lambda: random_data(131, 70, 24),
+    "single-vector": lambda: random_data(1, 37, 24),
+    "single-code": lambda: random_data(20, 1, 8),
+    "width-1": lambda: random_data(150, 20, 1),
+    "width-130": lambda: random_data(65, 200, 130),
+    "width-300": lambda: random_data(30, 150, 300),
+    "width-512": lambda: random_data(70, 65, 512),
+    "many-codes": lambda: random_data(10, 1100, 20),
+    "bfloat16": lambda: random_data(140, 70, 24, dtype=torch.bfloat16),
+    "float16": lambda: random_data(140, 70, 24, dtype=torch.float16),
+    "bfloat16-codes": lambda: (normal(1, 140, 24), normal(1, 70, 24, seed=1).bfloat16()),
+    "clustered": clustered,
+    "fresh": fresh,
+    "offset": offset,
+    "near-ties": near_ties,
+    "graded-ties": graded_ties,
+    "duplicates": duplicates,
+    "one-code": one_code,
+    "dominated": dominated,
+    "outlier": outlier,
+    "tiny": lambda: scaled(1e-16, 1e-16),
+    "huge": lambda: scaled(1e15, 1e15),
+    "tiny-vectors": lambda: scaled(1e-12, 1.0),
+    "tiny-codes": lambda: scaled(1.0, 1e-12),
+}
+# Data where the index must be settled for nearly every vector.
+RANDOM = ("ragged", "width-130", "width-300", "width-512", "many-codes", "fresh", "bfloat16-codes")
+
+
+def check_data(name: str) -> Check:
+    def check(device: str) -> str:
+        x, codes = (value.to(device) for value in DATA[name]())
+        said = assert_exact(x, codes, search(x, codes), near_ties=0.01 if name in RANDOM else 1.0)
+        fast = search(x, codes, "fast")
+        assert_fast(x, codes, fast)
+        if name == "one-code":
+            assert fast.count_nonzero() == 0
+        return said
+
+    return check
+
+
+def check_fast_is_wrong_where_exact_is_not(device: str) -> str:
+    """Otherwise the data would not show that exact mode scores again."""
+    x, codes = (value.to(device) for value in near_ties())
+    gaps = distances(x, codes)
+    two = gaps.topk(2, dim=2, largest=False).values
+    settled = two[..., 1] - two[..., 0] > tolerance(x, codes)
+    assert settled.double().mean() > 0.5
+    wrong = {mode: ((search(x, codes, mode).cpu() != gaps.argmin(2)) & settled).sum() for mode in MODES}
+    assert wrong["exact"] == 0
+    assert wrong["fast"] > 0
+    return f"fast chose another code for {int(wrong['fast'])} of {int(settled.sum())} vectors"
+
+
+def check_strided_heads(device: str) -> None:
+    """Heads that lie side by side in each vector, codes among other columns, and a last axis that is not contiguous."""
+    x = normal(131, 2, 24).to(device).movedim(1, 0)
+    codes = normal(70, 2, 40, seed=1).to(device).movedim(1, 0)[..., 3:27]
+    assert (x.stride(), codes.stride()) == ((24, 48, 1), (40, 80, 1))
+    mask = torch.arange(262, device=device).view(131, 2).T % 3 > 0
+    turned = x.transpose(1, 2).contiguous().transpose(1, 2)
+    for deterministic in (False, True):
+        got = statistics(x, codes, mask, deterministic=deterministic)
+        assert_statistics(x, codes, mask, got)
+        assert_exact(x, codes, got[3])
+        assert torch.equal(got[3], search(turned, codes))
+
+
+def check_empty(device: str) -> None:
+    for heads, n in ((1, 0), (0, 5), (2, 0)):
+        x, codes = torch.empty(heads, n, 8, device=device), torch.ones(heads, 3, 8, device=device)
+        assert search(x, codes).shape == (heads, n)
+        for deterministic in (False, True):
+            error, sums, counts, indices = statistics(x, codes, deterministic=deterministic)
+            assert error.tolist() == [0] * heads
+            assert indices.shape == (heads, n)
+            assert (sums.shape, counts.shape) == ((heads, 3, 8), (heads, 3))
+            assert (sums.abs().sum(), counts.sum()) == (0, 0)
+
+
+def check_not_finite(device: str) -> None:
+    x, codes = (value.to(device) for value in random_data(140, 70, 24))
+    codes[0, 5, 3], codes[0, 69, 0], codes[0, 0, 7] = NAN, INF, -INF
+    good = torch.tensor([k for k in range(70) if k not in (0, 5, 69)], device=device)
+    x[0, 7, 0], x[0, 130, 23], x[0, 64, 5], x[0, 8] = NAN, INF, -INF, 1e30
+    rows = torch.tensor([n for n in range(140) if n not in (7, 8, 64, 130)], device=device)
+    clean = x[:, rows]
+    for mode in MODES:
+        for deterministic in (False, True):
+            error, sums, counts, indices = statistics(x, codes, mode=mode, deterministic=deterministic)
+            assert indices[0, [7, 64, 130]].tolist() == [0, 0, 0]
+            assert indices[0, 8] in good
+            assert counts.sum() == 137
+            assert counts[0, [0, 5, 69]].tolist() == [0, 0, 0]
+            assert sums.isfinite().all()
+            assert not error.isfinite().any()
+            found = indices[:, rows]
+            nearest = good[distances(clean, codes[:, good]).argmin(2).to(device)]
+            assert mode == "fast" or torch.equal(found, nearest)
+            mask = torch.zeros(1, 140, dtype=torch.bool, device=device)
+            mask[:, rows] = True
+            error, sums, counts, indices = statistics(x, codes, mask, mode=mode, deterministic=deterministic)
+            usable = torch.where(codes.isfinite(), codes, 0.0)
+            assert_statistics(clean, usable, None, (error, sums, counts, indices[:, rows]))
+
+
+def check_no_usable_code(device: str) -> None:
+    x, codes = normal(1, 30, 8).to(device), torch.full((1, 20, 8), NAN, device=device)
+    for deterministic in (False, True):
+        error, sums, counts, indices = statistics(x, codes, deterministic=deterministic)
+        assert indices.count_nonzero() == 0
+        assert counts.sum() == 0
+        assert sums.count_nonzero() == 0
+        assert error.isnan().all()
+
+
+def check_statistics(name: str) -> Check:
+    def check(device: str) -> None:
+        x, codes = (value.to(device) for value in DATA[name]())
+        some = torch.rand(x.shape[:2], generator=torch.Generator().manual_seed(3)).to(device) < 0.7
+        found = search(x, codes, "fast")
+        for mask, deterministic in ((None, False), (some, False), (some, True)):
+            got = statistics(x, codes, mask, mode="fast", deterministic=deterministic)
+            assert_statistics(x, codes, mask, got)
+            assert torch.equal(got[3], found)
+
+    return check
+
+
+def check_deterministic(device: str) -> None:
+    x, codes = (value.to(device) for value in clustered())
+    first = statistics(x, codes, deterministic=True)
+    again = statistics(x, codes, deterministic=True)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def check_everything_masked(device: str) -> None:
+    x, codes = (value.to(device) for value in random_data(40, 20, 8))
+    x[0, 3] = NAN
+    mask = torch.zeros(1, 40, dtype=torch.bool, device=device)
+    for deterministic in (False, True):
+        error, sums, counts, indices = statistics(x, codes, mask, deterministic=deterministic)
+        assert (error.item(), counts.sum(), sums.abs().sum()) == (0, 0, 0)
+        assert torch.equal(indices, search(x, codes))
+
+
+def check_exact_statistics(device: str) -> None:
+    x, codes = (value.to(device) for value in near_ties())
+    got = statistics(x, codes)
+    assert_exact(x, codes, got[3])
+    assert_statistics(x, codes, None, got)
+
+
+def check_public_operation(device: str) -> None:
+    """Dispatch, the cosine and gradients, against the plain backend."""
+    from fastvq.ops import nearest_code, nearest_code_statistics
+
+    x, codes = (value[0].to(device) for value in random_data(140, 70, 24))
+    for metric in ("euclidean", "cosine"):
+        plain = nearest_code(x, codes, metric=metric, backend="torch")
+        assert torch.equal(nearest_code(x, codes, metric=metric, backend="triton"), plain)
+    grads = []
+    for backend in ("torch", "triton"):
+        leaves = x.clone().requires_grad_(), codes.clone().requires_grad_()
+        nearest_code_statistics(*leaves, backend=backend).squared_error.backward()
+        grads.append([leaf.grad for leaf in leaves])
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def check_wide_vectors_are_refused(device: str) -> None:
+    from fastvq.errors import UnavailableError
+
+    x, codes = (value.to(device) for value in random_data(3, 4, 513))
+    with pytest.raises(UnavailableError, match="^x: expected vectors of at most 512 numbers for Triton, got 513"):
+        search(x, codes)
+
+
+GROUPS: dict[str, dict[str, Check]] = {
+    "search": {
+        **{name: check_data(name) for name in DATA},
+        "fast-is-wrong-where-exact-is-not": check_fast_is_wrong_where_exact_is_not,
+        "wide-vectors-are-refused": check_wide_vectors_are_refused,
+    },
+    "statistics": {
+        **{name: check_statistics(name) for name in ("ragged", "float16", "bfloat16-codes", "width-130", "dominated")},
+        "strided-heads": check_strided_heads,
+        "empty": check_empty,
+        "not-finite": check_not_finite,
+        "no-usable-code": check_no_usable_code,
+        "deterministic": check_deterministic,
+        "everything-masked": check_everything_masked,
+        "exact": check_exact_statistics,
+        "public-operation": check_public_operation,
+    },
+}
+
+
+@needs_triton
+@pytest.mark.parametrize(("group", "name"), names(GROUPS))
+def test_interpreted(group: str, name: str) -> None:
+    assert_interpreted(__file__, group, name)
+
+
+@needs_triton
+@needs_gpu()
+@pytest.mark.parametrize(("group", "name"), names(GROUPS))
+def test_on_a_gpu(group: str, name: str) -> None:
+    print(GROUPS[group][name]("cuda"))
+
+
+TYPES = {
+    "mean": "fp32",
+    "exponents": "i32",
+    "bounds": "fp32",
+    "halves": "fp32",
+    "codes16": "fp16",
+    "codes32": "fp32",
+    "indices": "i64",
+    "limits": "fp32",
+    "undecided": "i32",
+    "num_undecided": "i32",
+}
+
+
+def compile_search(width: int, num_codes: int, capability: int, kind: str, dtype: str) -> Any:
+    from fastvq.kernels import nearest_code as kernels
+
+    kernel = kernels._rescore_kernel if kind == "rescore" else kernels._search_kernel
+    tiles = (kernels.rescore_tiles if kind == "rescore" else kernels.search_tiles)(width, num_codes, capability)
+    constants: dict[str, Any] = {
+        "BLOCK_N": tiles.block_n,
+        "BLOCK_K": tiles.block_k,
+        "BLOCK_D": tiles.block_d,
+        "CHUNKS": -(-width // tiles.block_d),
+    }
+    if kind != "rescore":
+        constants["EXACT"] = kind == "exact"
+    types = {"x": dtype, **{name: value for name, value in TYPES.items() if name in kernel.arg_names}}
+    divisible = tuple({"stride_h", "stride_n", "width", "padded"} & set(kernel.arg_names))
+    return compile_kernel(
+        kernel, capability, types, constants, warps=tiles.warps, stages=tiles.stages, divisible=divisible
+    )
+
+
+@needs_triton
+@needs_compiler
+@pytest.mark.parametrize(
+    ("capability", "width", "dtype", "kinds"),
+    [
+        (90, 64, "fp32", "exact fast rescore"),
+        (90, 128, "bf16", "exact"),
+        (90, 256, "fp32", "exact rescore"),
+        (90, 512, "fp32", "exact"),
+        (80, 128, "fp32", "exact"),
+        (80, 256, "bf16", "rescore"),
+        (80, 512, "fp32", "rescore"),
+        (100, 64, "fp32", "rescore"),
+        (100, 256, "fp32", "exact"),
+        (100, 512, "bf16", "rescore"),
+    ],
+)
+def test_compiled_search_fits_the_chip(capability: int, width: int, dtype: str, kinds: str) -> None:
+    for kind in kinds.split():
+        resources = compile_search(width, 8192, capability, kind, dtype)
+        assert_fits(resources, capability)
+        # Blocks of 32 vectors are too small for the larger instructions.
+        small = kind == "rescore" and width > 256
+        instruction = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[80 if small else capability]
+        assert instruction in resources.ptx
+        if capability == 90 and width <= 128 and kind != "rescore":
+            # Two programs of 8 warps share a multiprocessor's 64 Ki registers and 228 KiB of shared memory.
+            assert resources.registers <= 128
+            assert 2 * (resources.shared + 1024) <= 228 * 1024
+
+
+@needs_triton
+@needs_compiler
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_compiled_preparation_and_statistics_fit_the_chip(capability: int) -> None:
+    from fastvq.kernels import code_statistics, scaled_codes
+
+    parts = {"codebook": "fp32", "sums": "fp32", "counts": "i32", "largest": "fp32"}
+    ready = {name: TYPES[name] for name in ("mean", "exponents", "bounds", "halves", "codes16", "codes32")}
+    given = {"x": "bf16", "sums": "fp32", "counts": "i64"}
+    pointers = {**given, "codebook": "fp32", "indices": "i64", "mask": "u8", "errors": "fp32", "keys": "i32"}
+    for kernel, types, constants in (
+        (scaled_codes._codebook_sums_kernel, parts, {"SUM_ROWS": 512, "BLOCK_R": 16, "WIDTH": 512}),
+        (scaled_codes._prepare_kernel, {**parts, **ready}, {"BLOCK_R": 16, "WIDTH": 512, "EXACT": True}),
+        (code_statistics._statistics_kernel, pointers, {"MASKED": True, "ATOMIC": True, "ROWS": 32, "BLOCK_D": 32}),
+        (
+            code_statistics._segment_sum_kernel,
+            {**given, "order": "i64", "ends": "i64"},
+            {"ROWS": 32, "BLOCK_D": 32},
+        ),
+    ):
+        assert_fits(compile_kernel(kernel, capability, types, constants, warps=4), capability)
+
+
+if __name__ == "__main__":
+    serve(GROUPS)

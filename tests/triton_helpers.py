@@ -1,0 +1,149 @@
+"""Running Triton kernels without a GPU: in the interpreter, and through the compiler to machine code.
+
+Triton decides at import whether kernels are interpreted, so checks run in a process of their own (`interpreted`), while
+kernels are compiled in this one (`compile_kernel`), where the interpreter must be off.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+# A check raises AssertionError, or returns a line worth reading.
+Check = Callable[[str], str | None]
+Groups = Mapping[str, Mapping[str, Check]]
+
+# Bytes of shared memory that one program can have.
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed (it comes with fastvq[test] on Linux)"
+)
+needs_compiler = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1: kernels are interpreted, not compiled"
+)
+
+
+def needs_gpu() -> pytest.MarkDecorator:
+    import torch
+
+    return pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is available")
+
+
+def names(groups: Groups) -> list[Any]:
+    """Parameters (group, name) of every check, with readable ids."""
+    return [pytest.param(group, name, id=f"{group}-{name}") for group, checks in groups.items() for name in checks]
+
+
+def assert_interpreted(file: str, group: str, name: str) -> None:
+    """Asserts that a check passes in the interpreter; the checks of a group share one process.
+
+    Args:
+        file: the test file; run as a script it calls `serve`.
+        group, name: as in that file's groups.
+    """
+    result = _interpreted(file, group)[name]
+    assert result["error"] is None, result["error"]
+    if result["said"]:
+        print(result["said"])
+
+
+@functools.cache
+def _interpreted(file: str, group: str) -> dict[str, dict[str, str | None]]:
+    # One thread: products this small only wait for each other.
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    with tempfile.TemporaryDirectory(prefix="fastvq-interpreted-") as folder:
+        results = Path(folder) / "results.json"
+        command = [sys.executable, file, group, str(results)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+        found: dict[str, dict[str, str | None]] = json.loads(results.read_text())
+        return found
+
+
+def serve(groups: Groups) -> None:
+    """What a test file does when run as a script: the checks of one group, results to a file."""
+    group, path = sys.argv[1:]
+    results = {}
+    for name, check in groups[group].items():
+        error = said = None
+        try:
+            said = check("cpu")
+        except Exception:
+            error = traceback.format_exc()
+        results[name] = {"error": error, "said": said}
+    Path(path).write_text(json.dumps(results))
+
+
+class Resources(NamedTuple):
+    """What a compiled kernel takes: bytes of shared memory; registers and bytes of stack of a thread."""
+
+    shared: int
+    registers: int
+    stack: int
+    ptx: str
+
+
+def compile_kernel(
+    kernel: Any,
+    capability: int,
+    types: Mapping[str, str],
+    constants: Mapping[str, Any],
+    *,
+    warps: int,
+    stages: int = 3,
+    divisible: tuple[str, ...] = (),
+) -> Resources:
+    """Compiles a kernel to machine code for a compute capability such as 90; needs no GPU.
+
+    Args:
+        kernel: a function under ``triton.jit``.
+        capability: 80, 90 or 100.
+        types: Triton's name of the element type of every pointer argument, such as ``"fp32"``. Other arguments that
+            are no constants are 32-bit integers.
+        constants: values of the constexpr arguments.
+        warps, stages: launch options.
+        divisible: integer arguments that are multiples of 16, as pointers always are.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    unknown = (set(types) | set(constants) | set(divisible)) - set(kernel.arg_names)
+    assert not unknown, f"{kernel.__name__} has no {unknown}"
+    signature = {
+        name: "constexpr" if name in constants else f"*{types[name]}" if name in types else "i32"
+        for name in kernel.arg_names
+    }
+    aligned = [i for i, name in enumerate(kernel.arg_names) if name in types or name in divisible]
+    source = ASTSource(kernel, signature, dict(constants), {(i,): [["tt.divisibility", 16]] for i in aligned})
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        report = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", report.stdout)
+    assert found, report.stdout
+    # Spilled registers live on the stack.
+    registers, stack, local = (int(number) for number in found.groups())
+    return Resources(compiled.metadata.shared, registers, stack + local, compiled.asm["ptx"])
+
+
+def assert_fits(resources: Resources, capability: int) -> None:
+    """Asserts that a program's shared memory exists and that no register is spilled."""
+    assert resources.shared <= SHARED_MEMORY[capability]
+    assert resources.stack == 0, f"{resources.stack} bytes of stack with {resources.registers} registers"
