@@ -19,7 +19,17 @@ from fastvq import Pipeline
 from fastvq.cli import main
 from fastvq.cli.parser import build_parser
 
-COMMANDS = ("demo", "train-vqvae", "extract", "train-prior", "sample", "reconstruct", "info")
+COMMANDS = (
+    "demo",
+    "train-vqvae",
+    "extract",
+    "train-prior",
+    "train-classifier",
+    "sample",
+    "reconstruct",
+    "evaluate",
+    "info",
+)
 TINY = ["--steps", "4", "--batch-size", "4", "--quiet", "--image-every", "2", "--checkpoint-every", "2"]
 
 

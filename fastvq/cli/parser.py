@@ -16,6 +16,7 @@ A project is one folder, given as --run. The steps fill it from left to right:
   extract     -> RUN/codes     the codes of all images
   train-prior -> RUN/prior0    one prior per level, 0 is the top (coarsest) level
   sample      <- RUN           new images: codes from the priors, decoded once
+  evaluate    <- RUN           likelihood, reconstruction, sample metrics (with train-classifier -> RUN/classifier)
 """
 
 _EXAMPLES = """\
@@ -27,6 +28,8 @@ examples:
   fastvq train-prior --run my --level 0 --preset imagenet256-top --steps 100000 --batch-size 32
   fastvq train-prior --run my --level 1 --preset imagenet256-bottom --steps 100000 --batch-size 16
   fastvq sample --checkpoint my -n 16 --label 3 --out samples.png
+  fastvq train-classifier --run my --steps 20000
+  fastvq evaluate my --out my-report
 """
 
 
@@ -45,6 +48,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_train_prior(commands)
     _add_sample(commands)
     _add_reconstruct(commands)
+    _add_train_classifier(commands)
+    _add_evaluate(commands)
     _add_info(commands)
     return parser
 
@@ -184,6 +189,89 @@ def _add_reconstruct(commands: argparse._SubParsersAction[argparse.ArgumentParse
     parser.add_argument("--size", type=int, nargs="+", metavar="N", help="image size (default: the training size)")
     parser.add_argument("-n", type=int, default=16, help="number of images, the first of the data (default: 16)")
     _add_output(parser, "reconstructions.png")
+
+
+def _add_train_classifier(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(
+        commands,
+        "train-classifier",
+        "fastvq.cli.classify:train_classifier",
+        "train a classifier for sample metrics and rejection",
+        "Reads the labelled images of the project (or of --data), writes RUN/classifier. `fastvq evaluate` takes its\n"
+        "features, and its probabilities for rejection sampling. The images held out are the autoencoder's.",
+    )
+    _add_run(parser)
+    parser.add_argument("--name", default="classifier", help="run folder inside RUN (default: classifier)")
+    _add_data(parser)
+    parser.add_argument("--size", type=int, nargs="+", metavar="N", help="image size (default: the project's)")
+    parser.add_argument("--channels", type=int, choices=(1, 3), help="image channels (default: the project's)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", help="channels=(32,64,128), features=64, dropout=0"
+    )
+    parser.add_argument("--steps", type=int, required=True, help="optimiser steps")
+    parser.add_argument("--batch-size", type=int, default=64, help="images per step (default: 64)")
+    parser.add_argument("--lr", type=float, default=2e-3, help="learning rate (default: 0.002)")
+    parser.add_argument("--weight-decay", type=float, default=0.01, help="(default: 0.01)")
+    parser.add_argument("--warmup", type=int, default=0, metavar="STEPS", help="linear warm-up, then cosine decay")
+    parser.add_argument("--ema", type=float, default=0.99, metavar="DECAY", help="weight averaging; 0: off")
+    parser.add_argument("--workers", type=int, default=0, help="processes that load data (default: 0)")
+    parser.add_argument("--seed", type=int, help="(default: the project's)")
+    parser.add_argument("--log-every", type=int, default=50, metavar="STEPS")
+    parser.add_argument("--checkpoint-every", type=int, default=1000, metavar="STEPS")
+    _add_resume(parser)
+
+
+def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(
+        commands,
+        "evaluate",
+        "fastvq.cli.evaluate:evaluate",
+        "measure a trained model",
+        "Likelihood of the codes, reconstruction error and codebook use on training and validation images. With a\n"
+        "classifier (RUN/classifier, or --classifier) also sample metrics in its features, nearest training images,\n"
+        "the rejection curve, and the classification accuracy score. OUT receives a page, pictures and the numbers.",
+    )
+    parser.add_argument("run", type=Path, nargs="?", metavar="RUN", help="a project folder or a saved pipeline")
+    parser.add_argument("--pretrained", metavar="NAME", help="a model that ships with fastvq, such as digits")
+    _add_data(parser)
+    parser.add_argument("-n", type=int, default=10_000, help="samples for the metrics (default: 10000)")
+    parser.add_argument(
+        "--temperature", type=float, nargs="+", default=[1.0], metavar="T", help="one value, or one per level"
+    )
+    parser.add_argument("--classifier", type=Path, metavar="FOLDER", help="scores for rejection (default: RUN's)")
+    parser.add_argument("--features", type=Path, metavar="FOLDER", help="another classifier, for the features")
+    parser.add_argument("--inception", type=Path, metavar="FILE", help="Inception weights for the features")
+    parser.add_argument("--neighbours", type=int, default=3, metavar="K", help="of precision, recall, ... (default: 3)")
+    parser.add_argument("--vectors", type=int, default=10_000, help="features kept of each set (default: 10000)")
+    parser.add_argument(
+        "--keep",
+        type=float,
+        nargs="+",
+        default=[1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1],
+        metavar="FRACTION",
+        help="points of the rejection curve (default: 1.0 0.9 ... 0.1)",
+    )
+    parser.add_argument(
+        "--accuracy-steps", type=int, default=0, metavar="STEPS", help="train for the classification accuracy score"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of samples and random selections (default: 0)")
+    parser.add_argument("--batch-size", type=int, default=64, help="images at a time (default: 64)")
+    parser.add_argument("--cache", type=Path, help="features of the training images (default: RUN/evaluation)")
+    parser.add_argument("--out", type=Path, help="write a report to this folder")
+    parser.add_argument("--no-curves", dest="curves", action="store_false", help="no picture of the rejection curve")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier report")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", help="a folder of images, or 'digits' (default: the project's)")
+    parser.add_argument(
+        "--flip", action="store_true", default=None, help="mirror images for classifiers (default: as the project)"
+    )
+    parser.add_argument(
+        "--shift", type=int, metavar="PIXELS", help="shift images for classifiers (default: as the project)"
+    )
+    parser.add_argument("--validation", type=float, metavar="FRACTION", help="share held out (default: the project's)")
 
 
 def _add_info(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

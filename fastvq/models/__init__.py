@@ -1,5 +1,6 @@
 """Plain PyTorch models: quantiser, autoencoders, priors; their configurations and presets."""
 
+from fastvq.models.classifier import Classifier, ClassifierConfig
 from fastvq.models.config import Config, GatedPixelCNNConfig, PixelSNAILConfig, PriorConfig, VQVAEConfig
 from fastvq.models.pixelcnn import GatedPixelCNN
 from fastvq.models.pixelsnail import PixelSNAIL
@@ -15,6 +16,8 @@ __all__ = [
     "PRESETS",
     "VQVAE",
     "VQVAE2",
+    "Classifier",
+    "ClassifierConfig",
     "Config",
     "GatedPixelCNN",
     "GatedPixelCNNConfig",

@@ -1,0 +1,115 @@
+"""``fastvq train-classifier``: the network behind sample metrics and rejection sampling."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from fastvq.cli.project import Project, augmentation, choose_device, open_data, parse_overrides
+from fastvq.errors import ArgumentError, MissingFileError
+from fastvq.models import load_pretrained
+from fastvq.models.classifier import Classifier, ClassifierConfig
+from fastvq.models.pretrained import CONFIG_FILE, WEIGHTS_FILE
+from fastvq.training import TrainConfig
+from fastvq.training.classifier import train_classifier as train_on_images
+
+CLASSIFIER = "classifier"
+
+
+def train_classifier(arguments: argparse.Namespace) -> None:
+    device = choose_device(arguments.device)
+    overrides = parse_overrides(arguments.set)
+    project = Project(arguments.run)
+    description = describe_data(arguments, project)
+    dataset = open_data(
+        description["data"],
+        description["size"],
+        description["channels"],
+        skip_broken=description["skip_broken"],
+        quiet=arguments.quiet,
+    )
+    if dataset.num_classes is None:
+        raise ArgumentError("--data: a classifier learns from labels; put the images of each class in a sub-folder")
+    fields = {"in_channels": dataset.channels, "num_classes": dataset.num_classes, **overrides}
+    model_config = ClassifierConfig.from_dict(fields)
+    config = TrainConfig(
+        steps=arguments.steps,
+        batch_size=arguments.batch_size,
+        learning_rate=arguments.lr,
+        weight_decay=arguments.weight_decay,
+        warmup_steps=arguments.warmup,
+        ema_decay=arguments.ema or None,
+        # The images held out of the autoencoder are those held out here.
+        validation_fraction=description["validation"],
+        seed=description["seed"] if arguments.seed is None else arguments.seed,
+        log_every=arguments.log_every,
+        image_every=None,
+        checkpoint_every=arguments.checkpoint_every,
+        num_workers=arguments.workers,
+        device=device,
+    )
+    run = arguments.run / arguments.name
+    train_on_images(
+        dataset,
+        model_config,
+        config,
+        run,
+        split_seed=description["seed"],
+        augment=augmentation(description),
+        resume=arguments.resume,
+        progress=not arguments.quiet,
+    )
+    values = _validation(run)
+    found = f"; validation top-1 accuracy {100 * values['top1']:.2f} %" if values else ""
+    print(f"classifier in {run / 'model'}{found}")
+    print(f"next: fastvq evaluate {arguments.run}")
+
+
+def describe_data(arguments: argparse.Namespace, project: Project | None) -> dict[str, Any]:
+    """Where images come from and how they are split: as the project says, unless the command line says otherwise."""
+    description: dict[str, Any] = {
+        "data": None,
+        "size": None,
+        "channels": 3,
+        "skip_broken": False,
+        "flip": False,
+        "shift": 0,
+        "validation": 0.1,
+        "seed": 0,
+    }
+    if project is not None and project.data.is_file():
+        description |= project.read_data()
+    elif arguments.data is None:
+        where = "a shipped model" if project is None else project.path
+        raise MissingFileError(f"--data: {where} holds no data.json that says where the images are; pass --data")
+    for name in ("data", "size", "channels", "flip", "shift", "validation"):
+        value = getattr(arguments, name, None)
+        if value is not None:
+            description[name] = value
+    if description["data"] == "digits":
+        description["channels"] = 1
+    return description
+
+
+def load_classifier(path: Path, device: str, name: str) -> Classifier:
+    """The classifier in a project, in its run, or in a model's folder.
+
+    Raises:
+        MissingFileError: none of these; says how to train one.
+        ArgumentError: another kind of model.
+    """
+    for folder in (path / CLASSIFIER / "model", path / "model", path):
+        if (folder / CONFIG_FILE).is_file() and (folder / WEIGHTS_FILE).is_file():
+            model = load_pretrained(folder, device=device)
+            if not isinstance(model, Classifier):
+                raise ArgumentError(f"{name}: {folder} holds a {type(model).__name__}, expected a classifier")
+            return model
+    raise MissingFileError(f"{name}: no trained classifier in {path}; run `fastvq train-classifier --run {path}`")
+
+
+def _validation(run: Path) -> dict[str, Any]:
+    lines = [json.loads(line) for line in (run / "logs" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    validation = [line for line in lines if line["split"] == "validation"]
+    return validation[-1] if validation else {}

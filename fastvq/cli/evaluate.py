@@ -1,0 +1,126 @@
+"""``fastvq evaluate``: the figures of a trained model, and a report."""
+
+from __future__ import annotations
+
+import argparse
+
+from torch import nn
+
+from fastvq.cli.classify import CLASSIFIER, describe_data, load_classifier
+from fastvq.cli.project import Project, augmentation, choose_device, load_pipeline, open_data
+from fastvq.data import split_indices
+from fastvq.errors import ArgumentError, MissingFileError
+from fastvq.evaluation import (
+    AccuracyPlan,
+    ClassifierFeatures,
+    EvaluationConfig,
+    FeatureExtractor,
+    InceptionFeatures,
+    check_report,
+    write_report,
+)
+from fastvq.evaluation import evaluate as measure
+from fastvq.evaluation.tables import tables
+from fastvq.models.classifier import Classifier, ClassifierConfig
+from fastvq.training import TrainConfig
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    if (arguments.run is None) == (arguments.pretrained is None):
+        raise ArgumentError("RUN: expected a project folder, or --pretrained NAME, and not both")
+    if arguments.run is not None and not arguments.run.is_dir():
+        raise MissingFileError(f"RUN: no folder {arguments.run}")
+    device = choose_device(arguments.device)
+    config = EvaluationConfig(
+        samples=arguments.n,
+        temperature=tuple(arguments.temperature),
+        neighbours=arguments.neighbours,
+        keep=arguments.vectors,
+        fractions=tuple(arguments.keep),
+        seed=arguments.seed,
+        batch_size=arguments.batch_size,
+    )
+    if arguments.out is not None:
+        check_report(arguments.out, overwrite=arguments.overwrite, curves=arguments.curves)
+    pipeline = load_pipeline(arguments.run, arguments.pretrained, device)
+    extractor, classifier = _networks(arguments, device)
+    description = describe_data(arguments, None if arguments.run is None else Project(arguments.run))
+    scale = pipeline.vqvae.total_stride
+    size = [side * scale for side in pipeline.priors[0].config.shape]
+    dataset = open_data(
+        description["data"],
+        size,
+        pipeline.vqvae.config.in_channels,
+        skip_broken=description["skip_broken"],
+        quiet=arguments.quiet,
+    )
+    training, validation = split_indices(len(dataset), description["validation"], description["seed"])
+    plan = None
+    if arguments.accuracy_steps:
+        model = (
+            classifier.config
+            if isinstance(classifier, Classifier)
+            else ClassifierConfig(in_channels=dataset.channels, num_classes=dataset.num_classes or 1)
+        )
+        training_config = TrainConfig(
+            steps=arguments.accuracy_steps,
+            batch_size=64,
+            learning_rate=2e-3,
+            weight_decay=0.01,
+            warmup_steps=min(50, arguments.accuracy_steps),
+            ema_decay=0.99,
+            seed=arguments.seed,
+            image_every=None,
+            checkpoint_every=None,
+            device=device,
+        )
+        plan = AccuracyPlan(model, training_config, augmentation(description))
+    cache = arguments.cache
+    if cache is None and arguments.run is not None and Project(arguments.run).data.is_file():
+        cache = arguments.run / "evaluation"
+    evaluation = measure(
+        pipeline,
+        dataset,
+        training,
+        validation,
+        config,
+        extractor=extractor,
+        classifier=classifier,
+        accuracy=plan,
+        cache=cache,
+        progress=not arguments.quiet,
+    )
+    for title, text in tables(evaluation):
+        print(f"{title}\n\n{text}\n")
+    if extractor is None:
+        print(
+            "No sample metrics: they need features. `fastvq train-classifier` trains them, --inception FILE gives "
+            "Inception's."
+        )
+    elif plan is None and pipeline.num_classes is not None:
+        print("No classification accuracy score: --accuracy-steps says how long its classifiers learn.")
+    if arguments.out is not None:
+        name = arguments.pretrained or arguments.run.resolve().name
+        write_report(
+            evaluation,
+            arguments.out,
+            title=f"Evaluation of {name}",
+            curves=arguments.curves,
+            overwrite=arguments.overwrite,
+        )
+        print(f"report in {arguments.out}")
+
+
+def _networks(arguments: argparse.Namespace, device: str) -> tuple[FeatureExtractor | None, nn.Module | None]:
+    """Features for sample metrics, and the classifier that rejects."""
+    if arguments.inception is not None and arguments.features is not None:
+        raise ArgumentError("--inception and --features: expected one of them, got both")
+    source = arguments.classifier
+    if source is None and arguments.run is not None and (arguments.run / CLASSIFIER / "model").is_dir():
+        source = arguments.run
+    classifier = None if source is None else load_classifier(source, device, "--classifier")
+    if arguments.inception is not None:
+        return InceptionFeatures(arguments.inception).to(device), classifier
+    if arguments.features is not None:
+        return ClassifierFeatures(load_classifier(arguments.features, device, "--features")), classifier
+    return None if classifier is None else ClassifierFeatures(classifier), classifier

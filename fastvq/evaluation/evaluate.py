@@ -1,0 +1,374 @@
+"""The whole evaluation of a pipeline in one call."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastvq._check import require_positive_int
+from fastvq.data.augment import Augment
+from fastvq.data.base import ImageDataset, load_images, require_seed
+from fastvq.errors import ArgumentError
+from fastvq.evaluation.accuracy import classification_accuracy
+from fastvq.evaluation.features import FeatureExtractor, as_extractor
+from fastvq.evaluation.likelihood import ImageMetrics, check_images, measure_images
+from fastvq.evaluation.neighbours import nearest_neighbours
+from fastvq.evaluation.rejection import CurvePoint, class_scores, rejection_curve
+from fastvq.evaluation.sources import DrawnSamples, Reconstructions, draw_samples
+from fastvq.evaluation.statistics import (
+    KEPT_VECTORS,
+    FeatureStatistics,
+    SetScores,
+    compare,
+    dataset_statistics,
+    gather,
+    image_batches,
+)
+from fastvq.models.classifier import ClassifierConfig
+from fastvq.sampling import Pipeline
+from fastvq.training import TrainConfig
+
+T = TypeVar("T")
+
+FRACTIONS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
+_PICTURED = 16
+_PICTURED_CLASSES = 10
+_QUERIES = 10
+_NEIGHBOURS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """What is measured, and how.
+
+    Args:
+        samples: number of samples for the metrics.
+        temperature: of the draws, one for all levels or one for each, top first.
+        neighbours: k of precision, recall, density and coverage.
+        keep: feature vectors of each set that enter metrics of neighbours and kernels.
+        fractions: of the rejection curve.
+        seed: of the samples and of every random selection.
+        batch_size: images at a time.
+    """
+
+    samples: int = 10_000
+    temperature: tuple[float, ...] = (1.0,)
+    neighbours: int = 3
+    keep: int = KEPT_VECTORS
+    fractions: tuple[float, ...] = FRACTIONS
+    seed: int = 0
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "neighbours", "keep", "batch_size"):
+            require_positive_int(name, getattr(self, name))
+        require_seed("seed", self.seed)
+        if not self.temperature:
+            raise ArgumentError("temperature: expected one value, or one per level, got none")
+        if not self.fractions or not all(0 < fraction <= 1 for fraction in self.fractions):
+            raise ArgumentError(f"fractions: expected numbers in (0, 1], got {self.fractions}")
+
+
+class AccuracyPlan(NamedTuple):
+    """How the classifiers of the classification accuracy score learn: architecture, settings, augmentation."""
+
+    model: ClassifierConfig
+    training: TrainConfig
+    augment: Augment | None = None
+
+
+class Duration(NamedTuple):
+    """Seconds of wall-clock time, and of processor time of all threads."""
+
+    wall: float
+    processor: float
+
+
+class Memorisation(NamedTuple):
+    """How near images lie to their nearest training image in feature space: median and 1st percentile."""
+
+    median: float
+    lowest_percent: float
+
+
+class Pictures(NamedTuple):
+    """Images [N, C, H, W] in [-1, 1] of the report.
+
+    Attributes:
+        originals, reconstructions: held-out images and what their codes keep.
+        samples: ``classes`` in turn.
+        classes: number of classes shown.
+        queries, neighbours: samples, and the training images nearest to them, [queries, neighbours, C, H, W].
+    """
+
+    originals: Tensor
+    reconstructions: Tensor
+    samples: Tensor
+    classes: int
+    queries: Tensor | None
+    neighbours: Tensor | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Result of :func:`evaluate`; parts that were not asked for are None.
+
+    Attributes:
+        images: codes, likelihood and reconstruction on ``training`` and ``validation`` images.
+        extractor: title, digest and size of the features behind ``sets``, ``memorisation`` and ``curve``.
+        sets: each set of images against the training images.
+        memorisation: of ``samples`` and ``validation`` images.
+        classifier: title of the classifier that rejects.
+        curve: scores by fraction kept.
+        accuracy: of classifiers trained on samples, reconstructions and real images, on validation images.
+        seconds: what each part took.
+    """
+
+    config: EvaluationConfig
+    images: dict[str, ImageMetrics]
+    extractor: dict[str, str | int | bool] | None
+    sets: dict[str, SetScores] | None
+    memorisation: dict[str, Memorisation] | None
+    classifier: str | None
+    curve: list[CurvePoint] | None
+    accuracy: dict[str, dict[str, float]] | None
+    pictures: Pictures
+    seconds: dict[str, Duration]
+
+
+def evaluate(
+    pipeline: Pipeline,
+    dataset: ImageDataset,
+    training: np.ndarray,
+    validation: np.ndarray,
+    config: EvaluationConfig | None = None,
+    *,
+    extractor: FeatureExtractor | nn.Module | None = None,
+    classifier: nn.Module | None = None,
+    accuracy: AccuracyPlan | None = None,
+    cache: str | os.PathLike[str] | None = None,
+    progress: bool = False,
+) -> Evaluation:
+    """Likelihood, reconstruction, codebooks; with an extractor sample metrics; with a classifier the rejection curve.
+
+    Args:
+        training, validation: indices of the images, int; those held out must have had no part in training.
+        extractor: features for the sample metrics.
+        classifier: logits of the priors' classes, for rejection. Best another network than the extractor's: scores
+            are flattered where both are one.
+        accuracy: how the classifiers of the classification accuracy score learn; None leaves it out.
+        cache: folder for the features' statistics of the training images.
+
+    Raises:
+        ArgumentError: parts that do not fit each other, before any work.
+    """
+    config = config or EvaluationConfig()
+    check_images(pipeline, dataset)
+    if len(training) == 0 or len(validation) == 0:
+        raise ArgumentError(f"training and validation: expected images in both, got {len(training)}, {len(validation)}")
+    if classifier is not None and extractor is None:
+        raise ArgumentError("extractor: the rejection curve needs features; pass an extractor beside the classifier")
+    least = math.ceil(min(config.fractions) * config.samples - 1e-9)
+    if classifier is not None and least <= config.neighbours:
+        raise ArgumentError(
+            f"fractions: {min(config.fractions)} of {config.samples} samples leaves {least}, expected more than "
+            f"{config.neighbours} (neighbours)"
+        )
+    levels = len(pipeline.priors)
+    if len(config.temperature) not in (1, levels):
+        raise ArgumentError(f"temperature: expected one value or {levels}, got {len(config.temperature)}")
+    if accuracy is not None and pipeline.num_classes is None:
+        raise ArgumentError("accuracy: the priors are unconditional, so their samples have no labels to learn from")
+    features = None if extractor is None else as_extractor(extractor)
+    if features is not None and features.num_channels not in (None, dataset.channels):
+        raise ArgumentError(f"extractor: takes {features.num_channels} channel(s), the images have {dataset.channels}")
+    blank = torch.zeros(1, dataset.channels, *dataset.size)
+    if features is not None:
+        features.extract(blank)
+    if classifier is not None:
+        class_scores(classifier, blank.to(pipeline.device), None, pipeline.num_classes)
+    clock = _Clock()
+    size = config.batch_size
+    images = {
+        name: clock(
+            f"{name} images",
+            functools.partial(measure_images, pipeline, dataset, rows, batch_size=size, progress=progress),
+        )
+        for name, rows in (("training", training), ("validation", validation))
+    }
+    temperature = config.temperature[0] if len(config.temperature) == 1 else list(config.temperature)
+    with tempfile.TemporaryDirectory(prefix="fastvq-evaluation-") as folder:
+        root = Path(folder)
+
+        def draw(n: int, name: str, label: Tensor | None = None, seed: int = config.seed) -> DrawnSamples:
+            return draw_samples(
+                pipeline, n, root / name, label=label, seed=seed, temperature=temperature, progress=progress
+            )
+
+        wanted = config.samples if features is not None else _PICTURED_CLASSES * (pipeline.num_classes or 10)
+        samples = clock("sampling", lambda: draw(wanted, "samples"))
+        sets = memorisation = curve = real = None
+        if features is not None:
+            parts = (pipeline, dataset, training, validation, samples, features, config, cache, progress)
+            real, found = clock("features", lambda: _statistics(*parts))
+            sets = clock(
+                "scores",
+                lambda: {
+                    name: compare(real, fake, neighbours=config.neighbours, seed=config.seed)
+                    for name, fake in found.items()
+                },
+            )
+            memorisation = {
+                name: _memorisation(found[name].vectors, real.vectors) for name in ("samples", "validation images")
+            }
+        if classifier is not None and features is not None and real is not None:
+            curve = clock(
+                "rejection curve",
+                lambda: rejection_curve(
+                    samples,
+                    classifier,
+                    features,
+                    real,
+                    config.fractions,
+                    neighbours=config.neighbours,
+                    batch_size=size,
+                    progress=progress,
+                ),
+            )
+        scores = None
+        if accuracy is not None:
+            assert dataset.labels is not None
+            labels = dataset.labels[torch.from_numpy(np.asarray(training))]
+            # Other draws than those of the metrics, and of the real images' classes in their shares.
+            taught = clock("sampling for accuracy", lambda: draw(len(training), "taught", labels, config.seed + 1))
+            scores = clock(
+                "accuracy",
+                lambda: classification_accuracy(
+                    {
+                        "samples": (taught, np.arange(len(taught))),
+                        "reconstructions": (Reconstructions(pipeline.vqvae, dataset), training),
+                        "real images": (dataset, training),
+                    },
+                    (dataset, validation),
+                    accuracy.model,
+                    accuracy.training,
+                    root / "accuracy",
+                    augment=accuracy.augment,
+                    progress=progress,
+                ),
+            )
+        pictures = _pictures(pipeline, dataset, training, validation, samples, features, real)
+    return Evaluation(
+        config=config,
+        images=images,
+        extractor=None
+        if features is None
+        else {
+            "title": features.title,
+            "digest": features.digest,
+            "features": features.num_features,
+            "is_inception": features.is_inception,
+        },
+        sets=sets,
+        memorisation=memorisation,
+        classifier=None if classifier is None else as_extractor(classifier).title,
+        curve=curve,
+        accuracy=scores,
+        pictures=pictures,
+        seconds=clock.seconds,
+    )
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.seconds: dict[str, Duration] = {}
+
+    def __call__(self, name: str, work: Callable[[], T]) -> T:
+        wall, processor = time.perf_counter(), time.process_time()
+        result = work()
+        self.seconds[name] = Duration(time.perf_counter() - wall, time.process_time() - processor)
+        return result
+
+
+def _statistics(
+    pipeline: Pipeline,
+    dataset: ImageDataset,
+    training: np.ndarray,
+    validation: np.ndarray,
+    samples: DrawnSamples,
+    extractor: FeatureExtractor,
+    config: EvaluationConfig,
+    cache: str | os.PathLike[str] | None,
+    progress: bool,
+) -> tuple[FeatureStatistics, dict[str, FeatureStatistics]]:
+    """Of the training images, and of the sets that are compared with them."""
+    real = dataset_statistics(
+        dataset,
+        training,
+        extractor,
+        keep=config.keep,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        cache=cache,
+        progress=progress,
+    )
+    reconstructions = Reconstructions(pipeline.vqvae, dataset)
+    sources: dict[str, tuple[ImageDataset, np.ndarray]] = {
+        "samples": (samples, np.arange(len(samples))),
+        "reconstructed training images": (reconstructions, training),
+        "reconstructed validation images": (reconstructions, validation),
+        "validation images": (dataset, validation),
+    }
+    found = {}
+    for name, (images, rows) in sources.items():
+        batches = image_batches(images, rows, config.batch_size, f"features of {name}", progress=progress)
+        found[name] = gather(batches, extractor, keep=config.keep, seed=config.seed)
+    return real, found
+
+
+def _memorisation(vectors: Tensor, training: Tensor) -> Memorisation:
+    distances = nearest_neighbours(vectors, training)[0][:, 0]
+    return Memorisation(float(distances.median()), float(distances.quantile(0.01)))
+
+
+def _pictures(
+    pipeline: Pipeline,
+    dataset: ImageDataset,
+    training: np.ndarray,
+    validation: np.ndarray,
+    samples: DrawnSamples,
+    extractor: FeatureExtractor | None,
+    real: FeatureStatistics | None,
+) -> Pictures:
+    shown = validation[:_PICTURED]
+    classes = min(_PICTURED_CLASSES, pipeline.num_classes or 10)
+    # Samples go through the classes in turn; of many classes the first are shown.
+    in_turn = pipeline.num_classes or classes
+    rows = np.array([row * in_turn + column for row in range(10) for column in range(classes)])
+    drawn = samples.batch(rows[rows < len(samples)])
+    queries = neighbours = None
+    if extractor is not None and real is not None:
+        queries = drawn[:_QUERIES]
+        count = min(_NEIGHBOURS, len(real.vectors))
+        _, nearest = nearest_neighbours(extractor.extract(queries).vectors.cpu(), real.vectors, count=count)
+        found = training[real.numbers[nearest].flatten().numpy()]
+        neighbours = load_images(dataset, found).unflatten(0, (len(queries), count))
+    return Pictures(
+        originals=load_images(dataset, shown),
+        reconstructions=Reconstructions(pipeline.vqvae, dataset).batch(shown),
+        samples=drawn,
+        classes=classes,
+        queries=queries,
+        neighbours=neighbours,
+    )

@@ -1,0 +1,153 @@
+"""Samples and reconstructions as data sets, so that whatever measures real images measures them alike."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastvq._check import require_positive_int
+from fastvq.data.base import ImageDataset
+from fastvq.data.codes import model_checksum
+from fastvq.errors import ArgumentError
+from fastvq.models import HierarchicalVQVAE
+from fastvq.sampling import Pipeline
+from fastvq.sampling.api import evaluating
+from fastvq.training.classifier import images_of
+
+_CHUNK = 512
+
+
+class DrawnSamples:
+    """Samples as codes in memory-mapped files, decoded when they are asked for: memory does not grow with them.
+
+    Attributes:
+        folder: where the files lie; further arrays of one row per sample may be added there.
+        labels: class of each sample, int64 [n]; None for unconditional priors.
+        seed: of the draws.
+    """
+
+    labels: Tensor | None
+
+    def __init__(
+        self, pipeline: Pipeline, arrays: Sequence[np.ndarray], labels: Tensor | None, seed: int, folder: Path
+    ) -> None:
+        scale = pipeline.vqvae.total_stride
+        rows, columns = pipeline.priors[0].config.shape
+        self.size = (rows * scale, columns * scale)
+        self.channels = pipeline.vqvae.config.in_channels
+        self.num_classes = pipeline.num_classes
+        classes = range(pipeline.num_classes or 0)
+        self.class_names = pipeline.class_names or tuple(str(index) for index in classes)
+        self.labels, self.seed, self.folder = labels, seed, folder
+        self._pipeline, self._arrays = pipeline, list(arrays)
+
+    def __len__(self) -> int:
+        return len(self._arrays[0])
+
+    def codes(self, indices: np.ndarray) -> tuple[Tensor, ...]:
+        """Codes of some samples: int64 [B, h, w] for each level, top first."""
+        return tuple(torch.from_numpy(np.asarray(array[indices], dtype=np.int64)) for array in self._arrays)
+
+    @torch.no_grad()
+    def batch(self, indices: np.ndarray) -> Tensor:
+        """float32 [B, C, H, W], clamped to [-1, 1]."""
+        vqvae, device = self._pipeline.vqvae, self._pipeline.device
+        with evaluating(vqvae):
+            return vqvae.decode([codes.to(device) for codes in self.codes(indices)]).float().clamp(-1, 1).cpu()
+
+    def image(self, index: int) -> Tensor:
+        return self.batch(np.array([index]))[0]
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(model_checksum(self._pipeline.vqvae).encode())
+        for array in self._arrays:
+            for start in range(0, len(array), _CHUNK):
+                digest.update(np.ascontiguousarray(array[start : start + _CHUNK]).tobytes())
+        if self.labels is not None:
+            digest.update(self.labels.numpy().tobytes())
+        return f"samples-{len(self)}-{digest.hexdigest()}"
+
+
+def draw_samples(
+    pipeline: Pipeline,
+    n: int,
+    folder: str | os.PathLike[str],
+    *,
+    label: Tensor | None = None,
+    seed: int = 0,
+    progress: bool = False,
+    **settings: Any,
+) -> DrawnSamples:
+    """Draw samples, some hundreds at a time, into files of a folder; sample i is that of ``pipeline.sample``.
+
+    Args:
+        folder: an empty or new folder; it must outlive the result.
+        label: classes, int64 [n]; by default all in turn.
+        settings: of :meth:`Pipeline.sample`: temperature, top_k, top_p, engine, ...
+    """
+    from tqdm import tqdm
+
+    require_positive_int("n", n)
+    classes = pipeline.num_classes
+    if label is None and classes is not None:
+        label = torch.arange(n) % classes
+    if label is not None and label.shape != (n,):
+        raise ArgumentError(f"label: expected shape [{n}], got {list(label.shape)}")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = [
+        np.lib.format.open_memmap(
+            folder / f"level{level}.npy",
+            mode="w+",
+            dtype=np.uint8 if prior.config.num_codes <= 256 else np.int32,
+            shape=(n, *prior.config.shape),
+        )
+        for level, prior in enumerate(pipeline.priors)
+    ]
+    with tqdm(total=n, desc="samples", disable=not progress, file=sys.stderr) as bar:
+        for start in range(0, n, _CHUNK):
+            size = min(_CHUNK, n - start)
+            part = None if label is None else label[start : start + size]
+            samples = pipeline.sample(size, label=part, seed=seed, start=start, **settings)
+            for array, codes in zip(arrays, samples.codes, strict=True):
+                array[start : start + size] = codes.cpu().numpy()
+            bar.update(size)
+    return DrawnSamples(pipeline, arrays, label, seed, folder)
+
+
+class Reconstructions:
+    """What an autoencoder makes of a data set's images, with their labels."""
+
+    labels: Tensor | None
+
+    def __init__(self, vqvae: HierarchicalVQVAE, dataset: ImageDataset) -> None:
+        if dataset.channels != vqvae.config.in_channels:
+            wanted = vqvae.config.in_channels
+            raise ArgumentError(f"dataset: has {dataset.channels} channel(s), the model takes {wanted}")
+        self.size, self.channels, self.num_classes = dataset.size, dataset.channels, dataset.num_classes
+        self.class_names, self.labels = dataset.class_names, dataset.labels
+        self._vqvae, self._dataset = vqvae, dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    @torch.no_grad()
+    def batch(self, indices: np.ndarray) -> Tensor:
+        """float32 [B, C, H, W], clamped to [-1, 1]."""
+        images = images_of(self._dataset, indices).to(next(self._vqvae.parameters()).device)
+        with evaluating(self._vqvae):
+            return self._vqvae.decode(self._vqvae.encode(images)).float().clamp(-1, 1).cpu()
+
+    def image(self, index: int) -> Tensor:
+        return self.batch(np.array([index]))[0]
+
+    def fingerprint(self) -> str:
+        return f"reconstructions-{model_checksum(self._vqvae)}-{self._dataset.fingerprint()}"
