@@ -30,7 +30,7 @@ from bench.nearest_code_peers import Compiled, factories
 
 U = 2.0**-24
 # How much farther than the nearest a chosen code may be, in units of u (|x| + max|c|)^2: the bound of
-# fastvq.ops.nearest_code for widths up to 256, which grows with the terms of a product.
+# fastvq.ops.nearest_code for widths up to 256, which grows with the square root beyond.
 GAP = 16.0
 _GAP_WIDTH = 256
 # Of averages, relative to the sum of magnitudes: rounding is far below it, a single lost vector far above.
@@ -155,7 +155,7 @@ def check_case(reference: Reference, contender: Contender, indices: Tensor) -> C
     scores = (chosen / 2 - (x.cpu()[exact.rows].double() - mean)).mul_(chosen).sum(1)
     gap = float((2 * (scores - exact.least) / (U * exact.scale)).max())
     wrong = int((indices[exact.rows] != exact.nearest).sum())
-    rows, limit = len(exact.rows), GAP * max(1.0, x.shape[1] / _GAP_WIDTH)
+    rows, limit = len(exact.rows), GAP * max(1.0, x.shape[1] / _GAP_WIDTH) ** 0.5
     facts = {"rows": rows, "differ": wrong, "differ_per_million": wrong / rows * 1e6, "worst_gap": gap}
     passed = gap <= limit
     summary = f"{wrong} of {rows} codes differ, farther by at most {max(gap, 0):.2g} u"

@@ -35,7 +35,7 @@ _LEGENDS = {
     "nearest code": [
         "nearest code: batch is the number N of vectors; the floor is 2 N K D operations, nothing else.",
         "Check, in float64, of a sample of rows: no chosen code is farther than the nearest one by more than",
-        "16 u (|x| + max|c|)^2, u = 2^-24 (D / 256 times that for D > 256); with EMA also the averages of all vectors.",
+        "16 u (|x| + max|c|)^2, u = 2^-24 (for D > 256 sqrt(D / 256) times that); with EMA also the averages of all.",
         "time/gemm only: the product alone, written to memory in full where that is less than 3 GB.",
         "With EMA fastvq and vector-quantize-pytorch work out the commitment loss too, the latter the chosen vectors.",
         "All threads. Memory: beyond inputs and codebook.",
@@ -44,6 +44,13 @@ _LEGENDS = {
         "quantiser module: training forward for inputs that need a gradient: codes, straight-through vectors,",
         "commitment loss, EMA update. Floor, check, threads and memory as for nearest code.",
     ],
+    "causal conv": [
+        "causal conv: the floor counts the taps that the mask leaves. Every peer multiplies the masked ones too, in",
+        "the quicker memory layout and way of padding.",
+    ],
+    "gated block": ["gated block: two causal convolutions and what lies around them, in a residual layer."],
+    "causal attention": ["causal attention: the floor is half of the two full products."],
+    "causal prior": ["causal prior: the peer is the same prior with masked convolutions in place of causal ones."],
 }
 
 

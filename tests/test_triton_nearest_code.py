@@ -53,9 +53,9 @@ def distances(x: Tensor, codebook: Tensor) -> Tensor:
 
 
 def tolerance(x: Tensor, codebook: Tensor) -> Tensor:
-    """16 u (|x| + max|c|)^2 of every vector, [H, N]; beyond D = 256 float32 sums may err twice as much."""
+    """16 u (|x| + max|c|)^2 of every vector, [H, N]; beyond D = 256 it grows with sqrt(D)."""
     reach = x.double().cpu().norm(dim=-1) + codebook.double().cpu().norm(dim=-1).amax(1, keepdim=True)
-    return (16 if x.shape[-1] <= 256 else 32) * UNIT * reach.square()
+    return 16 * max(1, x.shape[-1] / 256) ** 0.5 * UNIT * reach.square()
 
 
 def assert_exact(x: Tensor, codebook: Tensor, found: Tensor, *, near_ties: float = 1.0) -> str:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvq.models.config import Activation, PixelSNAILConfig, PriorConfig
-from fastvq.ops.causal import Form, Mask, causal_conv2d, code_conv2d
+from fastvq.ops.causal import Form, Mask, activate, code_conv2d, fused_causal_conv2d
 
 ConvFactory = Callable[[int, int], nn.Module]
 Taps = Sequence[tuple[int, int]]
@@ -19,11 +19,6 @@ Taps = Sequence[tuple[int, int]]
 
 class Nonlinearity(Protocol):
     def __call__(self, x: Tensor) -> Tensor: ...
-
-
-def activate(x: Tensor, kind: Activation) -> Tensor:
-    """ELU, or ELU of x and -x side by side (twice the channels)."""
-    return F.elu(x) if kind == "elu" else F.elu(torch.cat([x, -x], dim=1))
 
 
 class CausalConv2d(nn.Module):
@@ -37,8 +32,57 @@ class CausalConv2d(nn.Module):
         above = kernel_size - 1 if form == "rows" else kernel_size // 2
         _init_uniform(self, in_channels * (above * kernel_size + kernel_size // 2 + (mask == "inclusive")))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return causal_conv2d(x, self.weight, self.bias, mask=self.mask, form=self.form)
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        activation: Activation | None = None,
+        context: Tensor | None = None,
+        gate: bool = False,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """See :func:`fastvq.ops.fused_causal_conv2d`."""
+        return fused_causal_conv2d(
+            x,
+            self.weight,
+            self.bias,
+            mask=self.mask,
+            form=self.form,
+            activation=activation,
+            context=context,
+            gate=gate,
+            residual=residual,
+        )
+
+
+class PointwiseConv2d(nn.Conv2d):
+    """1 x 1 convolution that takes what surrounds it in a gated block, as :class:`CausalConv2d` does."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 1)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        activation: Activation | None = None,
+        context: Tensor | None = None,
+        gate: bool = False,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        if activation is None and context is None and not gate and residual is None:
+            return super().forward(x)
+        # A causal kernel of one tap, the current position.
+        return fused_causal_conv2d(
+            x,
+            self.weight,
+            self.bias,
+            mask="inclusive",
+            activation=activation,
+            context=context,
+            gate=gate,
+            residual=residual,
+        )
 
 
 class CodeConv2d(nn.Module):
@@ -108,19 +152,39 @@ class GatedBlock(nn.Module):
         self.context = nn.Conv2d(context_channels, 2 * channels, 1, bias=False) if context_channels else None
 
     def forward(self, x: Tensor, context: Tensor | None = None, aux: Tensor | None = None) -> Tensor:
-        activated = activate(x, self.activation)
-        h = self.conv1(activated)
-        if self.aux is not None and aux is not None:
-            h = h + self.aux(activate(aux, self.activation))
-        h = F.dropout(activate(h, self.activation), self.dropout, self.training)
-        h = self.conv2(h)
-        if self.context is not None and context is not None:
-            h = h + self.context(context)
-        return (activated if self.legacy_skip else x) + F.glu(h, dim=1)
+        kind: Activation | None = self.activation
+        joined = None if self.aux is None or aux is None else self.aux(activate(aux, self.activation))
+        shared = None if self.context is None or context is None else self.context(context)
+        if self.legacy_skip:
+            x = activate(x, self.activation)
+            h = _surrounded(self.conv1, x, context=joined)
+        else:
+            h = _surrounded(self.conv1, x, activation=kind, context=joined)
+        if self.training and self.dropout:
+            h, kind = F.dropout(activate(h, self.activation), self.dropout), None
+        return _surrounded(self.conv2, h, activation=kind, context=shared, gate=True, residual=x)
 
 
-def pointwise(in_channels: int, out_channels: int) -> nn.Conv2d:
-    return nn.Conv2d(in_channels, out_channels, 1)
+def _surrounded(
+    conv: nn.Module,
+    x: Tensor,
+    *,
+    activation: Activation | None = None,
+    context: Tensor | None = None,
+    gate: bool = False,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """residual + gate(conv(activation(x)) + context), in one step where the convolution can."""
+    if isinstance(conv, (CausalConv2d, PointwiseConv2d)):
+        return conv(x, activation=activation, context=context, gate=gate, residual=residual)
+    h = conv(x if activation is None else activate(x, activation))
+    h = h if context is None else h + context
+    h = F.glu(h, dim=1) if gate else h
+    return h if residual is None else residual + h
+
+
+def pointwise(in_channels: int, out_channels: int) -> PointwiseConv2d:
+    return PointwiseConv2d(in_channels, out_channels)
 
 
 class ContextEncoder(nn.Module):

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvq.models.blocks import CausalConv2d, CodeConv2d, GatedBlock, activate, causal_taps, pointwise
+from fastvq.models.blocks import CausalConv2d, CodeConv2d, GatedBlock, causal_taps, pointwise
 from fastvq.models.config import PixelSNAILConfig
 from fastvq.models.prior import Prior
-from fastvq.ops.causal import causal_attention
+from fastvq.ops.causal import activate, causal_attention
 
 
 class PixelSNAIL(Prior):

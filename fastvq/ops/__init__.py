@@ -1,6 +1,14 @@
 """Functional operations: each validates its arguments, chooses a backend and applies it."""
 
-from fastvq.ops.causal import causal_attention, causal_conv2d, code_conv2d
+from fastvq.ops.causal import (
+    causal_attention,
+    causal_attention_reference,
+    causal_conv2d,
+    causal_conv2d_reference,
+    code_conv2d,
+    fused_causal_conv2d,
+    fused_causal_conv2d_reference,
+)
 from fastvq.ops.dispatch import explain_backend
 from fastvq.ops.draw import draw, draw_margin, draw_reference
 from fastvq.ops.nearest_code import CodeStatistics, nearest_code, nearest_code_statistics
@@ -8,12 +16,16 @@ from fastvq.ops.nearest_code import CodeStatistics, nearest_code, nearest_code_s
 __all__ = [
     "CodeStatistics",
     "causal_attention",
+    "causal_attention_reference",
     "causal_conv2d",
+    "causal_conv2d_reference",
     "code_conv2d",
     "draw",
     "draw_margin",
     "draw_reference",
     "explain_backend",
+    "fused_causal_conv2d",
+    "fused_causal_conv2d_reference",
     "nearest_code",
     "nearest_code_statistics",
 ]

@@ -1,0 +1,71 @@
+"""Causal operators in plain PyTorch: the definitions, slow and differentiable any number of times."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastvq.ops.causal_grid import Form, Mask, Prologue, read_taps
+
+
+def causal_conv2d_reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, mask: Mask = "strict", form: Form = "rows"
+) -> Tensor:
+    """`fastvq.ops.causal_conv2d` as a sum over the taps that are read."""
+    kernel = weight.shape[-1]
+    height, width = x.shape[2:]
+    above, left, current = read_taps(kernel, mask, form)
+    padded = F.pad(x, (left, kernel - 1 - left, above, 0))
+    out = x.new_zeros(x.shape[0], weight.shape[0], height, width)
+    for row in range(above + 1):
+        for column in range(kernel if row < above else current):
+            shifted = padded[:, :, row : row + height, column : column + width]
+            out = out + torch.einsum("oc,bchw->bohw", weight[:, :, row, column], shifted)
+    return out if bias is None else out + bias[:, None, None]
+
+
+def fused_causal_conv2d_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    mask: Mask = "strict",
+    form: Form = "rows",
+    activation: Prologue | None = None,
+    context: Tensor | None = None,
+    gate: bool = False,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """`fastvq.ops.fused_causal_conv2d`, one step after the other."""
+    out = causal_conv2d_reference(activate(x, activation), weight, bias, mask=mask, form=form)
+    out = out if context is None else out + context
+    out = F.glu(out, dim=1) if gate else out
+    return out if residual is None else out + residual
+
+
+def activate(x: Tensor, kind: str | None) -> Tensor:
+    """ELU, or ELU of x and -x side by side (twice the channels)."""
+    if kind is None:
+        return x
+    return F.elu(x) if kind == "elu" else F.elu(torch.cat([x, -x], dim=1))
+
+
+def causal_attention_reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Mask = "strict",
+    dropout: float = 0.0,
+    kept: Tensor | None = None,
+) -> Tensor:
+    """`fastvq.ops.causal_attention` with all logits at once; ``kept`` [B, heads, N, N] says which dropout leaves."""
+    logits = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5
+    if kept is not None:
+        logits = logits * kept / (1 - dropout)
+    hidden = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).triu(0 if mask == "strict" else 1)
+    # Where nothing may be seen, a softmax would be NaN, and so would its gradient.
+    blind = hidden.all(-1, keepdim=True)
+    weights = logits.masked_fill(hidden & ~blind, float("-inf")).softmax(-1).masked_fill(hidden, 0.0)
+    return weights @ value

@@ -1,0 +1,160 @@
+"""What the kernels of causal attention share: blocks of rows, the mask, dropout, sizes."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastvq.errors import ArgumentError, ArgumentTypeError
+
+__all__ = [
+    "LN_2",
+    "LOG2_E",
+    "Tiles",
+    "block_width",
+    "capability",
+    "check",
+    "kept",
+    "kept_column",
+    "load_rows",
+    "on_device",
+    "readable",
+    "store_rows",
+    "visible",
+]
+
+MAX_WIDTH = 256
+PRECISIONS = ("ieee", "tf32", "tf32x3")
+LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
+
+
+class Tiles(NamedTuple):
+    """Block sizes of a kernel: queries, keys; warps and pipeline stages. Blocks are multiples of 16."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+
+
+@triton.jit
+def load_rows(
+    base, first, stride_n, stride_w, length,
+    MASKED: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """Rows first .. first + ROWS of one head, [ROWS, BLOCK_W]; zeros beyond the width, and with MASKED the length."""
+    rows, cols = tl.arange(0, ROWS), tl.arange(0, BLOCK_W)
+    places = base + tl.cast(first, tl.int64) * stride_n
+    places += rows.to(tl.int64)[:, None] * stride_n + cols.to(tl.int64)[None, :] * stride_w
+    if MASKED and WIDTH < BLOCK_W:
+        return tl.load(places, mask=(first + rows < length)[:, None] & (cols < WIDTH)[None, :], other=0.0)
+    if MASKED:
+        return tl.load(places, mask=(first + rows < length)[:, None], other=0.0)
+    if WIDTH < BLOCK_W:
+        return tl.load(places, mask=(cols < WIDTH)[None, :], other=0.0)
+    return tl.load(places)
+
+
+@triton.jit
+def store_rows(
+    base, first, stride_n, stride_w, length, values,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    rows, cols = tl.arange(0, ROWS), tl.arange(0, BLOCK_W)
+    places = base + tl.cast(first, tl.int64) * stride_n
+    places += rows.to(tl.int64)[:, None] * stride_n + cols.to(tl.int64)[None, :] * stride_w
+    mask = (first + rows < length)[:, None] & (cols < WIDTH)[None, :]
+    tl.store(places, values.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def kept(seed, dropout, head, row, col, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Which logits dropout keeps, [ROWS, COLS] from (row, col), both multiples of 16.
+
+    Logit (head, i, j) reads word 2 (i // 8 % 2) + j // 8 % 2 of Philox at the counter (i // 16 * 8 + i % 8,
+    j // 16 * 8 + j % 8, head, 0). So a call serves four logits, and they are four that one thread holds when
+    the logits, or their transpose, come out of a tensor core.
+    """
+    i = tl.cast(row // 2, tl.int32) + tl.arange(0, ROWS // 2)
+    j = tl.cast(col // 2, tl.int32) + tl.arange(0, COLS // 2)
+    zero = tl.zeros([ROWS // 2, COLS // 2], tl.int32)
+    a, b, c, d = tl.philox(seed, i[:, None] + zero, j[None, :] + zero, head + zero, zero)
+    upper = tl.join(tl.uint_to_uniform_float(a) >= dropout, tl.uint_to_uniform_float(b) >= dropout)
+    lower = tl.join(tl.uint_to_uniform_float(c) >= dropout, tl.uint_to_uniform_float(d) >= dropout)
+    kept = tl.reshape(tl.join(upper, lower), [ROWS // 16, 8, COLS // 16, 8, 2, 2])
+    return tl.reshape(tl.permute(kept, [0, 5, 1, 2, 4, 3]), [ROWS, COLS])
+
+
+@triton.jit
+def kept_column(seed, dropout, head, rows, col):
+    """`kept` of one column, for int32 rows [ROWS]."""
+    zero = tl.zeros_like(rows)
+    a, b, c, d = tl.philox(seed, rows // 16 * 8 + rows % 8, zero + (col // 16 * 8 + col % 8), zero + head, zero)
+    right = zero + col // 8 % 2 > 0
+    word = tl.where(rows // 8 % 2 > 0, tl.where(right, d, c), tl.where(right, b, a))
+    return tl.uint_to_uniform_float(word) >= dropout
+
+
+@triton.jit
+def visible(row, col, STRICT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    rows, cols = row + tl.arange(0, ROWS)[:, None], col + tl.arange(0, COLS)[None, :]
+    return cols < rows if STRICT else cols <= rows
+
+
+def check(mask: str, dropout: float, precision: str, *tensors: Tensor) -> None:
+    """Raises for what the kernels do not compute; ``tensors`` begin with query, key and value."""
+    query, key, value = tensors[:3]
+    if mask not in ("strict", "inclusive"):
+        raise ArgumentError(f"mask: expected one of 'strict', 'inclusive', got {mask!r}")
+    if not 0.0 <= dropout <= 1.0:
+        raise ArgumentError(f"dropout: expected a probability, got {dropout}")
+    if precision not in PRECISIONS:
+        raise ArgumentError(f"precision: expected one of {', '.join(map(repr, PRECISIONS))}, got {precision!r}")
+    if query.ndim != 4 or key.shape != query.shape or value.ndim != 4 or value.shape[:3] != query.shape[:3]:
+        shapes = ", ".join(str(list(tensor.shape)) for tensor in (query, key, value))
+        raise ArgumentError(
+            f"query, key, value: expected shapes [B, heads, N, D] twice and [B, heads, N, E], got {shapes}"
+        )
+    if max(query.shape[3], value.shape[3]) > MAX_WIDTH:
+        raise ArgumentError(
+            f"query, value: expected widths up to {MAX_WIDTH}, got {query.shape[3]} and {value.shape[3]}"
+        )
+    if query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ArgumentTypeError(f"query: expected float32, bfloat16 or float16, got {query.dtype}")
+    for tensor in tensors[1:]:
+        if tensor.dtype != query.dtype or tensor.device != query.device:
+            raise ArgumentTypeError(
+                f"query, key, value: expected one type and device, got {query.dtype} on {query.device} "
+                f"and {tensor.dtype} on {tensor.device}"
+            )
+
+
+def readable(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy where neither positions nor their entries lie side by side in memory."""
+    return tensor if 1 in tensor.stride()[2:] else tensor.contiguous()
+
+
+def block_width(width: int) -> int:
+    return max(16, triton.next_power_of_2(width))
+
+
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device."""
+    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()
+
+
+@functools.cache
+def capability(device: torch.device) -> int:
+    """Compute capability such as 90; that of the interpreter where there is no GPU."""
+    if device.type != "cuda":
+        return int(os.environ.get("FASTVQ_INTERPRET_CAPABILITY", "90"))
+    major, minor = torch.cuda.get_device_capability(device)
+    return major * 10 + minor

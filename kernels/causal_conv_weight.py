@@ -1,0 +1,182 @@
+"""Gradient of the masked causal convolution's weights on a GPU.
+
+For every tap that is read, a product over positions of x, moved by the tap, and the gradient of the result. Positions
+are split among programs, whose partial sums are added in a fixed order: the same bits in every run.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn.functional import pad
+
+from fastvq.kernels.causal_conv_product import (
+    ACTIVATION_KINDS,
+    CHANNEL_MULTIPLE,
+    Device,
+    Tiles,
+    activated,
+    elu_pair,
+    hardware,
+    is_fused,
+    kernel_precision,
+    multiply,
+    nhwc,
+    on_device,
+    read_taps,
+    require_countable,
+)
+
+__all__ = ["backward_weight"]
+
+_PAIR: tl.constexpr = tl.constexpr(2)
+
+
+def weight_tiles(channels: int, columns: int, dtype: torch.dtype, precision: str, device: Device, signs: int) -> Tiles:
+    """Tiles of one tap's product: channels, columns, positions; ``signs`` is 2 when concat-ELU is computed on the way.
+
+    Accumulators of both signs count as rows.
+    """
+    narrow_m = max(16, triton.next_power_of_2(channels))
+    narrow_n = max(16, triton.next_power_of_2(columns))
+    if dtype == torch.float32 and precision == "ieee":
+        return Tiles(min(64 // signs, narrow_m), min(64, narrow_n), 16, 4, 2)
+    wide = device.capability >= 90 and narrow_n >= 256
+    # Transposing blocks of float32 takes registers.
+    tall = 128 if wide or dtype != torch.float32 else 64
+    block_m, block_n = min(tall // signs, narrow_m), min(256 if wide else 128, narrow_n)
+    warps = 8 if signs * block_m * block_n >= 128 * 128 else 4
+    block_k = 128 // dtype.itemsize
+    budget = (208 if device.capability >= 90 else 144) * 1024
+    return Tiles(block_m, block_n, block_k, warps, max(2, min(4, budget // ((block_m + block_n) * 128))))
+
+
+@triton.jit
+def _weight_kernel(
+    x, grad, partial, positions, height, width, channels, columns, span,
+    KERNEL: tl.constexpr, ABOVE: tl.constexpr, LEFT: tl.constexpr, PROLOGUE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """partial [splits, taps, C', columns], each split over ``span`` positions; x and grad [positions, ...]."""
+    blocks_n = tl.cdiv(columns, BLOCK_N)
+    blocks = tl.cdiv(channels, BLOCK_M) * blocks_n
+    tap = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
+    c = block // blocks_n * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = block % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    local = tl.arange(0, BLOCK_K)
+    down = tap // KERNEL - ABOVE
+    right = tap % KERNEL - LEFT
+    moved = (down * width + right) * channels
+    first = tl.program_id(1) * span
+    last = tl.minimum(first + span, positions)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    other = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(first, last, BLOCK_K):
+        p = start + local
+        col = p % width
+        row = p // width % height
+        # Both operands are masked, so that no gradient meets a zero of the padding: it may be infinite.
+        there = (p < last) & (col + right >= 0) & (col + right < width) & (row + down >= 0)
+        wide = p.to(tl.int64)[:, None]
+        a = tl.load(
+            x + wide * channels + (moved + c)[None, :], mask=there[:, None] & (c < channels)[None, :], other=0.0
+        )
+        b = tl.load(grad + wide * columns + n[None, :], mask=there[:, None] & (n < columns)[None, :], other=0.0)
+        if PROLOGUE == 0:
+            acc = multiply(tl.trans(a), b, acc, PRECISION)
+        else:
+            positive, negative = elu_pair(a.to(tl.float32), False)
+            acc = multiply(tl.trans(positive.to(a.dtype)), b, acc, PRECISION)
+            if PROLOGUE == _PAIR:
+                other = multiply(tl.trans(negative.to(a.dtype)), b, other, PRECISION)
+    depth = channels * 2 if PROLOGUE == _PAIR else channels
+    slot = tl.program_id(1).to(tl.int64) * (tl.num_programs(0) // blocks) + tap
+    places = partial + (slot * depth + c)[:, None] * columns + n[None, :]
+    stored = (c < channels)[:, None] & (n < columns)[None, :]
+    tl.store(places, acc, mask=stored)
+    if PROLOGUE == _PAIR:
+        tl.store(places + channels * columns, other, mask=stored)
+
+
+@torch.no_grad()
+def backward_weight(
+    grad: Tensor,
+    x: Tensor,
+    *,
+    kernel_size: int,
+    mask: str,
+    form: str,
+    activation: str | None = None,
+    precision: str = "ieee",
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients with respect to weight [O, C', k, k] and bias [O] of `causal_conv.forward`; the same bits in every run.
+
+    Args:
+        grad: [B, O, H, W], gradient of the convolution's result, of x's dtype.
+        x: [B, C, H, W].
+        kernel_size: k.
+        mask, form, activation, precision: as for `causal_conv.forward`.
+        dtype: of the gradients; x's by default. Sums are float32, or float64 for the bias.
+
+    Returns:
+        The two gradients; that of weights behind the mask is exactly 0.
+    """
+    taps = read_taps(kernel_size, mask, form)
+    dtype = dtype or x.dtype
+    kind = ACTIVATION_KINDS[activation]
+    grad, x = nhwc(grad), nhwc(x)
+    columns, channels = grad.shape[-1], x.shape[-1] * max(1, kind)
+    weight = x.new_zeros((columns, channels, kernel_size**2), dtype=dtype)
+    # As many terms as there are positions, in an order that PyTorch chooses: float64 makes it irrelevant.
+    bias = grad.sum((0, 1, 2), dtype=torch.float64).to(dtype)
+    if taps.count and x.numel() and columns:
+        with on_device(x):
+            partial = _partial_sums(grad, x, taps.count, kind, kernel_size, taps.above, taps.left, precision)
+        # [taps, signs, channels, O]: padded columns and channels go.
+        total = partial.sum(0)[..., : channels // partial.shape[2], :columns]
+        weight[:, :, : taps.count] = total.permute(3, 1, 2, 0).flatten(1, 2)
+    return weight.view(columns, channels, kernel_size, kernel_size), bias
+
+
+def _partial_sums(
+    grad: Tensor, x: Tensor, taps: int, kind: int, kernel: int, above: int, left: int, precision: str
+) -> Tensor:
+    """float32 [splits, taps, signs, C, O], where channels and columns may be more than were given."""
+    batch, height, width, columns = grad.shape
+    positions = batch * height * width
+    require_countable("x: expected positions", positions)
+    device = hardware(x.device)
+    tiles = weight_tiles(x.shape[-1], columns, x.dtype, precision, device, max(1, kind))
+    repetitions = taps * triton.cdiv(columns, tiles.block_n)
+    if kind and not is_fused(kind, repetitions, x.dtype, precision, device):
+        x, kind = activated(x, kind), 0
+        tiles = weight_tiles(x.shape[-1], columns, x.dtype, precision, device, 1)
+    grad = pad(grad, (0, -columns % CHANNEL_MULTIPLE))
+    x = pad(x, (0, -x.shape[-1] % CHANNEL_MULTIPLE))
+    channels, columns = x.shape[-1], grad.shape[-1]
+    programs = taps * triton.cdiv(channels, tiles.block_m) * triton.cdiv(columns, tiles.block_n)
+    span, splits = split_positions(positions, programs, tiles.block_k, device.processors)
+    partial = x.new_empty((splits, taps, max(1, kind), channels, columns), dtype=torch.float32)
+    _weight_kernel[(programs, splits)](
+        x, grad, partial, positions, height, width, channels, columns, span,
+        KERNEL=kernel, ABOVE=above, LEFT=left, PROLOGUE=kind, PRECISION=kernel_precision(x, precision),
+        BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,
+        num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
+    return partial
+
+
+def split_positions(positions: int, programs: int, block: int, processors: int) -> tuple[int, int]:
+    """Positions per split, a multiple of ``block``, and number of splits.
+
+    Enough for four programs on each multiprocessor, so that the last ones to finish cost little; at least 16 blocks
+    each, since every split writes float32 sums of its own.
+    """
+    blocks = triton.cdiv(positions, block)
+    splits = max(1, min(triton.cdiv(4 * processors, programs), blocks // 16))
+    span = triton.cdiv(blocks, splits) * block
+    return span, triton.cdiv(positions, span)

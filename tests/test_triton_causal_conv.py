@@ -1,0 +1,518 @@
+"""The Triton kernels of the masked convolution: against loops in float64, and compiled for three chips."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import refuses
+from torch import Tensor
+from triton_helpers import (
+    Check,
+    assert_interpreted,
+    names,
+    needs_gpu,
+    needs_triton,
+    serve,
+)
+
+from fastvq.errors import ArgumentError
+
+NAN = math.nan
+MASKS = ("strict", "inclusive")
+FORMS = ("rows", "symmetric")
+ACTIVATIONS = (None, "elu", "concat_elu")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def above(kernel: int, form: str) -> int:
+    return kernel - 1 if form == "rows" else kernel // 2
+
+
+def is_read(row: int, column: int, mask: str) -> bool:
+    return row < 0 or (row == 0 and (column < 0 or (column == 0 and mask == "inclusive")))
+
+
+def read_taps(kernel: int, mask: str, form: str) -> Tensor:
+    """bool [k, k]."""
+    rows, columns = range(-above(kernel, form), kernel - above(kernel, form)), range(-(kernel // 2), kernel)
+    return torch.tensor([[is_read(row, column, mask) for column in columns[:kernel]] for row in rows])
+
+
+def activate(x: Tensor, activation: str | None) -> Tensor:
+    if activation is None:
+        return x
+    return F.elu(x) if activation == "elu" else F.elu(torch.cat([x, -x], dim=1))
+
+
+def shifted(x: Tensor, row: int, column: int) -> Tensor:
+    """[B, C, H, W] whose position (r, c) holds x at (r + row, c + column), or 0 outside."""
+    height, width = x.shape[2:]
+    reach = max(abs(row), abs(column))
+    padded = F.pad(x, (reach,) * 4)
+    return padded[:, :, reach + row : reach + row + height, reach + column : reach + column + width]
+
+
+def by_loop(x: Tensor, weight: Tensor, mask: str, form: str) -> Tensor:
+    """The convolution of activated features, one tap at a time."""
+    kernel = weight.shape[-1]
+    out = x.new_zeros(x.shape[0], weight.shape[0], *x.shape[2:])
+    for i, j in read_taps(kernel, mask, form).nonzero().tolist():
+        moved = shifted(x, i - above(kernel, form), j - kernel // 2)
+        out = out + torch.einsum("oc,bchw->bohw", weight[:, :, i, j], moved)
+    return out
+
+
+def by_torch(x: Tensor, weight: Tensor, mask: str, form: str) -> Tensor:
+    """The same by PyTorch's operator with zeros for masked weights, in the type of its arguments."""
+    kernel, up = weight.shape[-1], above(weight.shape[-1], form)
+    weight = torch.where(read_taps(kernel, mask, form), weight, 0)
+    left = kernel // 2
+    return F.conv2d(F.pad(x, (left, kernel - 1 - left, up, kernel - 1 - up)), weight)
+
+
+class Case(NamedTuple):
+    """Arguments of the convolution; ``out`` counts the columns before a gate."""
+
+    kernel: int = 3
+    mask: str = "strict"
+    form: str = "rows"
+    activation: str | None = None
+    shape: tuple[int, int, int, int] = (2, 5, 4, 3)
+    out: int = 6
+    dtype: torch.dtype = torch.float32
+    context: str | None = None
+    gate: bool = False
+    residual: bool = False
+    precision: str = "ieee"
+
+    @property
+    def how(self) -> dict[str, Any]:
+        return {"mask": self.mask, "form": self.form, "activation": self.activation, "precision": self.precision}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Of the case's type, on the CPU."""
+        batch, channels, height, width = self.shape
+        depth = channels * (2 if self.activation == "concat_elu" else 1)
+        spread = (depth * self.kernel**2) ** -0.5
+        made = {
+            "x": normal(*self.shape),
+            "weight": normal(self.out, depth, self.kernel, self.kernel, seed=1) * 2 * spread,
+            "bias": normal(self.out, seed=2),
+        }
+        if self.context:
+            grid = (height, width) if self.context == "grid" else (1, 1)
+            made["context"] = normal(batch, self.out, *grid, seed=3)
+        if self.residual:
+            made["residual"] = normal(batch, self.out // (1 + self.gate), height, width, seed=4)
+        return {name: value.to(self.dtype) for name, value in made.items()}
+
+
+def surround(case: Case, made: dict[str, Tensor], out: Tensor) -> Tensor:
+    """What follows the convolution, in the type of its arguments."""
+    out = out + made["bias"][:, None, None]
+    if case.context:
+        out = out + made["context"]
+    if case.gate:
+        out = F.glu(out, dim=1)
+    return out + made["residual"] if case.residual else out
+
+
+def close(name: str, got: Tensor, want: Tensor, peer: Tensor) -> None:
+    """Asserts that the largest error is at most twice the peer's."""
+    assert got.shape == want.shape, name
+    assert got.dtype == peer.dtype, name
+    if want.numel() == 0:
+        return
+    error, theirs = ((value.detach().cpu().double() - want).abs().max() for value in (got, peer))
+    # Where PyTorch happens to be exact, one rounding of the result is still allowed.
+    least = want.abs().max() * torch.finfo(peer.dtype).eps / 2
+    assert error <= 2 * torch.maximum(theirs, least), f"{name}: {error:.2e}, PyTorch {theirs:.2e}"
+
+
+def agrees(device: str, case: Case, change: Callable[[Tensor], Tensor] = lambda x: x) -> None:
+    """Output and all gradients of a case; ``change`` rearranges memory alone."""
+    from fastvq.kernels import causal_conv as kernels
+
+    made = case.tensors()
+    wide = {name: value.double().requires_grad_() for name, value in made.items()}
+    same = {name: value.clone().requires_grad_() for name, value in made.items()}
+    made_by = ((by_loop, wide), (by_torch, same))
+    products = [
+        convolve(activate(part["x"], case.activation), part["weight"], case.mask, case.form)
+        for convolve, part in made_by
+    ]
+    cut = [product.detach().requires_grad_() for product in products]
+    want, peer = (surround(case, part, out) for part, out in zip((wide, same), cut, strict=True))
+    mine = {name: change(value.to(device)) for name, value in made.items()}
+    given = {name: mine.get(name) for name in ("context", "residual")}
+    out, pre_gate = kernels.forward(
+        mine["x"], mine["weight"], mine["bias"], **case.how, gate=case.gate, keep_pre_gate=case.gate, **given
+    )
+    close("out", out, want.detach(), peer)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    assert (pre_gate is not None) == case.gate
+
+    grad = normal(*want.shape, seed=5, dtype=case.dtype)
+    of_product = torch.autograd.grad(want, cut[0], grad.double())[0].to(case.dtype)
+    if pre_gate is not None:
+        plain = case._replace(gate=False, residual=False)
+        before = [surround(plain, part, out) for part, out in zip((wide, same), products, strict=True)]
+        close("pre_gate", pre_gate, before[0].detach(), before[1])
+        near = before[1].detach().requires_grad_()
+        exact = before[1].detach().double().requires_grad_()
+        of_near, of_exact = (
+            torch.autograd.grad(F.glu(leaf, dim=1), leaf, grad.to(leaf.dtype))[0] for leaf in (near, exact)
+        )
+        close("of gate", kernels.gate_backward(grad.to(device), near.detach().to(device)), of_exact, of_near)
+    mine_grad = change(of_product.to(device))
+    of_x = kernels.backward_input(mine_grad, mine["x"], mine["weight"], **case.how)
+    of_weight, of_bias = kernels.backward_weight(mine_grad, mine["x"], kernel_size=case.kernel, **case.how)
+    leaves = [[part["x"], part["weight"]] for part in (wide, same)]
+    wanted, theirs = (
+        torch.autograd.grad(product, leaf, of_product.to(product.dtype), materialize_grads=True)
+        if product.requires_grad
+        else [torch.zeros_like(value) for value in leaf]
+        for product, leaf in zip(products, leaves, strict=True)
+    )
+    close("of x", of_x, wanted[0], theirs[0])
+    close("of weight", of_weight, wanted[1], theirs[1])
+    close("of bias", of_bias, of_product.double().sum((0, 2, 3)), of_product.sum((0, 2, 3)))
+    behind = ~read_taps(case.kernel, case.mask, case.form)
+    assert (of_weight.cpu()[:, :, behind] == 0).all()
+
+
+GRIDS = [(5, 6), (1, 29), (19, 1)]
+
+TAPS: dict[str, Check] = {
+    f"{kernel}-{mask}-{form}": partial(agrees, case=Case(kernel, mask, form, shape=(2, 19, *GRIDS[kernel % 3]), out=21))
+    for kernel, mask, form in [*itertools.product(range(1, 6), MASKS, FORMS), (7, "inclusive", "symmetric")]
+}
+
+# One tap or four: activated while x is read; more: before the product.
+TYPES: dict[str, Check] = {
+    f"{name}-{activation}-{kernel}": partial(
+        agrees, case=Case(kernel, "inclusive", "symmetric", activation, (2, 40, 5, 6), 20, dtype)
+    )
+    for name, dtype in DTYPES.items()
+    for activation, kernel in [(None, 3), *itertools.product(("elu", "concat_elu"), (1, 2, 3))]
+}
+
+EPILOGUES: dict[str, Check] = {
+    f"{name}-{context}-{'gate' if gate else 'plain'}-{'residual' if residual else 'alone'}-{activation}": partial(
+        agrees,
+        case=Case(
+            1 if activation else 2,
+            "inclusive",
+            "symmetric",
+            activation,
+            (2, 7, 3, 5),
+            38,
+            dtype,
+            context,
+            gate,
+            residual,
+        ),
+    )
+    for (name, dtype), (context, gate, residual, activation) in itertools.product(
+        DTYPES.items(),
+        [
+            (None, True, False, None),
+            ("grid", True, True, "concat_elu"),
+            ("sample", True, True, "elu"),
+            ("sample", False, True, None),
+            ("grid", False, False, None),
+        ],
+    )
+}
+
+
+def wide_and_ragged(device: str) -> None:
+    """Several blocks of rows, columns and depth, none of them full."""
+    agrees(device, Case(2, shape=(3, 147, 9, 7), out=85, dtype=torch.bfloat16))
+
+
+def gated_blocks(device: str) -> None:
+    agrees(device, Case(1, "inclusive", shape=(2, 20, 9, 8), out=150, gate=True, residual=True, dtype=torch.float16))
+
+
+def split_positions(device: str) -> str:
+    """The weights' gradient adds up several partial sums."""
+    from fastvq.kernels import causal_conv_product, causal_conv_weight
+
+    case = Case(1, "inclusive", shape=(2, 3, 21, 19), out=4)
+    processors = causal_conv_product.hardware(torch.device(device)).processors
+    splits = causal_conv_weight.split_positions(2 * 21 * 19, 1, 16, processors)[1]
+    assert splits > 1
+    agrees(device, case)
+    return f"{splits} splits"
+
+
+def strided_memory(device: str) -> None:
+    def strided(x: Tensor) -> Tensor:
+        wide = x.new_full((*x.shape[:-1], 2 * x.shape[-1]), NAN).transpose(0, -1).contiguous().transpose(0, -1)
+        wide[..., ::2] = x
+        assert not wide[..., ::2].is_contiguous()
+        return wide[..., ::2]
+
+    agrees(device, Case(3, "inclusive", activation="elu", context="grid", residual=True), strided)
+    agrees(device, Case(3, dtype=torch.bfloat16), lambda x: x.transpose(0, -1).contiguous().transpose(0, -1))
+
+
+def channels_last_memory(device: str) -> None:
+    def rearranged(x: Tensor) -> Tensor:
+        return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+
+    agrees(
+        device, Case(3, "inclusive", "symmetric", "concat_elu", context="grid", gate=True, residual=True), rearranged
+    )
+
+
+def small_batches(device: str) -> None:
+    for batch, activation in itertools.product((0, 1), ACTIVATIONS):
+        agrees(device, Case(2, activation=activation, shape=(batch, 3, 2, 3), gate=True, residual=True))
+
+
+def empty_grids(device: str) -> None:
+    case = Case(3, shape=(2, 3, 0, 4))
+    got = run_all(device, case, case.tensors(), torch.zeros(2, 6, 0, 4))
+    assert got["out"].shape == (2, 6, 0, 4)
+    assert got["of_x"].shape == (2, 3, 0, 4)
+    assert torch.equal(got["of_weight"].cpu(), torch.zeros(6, 3, 3, 3))
+    assert torch.equal(got["of_bias"].cpu(), torch.zeros(6))
+
+
+def run_all(device: str, case: Case, made: dict[str, Tensor], grad: Tensor) -> dict[str, Tensor]:
+    from fastvq.kernels import causal_conv as kernels
+
+    made = {name: value.to(device) for name, value in made.items()}
+    out, _ = kernels.forward(made["x"], made["weight"], made["bias"], **case.how)
+    of_x = kernels.backward_input(grad.to(device), made["x"], made["weight"], **case.how)
+    of_weight, of_bias = kernels.backward_weight(grad.to(device), made["x"], kernel_size=case.kernel, **case.how)
+    return {"out": out, "of_x": of_x, "of_weight": of_weight, "of_bias": of_bias}
+
+
+def masked_weights(device: str) -> None:
+    """NaN behind the mask reaches nothing."""
+    for mask, form, activation in zip(MASKS, FORMS, (None, "elu"), strict=True):
+        case = Case(3, mask, form, activation)
+        made, grad = case.tensors(), normal(2, 6, 4, 3, seed=5)
+        clean = run_all(device, case, made, grad)
+        made["weight"][:, :, ~read_taps(3, mask, form)] = NAN
+        for name, value in run_all(device, case, made, grad).items():
+            assert torch.equal(value, clean[name]), name
+
+
+def later_positions(device: str) -> None:
+    """NaN from a position on reaches no output before it; NaN in a result's gradient only what it was made of."""
+    from fastvq.kernels import causal_conv as kernels
+
+    for mask, form, activation in zip(MASKS, FORMS, (None, "concat_elu"), strict=True):
+        case = Case(3, mask, form, activation)
+        made = case.tensors()
+        clean = kernels.forward(made["x"].to(device), made["weight"].to(device), **case.how)[0].flatten(2)
+        for position in (0, 1, 5, 11):
+            poisoned = made["x"].clone()
+            poisoned.flatten(2)[:, :, position:] = NAN
+            out = kernels.forward(poisoned.to(device), made["weight"].to(device), **case.how)[0].flatten(2)
+            free = position + (mask == "strict")
+            assert torch.equal(out[:, :, :free], clean[:, :, :free])
+            assert out[:, :, free:].isnan().any() == (free < 12)
+            grad = normal(2, 6, 4, 3, seed=5)
+            grad.flatten(2)[:, :, : position + 1] = NAN
+            of_x = kernels.backward_input(
+                grad.to(device), made["x"].to(device), made["weight"].to(device), **case.how
+            ).flatten(2)
+            first_clean = position + (mask == "inclusive")
+            assert of_x[:, :, first_clean:].isfinite().all()
+
+
+def last_position_of_strict_masks(device: str) -> None:
+    """No output reads it, so its NaN must not reach the weights' gradient either."""
+    from fastvq.kernels import causal_conv as kernels
+
+    x, grad = normal(1, 3, 4, 5), normal(1, 4, 4, 5, seed=1)
+    clean = kernels.backward_weight(grad.to(device), x.to(device), kernel_size=3, mask="strict", form="rows")[0]
+    x[:, :, -1, -1] = NAN
+    # Nor can the first output's gradient: all it reads is padding.
+    grad[:, :, 0, 0] = NAN
+    got, of_bias = kernels.backward_weight(grad.to(device), x.to(device), kernel_size=3, mask="strict", form="rows")
+    assert torch.equal(got, clean)
+    assert of_bias.isnan().all()
+
+
+def neighbours(device: str) -> None:
+    """Images do not reach each other, nor does memory around them."""
+    case = Case(3, "inclusive", "symmetric", "elu", (4, 16, 3, 3), 16, torch.bfloat16)
+    made, grad = case.tensors(), normal(4, 16, 3, 3, seed=5, dtype=torch.bfloat16)
+    clean = run_all(device, case, {**made, "x": made["x"][1:3]}, grad[1:3])
+    x, grad = (value.contiguous(memory_format=torch.channels_last) for value in (made["x"], grad))
+    x[::3] = grad[::3] = NAN
+    inner = run_all(device, case, {**made, "x": x[1:3]}, grad[1:3])
+    whole = run_all(device, case, {**made, "x": x}, grad)
+    for name, value in clean.items():
+        assert torch.equal(inner[name], value), name
+    for name in ("out", "of_x"):
+        assert torch.equal(whole[name][1:3], clean[name]), name
+
+
+def poisoned_buffers(device: str) -> None:
+    """Every element of every output is written, whatever was in memory before."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        assert torch.zeros(1, device=device).new_empty(64).isnan().all()
+        for dtype in (torch.float32, torch.bfloat16):
+            agrees(device, Case(3, "inclusive", "rows", "concat_elu", gate=True, context="sample", dtype=dtype))
+            agrees(device, Case(1, "strict", "rows", shape=(1, 3, 2, 3), gate=True, dtype=dtype))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def same_bits_again(device: str) -> None:
+    case = Case(2, "inclusive", "rows", "elu", (2, 19, 13, 17), 21)
+    made, grad = case.tensors(), normal(2, 21, 13, 17, seed=5)
+    first = run_all(device, case, made, grad)
+    for name, value in run_all(device, case, made, grad).items():
+        assert torch.equal(value, first[name]), name
+
+
+def rounded_products(device: str) -> str:
+    """TF32 rounds operands to 11 bits (the interpreter does not); the bound allows for truncation."""
+    from fastvq.kernels import causal_conv as kernels
+
+    case = Case(3, shape=(2, 40, 5, 6), out=20, precision="tf32")
+    made = case.tensors()
+    out, _ = kernels.forward(made["x"].to(device), made["weight"].to(device), **case.how)
+    x, weight = made["x"].double(), made["weight"].double()
+    bound = 2.0**-9 * by_loop(x.abs(), weight.abs(), case.mask, case.form)
+    errors = (out.cpu().double() - by_loop(x, weight, case.mask, case.form)).abs()
+    assert (errors <= bound).all()
+    return f"largest error {(errors / bound.clamp(min=1e-30)).max():.2f} of the bound"
+
+
+def wide_gradient(device: str) -> None:
+    """Gradients of weights can be had in float32, where they were summed."""
+    from fastvq.kernels import causal_conv as kernels
+
+    x, grad = normal(2, 5, 4, 3, dtype=torch.bfloat16), normal(2, 6, 4, 3, seed=1, dtype=torch.bfloat16)
+    how = {"kernel_size": 2, "mask": "strict", "form": "rows"}
+    wide = kernels.backward_weight(grad.to(device), x.to(device), **how, dtype=torch.float32)
+    narrow = kernels.backward_weight(grad.to(device), x.to(device), **how)
+    for a, b in zip(wide, narrow, strict=True):
+        assert a.dtype == torch.float32
+        assert not torch.equal(a, b.float())
+        assert torch.equal(a.bfloat16(), b)
+
+
+def weights_packed_before(device: str) -> None:
+    from fastvq.kernels import causal_conv as kernels
+
+    case = Case(3, "inclusive", "symmetric", dtype=torch.bfloat16)
+    made = {name: value.to(device) for name, value in case.tensors().items()}
+    packed = kernels.pack_weight(made["weight"].float(), mask=case.mask, form=case.form, dtype=torch.bfloat16)
+    assert packed.shape == (5, 6, 5)
+    got, _ = kernels.forward(made["x"], made["weight"], **case.how, packed=packed)
+    assert torch.equal(got, kernels.forward(made["x"], made["weight"], **case.how)[0])
+    packed = kernels.pack_weight(
+        made["weight"].float(), mask=case.mask, form=case.form, dtype=torch.bfloat16, transposed=True
+    )
+    assert packed.shape == (5, 5, 6)
+    of_x = kernels.backward_input(got, None, made["weight"], **case.how, packed=packed)
+    assert torch.equal(of_x, kernels.backward_input(got, None, made["weight"], **case.how))
+
+
+def upper_rows(device: str) -> None:
+    """Rows above alone, for any rows of the output and the one after x's last, whatever x holds from there on."""
+    from fastvq.kernels import causal_conv as kernels
+
+    for form, kernel, activation in [("rows", 3, None), ("symmetric", 5, "elu"), ("rows", 1, None)]:
+        case = Case(kernel, "strict", form, activation, (2, 5, 6, 4), 7)
+        made = case.tensors()
+        weight, bias, up = made["weight"], made["bias"], above(kernel, form)
+        weight[:, :, up:] = 0
+        features = activate(F.pad(made["x"], (0, 0, 0, 1)), activation)
+        want = by_loop(features.double(), weight.double(), "strict", form) + bias.double()[:, None, None]
+        peer = by_torch(features, weight, "strict", form) + bias[:, None, None]
+        weight[:, :, up:] = NAN
+        for first, rows in [(0, 1), (2, 1), (3, 3), (6, 1), (2, 0)]:
+            x = made["x"].clone()
+            x[:, :, max(0, first + rows - 1) :] = NAN
+            how = {"first": first, "rows": rows, "form": form, "activation": activation}
+            got = kernels.rows_above(x.to(device), weight.to(device), bias.to(device), **how)
+            part = slice(first, first + rows)
+            close(f"{form}-{kernel}-{first}-{rows}", got, want[:, :, part], peer[:, :, part])
+
+
+def refusals(device: str) -> None:
+    from fastvq.kernels import causal_conv as kernels
+
+    x, weight = (torch.zeros(*shape, device=device) for shape in ((2, 5, 4, 3), (6, 5, 3, 3)))
+    how: dict[str, Any] = {"mask": "strict", "form": "rows"}
+    with refuses(ArgumentError, "weight: expected 10 input channels, got 5"):
+        kernels.forward(x, weight, **how, activation="concat_elu")
+    with refuses(ArgumentError, "weight: expected an even number of output channels to gate, got 5"):
+        kernels.forward(x, weight[:5], **how, gate=True)
+    with refuses(ArgumentError, "x: expected the input"):
+        kernels.backward_input(torch.zeros(2, 6, 4, 3, device=device), None, weight, **how, activation="elu")
+    with refuses(ArgumentError, "first: expected rows within 0..4, got 4 to 5"):
+        kernels.rows_above(x, weight, first=4, rows=2, form="rows")
+    many = torch.empty(1, 5, 2**16, 2**15, device="meta")
+    with refuses(ArgumentError, "x: expected positions to number at most 2.31 - 1024, got 2147483648"):
+        kernels.forward(many, weight.to("meta"), **how)
+    with refuses(ArgumentError, "x: expected positions to number at most 2.31 - 1024, got 2147483648"):
+        kernels.backward_weight(many, many, kernel_size=2, **how)
+
+
+MEMORY: dict[str, Check] = {
+    check.__name__: check
+    for check in (
+        wide_and_ragged,
+        gated_blocks,
+        split_positions,
+        strided_memory,
+        channels_last_memory,
+        small_batches,
+        empty_grids,
+        masked_weights,
+        later_positions,
+        last_position_of_strict_masks,
+        neighbours,
+        poisoned_buffers,
+        same_bits_again,
+        rounded_products,
+        wide_gradient,
+        weights_packed_before,
+        upper_rows,
+        refusals,
+    )
+}
+
+GROUPS = {"taps": TAPS, "types": TYPES, "epilogues": EPILOGUES, "memory": MEMORY}
+
+
+@needs_triton
+@pytest.mark.parametrize(("group", "name"), names(GROUPS))
+def test_interpreted(group: str, name: str) -> None:
+    assert_interpreted(__file__, group, name)
+
+
+@needs_triton
+@needs_gpu()
+@pytest.mark.parametrize(("group", "name"), names(GROUPS))
+def test_on_a_gpu(group: str, name: str) -> None:
+    print(GROUPS[group][name]("cuda"))
+
+
+if __name__ == "__main__":
+    serve(GROUPS)

@@ -1,0 +1,140 @@
+"""The Triton kernels of the masked convolution, compiled for three chips as they would be launched."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from triton_helpers import Resources, assert_fits, compile_kernel, needs_compiler, needs_triton
+
+
+class Recorder:
+    """Stands for a kernel and notes what it would be launched with."""
+
+    def __init__(self, kernel: Any, launches: list[Launch]) -> None:
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *args, **options: self.launches.append(Launch(self.kernel, args, options))
+
+
+class Launch(NamedTuple):
+    kernel: Any
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+    def compile(self, capability: int) -> Resources:
+        """As Triton would: None and 1 are constants, and multiples of 16 are known to be such."""
+        elements = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+        options = dict(self.options)
+        warps, stages = options.pop("num_warps"), options.pop("num_stages", 3)
+        named = dict(zip(self.kernel.arg_names, self.args, strict=False))
+        types = {name: elements[value.dtype] for name, value in named.items() if isinstance(value, Tensor)}
+        constants = {
+            name: value
+            for name, value in named.items()
+            if value is None or (not isinstance(value, Tensor) and value == 1)
+        }
+        rest = {name: value for name, value in named.items() if name not in types and name not in constants}
+        divisible = tuple(name for name, value in rest.items() if value % 16 == 0)
+        constants.update(options)
+        return compile_kernel(
+            self.kernel, capability, types, constants, warps=warps, stages=stages, divisible=divisible
+        )  # fmt: skip
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
+    from fastvq.kernels import causal_conv, causal_conv_product, causal_conv_weight
+
+    found: list[Launch] = []
+    for module in (causal_conv, causal_conv_product, causal_conv_weight):
+        for name, value in list(vars(module).items()):
+            if name.endswith("_kernel"):
+                monkeypatch.setattr(module, name, Recorder(value, found))
+    return found
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    made = torch.empty(shape, dtype=dtype, device="meta")
+    return made.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else made
+
+
+def launch(kind: str, dtype: torch.dtype, precision: str) -> None:
+    """A layer of 256 channels on a batch of 32 grids of 64 x 64, or what ``kind`` says instead."""
+    from fastvq.kernels import causal_conv as kernels
+
+    make = partial(meta, dtype=dtype)
+    x, wide = make(32, 256, 64, 64), make(32, 512, 64, 64)
+    symmetric = {"mask": "strict", "form": "symmetric", "precision": precision}
+    pointwise = {"mask": "inclusive", "form": "rows", "activation": "concat_elu", "precision": precision}
+    if kind == "plain":
+        kernels.forward(x, make(256, 256, 5, 5), make(256), **symmetric)
+    elif kind == "gated":
+        given = {"context": wide, "residual": x, "gate": True, "keep_pre_gate": True}
+        kernels.forward(x, make(512, 256, 5, 5), make(512), **symmetric, **given)
+    elif kind == "pointwise":
+        kernels.forward(x, make(512, 512, 1, 1), make(512), **pointwise, residual=x, gate=True, keep_pre_gate=True)
+    elif kind == "small":
+        kernels.forward(make(2, 20, 8, 8), make(20, 20, 3, 3), make(20), **symmetric)
+    elif kind == "single":
+        # Triton makes a constant of every argument that is 1.
+        single = make(1, 1, 1, 1)
+        kernels.forward(single, make(2, 1, 2, 2), make(2), **symmetric, gate=True, keep_pre_gate=True)
+        kernels.backward_input(single, single, make(1, 2, 3, 3), **symmetric, activation="concat_elu")
+        kernels.backward_weight(single, single, kernel_size=2, **symmetric)
+        kernels.gate_backward(single, make(1, 2, 1, 1))
+    elif kind == "upper":
+        kernels.rows_above(x, make(256, 256, 5, 5), make(256), first=3, rows=1, form="rows", precision=precision)
+    elif kind == "of-input":
+        kernels.backward_input(x, x, make(256, 512, 5, 5), **symmetric, activation="concat_elu")
+    elif kind == "of-weight":
+        kernels.backward_weight(x, x, kernel_size=5, **symmetric)
+    elif kind == "of-pointwise":
+        kernels.backward_weight(x, x, kernel_size=1, **pointwise)
+    elif kind == "of-gate":
+        kernels.gate_backward(x, wide)
+    else:
+        raise AssertionError(kind)
+
+
+COMPILED = [
+    *itertools.product(("gated", "of-weight"), ("bfloat16", "tf32", "ieee"), (80, 90, 100)),
+    *itertools.product(("pointwise", "of-input"), ("bfloat16",), (90, 100)),
+    ("of-pointwise", "bfloat16", 90),
+    ("pointwise", "float16", 80),
+    ("upper", "bfloat16", 90),
+    ("small", "bfloat16", 80),
+    ("small", "ieee", 90),
+    ("single", "bfloat16", 90),
+    ("of-gate", "bfloat16", 90),
+]
+
+
+@needs_triton
+@needs_compiler
+@pytest.mark.parametrize(("kind", "precision", "capability"), COMPILED)
+def test_compiled_kernels_fit_the_chip(
+    kind: str, precision: str, capability: int, launches: list[Launch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tiles that are chosen for these layers, on chips of 132 multiprocessors."""
+    from fastvq.kernels import causal_conv_product, causal_conv_weight
+
+    for module in (causal_conv_product, causal_conv_weight):
+        monkeypatch.setattr(module, "hardware", lambda device: causal_conv_product.Device(capability, 132))
+    launch(kind, getattr(torch, precision, torch.float32), precision if precision == "tf32" else "ieee")
+    assert launches
+    for found in launches:
+        resources = found.compile(capability)
+        assert_fits(resources, capability)
+        if "PRECISION" in found.options:
+            # Copies run ahead of the products.
+            assert "cp.async" in resources.ptx
+            if precision != "ieee" and kind != "single":
+                fast = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[capability]
+                assert fast in resources.ptx
