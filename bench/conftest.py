@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from bench.harness import Recorder
-from bench.machine import describe_commit, describe_machine
-from bench.report import legend, tables, write_json
+from bench.machine import describe_machine
+from bench.report import free_path, legend, tables, write_json
 
 _RECORDER = pytest.StashKey[Recorder]()
+_FILE = pytest.StashKey[Path | None]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -32,6 +33,15 @@ def pytest_configure(config: pytest.Config) -> None:
             terminal.flush()
 
     config.stash[_RECORDER] = Recorder(quick=not config.getoption("--benchmark"), log=log)
+    folder = config.getoption("--results")
+    config.stash[_FILE] = None if folder is None else free_path(folder)
+
+
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """A run that does not come to its end loses one case, not all."""
+    recorder, path = item.config.stash[_RECORDER], item.config.stash[_FILE]
+    if path is not None and recorder.results:
+        write_json(recorder, path)
 
 
 @pytest.fixture
@@ -49,7 +59,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(f"{count} cases at reduced size: results checked, no times reported (--benchmark)")
     else:
         terminalreporter.section("benchmarks")
-        machine, source = describe_machine(), describe_commit()
+        machine, source = describe_machine(), recorder.source
         threads = f"{machine['threads']} threads, {', '.join(f'{k} {v}' for k, v in machine['caches'].items())}"
         terminalreporter.write_line(f"{machine['cpu']}, {threads}; load before: {recorder.load:.1f}")
         for gpu in machine["gpus"]:
@@ -57,6 +67,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(f"commit {source['commit']}{' with changes' if source['dirty'] else ''}")
         for line in ["", *tables(recorder.results, recorder.ceilings), *legend(recorder.results, recorder.ceilings)]:
             terminalreporter.write_line(line)
-    folder = config.getoption("--results")
-    if folder is not None:
-        terminalreporter.write_line(f"written to {write_json(recorder, folder)}")
+    path = config.stash[_FILE]
+    if path is not None:
+        terminalreporter.write_line(f"written to {path}")

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from bench.machine import CPU_FLOAT32, Ceilings, load_average
+from bench.machine import CPU_FLOAT32, Ceilings, describe_commit, load_average
 
 # Peers run until they have used about this long each, at least once and at most MOST_REPEATS times.
 TARGET_SECONDS = 3.0
@@ -168,12 +168,14 @@ class Recorder:
         quick: smoke run: inputs are shrunk, timings mean nothing and are not reported.
         log: where a line about progress goes.
         load: of the machine before the first case; figures of a machine that was not idle are worth little.
+        source: commit and whether files had changed, before results are written beside them.
     """
 
     quick: bool
     log: Callable[[str], None]
     ceilings: Ceilings = field(default_factory=Ceilings)
     load: float = field(default_factory=load_average)
+    source: dict[str, Any] = field(default_factory=describe_commit)
     results: list[Result] = field(default_factory=list)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -41,6 +42,8 @@ _CHECKED_SCORES = 1 << 24
 
 def run_case(case: NearestCodeCase, recorder: Recorder) -> Result:
     """Time everyone on a case, and check what each has found in the same run."""
+    # What the case before has left in cycles can be gigabytes.
+    gc.collect()
     problem = Problem(case, tuned=not recorder.quick)
     result = Result(case.operation, case.name, case.batch, [], work=[_work(case)])
     result.facts = {"shape": [case.batch, case.num_codes, case.code_dim], "what": case.what, "dtype": str(case.dtype)}

@@ -169,7 +169,7 @@ def to_json(recorder: Recorder) -> dict[str, Any]:
         "machine": describe_machine(),
         "load_before": recorder.load,
         "versions": describe_versions(),
-        **describe_commit(),
+        **recorder.source,
         "ceilings": recorder.ceilings.to_json(),
         "results": [_result_json(result, recorder) for result in recorder.results],
     }
@@ -188,12 +188,16 @@ def _result_json(result: Result, recorder: Recorder) -> dict[str, Any]:
     return values
 
 
-def write_json(recorder: Recorder, folder: Path) -> Path:
-    """A file named after date and commit."""
-    values = to_json(recorder)
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = f"{values['date'][:19].replace(':', '')}-{(values['commit'] or 'unknown')[:8]}"
+def free_path(folder: Path) -> Path:
+    """A file in the folder, named after date and commit, that does not exist yet."""
+    stem = f"{now()[:19].replace(':', '')}-{(describe_commit()['commit'] or 'unknown')[:8]}"
     free = (folder / f"{stem}{suffix}.json" for suffix in itertools.chain([""], (f"-{i}" for i in itertools.count(2))))
-    path = next(path for path in free if not path.exists())
-    path.write_text(json.dumps(values, indent=1) + "\n")
-    return path
+    return next(path for path in free if not path.exists())
+
+
+def write_json(recorder: Recorder, path: Path) -> None:
+    """Everything so far; the file is replaced as a whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(to_json(recorder), indent=1) + "\n")
+    part.replace(path)

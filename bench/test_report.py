@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bench.harness import Check, Entry, Memory, Peer, Recorder, Result, Work, measure, repeats
-from bench.report import legend, number, seconds, tables, write_json
+from bench.report import free_path, legend, number, seconds, tables, write_json
 
 GOOD, BAD = Check(True, "0 of 9 codes differ"), Check(False, "3 of 9 codes differ")
 
@@ -92,7 +92,9 @@ def test_memory_without_prediction(tmp_path: Path) -> None:
     recorder = _recorder(Entry("cpu", [2.0], GOOD))
     recorder.results[0].memory = [Memory("cpu", 12_000_000)]
     assert "12 MB  0 of 9" in tables(recorder.results, recorder.ceilings)[3]
-    stored = json.loads(write_json(recorder, tmp_path).read_text())["results"][0]["memory"]
+    path = free_path(tmp_path)
+    write_json(recorder, path)
+    stored = json.loads(path.read_text())["results"][0]["memory"]
     assert stored == [{"peer": "cpu", "measured": 12_000_000, "predicted": None}]
 
 
@@ -125,8 +127,11 @@ def test_extrapolated_times_are_marked() -> None:
 
 def test_file_holds_everything(tmp_path: Path) -> None:
     recorder = _recorder(Entry("naive", [30.0, 10.0, 20.0], GOOD), Entry("cpu", [2.0], BAD))
-    first, second = write_json(recorder, tmp_path / "new"), write_json(recorder, tmp_path / "new")
-    assert first != second
+    first = free_path(tmp_path / "new")
+    for _ in range(2):
+        write_json(recorder, first)
+    assert [path.name for path in first.parent.iterdir()] == [first.name]
+    assert free_path(tmp_path / "new") != first
     values = json.loads(first.read_text())
     assert {"date", "commit", "dirty", "machine", "versions", "ceilings", "results"} <= set(values)
     assert {"cpu", "cores", "threads", "caches", "memory_bytes", "gpus"} <= set(values["machine"])
