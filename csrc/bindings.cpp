@@ -16,6 +16,7 @@
 #include "cpu/draw.h"
 #include "cpu/kernels.h"
 #include "cpu/nearest.h"
+#include "cpu/shared_pool.h"
 #include "cpu/step_plan.h"
 
 namespace nb = nanobind;
@@ -219,6 +220,7 @@ nb::dict build_info() {
     info["compiler"] = compiler();
     info["cxx_standard"] = static_cast<int64_t>(__cplusplus);
     info["instruction_sets"] = instruction_sets();
+    info["thread_pool"] = fastvq::cpu::loaded_pool_path();
     return info;
 }
 
@@ -246,5 +248,5 @@ NB_MODULE(_ext, m) {
           nb::arg("num_terms"), nb::arg("output"), nb::arg("batch"), nb::arg("width"), nb::arg("positions"),
           nb::arg("num_codes"), nb::arg("key_stride"), nb::arg("bf16"), nb::arg("threads"), nb::arg("kernels"),
           "Packs the weights of a plan's step phase; tables by address.");
-    m.def("build_info", &build_info, "Compiler, language standard, and the instruction sets of this machine.");
+    m.def("build_info", &build_info, "Compiler, language standard, instruction sets of this machine, and the thread pool that is shared, if any.");
 }

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -232,6 +234,18 @@ def test_threads_do_not_matter(kernels: str, dtype: torch.dtype) -> None:
             many = cpp_statistics(x, codebook, mask, threads=threads, kernels=kernels)
             assert all(torch.equal(a, b) for a, b in zip(alone, many, strict=True))
         assert torch.equal(cpp_indices(x, codebook, threads=threads, kernels=kernels), alone[-1])
+
+
+@pytest.mark.skipif(not _engine.available(), reason="needs the extension")
+def test_threads_are_those_of_pytorch() -> None:
+    """A second pool would compete with PyTorch's for the cores."""
+    maps = Path("/proc/self/maps")
+    loaded = {line.split()[-1] for line in maps.read_text().splitlines()} if maps.exists() else set()
+    own = {path for path in loaded if re.search(r"/torch[^/]*/.*lib(g|i?)omp[^/]*$", path)}
+    pool = _engine.require().build_info()["thread_pool"]
+    if not own:
+        pytest.skip(f"PyTorch has brought no OpenMP runtime; the pool is {pool!r}")
+    assert os.path.realpath(pool) in {os.path.realpath(path) for path in own}
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

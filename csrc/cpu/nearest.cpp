@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "cpu/barrier.h"
-#include "cpu/team.h"
+#include "cpu/shared_pool.h"
 
 namespace fastvq::cpu {
 namespace {
@@ -180,7 +180,7 @@ void nearest_codes(const NearestTask& task, int64_t threads, const Kernels& kern
     // Made before any thread is: memory may run out, and nothing may throw in a thread.
     std::vector<std::unique_ptr<float[]>> panels(threads);
     for (auto& own : panels) own.reset(new float[search.block_rows * task.depth]);
-    run_team(threads, [&](int64_t thread) { search.work(thread, panels[thread].get()); });
+    run_shared_team(threads, [&](int64_t thread) { search.work(thread, panels[thread].get()); });
 }
 
 }  // namespace fastvq::cpu
