@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import os
 from typing import NamedTuple
 
 import torch
@@ -19,12 +16,10 @@ __all__ = [
     "LOG2_E",
     "Tiles",
     "block_width",
-    "capability",
     "check",
     "kept",
     "kept_column",
     "load_rows",
-    "on_device",
     "readable",
     "store_rows",
     "visible",
@@ -144,17 +139,3 @@ def readable(tensor: Tensor) -> Tensor:
 
 def block_width(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
-
-
-def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Triton launches on the current device."""
-    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()
-
-
-@functools.cache
-def capability(device: torch.device) -> int:
-    """Compute capability such as 90; that of the interpreter where there is no GPU."""
-    if device.type != "cuda":
-        return int(os.environ.get("FASTVQ_INTERPRET_CAPABILITY", "90"))
-    major, minor = torch.cuda.get_device_capability(device)
-    return major * 10 + minor

@@ -23,17 +23,16 @@ from fastvq.kernels.attention_tiles import (
     LOG2_E,
     Tiles,
     block_width,
-    capability,
     check,
     kept,
     kept_column,
     load_rows,
-    on_device,
     readable,
     store_rows,
     visible,
 )
 from fastvq.kernels.causal_attention_backward import backward
+from fastvq.kernels.launch import hardware, on_device
 
 __all__ = ["backward", "forward", "forward_tiles"]
 
@@ -204,7 +203,9 @@ def forward(
         return out, lse
     query, key, value = readable(query), readable(key), readable(value)
     value_width = value.shape[3]
-    tiles = tiles or forward_tiles(width, value_width, query.dtype, capability(query.device), precision, dropout > 0)
+    tiles = tiles or forward_tiles(
+        width, value_width, query.dtype, hardware(query.device).capability, precision, dropout > 0
+    )
     with on_device(query):
         _forward_kernel[(triton.cdiv(length, tiles.block_m) * batch * heads,)](
             query, key, value, out, lse, *query.stride(), *key.stride(), *value.stride(), *out.stride(),

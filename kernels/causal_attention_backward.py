@@ -14,15 +14,14 @@ from fastvq.kernels.attention_tiles import (
     LOG2_E,
     Tiles,
     block_width,
-    capability,
     check,
     kept,
     load_rows,
-    on_device,
     readable,
     store_rows,
     visible,
 )
+from fastvq.kernels.launch import hardware, on_device
 
 __all__ = ["backward", "key_tiles", "query_tiles"]
 
@@ -245,7 +244,7 @@ def backward(
     lse = lse.contiguous()
     delta = torch.empty_like(lse)
     value_width = value.shape[3]
-    sizes = (width, value_width, query.dtype, capability(query.device), precision, dropout > 0)
+    sizes = (width, value_width, query.dtype, hardware(query.device).capability, precision, dropout > 0)
     of_query, of_key = tiles or (query_tiles(*sizes), key_tiles(*sizes))
     factor = 1 / math.sqrt(width)
     numbers = (heads, length, LOG2_E.value * factor, factor, seed, dropout, 1 / (1 - dropout) if dropout < 1 else 0.0)

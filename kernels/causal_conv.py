@@ -11,8 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvq.errors import ArgumentError
-from fastvq.kernels.causal_conv_product import ACTIVATION_KINDS, convolve, nhwc, on_device, read_taps
+from fastvq.kernels.causal_conv_product import ACTIVATION_KINDS, convolve, nhwc, read_taps
 from fastvq.kernels.causal_conv_weight import backward_weight
+from fastvq.kernels.launch import on_device
 
 __all__ = ["backward_input", "backward_weight", "forward", "gate_backward", "pack_weight", "rows_above"]
 

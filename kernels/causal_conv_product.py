@@ -11,9 +11,6 @@ product meet in one output (gate; derivative of concat-ELU) a program holds both
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import os
 from typing import NamedTuple
 
 import torch
@@ -23,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fastvq.errors import ArgumentError
+from fastvq.kernels.launch import Device, hardware, on_device
 
 ACTIVATION_KINDS: dict[str | None, int] = {None: 0, "elu": 1, "concat_elu": 2}
 _ELU: tl.constexpr = tl.constexpr(1)
@@ -62,13 +60,6 @@ class Tiles(NamedTuple):
     block_k: int
     warps: int
     stages: int
-
-
-class Device(NamedTuple):
-    """Compute capability such as 90, and number of multiprocessors."""
-
-    capability: int
-    processors: int
 
 
 def is_fused(kind: int, repetitions: int, dtype: torch.dtype, precision: str, device: Device) -> bool:
@@ -364,17 +355,3 @@ def kernel_precision(x: Tensor, precision: str) -> str:
 def nhwc(x: Tensor) -> Tensor:
     """[B, H, W, C], contiguous; a copy unless x is channels-last."""
     return x.permute(0, 2, 3, 1).contiguous()
-
-
-def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Triton launches on the current device."""
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
-
-
-@functools.cache
-def hardware(device: torch.device) -> Device:
-    """The device's; those of the interpreter where there is no GPU."""
-    if device.type != "cuda":
-        return Device(int(os.environ.get("FASTVQ_INTERPRET_CAPABILITY", "90")), 2)
-    properties = torch.cuda.get_device_properties(device)
-    return Device(properties.major * 10 + properties.minor, properties.multi_processor_count)

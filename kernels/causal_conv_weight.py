@@ -15,19 +15,17 @@ from torch.nn.functional import pad
 from fastvq.kernels.causal_conv_product import (
     ACTIVATION_KINDS,
     CHANNEL_MULTIPLE,
-    Device,
     Tiles,
     activated,
     elu_pair,
-    hardware,
     is_fused,
     kernel_precision,
     multiply,
     nhwc,
-    on_device,
     read_taps,
     require_countable,
 )
+from fastvq.kernels.launch import Device, hardware, on_device
 
 __all__ = ["backward_weight"]
 

@@ -26,8 +26,6 @@ their own, since both passes use the same ones. What remains of a candidate's er
 
 from __future__ import annotations
 
-import contextlib
-import functools
 from typing import NamedTuple
 
 import torch
@@ -37,6 +35,7 @@ from torch import Tensor
 
 from fastvq.errors import UnavailableError
 from fastvq.kernels.code_statistics import assignment_statistics
+from fastvq.kernels.launch import hardware, on_device
 from fastvq.kernels.scaled_codes import FUSE, UNUSABLE, power_of_two, scale_codes, scale_exponent
 
 __all__ = ["nearest_code", "nearest_code_statistics"]
@@ -280,7 +279,7 @@ def nearest_code(x: Tensor, codebook: Tensor, *, mode: str) -> Tensor:
     Returns:
         int64 [H, N]; 0 where no code has a finite score.
     """
-    with _device(x):
+    with on_device(x):
         return _search(_unit_stride(x), _unit_stride(codebook), mode == "exact", none=0)
 
 
@@ -298,7 +297,7 @@ def nearest_code_statistics(
     Returns:
         Squared error float32 [H], sums float32 [H, K, D], counts int64 [H, K], indices int64 [H, N].
     """
-    with _device(x):
+    with on_device(x):
         x, codebook = _unit_stride(x), _unit_stride(codebook)
         indices = _search(x, codebook, mode == "exact", none=-1)
         return *assignment_statistics(x, codebook, indices, mask, deterministic), indices
@@ -312,7 +311,7 @@ def _search(x: Tensor, codebook: Tensor, exact: bool, none: int) -> Tensor:
         return indices.zero_()
     if width > _LARGEST_WIDTH:
         raise UnavailableError(f"x: expected vectors of at most {_LARGEST_WIDTH} numbers for Triton, got {width}")
-    capability, processors = _hardware(x.device)
+    capability, processors = hardware(x.device)
     tiles = search_tiles(width, num_codes, capability)
     again = rescore_tiles(width, num_codes, capability)
     chunks = triton.cdiv(width, tiles.block_d)
@@ -344,17 +343,3 @@ def _search(x: Tensor, codebook: Tensor, exact: bool, none: int) -> Tensor:
 
 def _unit_stride(value: Tensor) -> Tensor:
     return value if value.stride(-1) == 1 else value.contiguous()
-
-
-def _device(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Triton launches on the current device."""
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
-
-
-@functools.cache
-def _hardware(device: torch.device) -> tuple[int, int]:
-    """Compute capability such as 90, and multiprocessors; the interpreter runs what Hopper would, two programs wide."""
-    if device.type != "cuda":
-        return 90, 2
-    properties = torch.cuda.get_device_properties(device)
-    return properties.major * 10 + properties.minor, properties.multi_processor_count
