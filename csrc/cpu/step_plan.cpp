@@ -8,7 +8,7 @@
 #include <thread>
 
 #include "cpu/barrier.h"
-#include "cpu/team.h"
+#include "cpu/shared_pool.h"
 
 namespace fastvq::cpu {
 namespace {
@@ -451,7 +451,7 @@ Outcome StepPlan::run_row(const RowTask& task, int64_t* bad) const {
             if (failed.load() >= 0 || stop.load()) break;
         }
     };
-    run_team(threads_, work);
+    run_shared_team(threads_, work);
     if (failed.load() >= 0) {
         *bad = failed.load();
         return Outcome::kNotDrawable;

@@ -18,12 +18,8 @@ from fastvq.sampling.state import CompiledPlan, GridState, padded
 _KINDS = {"lookup": 0, "affine": 1, "elu": 2, "concat_elu": 3, "relu": 4, "add": 5, "glu": 6, "tanh": 7}
 _STORE_KEYS, _ATTEND = 8, 9
 
-# About 2 microseconds of one core's arithmetic; a meeting of two threads takes a few tenths of one. Where the weights
-# stay in one core's cache there is no streaming to share, and rows are so short that the threads of PyTorch's row
-# phase, which wait actively for their next task, are still in the way: 64 channels and 8 samples are faster on one.
+# About 2 microseconds of one core's arithmetic; a meeting of two threads takes a few tenths of one.
 _FLOPS_PER_MEETING = 100_000
-_SMALL_FLOPS_PER_MEETING = 5_000_000
-_CACHE_OF_A_CORE = 2 << 20
 
 
 class CpuStep:
@@ -113,8 +109,7 @@ def _kind(op: Op) -> int:
 def useful_threads(plan: Plan, batch: int, available: int) -> int:
     """Threads that have enough to do between two meetings to be worth meeting. Results do not depend on it."""
     products = sum(term.weight.numel() for terms in plan.step_terms.values() for term in terms)
-    least = _FLOPS_PER_MEETING if 4 * products > _CACHE_OF_A_CORE else _SMALL_FLOPS_PER_MEETING
-    return max(1, min(available, 2 * products * batch // (plan.num_levels * least)))
+    return max(1, min(available, 2 * products * batch // (plan.num_levels * _FLOPS_PER_MEETING)))
 
 
 def paired_ops(plan: Plan) -> set[int]:
