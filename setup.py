@@ -125,7 +125,7 @@ setup(
         Extension(
             "fastvq._ext",
             sources=sources("*.cpp"),
-            depends=["CMakeLists.txt", *sources("*.h")],
+            depends=["CMakeLists.txt", *sources("*.h", "*.cu", "*.cuh")],
             optional=not REQUIRE_EXTENSION,
         )
     ],

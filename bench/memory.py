@@ -8,7 +8,6 @@ nearest code: that of the peer above those with inputs and codebook, and no pred
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 from unittest import mock
 
 from bench.cases import NEAREST_CODE_CASES, SAMPLER_CASES, NearestCodeCase, SamplerCase
-from bench.nearest_code_contender import Contender, Problem
+from bench.nearest_code_contender import Contender, Problem, return_freed_memory
 from bench.nearest_code_peers import factories
 from bench.sampler import request_of
 from fastvq import PixelSNAIL, sample
@@ -68,7 +67,8 @@ def _contender(case: NearestCodeCase, peer: str) -> Contender:
 
 def _start() -> int:
     """Resident bytes now; the high-water mark becomes that of what follows, whatever preparing it took."""
-    _return_freed_memory()
+    # Otherwise a run would fill what its preparation has left, and seem to need less.
+    return_freed_memory()
     Path("/proc/self/clear_refs").write_text("5")
     return _resident("VmRSS")
 
@@ -89,12 +89,6 @@ def _resident(name: str) -> int:
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"/proc/self/status has no {name}")
-
-
-def _return_freed_memory() -> None:
-    """Otherwise a run would fill what its preparation has left, and seem to need less."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def main(arguments: list[str]) -> None:

@@ -26,7 +26,15 @@ from bench.harness import (
     timed,
 )
 from bench.machine import CPU_FLOAT32, GPU_UNITS, ROOT, Ceilings
-from bench.nearest_code_contender import DECAY, EPS, MOST_SECONDS, Averages, Contender, Problem
+from bench.nearest_code_contender import (
+    DECAY,
+    EPS,
+    MOST_SECONDS,
+    Averages,
+    Contender,
+    Problem,
+    return_freed_memory,
+)
 from bench.nearest_code_peers import Compiled, factories
 
 U = 2.0**-24
@@ -42,8 +50,8 @@ _CHECKED_SCORES = 1 << 24
 
 def run_case(case: NearestCodeCase, recorder: Recorder) -> Result:
     """Time everyone on a case, and check what each has found in the same run."""
-    # What the case before has left in cycles can be gigabytes.
-    gc.collect()
+    # What the case before has left in cycles and in compiled functions can be gigabytes.
+    _clear()
     problem = Problem(case, tuned=not recorder.quick)
     result = Result(case.operation, case.name, case.batch, [], work=[_work(case)])
     result.facts = {"shape": [case.batch, case.num_codes, case.code_dim], "what": case.what, "dtype": str(case.dtype)}
@@ -53,14 +61,18 @@ def run_case(case: NearestCodeCase, recorder: Recorder) -> Result:
     contenders: dict[str, Contender] = {}
     peers: list[Peer] = []
     for name, kind, make in factories(problem):
-        reason = kind.missing(case)
+        reason, contender = kind.missing(case), None
         if reason is None:
             contender = make(problem)
             expected, reason = _warm(contender, quick=recorder.quick)
         if reason is not None:
+            contender = None
+            _clear()
             result.left_out[name] = reason
             recorder.log(f"  {name}: left out: {reason}")
             continue
+        assert contender is not None
+        return_freed_memory()
         contenders[name] = contender
         peers.append(Peer(name, contender.run, expected, problem.threads, contender.prepare, case.device))
     seconds, found = measure(peers, quick=recorder.quick)
@@ -80,6 +92,11 @@ def run_case(case: NearestCodeCase, recorder: Recorder) -> Result:
         measured = [contenders[name] for name in case.memory if name in contenders]
         result.memory = [_gpu_memory(c) if case.device == "cuda" else measure_memory(case, c.name) for c in measured]
     return result
+
+
+def _clear() -> None:
+    gc.collect()
+    return_freed_memory()
 
 
 def _warm(contender: Contender, *, quick: bool) -> tuple[float, str | None]:

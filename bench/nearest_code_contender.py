@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,12 +19,36 @@ from bench.harness import timed
 from bench.machine import shared_cache_bytes
 
 DECAY, EPS, COMMITMENT = 0.99, 1e-5, 0.25
-# What would take more memory for N x K or more time per call is left out.
+# What would take more memory for N x K or more time per call is left out; on a CPU also what would take more than this
+# part of the memory that is available just then.
 MOST_BYTES = {"cpu": 9e9, "cuda": 32e9}
+_MOST_AVAILABLE = 0.5
 MOST_SECONDS = 30.0
 # Forms are chosen on this many rows, and times of slow peers are estimated from them.
 TRIAL_ROWS = 8192
 _MOST_INPUTS = 64
+
+
+def most_bytes(device: str) -> float:
+    """Memory that a contender may use for N x K."""
+    limit = MOST_BYTES[device]
+    available = available_memory() if device == "cpu" else None
+    return limit if available is None else min(limit, _MOST_AVAILABLE * available)
+
+
+def available_memory() -> int | None:
+    """Bytes that can be had without anything else being pushed out; None where it is not known."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+def return_freed_memory() -> None:
+    """Give what the C library keeps of freed memory back to the system."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class Problem:
@@ -126,7 +153,7 @@ class Contender(ABC):
     def reason(self) -> str | None:
         """Why it should not run this case, or None."""
         size = self.bytes_per_score * self.case.scores
-        limit = MOST_BYTES[self.case.device]
+        limit = most_bytes(self.case.device)
         return f"about {size / 1e9:.0f} GB for N x K, limit {limit / 1e9:.0f}" if size > limit else None
 
     def tune(self) -> None:  # noqa: B027

@@ -23,18 +23,18 @@ from bench.nearest_code_contender import (
     COMMITMENT,
     DECAY,
     EPS,
-    MOST_BYTES,
     TRIAL_ROWS,
     Averages,
     Contender,
     Problem,
+    most_bytes,
 )
 from fastvq.models import VectorQuantizer
-from fastvq.ops import dispatch
+from fastvq.ops import dispatch, ema_update
 from fastvq.ops.nearest_code import nearest_code, nearest_code_statistics
 
-# Above this the product alone is not written in full.
-_MOST_PRODUCT_BYTES = 3e9
+# Above this the product alone is not written in full: its buffer is there while all the others run.
+_MOST_PRODUCT_BYTES = 1e9
 
 
 class Fastvq(Contender):
@@ -60,7 +60,9 @@ class Fastvq(Contender):
             return super().step(x)
         with torch.no_grad():
             found = nearest_code_statistics(x, self._averages.embedding, **self.keywords)
-            self._averages.update(found.counts, found.sums)
+            a = self._averages
+            buffers = a.cluster_size, a.embedding_sum, a.embedding
+            ema_update(found.counts, found.sums, *buffers, decay=DECAY, eps=EPS)
         return found.indices
 
 
@@ -228,7 +230,8 @@ class Compiled(Contender):
         scores = 1 << 20 if self.case.device == "cpu" else 1 << 26
         chunk = max(64, scores // self.case.num_codes)
         forms = [chunk] if chunk < self.case.batch and self.case.batch % chunk == 0 else []
-        if 4 * self.case.scores <= MOST_BYTES[self.case.device]:
+        # The product, and what it becomes.
+        if 8 * self.case.scores <= most_bytes(self.case.device) or not forms:
             forms.append(self.case.batch)
         x, codebook = self.x.detach(), self.problem.codebook
         times = {}

@@ -111,6 +111,14 @@ def test_hopeless_peers_are_left_out_with_the_reason(recorder: Recorder, monkeyp
     assert result.entry("chunked addmm") is not None
 
 
+def test_what_the_machine_cannot_hold_is_left_out(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = 4 * CASE.scores
+    monkeypatch.setattr(nearest_code_contender, "available_memory", lambda: 2 * scores - 2)
+    assert run_case(CASE, Recorder(quick=True, log=recorder.log)).left_out["eager"].endswith("GB for N x K, limit 0")
+    monkeypatch.setattr(nearest_code_contender, "available_memory", lambda: 2 * scores + 2)
+    assert "eager" not in run_case(CASE, Recorder(quick=True, log=recorder.log)).left_out
+
+
 def test_missing_libraries_are_left_out_and_named(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     names = ("vector_quantize_pytorch", "faiss")

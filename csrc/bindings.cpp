@@ -1,5 +1,5 @@
-// Python bindings: the only file that knows nanobind. Tensors come as addresses; the Python side has checked dtype,
-// device and layout, and what is checked here keeps a mistake there from reading or writing wild memory.
+// Python bindings. Only binding files know nanobind. Tensors come as addresses; the Python side has checked dtype, device
+// and layout, and what is checked here keeps a mistake there from reading or writing wild memory.
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -13,38 +13,29 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/unique_ptr.h>
 
+#include "binding_helpers.h"
 #include "cpu/draw.h"
+#include "cpu/ema.h"
 #include "cpu/kernels.h"
 #include "cpu/nearest.h"
 #include "cpu/shared_pool.h"
 #include "cpu/step_plan.h"
 
+#if defined(FASTVQ_WITH_CUDA)
+#include "cuda/bindings.h"
+#include "cuda/probes_bindings.h"
+#endif
+
 namespace nb = nanobind;
 
 namespace {
 
+using fastvq::draw_options;
+using fastvq::expect;
+using fastvq::pointer;
+
 // Raised together with the number in fastvq/_engine.py when a signature changes.
-constexpr int kInterface = 4;
-
-template <typename T>
-T* pointer(const char* name, uintptr_t address, int64_t count) {
-    if (count > 0 && (address == 0 || address % alignof(T) != 0)) {
-        throw std::invalid_argument(std::string(name) + ": expected the address of an aligned array, got " +
-                                    std::to_string(address));
-    }
-    return reinterpret_cast<T*>(address);
-}
-
-void expect(bool condition, const char* name, const char* expected) {
-    if (!condition) throw std::invalid_argument(std::string(name) + ": expected " + expected);
-}
-
-fastvq::cpu::DrawOptions draw_options(int64_t num_codes, float temperature, int64_t top_k, float top_p) {
-    expect(std::isnormal(temperature) && temperature > 0.0f, "temperature", "a positive normal float32");
-    expect(top_k >= 1 && top_k <= num_codes, "top_k", "1 to num_codes");
-    expect(top_p > 0.0f && top_p <= 1.0f, "top_p", "a value in (0, 1]");
-    return {temperature, top_k, top_p};
-}
+constexpr int kInterface = 5;
 
 int64_t draw(uintptr_t logits, uintptr_t uniforms, uintptr_t tokens, int64_t rows, int64_t num_codes,
              float temperature, int64_t top_k, float top_p) {
@@ -101,9 +92,35 @@ void nearest_codes(uintptr_t x, int64_t element, int64_t rows, int64_t stride, i
     fastvq::cpu::nearest_codes(task, threads, found);
 }
 
-// Columns of the tables that describe operations and terms; fastvq/sampling/cpu_engine.py writes them.
-constexpr int64_t kOpFields = 14;
-constexpr int64_t kTermFields = 5;
+void ema_update(uintptr_t counts, bool whole_counts, uintptr_t sums, int64_t num_codes, int64_t depth,
+                uintptr_t cluster_size, uintptr_t embedding_sum, uintptr_t embedding, double decay, double eps,
+                bool skip_unusable, int64_t threads) {
+    constexpr int64_t kMost = std::numeric_limits<int32_t>::max() / 2;
+    expect(num_codes >= 0 && num_codes <= kMost, "num_codes", "0 to 2^30");
+    expect(depth >= 0 && depth <= kMost, "depth", "0 to 2^30");
+    expect(decay >= 0.0 && decay <= 1.0, "decay", "0 to 1");
+    expect(eps > 0.0 && std::isfinite(eps), "eps", "a positive number");
+    expect(threads >= 1 && threads <= 1024, "threads", "1 to 1024");
+    const int64_t size = num_codes * depth;
+    fastvq::cpu::EmaTask task{};
+    if (whole_counts) {
+        task.counts = pointer<const int64_t>("counts", counts, num_codes);
+    } else {
+        task.float_counts = pointer<const float>("counts", counts, num_codes);
+    }
+    task.sums = pointer<const float>("sums", sums, size);
+    task.num_codes = num_codes;
+    task.depth = depth;
+    task.cluster_size = pointer<float>("cluster_size", cluster_size, num_codes);
+    task.embedding_sum = pointer<float>("embedding_sum", embedding_sum, size);
+    task.embedding = pointer<float>("embedding", embedding, size);
+    task.decay = decay;
+    task.eps = eps;
+    task.skip_unusable = skip_unusable;
+    nb::gil_scoped_release release;
+    fastvq::cpu::ema_update(task, threads);
+}
+
 constexpr int64_t kViewFields = 3;
 
 std::unique_ptr<fastvq::cpu::StepPlan> make_step_plan(uintptr_t ops, int64_t num_ops, uintptr_t terms,
@@ -111,27 +128,13 @@ std::unique_ptr<fastvq::cpu::StepPlan> make_step_plan(uintptr_t ops, int64_t num
                                                       int64_t positions, int64_t num_codes, int64_t key_stride,
                                                       bool bf16, int64_t threads, const std::string& kernels) {
     using namespace fastvq::cpu;
-    constexpr int64_t kLimit = 1 << 24;
-    expect(num_ops >= 1 && num_ops < kLimit, "num_ops", "1 to 2^24");
-    expect(num_terms >= 0 && num_terms < kLimit, "num_terms", "0 to 2^24");
-    const auto* op_data = pointer<const int64_t>("ops", ops, num_ops);
-    const auto* term_data = pointer<const int64_t>("terms", terms, num_terms);
+    std::vector<fastvq::OpSpec> op_specs = fastvq::op_table(ops, num_ops);
+    std::vector<fastvq::TermSpec> term_specs = fastvq::term_table(terms, num_terms);
     const Kernels& found = kernels_named(kernels);
-    std::vector<OpSpec> specs;
-    for (int64_t i = 0; i < num_ops; ++i, op_data += kOpFields) {
-        const auto* d = op_data;
-        expect(d[1] >= 1 && d[1] < kLimit, "channels", "1 to 2^24");
-        specs.push_back({static_cast<Kind>(d[0]), d[1], d[2], d[3] != 0, {d[4], d[5], d[6]}, d[7], d[8] != 0, d[9],
-                         d[10], d[11], pointer<const float>("weights", d[12], d[13]), d[13]});
-    }
-    std::vector<TermSpec> term_specs;
-    for (int64_t i = 0; i < num_terms; ++i, term_data += kTermFields) {
-        const auto* d = term_data;
-        term_specs.push_back({d[0], d[1], d[2], pointer<const float>("weights", d[3], 1), d[4]});
-    }
-    const StepShape shape{batch, width, positions, num_codes, key_stride};
+    const fastvq::StepShape shape{batch, width, positions, num_codes, key_stride};
     nb::gil_scoped_release release;
-    return std::make_unique<StepPlan>(std::move(specs), term_specs, output, shape, bf16, threads, found);
+    return std::make_unique<StepPlan>(std::move(op_specs), std::move(term_specs), output, shape, bf16,
+                                      threads, found);
 }
 
 std::vector<fastvq::cpu::View> views(const char* name, uintptr_t address, int64_t count) {
@@ -147,7 +150,7 @@ int64_t run_row(const fastvq::cpu::StepPlan& plan, int64_t row, uintptr_t values
                 int64_t code_stride, uintptr_t uniforms, int64_t uniform_stride, uintptr_t known, int64_t known_stride,
                 float temperature, int64_t top_k, float top_p) {
     using namespace fastvq::cpu;
-    const StepShape& shape = plan.shape();
+    const fastvq::StepShape& shape = plan.shape();
     expect(row >= 0 && row < shape.positions / shape.width, "row", "a row of the grid");
     const std::vector<View> value_views = views("values", values, plan.num_ops());
     const std::vector<View> start_views = views("starts", starts, plan.num_ops());
@@ -230,6 +233,13 @@ NB_MODULE(_ext, m) {
     // Plans live as long as the priors they were made for, often to the end of the process. That is no leak.
     nb::set_leak_warnings(false);
     m.attr("INTERFACE") = kInterface;
+#if defined(FASTVQ_WITH_CUDA)
+    m.attr("CUDA") = true;
+    bind_cuda(m);
+    bind_probes(m);
+#else
+    m.attr("CUDA") = false;
+#endif
     m.def("draw", &draw, nb::arg("logits"), nb::arg("uniforms"), nb::arg("tokens"), nb::arg("rows"),
           nb::arg("num_codes"), nb::arg("temperature"), nb::arg("top_k"), nb::arg("top_p"),
           "Inverse-CDF draw; arrays by address. Returns -1, or the first row that cannot be drawn.");
@@ -237,6 +247,10 @@ NB_MODULE(_ext, m) {
           nb::arg("depth"), nb::arg("codebook"), nb::arg("num_codes"), nb::arg("indices"), nb::arg("mask"),
           nb::arg("counts"), nb::arg("sums"), nb::arg("squared_error"), nb::arg("threads"), nb::arg("kernels"),
           "Nearest codes, and statistics unless counts is 0; arrays by address.");
+    m.def("ema_update", &ema_update, nb::arg("counts"), nb::arg("whole_counts"), nb::arg("sums"), nb::arg("num_codes"),
+          nb::arg("depth"), nb::arg("cluster_size"), nb::arg("embedding_sum"), nb::arg("embedding"), nb::arg("decay"),
+          nb::arg("eps"), nb::arg("skip_unusable"), nb::arg("threads"),
+          "Moving averages of a codebook and its codes, in place; arrays by address, counts int64 or float.");
     nb::class_<fastvq::cpu::StepPlan>(m, "StepPlan")
         .def_prop_ro("weight_bytes", &fastvq::cpu::StepPlan::weight_bytes)
         .def_prop_ro("kernels", &fastvq::cpu::StepPlan::kernels_name)

@@ -183,7 +183,7 @@ def forward(
         mask: ``strict`` (position 0 gets zeros) or ``inclusive``.
         dropout: probability that a logit becomes 0; those kept are scaled by 1 / (1 - dropout).
         seed: of the dropout, any int64. A logit's fate depends on the seed, its batch entry, head and positions alone.
-        precision: of products of float32: ``ieee``, or on tensor cores ``tf32x3`` (three products) or ``tf32``.
+        precision: of products of float32: ``ieee``, or on tensor cores ``tf32``.
         tiles: instead of those of `forward_tiles`.
 
     Returns:

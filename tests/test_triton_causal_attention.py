@@ -447,7 +447,7 @@ COMPILED = [
     (90, 96, 128, "bf16", True, "ieee", True),
     (90, 128, 128, "bf16", False, "ieee", False),
     (90, 256, 256, "bf16", True, "ieee", False),
-    (90, 64, 64, "fp32", True, "tf32x3", True),
+    (90, 64, 64, "fp32", True, "tf32", True),
     (90, 128, 128, "fp32", False, "ieee", False),
     (80, 128, 128, "bf16", True, "ieee", True),
     (100, 128, 128, "bf16", True, "ieee", False),

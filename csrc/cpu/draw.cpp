@@ -1,35 +1,13 @@
 #include "cpu/draw.h"
 
 #include <algorithm>
-#include <cstring>
 #include <limits>
 #include <numeric>
 
+#include "draw_exp.h"
+
 namespace fastvq::cpu {
 namespace {
-
-// exp(x) for x <= 0 (also -inf) within 2 units in the last place; 0 where the result would be subnormal. Own code,
-// because it vectorises on every compiler and gives the same bits with every C library. Polynomial: Cephes expf.
-inline float exp_nonpositive(float x) {
-    constexpr float kLowest = -87.0f;
-    constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer held in the low bits
-    const float clamped = x < kLowest ? kLowest : x;
-    const float shifted = clamped * 1.44269504088896341f + kRound;
-    const float n = shifted - kRound;
-    // log(2) in two parts, the first short enough for n times it to be exact.
-    const float r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    const float y = (p * r) * r + r + 1.0f;
-    const int32_t bits = (static_cast<int32_t>(n) + 127) * (1 << 23);
-    float scale;
-    std::memcpy(&scale, &bits, sizeof(scale));
-    return x < kLowest ? 0.0f : y * scale;
-}
 
 // The largest logit, or a NaN when the row holds a NaN or +inf.
 inline float checked_max(const float* logits, int64_t count) {
@@ -82,7 +60,7 @@ int64_t draw_rows(const float* logits, const float* uniforms, int64_t rows, int6
         const float largest = checked_max(logits, num_codes);
         if (!(u >= 0.0f && u < 1.0f) || !(largest > -kInfinity)) return row;
         for (int64_t k = 0; k < num_codes; ++k) {
-            weights[k] = exp_nonpositive((logits[k] - largest) / temperature);
+            weights[k] = draw_weight(logits[k], largest, temperature);
         }
         if (filtered) filter(logits, num_codes, options, scratch);
 

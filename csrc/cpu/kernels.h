@@ -48,6 +48,8 @@ struct Attend {
 };
 
 constexpr int64_t kMostPanelRows = 32;
+// Rows behind those that are summed whose numbers are read, to fetch them early.
+constexpr int64_t kLookAhead = 8;
 
 // How the elements of a matrix are stored.
 enum class Element { kFloat32, kBFloat16, kFloat16 };
@@ -67,8 +69,14 @@ struct NearestKernels {
     // codes k of some tiles, numbered from `first`, and in `index` the first code that reaches it. NaN is never least.
     void (*scan)(const float* panel, const float* tiles, const float* start, int64_t depth, int64_t num_tiles,
                  int32_t first, float* best, int32_t* index);
-    // |x - code|^2 in float.
-    float (*squared_distance)(const void* x, Element element, const float* code, int64_t depth);
+    // Sum over rows n of |x_n - code index[n]|^2, without those where mask is 0 unless it is null. Lanes are added up in
+    // float within a row and in double over rows.
+    double (*squared_distances)(const void* x, Element element, int64_t stride, int64_t rows, int64_t depth,
+                                const float* codes, const int64_t* index, const uint8_t* mask);
+    // sums[d] = sum over i < count of x[order[i]][d], in this order and in double. Of `order` kLookAhead numbers more are
+    // read, which must be those of rows.
+    void (*sum_rows)(const void* x, Element element, int64_t stride, const int64_t* order, int64_t count, int64_t depth,
+                     float* sums);
     // sums[d] += x[d].
     void (*add)(const void* x, Element element, int64_t depth, double* sums);
 };

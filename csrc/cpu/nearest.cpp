@@ -22,8 +22,10 @@ constexpr int64_t kLargestBlock = 8;  // panels
 constexpr int64_t kWantedBlocks = 64;
 // Multiply-adds that take longer than making a thread does.
 constexpr int64_t kLeastWork = 1 << 22;
-// A thread's share of the columns of the sums starts at a cache line of them.
+// A thread's share of the columns of a sum starts at a cache line of them.
 constexpr int64_t kColumnGroup = 16;
+// Vectors are sorted by several threads where each has so many of them for a code of its own table.
+constexpr int64_t kLeastSorted = 8;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -57,7 +59,11 @@ struct Search {
     // The code that a vector counts for, or -1.
     std::unique_ptr<int32_t[]> assigned{task.counts ? new int32_t[task.rows] : nullptr};
     std::vector<double> errors = std::vector<double>(task.counts ? num_blocks : 0);
-    std::vector<double> sums = std::vector<double>(task.counts ? task.num_codes * task.depth : 0);
+    // The vectors that count, by code and in their order, and as many numbers behind them as a kernel looks ahead.
+    std::unique_ptr<int64_t[]> order{task.counts ? new int64_t[task.rows + kLookAhead] : nullptr};
+    int64_t sorters = std::clamp<int64_t>(task.rows / (kLeastSorted * task.num_codes), 1, threads);
+    // [sorters][num_codes]: how many vectors of a code there are in a thread's share, then where they go.
+    std::vector<int64_t> places = std::vector<int64_t>(task.counts ? sorters * task.num_codes : 0);
     std::atomic<int64_t> next_block{0};
     Barrier barrier{threads};
 
@@ -113,44 +119,73 @@ struct Search {
                              static_cast<int32_t>(t * kernels.tile_codes), best + p * width, index + p * width);
             }
         }
-        double error = 0.0;
         for (int64_t i = 0; i < rows; ++i) {
             const int64_t n = first + i;
             const int32_t found = std::isfinite(best[i]) ? index[i] : -1;
             task.indices[n] = std::max(found, 0);
-            if (!task.counts) continue;
-            const bool wanted = task.mask == nullptr || task.mask[n] != 0;
-            assigned[n] = wanted ? found : -1;
-            if (wanted) {
-                error += kernels.squared_distance(row(n), task.element, task.codebook + task.indices[n] * task.depth,
-                                                  task.depth);
-            }
+            if (task.counts) assigned[n] = task.mask == nullptr || task.mask[n] != 0 ? found : -1;
         }
-        if (task.counts) errors[block] = error;
+        if (!task.counts) return;
+        errors[block] = kernels.squared_distances(row(first), task.element, task.stride, rows, task.depth, task.codebook,
+                                                  task.indices + first, task.mask ? task.mask + first : nullptr);
     }
 
-    void add_columns(int64_t begin, int64_t end) {
-        const int64_t size = task.element == Element::kFloat32 ? 4 : 2;
-        for (int64_t n = 0; n < task.rows; ++n) {
-            if (assigned[n] < 0) continue;
-            kernels.add(static_cast<const char*>(row(n)) + begin * size, task.element, end - begin,
-                        sums.data() + assigned[n] * task.depth + begin);
+    // A stable counting sort in three steps: count shares, turn counts into places, put vectors there.
+    void count_share(int64_t sorter) {
+        int64_t* counts = places.data() + sorter * task.num_codes;
+        for (int64_t n = share(sorter); n < share(sorter + 1); ++n) {
+            if (assigned[n] >= 0) ++counts[assigned[n]];
         }
+    }
+
+    void find_places() {
+        int64_t next = 0;
         for (int64_t k = 0; k < task.num_codes; ++k) {
-            for (int64_t d = begin; d < end; ++d) {
-                task.sums[k * task.depth + d] = static_cast<float>(sums[k * task.depth + d]);
+            const int64_t first = next;
+            for (int64_t s = 0; s < sorters; ++s) {
+                const int64_t count = places[s * task.num_codes + k];
+                places[s * task.num_codes + k] = next;
+                next += count;
             }
+            task.counts[k] = next - first;
         }
-    }
-
-    void finish() {
-        std::fill(task.counts, task.counts + task.num_codes, 0);
-        for (int64_t n = 0; n < task.rows; ++n) {
-            if (assigned[n] >= 0) ++task.counts[assigned[n]];
-        }
+        std::fill(order.get() + next, order.get() + next + kLookAhead, 0);
         double error = 0.0;
         for (double part : errors) error += part;
         *task.squared_error = static_cast<float>(error);
+    }
+
+    void sort_share(int64_t sorter) {
+        int64_t* next = places.data() + sorter * task.num_codes;
+        for (int64_t n = share(sorter); n < share(sorter + 1); ++n) {
+            if (assigned[n] >= 0) order[next[assigned[n]]++] = n;
+        }
+    }
+
+    int64_t share(int64_t sorter) const { return task.rows * sorter / sorters; }
+
+    // Work lies along a line: code after code, the groups of columns of each, and of a group one step for every vector
+    // and one for writing the sum. A thread does the groups that begin in its piece of the line, so that even a code that
+    // has all the vectors is shared.
+    void add_share(int64_t thread) {
+        const int64_t groups = ceil_div(task.depth, kColumnGroup);
+        int64_t total = 0;
+        for (int64_t k = 0; k < task.num_codes; ++k) total += (task.counts[k] + 1) * groups;
+        const int64_t begin = total * thread / threads, end = total * (thread + 1) / threads;
+        int64_t at = 0, first = 0;
+        for (int64_t k = 0; k < task.num_codes && at < end; ++k) {
+            const int64_t count = task.counts[k], steps = count + 1;
+            const int64_t from = std::clamp<int64_t>(ceil_div(std::max<int64_t>(begin - at, 0), steps), 0, groups);
+            const int64_t to = std::clamp<int64_t>(ceil_div(end - at, steps), 0, groups);
+            if (from < to) {
+                const int64_t column = from * kColumnGroup, last = std::min(to * kColumnGroup, task.depth);
+                const int64_t size = task.element == Element::kFloat32 ? 4 : 2;
+                kernels.sum_rows(static_cast<const char*>(task.x) + column * size, task.element, task.stride,
+                                 order.get() + first, count, last - column, task.sums + k * task.depth + column);
+            }
+            at += steps * groups;
+            first += count;
+        }
     }
 
     void work(int64_t thread, float* panels) {
@@ -161,12 +196,13 @@ struct Search {
         }
         if (!task.counts) return;
         barrier.wait();
-        const int64_t groups = ceil_div(task.depth, kColumnGroup), sharing = std::min(threads, groups);
-        if (thread < sharing) {
-            add_columns(groups * thread / sharing * kColumnGroup,
-                        std::min(groups * (thread + 1) / sharing * kColumnGroup, task.depth));
-        }
-        if (thread == threads - 1) finish();
+        if (thread < sorters) count_share(thread);
+        barrier.wait();
+        if (thread == 0) find_places();
+        barrier.wait();
+        if (thread < sorters) sort_share(thread);
+        barrier.wait();
+        add_share(thread);
     }
 };
 

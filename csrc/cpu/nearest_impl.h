@@ -12,6 +12,9 @@ namespace fastvq::cpu {
 namespace {
 
 typedef double DoubleVector __attribute__((vector_size(FASTVQ_LANES * 8)));
+// Of the size of a register: compilers keep larger ones in memory where sums live long.
+typedef float HalfFloats __attribute__((vector_size(FASTVQ_LANES * 2)));
+typedef double HalfDoubles __attribute__((vector_size(FASTVQ_LANES * 4)));
 
 struct Half {
     uint16_t bits;
@@ -36,6 +39,26 @@ inline Vector load_part(const T* p, int64_t count) {
 template <class T>
 inline Vector load_up_to(const T* p, int64_t count) {
     return count >= kLanes ? load(p) : load_part(p, count);
+}
+
+// sums += x, the first kLanes / 2 of it and the others.
+inline void add_wide(const float* x, HalfDoubles (&sums)[2]) {
+    for (int i = 0; i < 2; ++i) {
+        HalfFloats part;
+        std::memcpy(&part, x + i * (kLanes / 2), sizeof(part));
+        sums[i] += __builtin_convertvector(part, HalfDoubles);
+    }
+}
+
+inline void add_wide(Vector x, HalfDoubles (&sums)[2]) {
+    float parts[kLanes];
+    store(parts, x);
+    add_wide(parts, sums);
+}
+
+template <class T>
+inline void add_wide(const T* x, HalfDoubles (&sums)[2]) {
+    add_wide(load(x), sums);
 }
 
 template <class F>
@@ -156,19 +179,79 @@ void scan(const float* panel, const float* tiles, const float* start, int64_t de
 }
 
 template <class T>
-float squared_distance_of(const T* x, const float* code, int64_t depth) {
-    Vector sum = {};
-    for (int64_t d = 0; d < depth; d += kLanes) {
-        const Vector gap = load_up_to(x + d, depth - d) - load_up_to(code + d, depth - d);
-        sum += gap * gap;
+double squared_distances_of(const T* x, int64_t stride, int64_t rows, int64_t depth, const float* codes,
+                            const int64_t* index, const uint8_t* mask) {
+    HalfDoubles total[2] = {};
+    for (int64_t n = 0; n < rows; ++n) {
+        if (mask != nullptr && mask[n] == 0) continue;
+        const T* row = x + n * stride;
+        const float* code = codes + index[n] * depth;
+        Vector sum = {};
+        int64_t d = 0;
+        for (; d + kLanes <= depth; d += kLanes) {
+            const Vector gap = load(row + d) - load(code + d);
+            sum += gap * gap;
+        }
+        if (d < depth) {
+            const Vector gap = load_part(row + d, depth - d) - load_part(code + d, depth - d);
+            sum += gap * gap;
+        }
+        add_wide(sum, total);
     }
-    float total = 0.0f;
-    for (int i = 0; i < kLanes; ++i) total += sum[i];
-    return total;
+    const HalfDoubles both = total[0] + total[1];
+    double result = 0.0;
+    for (int i = 0; i < kLanes / 2; ++i) result += both[i];
+    return result;
 }
 
-float squared_distance(const void* x, Element element, const float* code, int64_t depth) {
-    return with_element(element, x, [&](auto* data) { return squared_distance_of(data, code, depth); });
+double squared_distances(const void* x, Element element, int64_t stride, int64_t rows, int64_t depth,
+                         const float* codes, const int64_t* index, const uint8_t* mask) {
+    return with_element(element, x, [&](auto* data) {
+        return squared_distances_of(data, stride, rows, depth, codes, index, mask);
+    });
+}
+
+// Sums of kVectors vectors of columns stay in registers; with kPart the last of them has only `rest` columns.
+template <int kVectors, bool kPart, class T>
+void sum_columns(const T* x, int64_t stride, const int64_t* order, int64_t count, int64_t rest, float* sums) {
+    constexpr int64_t kLine = 64 / sizeof(T);
+    constexpr int kWhole = kPart ? kVectors - 1 : kVectors;
+    HalfDoubles total[kVectors][2] = {};
+    for (int64_t i = 0; i < count; ++i) {
+        const T* ahead = x + order[i + kLookAhead] * stride;
+        for (int64_t d = 0; d < kVectors * kLanes; d += kLine) __builtin_prefetch(ahead + d);
+        const T* row = x + order[i] * stride;
+        for (int v = 0; v < kWhole; ++v) add_wide(row + v * kLanes, total[v]);
+        if (kPart) add_wide(load_part(row + kWhole * kLanes, rest), total[kVectors - 1]);
+    }
+    for (int v = 0; v < kVectors; ++v) {
+        float sum[kLanes];
+        for (int i = 0; i < 2; ++i) {
+            const HalfFloats part = __builtin_convertvector(total[v][i], HalfFloats);
+            std::memcpy(sum + i * (kLanes / 2), &part, sizeof(part));
+        }
+        std::memcpy(sums + v * kLanes, sum, (v < kWhole ? kLanes : rest) * sizeof(float));
+    }
+}
+
+template <class T>
+void sum_rows_of(const T* x, int64_t stride, const int64_t* order, int64_t count, int64_t depth, float* sums) {
+    int64_t d = 0;
+    for (; d + 4 * kLanes <= depth; d += 4 * kLanes) sum_columns<4, false>(x + d, stride, order, count, 0, sums + d);
+    if (d + 2 * kLanes <= depth) {
+        sum_columns<2, false>(x + d, stride, order, count, 0, sums + d);
+        d += 2 * kLanes;
+    }
+    if (d + kLanes <= depth) {
+        sum_columns<1, false>(x + d, stride, order, count, 0, sums + d);
+        d += kLanes;
+    }
+    if (d < depth) sum_columns<1, true>(x + d, stride, order, count, depth - d, sums + d);
+}
+
+void sum_rows(const void* x, Element element, int64_t stride, const int64_t* order, int64_t count, int64_t depth,
+              float* sums) {
+    with_element(element, x, [&](auto* data) { sum_rows_of(data, stride, order, count, depth, sums); });
 }
 
 template <class T>
@@ -192,7 +275,8 @@ void add(const void* x, Element element, int64_t depth, double* sums) {
 
 static_assert(kTileColumns <= kMostPanelRows, "blocks have room for panels of this size");
 
-constexpr NearestKernels kNearestKernels = {kTileColumns, kTileRows, pack_rows, pack_codes, scan, squared_distance, add};
+constexpr NearestKernels kNearestKernels = {kTileColumns, kTileRows,         pack_rows, pack_codes,
+                                            scan,         squared_distances, sum_rows,  add};
 
 }  // namespace
 }  // namespace fastvq::cpu

@@ -8,47 +8,15 @@
 
 #include "cpu/draw.h"
 #include "cpu/kernels.h"
+#include "step_spec.h"
 
 namespace fastvq::cpu {
-
-enum class Kind : int64_t { kLookup, kAffine, kElu, kConcatElu, kRelu, kAdd, kGlu, kTanh, kStoreKeys, kAttend };
-
-// One operation. Vectors of paired operations have two halves of which a thread owns the same part each, so that gates
-// find both of their inputs where they run.
-struct OpSpec {
-    Kind kind;
-    int64_t channels;
-    int64_t level;
-    bool paired;
-    int64_t sources[3];  // add: 2; attention: query, key cache (a kStoreKeys operation), value; others: 1
-    int64_t heads;
-    bool inclusive;         // attention reads its own position
-    int64_t first_term;     // affine: a range of TermSpec
-    int64_t num_terms;
-    int64_t num_taps;       // lookup: table [num_taps][num_codes][channels], taps at columns -num_taps .. -1
-    const float* weights;   // lookup: the table
-    int64_t num_weights;    // floats at weights
-};
-
-// Consecutive columns of one source times a matrix [num_columns * channels of the source][channels of the operation].
-struct TermSpec {
-    int64_t source;
-    int64_t first_column;  // relative to the current one
-    int64_t num_columns;
-    const float* weights;
-    int64_t num_weights;  // floats at weights
-};
 
 // Where an operation's vectors lie: sample b, column c at data + b * batch_stride + c * column_stride.
 struct View {
     float* data;
     int64_t batch_stride;
     int64_t column_stride;
-};
-
-struct StepShape {
-    int64_t batch, width, positions, num_codes;
-    int64_t key_stride;  // positions, padded
 };
 
 // What one call works on. Arrays of views are indexed by operation.
@@ -72,7 +40,7 @@ enum class Outcome { kDone, kStopped, kNotDrawable };
 class StepPlan {
    public:
     // Copies all weights. Throws std::invalid_argument if the operations do not form a plan.
-    StepPlan(std::vector<OpSpec> ops, const std::vector<TermSpec>& terms, int64_t output, StepShape shape, bool bf16,
+    StepPlan(std::vector<OpSpec> specs, std::vector<TermSpec> terms, int64_t output, StepShape shape, bool bf16,
              int64_t threads, const Kernels& kernels);
 
     StepPlan(const StepPlan&) = delete;
@@ -91,9 +59,6 @@ class StepPlan {
     int64_t weight_bytes() const { return weight_bytes_; }
 
    private:
-    struct Term {
-        int64_t source, offset, stride, depth;
-    };
     // The part of an affine operation that one thread computes.
     struct Share {
         std::vector<int64_t> columns, widths;
@@ -101,8 +66,6 @@ class StepPlan {
         void* weights = nullptr;
     };
     struct Op {
-        OpSpec spec;
-        std::vector<TermSpec> terms;
         int64_t depth = 0;
         std::vector<float> table;
         std::vector<Share> shares;
@@ -112,11 +75,12 @@ class StepPlan {
     };
     class Worker;
 
-    void check(const OpSpec& op, int64_t index, const std::vector<TermSpec>& terms) const;
-    void pack(Op& op, const std::vector<TermSpec>& terms);
+    void pack(int64_t index);
     Range owned(const OpSpec& op, int64_t thread) const;
 
-    std::vector<Op> ops_;
+    std::vector<OpSpec> specs_;
+    std::vector<TermSpec> terms_;
+    std::vector<Op> ops_;  // what has been made of them
     std::vector<std::vector<int64_t>> levels_;
     int64_t output_;
     StepShape shape_;

@@ -35,7 +35,6 @@ class CausalConv2d(nn.Module):
     def forward(
         self,
         x: Tensor,
-        *,
         activation: Activation | None = None,
         context: Tensor | None = None,
         gate: bool = False,
@@ -64,7 +63,6 @@ class PointwiseConv2d(nn.Conv2d):
     def forward(
         self,
         x: Tensor,
-        *,
         activation: Activation | None = None,
         context: Tensor | None = None,
         gate: bool = False,
@@ -153,8 +151,8 @@ class GatedBlock(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None, aux: Tensor | None = None) -> Tensor:
         kind: Activation | None = self.activation
-        joined = None if self.aux is None or aux is None else self.aux(activate(aux, self.activation))
-        shared = None if self.context is None or context is None else self.context(context)
+        joined = None if aux is None or self.aux is None else self.aux(activate(aux, self.activation))
+        shared = None if context is None or self.context is None else self.context(context)
         if self.legacy_skip:
             x = activate(x, self.activation)
             h = _surrounded(self.conv1, x, context=joined)
@@ -176,7 +174,8 @@ def _surrounded(
 ) -> Tensor:
     """residual + gate(conv(activation(x)) + context), in one step where the convolution can."""
     if isinstance(conv, (CausalConv2d, PointwiseConv2d)):
-        return conv(x, activation=activation, context=context, gate=gate, residual=residual)
+        # By position: nn.Module would pack and unpack names twice.
+        return conv(x, activation, context, gate, residual)
     h = conv(x if activation is None else activate(x, activation))
     h = h if context is None else h + context
     h = F.glu(h, dim=1) if gate else h

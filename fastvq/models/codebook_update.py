@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastvq.errors import ArgumentError, UnavailableError
+from fastvq.ops import ema_update  # noqa: F401  (registers the operation)
+from fastvq.ops.dispatch import ema_update_backends
 from fastvq.ops.nearest_code import nearest_code_statistics
 
 _KMEANS_VECTORS_PER_CODE = 256
@@ -98,6 +100,15 @@ def move_codebook(
     Returns:
         counts added over processes, as floating point.
     """
+    if embedding_sum is not None and revive_below <= 0 and not cosine and not _distributed(sync):
+        # What most training does, in one pass where there is a kernel for it.
+        found, moved = counts[0] if len(counts) == 1 else counts.sum(0), sums
+        if embedding.ndim == 2:
+            found, moved = found.squeeze(0), sums.squeeze(0)
+        buffers = cluster_size, embedding_sum, embedding
+        if ema_update_backends(found, moved, *buffers)[0][1] is None:
+            torch.ops.fastvq.ema_update(found, moved, *buffers, decay, eps, True, "cpp")
+            return counts.to(torch.float32)
     table = embedding[None] if embedding.ndim == 2 else embedding
     before = cluster_size[None] if cluster_size.ndim == 1 else cluster_size
     dtype = torch.promote_types(table.dtype, torch.float32)

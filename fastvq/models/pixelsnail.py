@@ -53,6 +53,8 @@ class PixelSNAIL(Prior):
         rows = codes.shape[1]
         x = self.input(codes)
         background = self.background[:, :, :rows].expand(codes.shape[0], -1, -1, -1).to(x.dtype)
+        # Joined to features in another layout, all would be copied by every block.
+        background = background.contiguous(memory_format=torch.channels_last)
         if context is not None:
             context = context[:, :, :rows]
         for block in self.blocks:
@@ -132,7 +134,9 @@ class AttentionBlock(nn.Module):
         heads = [self._split(t) for t in (self.query(asking), self.key(sources), self.value(sources))]
         dropout = self.dropout if self.training else 0.0
         found = causal_attention(*heads, mask=self.mask, dropout=dropout)
-        return self.out_block(features, aux=found.transpose(2, 3).flatten(1, 2).unflatten(2, x.shape[2:]))
+        # Channels-last, as the features are.
+        image = found.transpose(1, 2).flatten(2).transpose(1, 2).unflatten(2, x.shape[2:])
+        return self.out_block(features, aux=image)
 
     def _split(self, x: Tensor) -> Tensor:
         """[B, heads * D, H, W] to [B, heads, H * W, D]."""

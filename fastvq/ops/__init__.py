@@ -11,6 +11,7 @@ from fastvq.ops.causal import (
 )
 from fastvq.ops.dispatch import explain_backend
 from fastvq.ops.draw import draw, draw_margin, draw_reference
+from fastvq.ops.ema_update import ema_update, ema_update_reference
 from fastvq.ops.nearest_code import CodeStatistics, nearest_code, nearest_code_statistics
 
 __all__ = [
@@ -23,6 +24,8 @@ __all__ = [
     "draw",
     "draw_margin",
     "draw_reference",
+    "ema_update",
+    "ema_update_reference",
     "explain_backend",
     "fused_causal_conv2d",
     "fused_causal_conv2d_reference",

@@ -12,6 +12,7 @@ from fastvq._check import require_choice, require_floating, require_shape, requi
 from fastvq.errors import ArgumentError, ArgumentTypeError, UnavailableError
 from fastvq.ops import causal_attention_backends as backends
 from fastvq.ops.causal_grid import MASKS, Mask
+from fastvq.ops.dispatch import runs_directly
 
 _LARGEST_SEED = 2**63 - 1
 
@@ -42,27 +43,52 @@ def causal_attention(
         [B, heads, N, E], of the inputs' dtype (that of autocast where it is on); logits are scaled by 1 / sqrt(D).
 
     Memory grows with N, not N^2. What a position gets does not depend on later positions as long as their entries are
-    finite; a value of NaN may spoil earlier positions, with ``triton`` only gradients. With dropout, with E other than
-    D on a CPU, and with ``triton``, differentiating twice raises.
+    finite; a value of NaN may spoil earlier positions, with ``triton`` only gradients. The gradient has no gradient:
+    differentiating twice raises, except through `causal_attention_reference`.
 
     Raises:
         ArgumentError, ArgumentTypeError: shapes, dtypes, devices or numbers that do not fit.
         UnavailableError: the backend asked for cannot run here.
     """
-    _check(query, key, value, mask, dropout, seed)
+    direct = runs_directly(query, key, value)
+    if not (direct and _fits(query, key, value, mask, dropout, seed)):
+        _check(query, key, value, mask, dropout, seed)
     device = query.device.type
     if torch.is_autocast_enabled(device) and query.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    learns = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     # On a GPU without Triton the registered operation would do too, but the library's is faster.
     on_library = backend == "torch" or (backend is None and device != "cuda")
     if on_library and not dropout and (device != "cpu" or query.shape[3] == value.shape[3]) and query.shape[2] > 1:
+        if direct and learns:
+            query, key, value = _Once.apply(query, key, value)
         return backends.library_attention(query, key, value, mask)
     number = None
     if dropout:
         # A tensor, so that a compiled graph draws a seed of its own in every run.
         number = torch.randint(_LARGEST_SEED, ()) if seed is None else torch.tensor(seed)
-    return torch.ops.fastvq.causal_attention(query, key, value, number, mask, dropout, backend)[0]
+    arguments = (query, key, value, number, mask, dropout, backend)
+    if not direct:
+        return torch.ops.fastvq.causal_attention(*arguments)[0]
+    return _Direct.apply(*arguments) if learns else backends.forward(*arguments)[0]
+
+
+def _fits(query: Tensor, key: Tensor, value: Tensor, mask: str, dropout: float, seed: int | None) -> bool:
+    """Whether arguments are beyond doubt what `_check` expects, which takes ten times as long to say so."""
+    shape, dtype, device = query.shape, query.dtype, query.device
+    return (
+        mask in MASKS
+        and type(dropout) is float
+        and 0 <= dropout < 1
+        and seed is None
+        and len(shape) == len(value.shape) == 4
+        and key.shape == shape
+        and value.shape[:3] == shape[:3]
+        and dtype.is_floating_point
+        and dtype == key.dtype == value.dtype
+        and device == key.device == value.device
+    )
 
 
 def _check(query: object, key: object, value: object, mask: str, dropout: float, seed: int | None) -> None:
@@ -128,10 +154,13 @@ def _(
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
+    ctx.mark_non_differentiable(output[1])
+    _keep(ctx, inputs, *output)
+
+
+def _keep(ctx: Any, inputs: tuple, out: Tensor, lse: Tensor) -> None:
     query, key, value, seed, mask, dropout, backend = inputs
-    out, lse = output
     ctx.save_for_backward(query, key, value, out, lse, seed)
-    ctx.mark_non_differentiable(lse)
     ctx.options = mask, dropout, backend
 
 
@@ -139,8 +168,50 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor |
     if grad is None:
         return (None,) * 7
     query, key, value, out, lse, seed = ctx.saved_tensors
-    found = torch.ops.fastvq.causal_attention_backward(grad, query, key, value, out, lse, seed, *ctx.options)
+    # Nobody will ask for the gradient of this gradient where none is recorded.
+    direct = not torch.is_grad_enabled() and runs_directly(grad, query, key, value)
+    backward = backends.backward if direct else torch.ops.fastvq.causal_attention_backward
+    found = backward(grad, query, key, value, out, lse, seed, *ctx.options)
     return *found, None, None, None, None
+
+
+class _Direct(torch.autograd.Function):
+    """The operation as it is registered below, for callers that have no need of the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        out, lse = backends.forward(*inputs)
+        _keep(ctx, inputs, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return _backward(ctx, grad, None)
+
+
+class _Once(torch.autograd.Function):
+    """Its arguments, whose gradients refuse to be differentiated by the name of the operation that they are given to.
+
+    PyTorch's operator refuses too on most devices, naming a function of its own.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return _Refusing.apply(*grads) if torch.is_grad_enabled() else grads
+
+
+class _Refusing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return tuple(grad.view_as(grad) for grad in grads)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        _no_second_gradient(ctx, *grads)
 
 
 @register_flop_formula(torch.ops.fastvq.causal_attention)
@@ -163,7 +234,7 @@ def _backward_flops(
 
 def _no_second_gradient(ctx: Any, *grads: Tensor | None) -> Any:
     raise UnavailableError(
-        "causal_attention: the gradient cannot be differentiated again; use causal_attention_reference"
+        "causal_attention: the gradient cannot be differentiated again; use causal_attention_reference, plain PyTorch"
     )
 
 

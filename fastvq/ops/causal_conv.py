@@ -12,6 +12,7 @@ from fastvq._check import require_choice, require_floating, require_shape, requi
 from fastvq.errors import ArgumentError, ArgumentTypeError, UnavailableError
 from fastvq.ops import causal_conv_backends as backends
 from fastvq.ops.causal_grid import FORMS, MASKS, PROLOGUES, Form, Mask, Prologue, read_taps
+from fastvq.ops.dispatch import runs_directly
 
 
 def causal_conv2d(
@@ -81,8 +82,10 @@ def fused_causal_conv2d(
     Raises:
         As `causal_conv2d`.
     """
-    tensors = {"x": x, "weight": weight, "bias": bias, "context": context, "residual": residual}
-    _check(tensors, mask, form, activation, gate)
+    direct = runs_directly(x, weight, optional=(bias, context, residual))
+    if not (direct and _fits(x, weight, bias, context, residual, mask, form, activation, gate)):
+        tensors = {"x": x, "weight": weight, "bias": bias, "context": context, "residual": residual}
+        _check(tensors, mask, form, activation, gate)
     device = x.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -90,14 +93,69 @@ def fused_causal_conv2d(
         x, weight = _cast(x, dtype), _cast(weight, dtype)
         bias = None if bias is None else _cast(bias, dtype)
         context = None if context is None else _cast(context, dtype)
-    keep = gate and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors.values())
-    arguments = (x, weight, bias, context, residual, mask, form, activation, gate, keep, backend)
-    return torch.ops.fastvq.causal_conv2d(*arguments)[0]
+    learns = torch.is_grad_enabled() and (
+        x.requires_grad
+        or weight.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or (context is not None and context.requires_grad)
+        or (residual is not None and residual.requires_grad)
+    )
+    arguments = (x, weight, bias, context, residual, mask, form, activation, gate, gate and learns, backend)
+    if not direct:
+        return torch.ops.fastvq.causal_conv2d(*arguments)[0]
+    return _Direct.apply(*arguments) if learns else backends.run(*arguments)[0]
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     """As autocast does."""
     return x if x.dtype == torch.float64 else x.to(dtype)
+
+
+def _fits(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    context: Tensor | None,
+    residual: Tensor | None,
+    mask: str,
+    form: str,
+    activation: str | None,
+    gate: bool,
+) -> bool:
+    """Whether tensors are beyond doubt what `_check` expects, which takes ten times as long to say so."""
+    shape, of_weight, dtype, device = x.shape, weight.shape, x.dtype, x.device
+    if len(shape) != 4 or len(of_weight) != 4:
+        return False
+    batch, channels, height, width = shape
+    outputs, inputs, kernel, columns = of_weight
+    return (
+        mask in MASKS
+        and form in FORMS
+        and (activation is None or activation in PROLOGUES)
+        and inputs == (channels * 2 if activation == "concat_elu" else channels)
+        and 0 < kernel == columns
+        and not (gate and outputs % 2)
+        and dtype.is_floating_point
+        and weight.dtype == dtype
+        and weight.device == device
+        and (bias is None or (bias.shape == (outputs,) and bias.dtype == dtype and bias.device == device))
+        and (
+            context is None
+            or (
+                context.shape in ((batch, outputs, 1, 1), (batch, outputs, height, width))
+                and context.dtype == dtype
+                and context.device == device
+            )
+        )
+        and (
+            residual is None
+            or (
+                residual.shape == (batch, outputs // 2 if gate else outputs, height, width)
+                and residual.dtype == dtype
+                and residual.device == device
+            )
+        )
+    )
 
 
 def _check(tensors: dict[str, Tensor | None], mask: str, form: str, activation: str | None, gate: bool) -> None:
@@ -203,9 +261,13 @@ def _(grad: Tensor, pre_gate: Tensor, backend: str | None) -> Tensor:
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, weight, _bias, context, residual, mask, form, activation, gate, keep, backend = inputs
-    ctx.save_for_backward(x, weight, output[1])
     ctx.mark_non_differentiable(output[1])
+    _keep(ctx, inputs, output[1])
+
+
+def _keep(ctx: Any, inputs: tuple, pre_gate: Tensor | None) -> None:
+    x, weight, _bias, context, residual, mask, form, activation, gate, keep, backend = inputs
+    ctx.save_for_backward(x, weight, pre_gate)
     ctx.options = mask, form, activation, gate, keep, backend
     # Context for all positions gets the sum of what each of them got.
     ctx.uniform_context = context is not None and context.shape[2:] != x.shape[2:]
@@ -225,11 +287,15 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor |
         if gate:
             if not keep:
                 raise UnavailableError("keep: the gradient of a gate needs what the forward pass was told not to keep")
-            grad = torch.ops.fastvq.causal_conv2d_gate_backward(grad, pre_gate, backend)
+            direct = _has_no_gradient(grad, pre_gate)
+            of_gate = backends.gate_backward if direct else torch.ops.fastvq.causal_conv2d_gate_backward
+            grad = of_gate(grad, pre_gate, backend)
         if needs_context:
             of_context = grad.sum((2, 3), keepdim=True) if ctx.uniform_context else grad
         if needs_x or needs_weight or needs_bias:
-            of_x, of_weight, of_bias = torch.ops.fastvq.causal_conv2d_backward(
+            direct = _has_no_gradient(grad, x, weight)
+            backward = backends.backward if direct else torch.ops.fastvq.causal_conv2d_backward
+            of_x, of_weight, of_bias = backward(
                 grad, x, weight, mask, form, activation, needs_x, needs_weight or needs_bias, backend
             )
     return (
@@ -240,6 +306,25 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor |
         of_residual,
         *(None,) * 6,
     )
+
+
+def _has_no_gradient(*tensors: Tensor) -> bool:
+    """Whether a backend may find a gradient directly: nobody will ask for the gradient of that."""
+    return not torch.is_grad_enabled() and runs_directly(*tensors)
+
+
+class _Direct(torch.autograd.Function):
+    """The operation as it is registered below, for callers that have no need of the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        out, pre_gate = backends.run(*inputs)
+        _keep(ctx, inputs, pre_gate)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return _backward(ctx, grad, None)
 
 
 @register_flop_formula(torch.ops.fastvq.causal_conv2d)
@@ -268,7 +353,10 @@ def _backward_flops(
 
 
 def _no_second_gradient(ctx: Any, *grads: Tensor | None) -> Any:
-    raise UnavailableError("causal_conv2d: the gradient cannot be differentiated again; use causal_conv2d_reference")
+    raise UnavailableError(
+        "causal_conv2d: the gradient cannot be differentiated again; use causal_conv2d_reference or"
+        " fused_causal_conv2d_reference, plain PyTorch"
+    )
 
 
 torch.library.register_autograd("fastvq::causal_conv2d", _backward, setup_context=_keep_for_backward, lib=_library)

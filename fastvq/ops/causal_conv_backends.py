@@ -3,10 +3,13 @@
 On a CPU a convolution with a masked kernel spends up to half of its time on zeros. Here the whole rows of the kernel
 and what is read of the current row are two library convolutions over channels-last memory, whose results are added in
 place. Columns beyond the grid are left to the library's own padding, which skips them; rows above it are copied in,
-since padding could only be had on both sides.
+since padding could only be had on both sides. Where both would be small, what every position reads is gathered instead
+for one matrix product: there the calls themselves cost more than the copies.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -14,12 +17,15 @@ from torch import Tensor
 
 from fastvq.ops.causal_grid import Taps, read_taps
 from fastvq.ops.causal_reference import activate
-from fastvq.ops.dispatch import causal_conv2d_backends, select_backend
+from fastvq.ops.dispatch import select_causal_conv2d
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 
 # Elements from which a transposed copy is worth a call of its own.
 _IMAGE = 4096
+# Elements up to which gathering them is quicker than two convolutions, with one thread or two.
+_GATHERED = 1 << 17
+_GATHERED_DTYPES = (torch.float32, torch.float64)
 
 
 def forward(
@@ -36,8 +42,25 @@ def forward(
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     """Output, and with ``gate`` and ``keep`` what the gate is applied to, [B, O, H, W]; otherwise an empty tensor."""
-    chosen = select_backend("causal_conv2d", causal_conv2d_backends(x, weight), backend)
-    nothing = x.new_empty(0)
+    out, pre_gate = run(x, weight, bias, context, residual, mask, form, activation, gate, keep, backend)
+    return out, x.new_empty(0) if pre_gate is None else pre_gate
+
+
+def run(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    context: Tensor | None,
+    residual: Tensor | None,
+    mask: str,
+    form: str,
+    activation: str | None,
+    gate: bool,
+    keep: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor | None]:
+    """`forward`, with None for what is not kept: an operation that is registered cannot return that."""
+    chosen = select_causal_conv2d(x, weight, backend)
     if chosen == "triton":
         from fastvq.kernels import causal_conv as kernels
 
@@ -49,7 +72,7 @@ def forward(
         )  # fmt: skip
         if residual is not None and not fits:
             out = out + residual
-        return channels_last(out), nothing if pre_gate is None else pre_gate
+        return channels_last(out), pre_gate
     out = _convolve(activate(x, activation), weight, bias, read_taps(weight.shape[-1], mask, form))
     if context is not None:
         out += context
@@ -58,7 +81,7 @@ def forward(
         out = F.glu(pre_gate, dim=1)
     if residual is not None:
         out = out.add_(residual) if residual.dtype == out.dtype else out + residual
-    return channels_last(out), channels_last(pre_gate) if gate and keep else nothing
+    return channels_last(out), channels_last(pre_gate) if gate and keep else None
 
 
 def backward(
@@ -73,7 +96,7 @@ def backward(
     backend: str | None,
 ) -> Gradients:
     """Gradients of x, weight and bias from that of the convolution's result; an empty tensor for what is not needed."""
-    chosen = select_backend("causal_conv2d", causal_conv2d_backends(x, weight), backend)
+    chosen = select_causal_conv2d(x, weight, backend)
     nothing = grad.new_empty(0)
     of_x, of_weight, of_bias = nothing, nothing, nothing.clone()
     if chosen == "triton":
@@ -96,7 +119,7 @@ def backward(
 
 def gate_backward(grad: Tensor, pre_gate: Tensor, backend: str | None) -> Tensor:
     """Gradient [B, O, H, W] of what is gated, from that of the gate's result."""
-    chosen = select_backend("causal_conv2d", causal_conv2d_backends(grad, pre_gate), backend)
+    chosen = select_causal_conv2d(grad, pre_gate, backend)
     if chosen == "triton":
         from fastvq.kernels import causal_conv as kernels
 
@@ -106,6 +129,8 @@ def gate_backward(grad: Tensor, pre_gate: Tensor, backend: str | None) -> Tensor
 
 def channels_last(x: Tensor) -> Tensor:
     """The values in channels-last memory, whose strides are those of [B, H, W, C] even where sizes are 1."""
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return x
     batch, channels, height, width = x.shape
     if x.device.type == "cpu" and x.is_contiguous() and min(channels, height * width) > 1 and x[:1].numel() >= _IMAGE:
         # PyTorch transposes matrices three times as fast as it permutes axes.
@@ -121,8 +146,20 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, taps: Taps) -> Ten
     if _in_float32(x):
         return _convolve(x.float(), weight.float(), None if bias is None else bias.float(), taps).to(x.dtype)
     x = channels_last(x)
-    batch, _, height, width = x.shape
+    batch, channels, height, width = x.shape
     above, left, current = taps
+    kernel = weight.shape[-1]
+    if kernel == 1 and current and x.numel():
+        return F.conv2d(x, weight, bias)
+    # Rows of the kernel that are above the whole grid are left out.
+    first, last = kernel * max(0, above + 1 - height), above * kernel + current
+    size = batch * height * width * channels * (last - first)
+    if x.is_cpu and x.dtype in _GATHERED_DTYPES and 0 < size <= _GATHERED:
+        # One row for each position, and one of zeros for what lies outside the grid.
+        rows = F.pad(x.permute(0, 2, 3, 1).view(batch, height * width, channels), (0, 0, 0, 1))
+        read = rows.index_select(1, _sources(height, width, kernel, taps)).view(batch, height, width, -1)
+        matrix = weight.flatten(2)[:, :, first:last].transpose(1, 2).reshape(-1, read.shape[-1])
+        return F.linear(read, matrix, bias).permute(0, 3, 1, 2)
     out = None
     if x.numel() and current:
         out = F.conv2d(_padded(x, left, current - left - 1, 0, 0), weight[:, :, above : above + 1, :current], bias)
@@ -134,6 +171,22 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, taps: Taps) -> Ten
         rows = F.conv2d(_padded(x, 0, 0, above - 1, -1), weight[:, :, :above], padding=(0, left))
         out[:, :, 1:] += rows[..., :width]
     return out
+
+
+@functools.lru_cache(maxsize=256)
+def _sources(height: int, width: int, kernel: int, taps: Taps) -> Tensor:
+    """[H * W * T]: which position each tap of each position reads, H * W outside the grid.
+
+    Of the taps those above the whole grid are left out.
+    """
+    # A tensor of inference mode could not be used outside it later.
+    with torch.inference_mode(False):
+        first, last = kernel * max(0, taps.above + 1 - height), taps.above * kernel + taps.current
+        tap = torch.arange(first, last, device="cpu")
+        row = torch.arange(height, device="cpu")[:, None, None] + tap // kernel - taps.above
+        column = torch.arange(width, device="cpu")[:, None] + tap % kernel - taps.left
+        inside = (row >= 0) & (column >= 0) & (column < width)
+        return torch.where(inside, row * width + column, height * width).flatten()
 
 
 def _gradients(grad: Tensor, x: Tensor, weight: Tensor, taps: Taps, needs_input: bool, needs_weight: bool) -> Gradients:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastvq import _engine
 from fastvq.errors import ArgumentError, UnavailableError
@@ -25,6 +26,38 @@ _LEAST_TRITON = (3, 6)
 _WIDEST_VECTOR = 512
 # Of the attention kernels, whose blocks hold whole rows.
 _WIDEST_HEAD = 256
+_PLAIN = (Tensor, torch.nn.Parameter)
+# Bound once: `runs_directly` is asked by every small operation, and a look-up costs as much as an answer.
+_is_compiling = torch.compiler.is_compiling
+_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_is_transformed = torch._C._are_functorch_transforms_active
+_tracing_state = torch._C._get_tracing_state
+_strided = torch.strided
+
+
+def runs_directly(*tensors: Tensor, optional: Sequence[Tensor | None] = ()) -> bool:
+    """Whether to call a backend gives the same as to call the operation registered for it, at 30 us less a call.
+
+    It does unless something watches or rewrites operations: a compiler or tracer, a transform of torch.func,
+    forward-mode derivatives, a mode, or a subclass of Tensor; or unless there is no memory to read, as on ``meta``.
+    """
+    if (
+        _is_compiling()
+        or _modes()
+        or _function_modes()
+        or _is_transformed()
+        or _tracing_state() is not None
+        or forward_ad._current_level >= 0
+    ):
+        return False
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN or not (tensor.is_cpu or tensor.is_cuda) or tensor.layout is not _strided:
+            return False
+    for extra in optional:
+        if extra is not None and (type(extra) not in _PLAIN or extra.layout is not _strided):
+            return False
+    return True
 
 
 def select_backend(op: str, candidates: Sequence[Candidate], backend: str | None) -> str:
@@ -107,9 +140,39 @@ def nearest_code_backends(x: Tensor, codebook: Tensor) -> list[Candidate]:
     return [("cpp", reason), ("torch", None), triton]
 
 
+def ema_update_backends(
+    counts: Tensor, sums: Tensor, cluster_size: Tensor, embedding_sum: Tensor, embedding: Tensor
+) -> list[Candidate]:
+    """Backends of `fastvq.ops.ema_update` for these arguments."""
+    return [("cpp", _why_no_cpp_update(counts, sums, cluster_size, embedding_sum, embedding)), ("torch", None)]
+
+
+def _why_no_cpp_update(counts: Tensor, *floats: Tensor) -> str | None:
+    for tensor in (counts, *floats):
+        reason = memory_reason(tensor)
+        if reason is not None:
+            return reason
+    if counts.dtype.is_floating_point and counts.dtype != torch.float32:
+        return f"it takes integer or float32 counts, not {counts.dtype}"
+    for tensor in floats:
+        if tensor.dtype != torch.float32:
+            return f"it takes float32, not {tensor.dtype}"
+    if not all(buffer.is_contiguous() for buffer in floats[1:]):
+        return "it moves contiguous buffers"
+    return _engine.why_unavailable()
+
+
 def causal_conv2d_backends(x: Tensor, weight: Tensor) -> list[Candidate]:
     """Backends of `fastvq.ops.causal_conv2d` and `fused_causal_conv2d` for these arguments."""
     return _kernel_or_library(x, weight)
+
+
+def select_causal_conv2d(x: Tensor, weight: Tensor, backend: str | None) -> str:
+    """Name of the backend of a causal convolution; see `select_backend`."""
+    if backend is None and x.is_cpu:
+        # Always the first there; to list all of them would cost as much as a small convolution.
+        return "torch"
+    return select_backend("causal_conv2d", causal_conv2d_backends(x, weight), backend)
 
 
 def causal_attention_backends(query: Tensor, key: Tensor, value: Tensor) -> list[Candidate]:
@@ -128,6 +191,7 @@ _BACKENDS: dict[str, Callable[..., list[Candidate]]] = {
     "causal_attention": causal_attention_backends,
     "causal_conv2d": causal_conv2d_backends,
     "draw": draw_backends,
+    "ema_update": ema_update_backends,
     "nearest_code": nearest_code_backends,
 }
 
@@ -138,8 +202,8 @@ def explain_backend(op: str, *args: Any, backend: str | None = None) -> str:
     Args:
         op: name of the operation, such as ``"draw"``.
         args: the tensors that decide, as the operation takes them (``draw``: the logits;
-            ``nearest_code``: x and the codebook; ``causal_conv2d``: x and the weight; ``causal_attention``: query,
-            key and value).
+            ``nearest_code``: x and the codebook; ``ema_update``: its five tensors; ``causal_conv2d``: x and the
+            weight; ``causal_attention``: query, key and value).
         backend: as for the operation itself.
 
     Raises:

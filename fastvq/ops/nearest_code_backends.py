@@ -73,7 +73,11 @@ def cpp_statistics(
     sums, errors = torch.empty(codebook.shape), torch.empty(x.shape[:1])
     for head, (part, codes) in enumerate(zip(x, codebook, strict=True)):
         wanted = None if mask is None else mask[head].contiguous()
-        _run_cpp(part, codes, indices[head], wanted, (counts[head], sums[head], errors[head]), threads, kernels)
+        filled = indices, counts, sums, errors
+        if len(x) > 1:
+            # Only addresses are taken, and those of the first head are the tensors' own.
+            filled = indices[head], counts[head], sums[head], errors[head]
+        _run_cpp(part, codes, filled[0], wanted, filled[1:], threads, kernels)
     return errors, sums, counts, indices
 
 

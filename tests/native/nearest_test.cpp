@@ -5,9 +5,11 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "check.h"
+#include "cpu/ema.h"
 #include "tests.h"
 
 namespace fastvq::cpu::testing {
@@ -136,6 +138,52 @@ void check_problem(const Problem& p, const Kernels& kernels) {
     }
 }
 
+// The averages that statistics move, with some codes that have no vector.
+void check_ema(int64_t num_codes, int64_t depth, bool whole, double decay, Random& random) {
+    std::vector<int64_t> counts(num_codes);
+    for (int64_t& count : counts) count = random.chance(30) ? 0 : random.below(50);
+    counts[0] = 3;
+    const std::vector<float> float_counts(counts.begin(), counts.end());
+    std::vector<float> sums(num_codes * depth), size(num_codes), total(num_codes * depth);
+    for (float& s : sums) s = random.symmetric(9.0f);
+    for (float& n : size) n = random.uniform() + 0.5f;
+    for (float& m : total) m = random.symmetric(2.0f);
+    std::vector<std::vector<float>> results;
+    for (int64_t threads : {1, 2, 3}) {
+        std::vector<float> n = size, m = total, e(num_codes * depth, kNaN);
+        EmaTask task{};
+        task.counts = whole ? counts.data() : nullptr;
+        task.float_counts = whole ? nullptr : float_counts.data();
+        task.sums = sums.data();
+        task.num_codes = num_codes;
+        task.depth = depth;
+        task.cluster_size = n.data();
+        task.embedding_sum = m.data();
+        task.embedding = e.data();
+        task.decay = decay;
+        task.eps = 1e-3;
+        task.skip_unusable = true;
+        ema_update(task, threads);
+        double all = 0.0;
+        for (float one : n) all += one;
+        for (int64_t k = 0; k < num_codes; ++k) {
+            const double smoothed = (n[k] + 1e-3) / (all + num_codes * 1e-3) * all;
+            expect(std::abs(n[k] - (decay * size[k] + (1 - decay) * counts[k])) <= 1e-5, "size of code ", k);
+            for (int64_t i = k * depth; i < (k + 1) * depth; ++i) {
+                expect(std::abs(m[i] - (decay * total[i] + (1 - decay) * sums[i])) <= 1e-5, "sum ", i);
+                expect(std::abs(e[i] * smoothed - m[i]) <= 1e-5, "code ", k, ": ", e[i]);
+            }
+        }
+        const std::vector<float> moved_size = n, moved = m, codes = e;
+        const float kept = std::exchange(sums.back(), kNaN);
+        ema_update(task, threads);
+        sums.back() = kept;
+        expect(n == moved_size && m == moved && e == codes, "moved by sums that are not finite");
+        if (!results.empty()) expect(results.back() == e, "other codes with ", threads, " threads");
+        results.push_back(e);
+    }
+}
+
 }  // namespace
 
 void test_nearest(const Kernels& kernels) {
@@ -143,6 +191,10 @@ void test_nearest(const Kernels& kernels) {
     for (int i = 0; i < 60; ++i) check_problem(random_problem(false, random), kernels);
     // Enough work for several threads.
     for (int i = 0; i < 3; ++i) check_problem(random_problem(true, random), kernels);
+    for (double decay : {0.0, 0.9, 1.0}) {
+        check_ema(1 + random.below(40), 1 + random.below(20), random.chance(50), decay, random);
+        check_ema(4099, 67, random.chance(50), decay, random);
+    }
 }
 
 }  // namespace fastvq::cpu::testing

@@ -1,0 +1,322 @@
+// Vectors times the weights of a slice, added to what rows above contribute. How threads share the work: AffineWork.
+#pragma once
+
+#include "cuda/block_state.cuh"
+
+namespace fastvq::cuda {
+
+FASTVQ_DEVICE float4 load_inputs(const Prepared& prepared, int64_t sample, int k, bool wide) {
+    const int terms = prepared.instr.num_terms, depth = prepared.instr.depth;
+    int t = 0;
+    const auto segment_of = [&](int place) -> const Segment& {
+        while (t + 1 < terms && place >= prepared.segments[t + 1].begin) ++t;
+        return prepared.segments[t];
+    };
+    if (wide) {
+        if (k >= depth) return {0.0f, 0.0f, 0.0f, 0.0f};
+        const Segment& segment = segment_of(k);
+        return load_shared_state(reinterpret_cast<const float4*>(segment.data + sample * segment.stride + k - segment.begin));
+    }
+    const auto one = [&](int place) {
+        if (place >= depth) return 0.0f;
+        const Segment& segment = segment_of(place);
+        return load_shared_state(segment.data + sample * segment.stride + place - segment.begin);
+    };
+    float4 inputs;
+    inputs.x = one(k);
+    inputs.y = one(k + 1);
+    inputs.z = one(k + 2);
+    inputs.w = one(k + 3);
+    return inputs;
+}
+
+// Rows of the stage: the numbers [first, first + length) of the vectors of some samples, zeros beyond the depth and for
+// samples from `rows` to `padded_rows`. `length` is a multiple of 4.
+struct Stage {
+    char* memory;
+    int row;  // elements between rows
+    int first_sample, rows, padded_rows;
+    bool wide;
+};
+
+template <bool kRounded, int kAtOnce>
+FASTVQ_DEVICE void fill_stage(const Stage& stage, const Prepared& prepared, int first, int length) {
+    const int vectors = length / 4, items = stage.padded_rows * vectors;
+    for (int base = threadIdx.x; base < items; base += kAtOnce * kThreads) {
+        float4 inputs[kAtOnce];
+        FASTVQ_UNROLL
+        for (int i = 0; i < kAtOnce; ++i) {
+            const int item = base + i * kThreads, row = item / vectors;
+            inputs[i] = {0.0f, 0.0f, 0.0f, 0.0f};
+            if (item < items && row < stage.rows) {
+                inputs[i] = load_inputs(prepared, stage.first_sample + row, first + (item - row * vectors) * 4, stage.wide);
+            }
+        }
+        FASTVQ_UNROLL
+        for (int i = 0; i < kAtOnce; ++i) {
+            const int item = base + i * kThreads, row = item / vectors;
+            if (item >= items) continue;
+            const int place = row * stage.row + (item - row * vectors) * 4;
+            if constexpr (kRounded) {
+                const uint2 rounded = {pack_bf16(inputs[i].x, inputs[i].y), pack_bf16(inputs[i].z, inputs[i].w)};
+                *reinterpret_cast<uint2*>(reinterpret_cast<uint16_t*>(stage.memory) + place) = rounded;
+            } else {
+                *reinterpret_cast<float4*>(reinterpret_cast<float*>(stage.memory) + place) = inputs[i];
+            }
+        }
+    }
+}
+
+template <bool kRounded, int kAtOnce>
+FASTVQ_DEVICE void stage_inputs(const Stage& stage, const Prepared& prepared, int first, int length) {
+    if (stage.wide) {
+        fill_stage<kRounded, kAtOnce>(stage, prepared, first, length);
+    } else {
+        fill_stage<kRounded, 1>(stage, prepared, first, length);
+    }
+}
+
+FASTVQ_DEVICE bool all_wide(const Prepared& prepared) {
+    for (int t = 0; t < prepared.instr.num_terms; ++t) {
+        if (prepared.segments[t].wide_end == 0) return false;
+    }
+    return true;
+}
+
+template <bool kStationary>
+FASTVQ_DEVICE uint4 load_weights(const uint4* address) {
+    if constexpr (kStationary) {
+        return *address;
+    } else {
+        return load_streamed(address);
+    }
+}
+
+FASTVQ_DEVICE void unpack(const uint4& raw, float (&weights)[4]) {
+    weights[0] = float_of(raw.x);
+    weights[1] = float_of(raw.y);
+    weights[2] = float_of(raw.z);
+    weights[3] = float_of(raw.w);
+}
+
+FASTVQ_DEVICE void unpack(const uint4& raw, float (&weights)[8]) {
+    const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+    FASTVQ_UNROLL
+    for (int i = 0; i < 4; ++i) {
+        weights[2 * i] = float_of(words[i] << 16);
+        weights[2 * i + 1] = float_of(words[i] & 0xFFFF0000u);
+    }
+}
+
+// Where a partial sum lies in memory.
+struct PlainPlaces {
+    int rows, columns;
+    FASTVQ_DEVICE int operator()(int part, int sample, int column) const {
+        return (part * rows + sample) * columns + column;
+    }
+};
+
+// The four registers of a lane belong to two neighbouring samples: samples and columns change places a little, so that
+// a warp writes to all banks.
+struct FragmentPlaces {
+    int rows, tiles;  // rows: a multiple of 8
+    FASTVQ_DEVICE int operator()(int part, int sample, int column) const {
+        const int row = (sample & ~7) | (sample >> 1 & 3) | (sample & 1) << 2;
+        return ((part * tiles + column / 16) * rows + row) * 16 + ((column & 15) ^ ((sample >> 2 & 1) * 8));
+    }
+};
+
+// Adds up partial sums that all threads have written, and writes the outputs.
+template <class Places>
+FASTVQ_DEVICE void finish(const BlockState& state, const Instr& instr, int batch, const float* sums, Places places,
+                          int partials, int first_sample, int rows) {
+    const Output output = output_of(state, instr, batch);
+    for (int item = threadIdx.x; item < rows * output.width; item += kThreads) {
+        const int row = item / output.width, c = item - row * output.width, channel = slice_channel(instr, c);
+        float sum = output.start_of(first_sample + row, c, channel);
+        for (int part = 0; part < partials; ++part) sum += sums[places(part, row, c)];
+        output.write(first_sample + row, c, channel, sum);
+    }
+}
+
+template <int kVector, int kGroup>
+FASTVQ_DEVICE void multiply_add(float (&sums)[kGroup][kVector], const uint4& raw, const float* x, int row, int rows) {
+    float weights[kVector];
+    unpack(raw, weights);
+    FASTVQ_UNROLL
+    for (int g = 0; g < kGroup; ++g) {
+        const float input = x[smaller(g, rows - 1) * row];
+        FASTVQ_UNROLL
+        for (int v = 0; v < kVector; ++v) sums[g][v] = fmaf(input, weights[v], sums[g][v]);
+    }
+}
+
+// At most kGroup samples.
+template <int kVector, int kGroup, bool kStationary>
+FASTVQ_DEVICE void affine_plain(const BlockState& state, const Instr& instr, int batch, const char* all_weights,
+                                Stage stage) {
+    constexpr int kAtOnce = 4;
+    const AffineWork work = state.prepared->work;
+    const int lane = threadIdx.x % work.lanes, split = threadIdx.x / work.lanes, column = lane * kVector;
+    const bool active = column < instr.columns;
+    const int stride = instr.columns / kVector, step = work.splits * stride;
+    const uint4* weights = reinterpret_cast<const uint4*>(all_weights + instr.weights) + split * stride + lane;
+    const float* staged = reinterpret_cast<const float*>(stage.memory);
+    stage.row = work.row;
+    stage.padded_rows = stage.rows;
+
+    float sums[kGroup][kVector] = {};
+    int k = split;
+    for (int first = 0; first < instr.depth; first += work.piece) {
+        if (first > 0) block_barrier(Site::kPieceUsed);
+        const int end = smaller(instr.depth, first + work.piece);
+        stage_inputs<false, 4>(stage, *state.prepared, first, round_up(end - first, 4));
+        block_barrier(Site::kPieceStaged);
+        if (!active) continue;
+        for (; k + (kAtOnce - 1) * work.splits < end; k += kAtOnce * work.splits, weights += kAtOnce * step) {
+            uint4 raw[kAtOnce];
+            FASTVQ_UNROLL
+            for (int i = 0; i < kAtOnce; ++i) raw[i] = load_weights<kStationary>(weights + i * step);
+            FASTVQ_UNROLL
+            for (int i = 0; i < kAtOnce; ++i) {
+                multiply_add(sums, raw[i], staged + k + i * work.splits - first, work.row, stage.rows);
+            }
+        }
+        for (; k < end; k += work.splits, weights += step) {
+            multiply_add(sums, load_weights<kStationary>(weights), staged + k - first, work.row, stage.rows);
+        }
+    }
+    for (int mask = work.lanes; mask < 32; mask *= 2) {
+        FASTVQ_UNROLL
+        for (int g = 0; g < kGroup; ++g) {
+            FASTVQ_UNROLL
+            for (int v = 0; v < kVector; ++v) sums[g][v] += shuffle_xor(sums[g][v], mask);
+        }
+    }
+    block_barrier(Site::kPieceUsed);
+    float* partial = reinterpret_cast<float*>(stage.memory);
+    const PlainPlaces places{stage.rows, instr.columns};
+    const bool first_of_equals = static_cast<int>(threadIdx.x % 32) < work.lanes;
+    if (active && first_of_equals) {
+        const int part = threadIdx.x / larger(work.lanes, 32);
+        FASTVQ_UNROLL
+        for (int g = 0; g < kGroup; ++g) {
+            if (g >= stage.rows) continue;
+            auto* out = reinterpret_cast<float4*>(partial + places(part, g, column));
+            FASTVQ_UNROLL
+            for (int v = 0; v < kVector; v += 4) {
+                out[v / 4] = {sums[g][v], sums[g][v + 1], sums[g][v + 2], sums[g][v + 3]};
+            }
+        }
+    }
+    block_barrier(Site::kPartialsWritten);
+    finish(state, instr, batch, partial, places, work.partials, stage.first_sample, stage.rows);
+}
+
+// At most kTiles tiles of 8 samples.
+template <int kTiles, bool kStationary>
+FASTVQ_DEVICE void affine_fragments(const BlockState& state, const Instr& instr, int batch, const char* all_weights,
+                                    Stage stage) {
+    constexpr int kAtOnce = 4;
+    const AffineWork work = state.prepared->work;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int tile = warp % work.lanes, split = warp / work.lanes;
+    const bool active = tile * 16 < instr.columns;
+    const int depth_tiles = (instr.depth + 15) / 16;
+    const uint4* weights = reinterpret_cast<const uint4*>(all_weights + instr.weights) + tile * depth_tiles * 32 + lane;
+    stage.row = work.row;
+    stage.padded_rows = round_up(stage.rows, 8);
+    const int tiles = stage.padded_rows / 8;
+    // Operand B of this lane: sample lane / 4 of a tile, numbers 2 (lane % 4) and following.
+    const uint16_t* staged = reinterpret_cast<const uint16_t*>(stage.memory) + lane / 4 * work.row + lane % 4 * 2;
+
+    float sums[kTiles][4] = {};
+    const auto multiply = [&](const uint4& raw, const uint16_t* inputs) {
+        const uint32_t a[4] = {raw.x, raw.y, raw.z, raw.w};
+        FASTVQ_UNROLL
+        for (int n = 0; n < kTiles; ++n) {
+            if (n >= tiles) continue;
+            const auto* words = reinterpret_cast<const uint32_t*>(inputs + n * 8 * work.row);
+            const uint32_t b[2] = {words[0], words[4]};
+            mma_16x8x16(sums[n], a, b);
+        }
+    };
+    int k = split;  // in tiles
+    for (int first = 0; first < instr.depth; first += work.piece) {
+        if (first > 0) block_barrier(Site::kPieceUsed);
+        const int end = smaller(depth_tiles * 16, first + work.piece), last = end / 16;
+        stage_inputs<true, 8>(stage, *state.prepared, first, end - first);
+        block_barrier(Site::kPieceStaged);
+        if (!active) continue;
+        for (; k + (kAtOnce - 1) * work.splits < last; k += kAtOnce * work.splits) {
+            uint4 raw[kAtOnce];
+            FASTVQ_UNROLL
+            for (int i = 0; i < kAtOnce; ++i) raw[i] = load_weights<kStationary>(weights + (k + i * work.splits) * 32);
+            FASTVQ_UNROLL
+            for (int i = 0; i < kAtOnce; ++i) multiply(raw[i], staged + (k + i * work.splits) * 16 - first);
+        }
+        for (; k < last; k += work.splits) multiply(load_weights<kStationary>(weights + k * 32), staged + k * 16 - first);
+    }
+    block_barrier(Site::kPieceUsed);
+    float* partial = reinterpret_cast<float*>(stage.memory);
+    const FragmentPlaces places{stage.padded_rows, instr.columns / 16};
+    if (active) {
+        FASTVQ_UNROLL
+        for (int n = 0; n < kTiles; ++n) {
+            if (n >= tiles) continue;
+            FASTVQ_UNROLL
+            for (int i = 0; i < 4; ++i) {
+                partial[places(split, n * 8 + lane % 4 * 2 + i % 2, tile * 16 + lane / 4 + i / 2 * 8)] = sums[n][i];
+            }
+        }
+    }
+    block_barrier(Site::kPartialsWritten);
+    finish(state, instr, batch, partial, places, work.partials, stage.first_sample, stage.rows);
+}
+
+template <bool kStationary>
+FASTVQ_DEVICE void affine_samples(const BlockState& state, const Instr& instr, int batch, const char* weights,
+                                  const Stage& stage) {
+    const int rows = stage.rows;
+    if (instr.layout == Layout::kFloat) {
+        if (rows == 1) {
+            affine_plain<4, 1, kStationary>(state, instr, batch, weights, stage);
+        } else if (rows <= 4) {
+            affine_plain<4, 4, kStationary>(state, instr, batch, weights, stage);
+        } else {
+            affine_plain<4, 8, kStationary>(state, instr, batch, weights, stage);
+        }
+    } else if (instr.layout == Layout::kBfloat) {
+        if (rows == 1) {
+            affine_plain<8, 1, kStationary>(state, instr, batch, weights, stage);
+        } else {
+            affine_plain<8, 4, kStationary>(state, instr, batch, weights, stage);
+        }
+    } else if (rows <= 8) {
+        affine_fragments<1, kStationary>(state, instr, batch, weights, stage);
+    } else if (rows <= 16) {
+        affine_fragments<2, kStationary>(state, instr, batch, weights, stage);
+    } else if (rows <= 32) {
+        affine_fragments<4, kStationary>(state, instr, batch, weights, stage);
+    } else {
+        affine_fragments<8, kStationary>(state, instr, batch, weights, stage);
+    }
+}
+
+FASTVQ_DEVICE void affine(const StepArgs& args, BlockState& state) {
+    const Instr instr = state.prepared->instr;
+    const int samples = state.prepared->work.samples;
+    const bool wide = all_wide(*state.prepared);
+    for (int first = 0; first < args.batch; first += samples) {
+        if (first > 0) block_barrier(Site::kPartialsUsed);
+        const Stage stage{state.work, 0, first, smaller(samples, args.batch - first), 0, wide};
+        if (instr.stationary) {
+            affine_samples<true>(state, instr, args.batch, state.stationary, stage);
+        } else {
+            affine_samples<false>(state, instr, args.batch, args.weights, stage);
+        }
+    }
+    has_kept(state, instr, args.batch);
+}
+
+}  // namespace fastvq::cuda

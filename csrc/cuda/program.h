@@ -1,0 +1,263 @@
+// What the blocks of the step kernel execute: a list of instructions for each block, made on the host from a plan.
+//
+// A *unit* is a set of operations of one level that read each other channel by channel (a product, its gate, the sum it
+// goes into). Its channels are cut into slices, and a *task* is all of the unit's operations on one slice. Tasks are
+// given to blocks once, so that a block meets the same weights at every column and can keep them in shared memory.
+// Blocks never meet as a whole: the last instruction of a task raises its unit's counter, and instructions wait for the
+// counters of what they read. A block does not wait again for what it has waited for before, nor for what it has
+// computed itself.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "step_spec.h"
+
+#if defined(__CUDACC__)
+#define FASTVQ_HOST_DEVICE __host__ __device__
+#else
+#define FASTVQ_HOST_DEVICE
+#endif
+
+namespace fastvq::cuda {
+
+// Threads of a block. The emulation has fewer.
+#ifndef FASTVQ_CUDA_THREADS
+#define FASTVQ_CUDA_THREADS 256
+#endif
+constexpr int kThreads = FASTVQ_CUDA_THREADS;
+constexpr int kWarps = kThreads / 32;
+static_assert(kThreads >= 32 && (kThreads & (kThreads - 1)) == 0, "threads of a block: a power of two");
+
+// The most samples that an instruction works on at a time where matrix instructions do.
+constexpr int kSamples = 64;
+
+// Slices are whole multiples of this, except for the last of a unit. It is also what rows of plain weights are padded to.
+constexpr int kSliceStep = 8;
+
+enum class Code : int32_t {
+    kLookup,
+    kAffine,
+    kElu,
+    kConcatElu,
+    kRelu,
+    kAdd,
+    kGlu,
+    kTanh,
+    kStoreKeys,
+    kAttend,
+    kDraw,
+};
+
+// How the weights of an affine instruction lie. Its columns are those of the slice in the first half, then those in the
+// second half (paired operations), then zeros up to a multiple of kSliceStep (plain) or 16 (fragments).
+enum class Layout : int32_t {
+    kFloat,      // float [depth][columns]
+    kBfloat,     // bfloat16 [depth][columns]
+    kFragments,  // bfloat16 [columns / 16][depth / 16 rounded up][32 lanes][8]: operand A of mma.m16n8k16, columns being
+                 // the rows of A. Lane l holds A[l / 4 + 8 (i / 2 % 2)][2 (l % 4) + i % 2 + 8 (i / 4)], i = 0 .. 7.
+};
+
+// Go on once the task or block behind the counter is through with column - lag everywhere: once
+// counters[counter_place(counter, column - lag)] >= counter_target(per_column, column - lag). At column < lag there is
+// nothing to wait for.
+struct Wait {
+    int32_t counter;
+    int32_t per_column;
+    int32_t lag;
+};
+
+// Where a counter is raised for a column and what it has reached when `per_column` have raised it for that column. Even
+// and odd columns count apart: blocks may be one column ahead of each other, and then a sum over all columns would not
+// tell the second signal of a fast block from the first of a slow one. They are never two columns ahead
+// (Program::finished_counter). Places lie apart, so that blocks that meet at one do not slow down another.
+constexpr int kCounterStride = 8;
+FASTVQ_HOST_DEVICE constexpr int counter_place(int counter, int column) {
+    return (2 * counter + (column & 1)) * kCounterStride;
+}
+FASTVQ_HOST_DEVICE constexpr uint32_t counter_target(int per_column, int column) {
+    return static_cast<uint32_t>(per_column) * static_cast<uint32_t>(column / 2 + 1);
+}
+
+// `depth` numbers of consecutive columns of the values of `op`, the first of them at column + first_column.
+struct Term {
+    int32_t op;
+    int32_t first_column;
+    int32_t depth;
+};
+
+struct Instr {
+    Code code;
+    int32_t op;          // where the result goes; of a draw: the logits
+    int32_t sources[3];  // as in OpSpec
+    // The slice: channels [first, first + count), and as many again at `half` further if halves == 2. Gates have one
+    // half, and read channels [first, first + count) of their source and as many again at `half` further.
+    int32_t first, count, halves, half;
+    int32_t first_wait, num_waits;  // before it starts
+    int32_t signal;                 // counter to raise when it is done, or -1
+    // Affine.
+    int32_t first_term, num_terms, depth;
+    Layout layout;
+    int32_t columns;     // padded
+    int32_t stationary;  // weights are in shared memory, at byte `weights` of it; otherwise at that byte of Program::weights
+    int64_t weights;
+    // Lookup: float [num_taps][num_codes][count * halves], only the slice, at byte `weights` of Program::weights.
+    int32_t num_taps;
+    // Attention.
+    int32_t heads, key_width, value_width, inclusive;
+    // Attention: jobs sample * heads + head. Draw: samples.
+    int32_t first_job, last_job;
+};
+
+struct Block {
+    int32_t first_instr, last_instr;
+    // What this block copies to the start of its shared memory: bytes [first, first + bytes) of Program::weights.
+    int64_t stationary_first, stationary_bytes;
+};
+
+struct Program {
+    std::vector<Instr> instrs;
+    std::vector<Block> blocks;
+    std::vector<Wait> waits;
+    std::vector<Term> terms;
+    std::vector<char> weights;  // every region aligned to 16 bytes
+    Layout layout;              // of the affine instructions
+    int32_t num_counters;       // in memory: counter_place(num_counters, 0) words
+    // Raised by every block at the end of a column. Before a block begins a column c, it waits until all have finished
+    // column c - 2: vectors of the current position alone have two places, taken in turn.
+    int32_t finished_counter;
+    int64_t work_bytes;    // shared memory behind the weights: kCommonBytes and the most that any instruction works on
+    int64_t shared_bytes;  // the most that any block needs in all
+};
+
+struct ProgramOptions {
+    int64_t blocks;        // at most; those without work are left out. All of them have to be resident at once
+    int64_t shared_limit;  // bytes of shared memory that a block may have
+    bool bf16;             // weights; sums are float32
+    bool fragments;        // bf16 and at least kFragmentSamples samples only: matrix instructions, vectors in bf16 too
+};
+
+// Matrix instructions take eight samples; of fewer they would mostly multiply zeros.
+constexpr int kFragmentSamples = 8;
+
+// The same for the same arguments. Throws std::invalid_argument if the operations do not form a plan, or if they need
+// more shared memory for their work than there is.
+Program make_program(const std::vector<OpSpec>& ops, const std::vector<TermSpec>& terms, int64_t output,
+                     const StepShape& shape, const ProgramOptions& options);
+
+// Shared memory, in bytes, of what an instruction works on beside kCommonBytes: that of affine_work, attend_work or
+// draw_work, else 0.
+int64_t work_bytes(const Instr& instr, const StepShape& shape);
+
+// The layouts of that memory, which host and kernel share. All of it is aligned to 16 bytes. First comes what every
+// instruction needs: itself, where the terms that it reads lie, and twice kKept floats, the results of the last two
+// instructions, so that what follows in a task finds them without a way through the second-level cache. Offsets in the
+// layouts below are from behind that.
+constexpr int kMaxTerms = 16;
+static_assert(kMaxTerms >= kMaxSegments, "room for all terms of an operation");
+constexpr int kKept = 4 * kThreads;
+constexpr int kCommonBytes = 1024 + 2 * kKept * 4;
+
+// Bytes of an affine instruction, at most: vectors being multiplied, and in the same place afterwards partial sums.
+constexpr int kStageBytes = 128 * kThreads;
+
+FASTVQ_HOST_DEVICE constexpr int round_up(int count, int multiple) {
+    return (count + multiple - 1) / multiple * multiple;
+}
+FASTVQ_HOST_DEVICE constexpr int round_down(int count, int multiple) { return count / multiple * multiple; }
+FASTVQ_HOST_DEVICE constexpr int smaller(int a, int b) { return a < b ? a : b; }
+FASTVQ_HOST_DEVICE constexpr int larger(int a, int b) { return a < b ? b : a; }
+FASTVQ_HOST_DEVICE constexpr int power_of_two(int least) {
+    int power = 1;
+    while (power < least) power *= 2;
+    return power;
+}
+
+// How the threads of a block share an affine instruction. Nothing here but `samples` and `piece` depends on the batch,
+// and the order in which an output is summed depends on neither.
+//
+// Plain: a thread multiplies `vector` columns, 16 bytes of weights. Thread t has columns vector * (t % lanes) and
+// following (none if they are not below `columns`), and of the rows k of the weights those with k % splits == t / lanes,
+// in ascending order. Then threads of a warp with the same columns add up by shuffles (lane masks lanes, 2 lanes, ..,
+// 16), which leaves `partials` = kThreads / max(lanes, 32) sums per output, one for each warp, or each part of `lanes`.
+//
+// Fragments: the same with warps for threads and tiles for columns: warp w has tile w % lanes of 16 columns, and of the
+// tiles of 16 rows those with tile % splits == w / lanes; partials == splits.
+//
+// Samples are taken `samples` at a time, and of their vectors (all terms one after the other) `piece` numbers at a time:
+//     stage: float [samples][row] (plain), bfloat16 [samples][row] (fragments; samples rounded up to 8, zeros beyond the
+//     depth up to a multiple of 16), at 0. A row is longer than a piece with fragments, so that reads spread over banks.
+//     partial sums: float [partials][samples][columns] (fragments: tiles of it), at 0 as well: when all pieces have been
+//     used.
+struct AffineWork {
+    int vector, lanes, splits, partials;
+    int samples;
+    int piece, row;
+    int64_t bytes;
+};
+
+// The most columns that one instruction may have.
+FASTVQ_HOST_DEVICE constexpr int max_columns(Layout layout) {
+    return layout == Layout::kFragments ? 16 * kWarps : (layout == Layout::kBfloat ? 8 : 4) * kThreads;
+}
+
+FASTVQ_HOST_DEVICE constexpr AffineWork affine_work(Layout layout, int columns, int depth, int batch) {
+    const bool fragments = layout == Layout::kFragments;
+    AffineWork work{};
+    work.vector = fragments ? 16 : layout == Layout::kBfloat ? 8 : 4;
+    work.lanes = power_of_two((columns + work.vector - 1) / work.vector);
+    work.splits = (fragments ? kWarps : kThreads) / work.lanes;
+    work.partials = fragments ? work.splits : kThreads / larger(work.lanes, 32);
+    // 32 sums in the registers of a thread.
+    work.samples = fragments ? smaller(round_up(batch, 8), kSamples) : smaller(batch, 32 / work.vector);
+    const int padding = fragments ? 8 : 0, step = fragments ? 16 : 4, size = fragments ? 2 : 4;
+    const int room = kStageBytes / size / work.samples - padding;
+    work.piece = smaller(round_up(depth, step), round_down(room, step));
+    work.row = work.piece + padding;
+    const int64_t stage = static_cast<int64_t>(work.samples) * work.row * size;
+    const int64_t sums = static_cast<int64_t>(work.partials) * columns * work.samples * 4;
+    work.bytes = ((stage < sums ? sums : stage) + 15) / 16 * 16;
+    return work;
+}
+
+// Attention, one job at a time. The output's channels are summed over positions in `splits` parts: positions
+// j % splits == part, added up in the order of the parts.
+//     scores: float [positions], at 0; query: float [key_width]; partials: float [splits][value_width];
+//     reduce: float [2][kWarps], the maxima and totals of the warps.
+struct AttendWork {
+    int splits;
+    int64_t query, partials, reduce;  // byte offsets
+    int64_t bytes;
+};
+
+FASTVQ_HOST_DEVICE constexpr AttendWork attend_work(int64_t positions, int key_width, int value_width) {
+    AttendWork work{};
+    work.splits = larger(1, kThreads / value_width);
+    work.query = (positions + 3) / 4 * 16;
+    work.partials = work.query + round_up(key_width, 4) * 4;
+    work.reduce = work.partials + round_up(work.splits * value_width, 4) * 4;
+    work.bytes = work.reduce + round_up(2 * kWarps, 4) * 4;
+    return work;
+}
+
+// The draw, one sample at a time.
+//     scan: double [kThreads], at 0; reduce: double [kWarps] (or floats and integers of the warps, 8 bytes for each);
+//     values: float [num_codes], the logits, then their weights; sorted: float [num_codes], weights in order of rank;
+//     ranks: int32 [num_codes].
+struct DrawWork {
+    int64_t reduce, values, sorted, ranks;  // byte offsets
+    int64_t bytes;
+};
+
+FASTVQ_HOST_DEVICE constexpr DrawWork draw_work(int64_t num_codes) {
+    const int64_t array = (num_codes + 3) / 4 * 16;
+    DrawWork work{};
+    work.reduce = kThreads * 8;
+    work.values = work.reduce + round_up(kWarps, 2) * 8;
+    work.sorted = work.values + array;
+    work.ranks = work.sorted + array;
+    work.bytes = work.ranks + array;
+    return work;
+}
+
+}  // namespace fastvq::cuda

@@ -1,0 +1,487 @@
+// Programs of the CUDA engine: that they compute a plan, whatever the order in which blocks get on.
+#include <algorithm>
+#include <cstring>
+#include <functional>
+#include <numeric>
+#include <set>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "check.h"
+#include "cuda/program.h"
+#include "plan_case.h"
+#include "tests.h"
+
+namespace fastvq::cpu::testing {
+namespace {
+
+using cuda::Block;
+using cuda::Code;
+using cuda::Instr;
+using cuda::Program;
+using cuda::ProgramOptions;
+using cuda::Wait;
+
+Program make(const PlanCase& plan, const ProgramOptions& options) {
+    return cuda::make_program(plan.ops, plan.terms, plan.output, plan.shape, options);
+}
+
+// Runs the blocks of a program one instruction at a time, in an order that only its waits hold back. Of every result
+// it remembers the column it was computed for.
+class Interpreter {
+   public:
+    // Block `first` gets ahead as far as waits let it, block `last` goes on only if no other can.
+    Interpreter(const PlanCase& plan, const Program& program, uint64_t seed, int64_t first = -1, int64_t last = -1)
+        : plan_(plan), program_(program), random_(seed), first_(first), last_(last), width_(plan.shape.width),
+          counters_(cuda::counter_place(program.num_counters, 0)), codes_(plan.shape.batch * width_, false) {
+        for (int64_t index = 0; index < plan.num_ops(); ++index) {
+            const OpSpec& op = plan.ops[index];
+            const int64_t parts = op.kind == Kind::kAttend ? op.heads * plan.shape.batch : op.channels;
+            places_.push_back(is_scratch(index) ? 2 : width_);
+            tags_.emplace_back(op.level < 0 ? 0 : places_.back() * parts, -1);
+        }
+        for (const Block& block : program.blocks) at_.push_back({0, block.first_instr});
+    }
+
+    void run() {
+        std::vector<int64_t> order(at_.size());
+        std::iota(order.begin(), order.end(), 0);
+        for (int64_t left = static_cast<int64_t>(at_.size()); left > 0;) {
+            // Now and then others come first; in between a block gets as far as it can.
+            if (random_.chance(10)) {
+                for (std::size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[random_.below(i)]);
+            }
+            if (first_ >= 0) std::iter_swap(order.begin(), std::find(order.begin(), order.end(), first_));
+            if (last_ >= 0) std::iter_swap(order.end() - 1, std::find(order.begin(), order.end(), last_));
+            const auto ready = std::find_if(order.begin(), order.end(), [&](int64_t b) { return can_go_on(b); });
+            expect(ready != order.end(), "all blocks wait");
+            if (step(*ready)) --left;
+        }
+        for (int64_t index = 0; index < plan_.num_ops(); ++index) {
+            const std::vector<int64_t>& tags = tags_[index];
+            const int64_t places = places_[index], parts = static_cast<int64_t>(tags.size()) / places;
+            for (int64_t column = std::max<int64_t>(0, width_ - places); column < width_; ++column) {
+                for (int64_t part = 0; part < parts; ++part) {
+                    expect(tags[column % places * parts + part] == column, "operation ", index, " was not computed");
+                }
+            }
+        }
+        expect(std::find(codes_.begin(), codes_.end(), false) == codes_.end(), "a code was not drawn");
+    }
+
+   private:
+    struct At {
+        int64_t column;
+        int32_t instr;
+    };
+
+    bool is_scratch(int64_t index) const {
+        return plan_.left[index] < 0 && !plan_.is_value[index] && plan_.ops[index].kind != Kind::kStoreKeys;
+    }
+
+    bool reached(int64_t counter, int64_t per_column, int64_t column) const {
+        return column < 0 ||
+               counters_[cuda::counter_place(counter, column)] >= cuda::counter_target(per_column, column);
+    }
+
+    bool can_go_on(int64_t b) const {
+        const At& at = at_[b];
+        if (at.column == width_) return false;
+        if (at.instr == program_.blocks[b].first_instr &&
+            !reached(program_.finished_counter, program_.blocks.size(), at.column - 2)) {
+            return false;
+        }
+        const Instr& instr = program_.instrs[at.instr];
+        const auto begin = program_.waits.begin() + instr.first_wait;
+        return std::all_of(begin, begin + instr.num_waits, [&](const Wait& wait) {
+            return reached(wait.counter, wait.per_column, at.column - wait.lag);
+        });
+    }
+
+    // Returns whether the block is through.
+    bool step(int64_t b) {
+        At& at = at_[b];
+        const Instr& instr = program_.instrs[at.instr];
+        column_ = at.column;
+        execute(instr);
+        if (instr.signal >= 0) ++counters_[cuda::counter_place(instr.signal, column_)];
+        if (++at.instr < program_.blocks[b].last_instr) return false;
+        ++counters_[cuda::counter_place(program_.finished_counter, column_)];
+        at.instr = program_.blocks[b].first_instr;
+        return ++at.column == width_;
+    }
+
+    void read(int64_t index, int64_t column, int64_t first, int64_t count) const {
+        const OpSpec& op = plan_.ops[index];
+        if (op.level < 0 || column < 0) return;
+        const int64_t parts = static_cast<int64_t>(tags_[index].size()) / places_[index];
+        const int64_t* tags = tags_[index].data() + column % places_[index] * parts;
+        for (int64_t c = first; c < first + count; ++c) {
+            for (int64_t sample = 0; sample < (op.kind == Kind::kAttend ? plan_.shape.batch : 1); ++sample) {
+                const int64_t part =
+                    op.kind == Kind::kAttend ? sample * op.heads + c / (op.channels / op.heads) : c;
+                expect(tags[part] == column, "channel ", c, " of operation ", index, " at column ", column, " holds ",
+                       tags[part]);
+            }
+        }
+    }
+
+    void write(int64_t index, int64_t part) {
+        const int64_t places = places_[index], parts = static_cast<int64_t>(tags_[index].size()) / places;
+        int64_t& tag = tags_[index][column_ % places * parts + part];
+        expect(tag == (places == 2 && column_ >= 2 ? column_ - 2 : -1) || places > 2 || width_ <= 2,
+               "operation ", index, " is computed twice");
+        expect(tag < column_, "operation ", index, " is computed twice");
+        tag = column_;
+    }
+
+    void execute(const Instr& instr) {
+        const OpSpec& op = plan_.ops[instr.op];
+        if (instr.code == Code::kDraw) {
+            read(instr.sources[0], column_, 0, plan_.shape.num_codes);
+            for (int64_t sample = instr.first_job; sample < instr.last_job; ++sample) {
+                expect(!codes_[sample * width_ + column_], "a code is drawn twice");
+                codes_[sample * width_ + column_] = true;
+            }
+            return;
+        }
+        if (instr.code == Code::kAttend) return attend(instr);
+        for (int64_t half = 0; half < (op.paired ? 2 : 1); ++half) {
+            const int64_t first = instr.first + half * op.channels / 2;
+            switch (op.kind) {
+                case Kind::kElu:
+                case Kind::kRelu:
+                case Kind::kStoreKeys:
+                    read(op.sources[0], column_, first, instr.count);
+                    break;
+                case Kind::kAdd:
+                    read(op.sources[0], column_, first, instr.count);
+                    read(op.sources[1], column_, first, instr.count);
+                    break;
+                case Kind::kConcatElu:
+                    read(op.sources[0], column_, instr.first, instr.count);
+                    break;
+                case Kind::kGlu:
+                case Kind::kTanh:
+                    read(op.sources[0], column_, instr.first, instr.count);
+                    read(op.sources[0], column_, op.channels + instr.first, instr.count);
+                    break;
+                case Kind::kLookup:
+                    for (int64_t sample = 0; sample < plan_.shape.batch; ++sample) {
+                        for (int64_t c = std::max<int64_t>(0, column_ - op.num_taps); c < column_; ++c) {
+                            expect(codes_[sample * width_ + c], "a code is read before it is drawn");
+                        }
+                    }
+                    break;
+                default:
+                    for (int64_t t = op.first_term; t < op.first_term + op.num_terms; ++t) {
+                        const TermSpec& term = plan_.terms[t];
+                        for (int64_t c = 0; c < term.num_columns; ++c) {
+                            read(term.source, column_ + term.first_column + c, 0, plan_.ops[term.source].channels);
+                        }
+                    }
+            }
+        }
+        for (int64_t half = 0; half < (op.paired ? 2 : 1); ++half) {
+            for (int64_t c = 0; c < instr.count; ++c) write(instr.op, half * op.channels / 2 + instr.first + c);
+        }
+    }
+
+    void attend(const Instr& instr) {
+        const OpSpec& op = plan_.ops[instr.op];
+        for (int64_t job = instr.first_job; job < instr.last_job; ++job) {
+            const int64_t head = job % op.heads;
+            read(op.sources[0], column_, head * instr.key_width, instr.key_width);
+            for (int64_t c = 0; c < column_ + op.inclusive; ++c) {
+                read(op.sources[1], c, head * instr.key_width, instr.key_width);
+                read(op.sources[2], c, head * instr.value_width, instr.value_width);
+            }
+            write(instr.op, job);
+        }
+    }
+
+    const PlanCase& plan_;
+    const Program& program_;
+    Random random_;
+    const int64_t first_, last_;
+    const int64_t width_;
+    int64_t column_ = 0;
+    std::vector<uint32_t> counters_;
+    std::vector<bool> codes_;
+    std::vector<int64_t> places_;
+    std::vector<std::vector<int64_t>> tags_;  // by operation: [place][part], the column whose result lies there
+    std::vector<At> at_;
+};
+
+// Every channel of every operation belongs to one task, and so does every job.
+void check_slices(const PlanCase& plan, const Program& program) {
+    std::vector<std::vector<int>> times(plan.num_ops() + 1);
+    for (int64_t index = 0; index < plan.num_ops(); ++index) {
+        const OpSpec& op = plan.ops[index];
+        const int64_t jobs = op.kind == Kind::kAttend ? plan.shape.batch * op.heads : op.channels;
+        if (op.level >= 0) times[index].resize(jobs);
+    }
+    times.back().resize(plan.shape.batch);
+    for (const Instr& instr : program.instrs) {
+        std::vector<int>& seen = times[instr.code == Code::kDraw ? plan.num_ops() : instr.op];
+        if (instr.code == Code::kDraw || instr.code == Code::kAttend) {
+            for (int64_t job = instr.first_job; job < instr.last_job; ++job) ++seen.at(job);
+            continue;
+        }
+        const OpSpec& op = plan.ops[instr.op];
+        expect(instr.halves == (op.paired ? 2 : 1) && instr.half == op.channels / instr.halves, "bad halves");
+        expect(instr.first % cuda::kSliceStep == 0, "a slice begins at ", instr.first);
+        expect(instr.count % cuda::kSliceStep == 0 || instr.first + instr.count == instr.half, "a slice of ",
+               instr.count);
+        for (int32_t half = 0; half < instr.halves; ++half) {
+            for (int64_t c = 0; c < instr.count; ++c) ++seen.at(half * instr.half + instr.first + c);
+        }
+    }
+    for (const std::vector<int>& seen : times) {
+        expect(std::all_of(seen.begin(), seen.end(), [](int count) { return count == 1; }), "not computed just once");
+    }
+}
+
+void check_waits(const Program& program) {
+    std::vector<int64_t> signals(program.num_counters);
+    for (const Instr& instr : program.instrs) {
+        if (instr.signal >= 0) ++signals.at(instr.signal);
+        expect(instr.num_waits <= cuda::kThreads, "more waits than threads");
+    }
+    for (const Wait& wait : program.waits) {
+        expect(wait.per_column == signals.at(wait.counter) && wait.per_column > 0, "waits for ", wait.per_column,
+               " of ", signals[wait.counter]);
+        expect(wait.lag == 0 || wait.lag == 1, "a lag of ", wait.lag);
+    }
+    expect(signals.at(program.finished_counter) == 0, "a task raises the counter of finished columns");
+}
+
+float from_bf16(uint16_t half) {
+    const uint32_t bits = static_cast<uint32_t>(half) << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof(value));
+    return value;
+}
+
+template <class T>
+T element(const char* data, int64_t index) {
+    T value;
+    std::memcpy(&value, data + index * static_cast<int64_t>(sizeof(T)), sizeof(T));
+    return value;
+}
+
+// The matrix [depth][columns] of an affine instruction, read from where the program says that it lies; `bytes` of it.
+std::vector<float> unpack(const Instr& instr, const char* data, int64_t* bytes) {
+    const int64_t columns = instr.columns;
+    std::vector<float> matrix(instr.depth * columns, 0.0f);
+    if (instr.layout != cuda::Layout::kFragments) {
+        const bool whole = instr.layout == cuda::Layout::kFloat;
+        for (std::size_t i = 0; i < matrix.size(); ++i) {
+            matrix[i] = whole ? element<float>(data, i) : from_bf16(element<uint16_t>(data, i));
+        }
+        *bytes = static_cast<int64_t>(matrix.size()) * (whole ? 4 : 2);
+        return matrix;
+    }
+    const int64_t tiles = (instr.depth + 15) / 16;
+    int64_t place = 0;
+    for (int64_t across = 0; across < columns / 16; ++across) {
+        for (int64_t down = 0; down < tiles; ++down) {
+            for (int64_t lane = 0; lane < 32; ++lane) {
+                for (int64_t i = 0; i < 8; ++i, ++place) {
+                    const int64_t c = 16 * across + lane / 4 + 8 * (i / 2 % 2);
+                    const int64_t k = 16 * down + 2 * (lane % 4) + i % 2 + 8 * (i / 4);
+                    const float value = from_bf16(element<uint16_t>(data, place));
+                    if (k < instr.depth) {
+                        matrix[k * columns + c] = value;
+                    } else {
+                        expect(value == 0.0f, "a weight behind the last row");
+                    }
+                }
+            }
+        }
+    }
+    *bytes = 2 * place;
+    return matrix;
+}
+
+void check_weights(const PlanCase& plan, const Program& program, const ProgramOptions& options) {
+    std::set<std::pair<int64_t, int64_t>> regions;  // first and last byte of Program::weights
+    for (const Block& block : program.blocks) {
+        expect(block.stationary_bytes + program.work_bytes <= program.shared_bytes, "shared memory runs out");
+        for (int32_t i = block.first_instr; i < block.last_instr; ++i) {
+            const Instr& instr = program.instrs[i];
+            const OpSpec& op = plan.ops[instr.op];
+            const int64_t first = instr.weights + (instr.stationary ? block.stationary_first : 0);
+            const char* data = program.weights.data() + first;
+            int64_t bytes = 0;
+            const auto channel = [&](int64_t c) {
+                return c < instr.count ? instr.first + c : instr.half + instr.first + c - instr.count;
+            };
+            if (instr.code == Code::kAffine) {
+                const bool fragments = instr.layout == cuda::Layout::kFragments;
+                expect(instr.layout == program.layout, "an instruction of another layout");
+                expect(fragments == (options.bf16 && options.fragments && plan.shape.batch >= 8), "fragments");
+                expect(instr.columns <= cuda::max_columns(instr.layout), "too many columns");
+                expect(instr.columns % (fragments ? 16 : 8) == 0 && instr.columns >= instr.count * instr.halves,
+                       "columns without padding");
+                const std::vector<float> matrix = unpack(instr, data, &bytes);
+                int64_t k = 0;
+                for (int32_t t = 0; t < instr.num_terms; ++t) {
+                    const TermSpec& spec = plan.terms[op.first_term + t];
+                    const cuda::Term& term = program.terms[instr.first_term + t];
+                    expect(term.op == spec.source && term.first_column == spec.first_column &&
+                               term.depth == spec.num_columns * plan.ops[spec.source].channels,
+                           "another term");
+                    for (int64_t row = 0; row < term.depth; ++row, ++k) {
+                        for (int64_t c = 0; c < instr.columns; ++c) {
+                            float w = 0.0f;
+                            if (c < instr.count * instr.halves) w = spec.weights[row * op.channels + channel(c)];
+                            if (options.bf16) w = from_bf16(round_to_bf16(w));
+                            expect(matrix[k * instr.columns + c] == w, "another weight");
+                        }
+                    }
+                }
+                expect(k == instr.depth, "a depth of ", instr.depth);
+            } else if (instr.code == Code::kLookup) {
+                const int64_t columns = instr.count * instr.halves;
+                for (int64_t row = 0; row < op.num_taps * plan.shape.num_codes; ++row) {
+                    for (int64_t c = 0; c < columns; ++c, bytes += 4) {
+                        expect(element<float>(data, row * columns + c) == op.weights[row * op.channels + channel(c)],
+                               "another vector of a code");
+                    }
+                }
+            }
+            if (bytes == 0) continue;
+            expect(first % 16 == 0 && first + bytes <= static_cast<int64_t>(program.weights.size()), "weights at ",
+                   first);
+            expect(!instr.stationary || instr.weights + bytes <= block.stationary_bytes, "weights are not copied");
+            regions.insert({first, first + bytes});
+        }
+        expect(block.stationary_first % 16 == 0 && block.stationary_bytes % 16 == 0, "weights are not aligned");
+    }
+    int64_t end = 0;
+    for (const auto& [first, last] : regions) {
+        expect(first >= end, "weights overlap");
+        end = last;
+    }
+    expect(program.shared_bytes <= options.shared_limit, "more shared memory than allowed");
+}
+
+std::string bytes_of(const Program& program) {
+    std::string all;
+    const auto add = [&](const auto& list) {
+        all.append(reinterpret_cast<const char*>(list.data()), list.size() * sizeof(list[0]));
+    };
+    add(program.instrs);
+    add(program.blocks);
+    add(program.waits);
+    add(program.terms);
+    add(program.weights);
+    return all;
+}
+
+void test_plan(uint64_t seed) {
+    const PlanCase plan = random_plan(seed);
+    const bool bf16 = seed % 3 != 0, fragments = seed % 3 == 2;
+    for (const int64_t blocks : {1, 2, 7, 40}) {
+        for (const int64_t limit : {int64_t{48} << 10, int64_t{227} << 10}) {
+            const ProgramOptions options{blocks, limit, bf16, fragments};
+            const Program program = make(plan, options);
+            expect(static_cast<int64_t>(program.blocks.size()) <= blocks, "too many blocks");
+            check_slices(plan, program);
+            check_waits(program);
+            check_weights(plan, program, options);
+            expect(bytes_of(program) == bytes_of(make(plan, options)), "another program for the same plan");
+            for (uint64_t order = 0; order < 4; ++order) Interpreter(plan, program, 100 * seed + order).run();
+        }
+    }
+}
+
+// Whether there is an order in which a program goes wrong, a given block being the fastest.
+bool fails(const PlanCase& plan, const Program& program, int64_t fastest) {
+    for (int64_t slowest = 0; slowest < static_cast<int64_t>(program.blocks.size()); ++slowest) {
+        try {
+            if (slowest != fastest) Interpreter(plan, program, slowest, fastest, slowest).run();
+        } catch (const std::runtime_error&) {
+            return true;
+        }
+    }
+    return false;
+}
+
+// Without any one of its waits a program goes wrong in some order: none is superfluous, and the interpreter notices.
+void test_every_wait_is_needed() {
+    const PlanCase plan = rich_plan();
+    const Program program = make(plan, {12, int64_t{227} << 10, false, false});
+    int64_t noticed = 0, all = 0;
+    for (int64_t b = 0; b < static_cast<int64_t>(program.blocks.size()); ++b) {
+        for (int32_t i = program.blocks[b].first_instr; i < program.blocks[b].last_instr; ++i) {
+            for (int32_t w = 0; w < program.instrs[i].num_waits; ++w) {
+                Program without = program;
+                without.waits[program.instrs[i].first_wait + w].lag = 1000;
+                ++all;
+                const bool miss = fails(plan, without, b);
+                noticed += miss;
+                if (!miss && getenv("A1DBG")) { auto&in=program.instrs[i]; auto&wt=program.waits[in.first_wait+w]; int64_t lv=plan.ops[in.op].level; fprintf(stderr,"block %ld instr %d code %d op %d level %ld wait counter %d per %d lag %d\n", b, i, (int)in.code, in.op, lv, wt.counter, wt.per_column, wt.lag);}
+            }
+        }
+    }
+    expect(all > 50 && noticed == all, "only ", noticed, " of ", all, " waits are missed");
+    Program unbounded = program;
+    unbounded.finished_counter = 0;  // another counter, raised less often
+    expect(fails(plan, unbounded, 0), "no one misses the wait for a column");
+}
+
+void test_memory_runs_out() {
+    const PlanCase plan = rich_plan();
+    const Program program = make(plan, {4, int64_t{227} << 10, false, false});
+    // The work alone fits exactly: nothing is stationary.
+    const Program streamed = make(plan, {4, program.work_bytes, false, false});
+    expect(streamed.shared_bytes == streamed.work_bytes, "weights where there is no room");
+    Interpreter(plan, streamed, 1).run();
+    for (const ProgramOptions& options : {ProgramOptions{4, program.work_bytes - 1, false, false},
+                                          ProgramOptions{0, int64_t{227} << 10, false, false},
+                                          ProgramOptions{4, -1, true, true}}) {
+        bool refused = false;
+        try {
+            make(plan, options);
+        } catch (const std::invalid_argument&) {
+            refused = true;
+        }
+        expect(refused, "made a program for ", options.blocks, " blocks of ", options.shared_limit, " bytes");
+    }
+}
+
+// Weights of one wide level are shared out evenly, and all of them stay where there is room.
+void test_balance() {
+    const PlanCase plan = rich_plan();
+    const Program program = make(plan, {7, int64_t{227} << 10, false, false});
+    int64_t most = 0, all = 0;
+    for (const Block& block : program.blocks) {
+        most = std::max(most, block.stationary_bytes);
+        all += block.stationary_bytes;
+    }
+    for (const Instr& instr : program.instrs) {
+        expect(instr.code != Code::kAffine || instr.stationary, "weights are streamed although there is room");
+    }
+    expect(program.blocks.size() == 7 && 7 * most < 2 * all, "a block has ", most, " bytes of ", all);
+}
+
+}  // namespace
+
+void test_programs(uint64_t num_plans) {
+    for (uint64_t seed = 0; seed < num_plans; ++seed) {
+        try {
+            test_plan(seed);
+        } catch (const std::runtime_error& error) {
+            throw std::runtime_error("plan " + std::to_string(seed) + ": " + error.what());
+        }
+    }
+    test_every_wait_is_needed();
+    test_memory_runs_out();
+    test_balance();
+}
+
+}  // namespace fastvq::cpu::testing
