@@ -11,11 +11,13 @@ from engine_helpers import CACHED, needs_extension, request_of, spread
 from helpers import TablePrior, pixelcnn, refuses, snail
 
 from fastvq import _engine
-from fastvq.errors import ArgumentError, UnavailableError
+from fastvq.errors import ArgumentError, ArgumentTypeError, UnavailableError
 from fastvq.models import PixelSNAIL, Prior
 from fastvq.sampling import EngineOptions, Pipeline, choose_engine, describe, sample
 from fastvq.sampling import api as api_module
+from fastvq.sampling.cpu_engine import CpuStep
 from fastvq.sampling.engines import fill
+from fastvq.sampling.lower import compile_plan
 
 pytestmark = pytest.mark.usefixtures("steady")
 
@@ -37,7 +39,8 @@ class Mine(PixelSNAIL):
 
 @needs_extension
 def test_auto_takes_the_fastest() -> None:
-    assert choose_engine("auto", snail()) == ("cpu", "cpu is the fastest that runs here")
+    reason = "cuda: it computes on a GPU, the prior is on cpu; cpu is the fastest that runs here"
+    assert choose_engine("auto", snail()) == ("cpu", reason)
     assert choose_engine("auto", pixelcnn())[0] == "cpu"
     assert choose_engine("torch", snail()) == ("torch", "asked for by name")
 
@@ -45,7 +48,9 @@ def test_auto_takes_the_fastest() -> None:
 def test_auto_without_the_extension(blocked: None) -> None:
     engine, reason = choose_engine("auto", snail())
     assert engine == "torch"
-    assert reason.startswith("cpu: it was blocked for this test. Build it with")
+    assert reason.startswith(
+        "cuda: it computes on a GPU, the prior is on cpu; cpu: it was blocked for this test. Build"
+    )
     assert reason.endswith("; torch is the fastest that runs here")
     with refuses(UnavailableError, "engine: 'cpu' was asked for but cannot run here: it was blocked for this test"):
         choose_engine("cpu", snail())
@@ -59,8 +64,8 @@ def test_only_the_naive_engine_runs_any_prior(prior: Prior) -> None:
     engine, reason = choose_engine("auto", prior)
     assert engine == "naive"
     unknown = f"no plan is known for a {type(prior).__name__}, only the naive engine runs it"
-    assert reason == f"cpu: {unknown}; torch: {unknown}; naive is the fastest that runs here"
-    for name in CACHED:
+    assert reason == f"cuda: {unknown}; cpu: {unknown}; torch: {unknown}; naive is the fastest that runs here"
+    for name in ("cuda", *CACHED):
         with refuses(UnavailableError, f"engine: '{name}' was asked for but cannot run here: no plan is known"):
             sample(prior, 1, engine=name)
     assert torch.equal(sample(prior, 2, seed=1), sample(prior, 2, seed=1, engine="naive"))
@@ -70,24 +75,67 @@ def test_a_prior_on_another_device() -> None:
     prior = snail().to("meta")
     engine, reason = choose_engine("auto", prior)
     assert engine == "torch"
-    assert "cpu: it computes on the CPU, the prior is on meta" in reason
+    assert (
+        "cuda: it computes on a GPU, the prior is on meta; cpu: it computes on the CPU, the prior is on meta" in reason
+    )
 
 
 def test_precisions(blocked: None) -> None:
     for engine in ("auto", "torch", "naive"):
-        with refuses(ArgumentError, "precision: only the cpu engine has bfloat16 weights, the engine here is"):
+        with refuses(
+            ArgumentError, "precision: only the cuda and cpu engines have bfloat16 weights, the engine here is"
+        ):
             sample(snail(), 1, engine=engine, precision="bfloat16")
     for precision in ("float16", None):
         with refuses(ArgumentError, f"precision: expected one of 'float32', 'bfloat16', got {precision!r}"):
             sample(snail(), 1, precision=precision)  # type: ignore[arg-type]
 
 
+BAD_OPTIONS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "no-threads": ({"threads": 0}, ArgumentError, "threads: must be at least 1, got 0"),
+    "negative-threads": ({"threads": -1}, ArgumentError, "threads: must be at least 1, got -1"),
+    "many-threads": ({"threads": 5000}, ArgumentError, "threads: must be at most 1024, got 5000"),
+    "threads-of-text": ({"threads": "2"}, ArgumentTypeError, "threads: expected an int, got str '2'"),
+    "kernels": ({"kernels": "mmx"}, ArgumentError, "kernels: expected one of 'auto', 'avx512', .*, got 'mmx'"),
+    "precision": ({"precision": "float16"}, ArgumentError, "precision: expected one of .*, got 'float16'"),
+    "row-kernel": (
+        {"row_kernel": "cudnn"},
+        ArgumentError,
+        "row_kernel: expected one of 'library', 'triton', got 'cudnn'",
+    ),
+    "graph": ({"cuda_graph": 1}, ArgumentTypeError, "cuda_graph: expected a bool, got int"),
+}
+
+
+@pytest.mark.parametrize(("options", "error", "message"), BAD_OPTIONS.values(), ids=BAD_OPTIONS)
+def test_options_that_do_not_fit(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with refuses(error, message):
+        EngineOptions(**options)
+
+
+UNKNOWN_OPTIONS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "bfloat16-torch": ("torch", {"precision": "bfloat16"}, "precision: only the cuda and cpu engines have bfloat16"),
+    "bfloat16-naive": ("naive", {"precision": "bfloat16"}, "precision: only the cuda and cpu engines have bfloat16"),
+    "triton-naive": ("naive", {"row_kernel": "triton"}, "row_kernel: the naive engine has no row phase, got 'triton'"),
+    "graph-cpu": ("cpu", {"cuda_graph": True}, "cuda_graph: only the cuda engine has one, the engine here is 'cpu'"),
+}
+
+
+@pytest.mark.parametrize(("engine", "options", "message"), UNKNOWN_OPTIONS.values(), ids=UNKNOWN_OPTIONS)
+def test_options_that_an_engine_does_not_have(engine: str, options: dict[str, Any], message: str) -> None:
+    prior, rows = snail(), []
+    with refuses(ArgumentError, message):
+        fill(engine, prior, request_of(prior, 1, {}, seed=0), lambda: rows.append(0), EngineOptions(**options))
+    assert rows == []
+
+
 @needs_extension
-@pytest.mark.parametrize("options", [{"threads": -1}, {"threads": 5000}, {"kernels": "mmx"}])
-def test_options_that_do_not_fit(options: dict[str, Any]) -> None:
+def test_what_the_extension_refuses_is_an_argument() -> None:
     prior = snail()
-    with pytest.raises(ValueError, match="^shape: expected|^kernels: expected auto"):
-        fill("cpu", prior, request_of(prior, 1, {}, seed=0), lambda: None, EngineOptions(**options))
+    with refuses(ArgumentError, "kernels: expected auto"):
+        CpuStep(compile_plan(prior), 1, threads=1, kernels="mmx")
+    with refuses(ArgumentError, "shape: expected 1 to 1024 threads"):
+        CpuStep(compile_plan(prior), 1, threads=0)
 
 
 # Memory.

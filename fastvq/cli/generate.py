@@ -20,6 +20,7 @@ from fastvq.errors import ArgumentError, FileConflictError
 from fastvq.models import PRESETS, HierarchicalVQVAE, Prior, load_pretrained
 from fastvq.models.pretrained import CONFIG_FILE
 from fastvq.sampling import ENGINES, Pipeline, Samples, shipped
+from fastvq.sampling.cuda_engine import cuda_summary
 
 
 def sample(arguments: argparse.Namespace) -> None:
@@ -121,6 +122,7 @@ def _print_installation() -> None:
     devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     print(f"fastvq      {fastvq.__version__}, Python {platform.python_version()}, PyTorch {torch.__version__}")
     print(f"extension   {'available' if reason is None else reason}")
+    print(f"cuda        {cuda_summary()}")
     print(f"devices     cpu ({torch.get_num_threads()} threads){''.join(', ' + name for name in devices)}")
     print(f"engines     {', '.join(ENGINES)}")
     print(f"pretrained  {', '.join(shipped()) or 'none'}")

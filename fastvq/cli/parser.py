@@ -167,9 +167,14 @@ def _add_sample(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument("--top-k", type=int, help="keep the likeliest K codes")
     parser.add_argument("--top-p", type=float, help="keep the likeliest codes of together this probability")
     parser.add_argument("--seed", type=int, help="seed (default: a new one, printed)")
-    parser.add_argument("--engine", default="auto", help="cpu, torch, naive, or auto for the fastest (default: auto)")
     parser.add_argument(
-        "--precision", default="float32", choices=("float32", "bfloat16"), help="weights of the cpu engine's steps"
+        "--engine", default="auto", help="cuda, cpu, torch, naive, or auto for the fastest that runs (default: auto)"
+    )
+    parser.add_argument(
+        "--precision",
+        default="float32",
+        choices=("float32", "bfloat16"),
+        help="weights in the steps of the cuda and cpu engines; bfloat16 is not exact (default: float32)",
     )
     parser.add_argument("--micro-batch", type=int, help="samples computed together")
     _add_output(parser, "samples.png")

@@ -2,8 +2,9 @@
 
 from fastvq.sampling.api import sample
 from fastvq.sampling.cost import Explanation, describe, explain
-from fastvq.sampling.engines import ENGINES, EngineOptions, choose_engine
+from fastvq.sampling.engines import choose_engine
 from fastvq.sampling.noise import uniforms
+from fastvq.sampling.options import ENGINES, EngineOptions
 from fastvq.sampling.pipeline import Pipeline, Samples, shipped
 
 __all__ = [

@@ -13,7 +13,8 @@ from fastvq._check import require_positive_int
 from fastvq.errors import ArgumentError, ArgumentTypeError
 from fastvq.models.prior import Condition, Prior
 from fastvq.sampling.cost import describe
-from fastvq.sampling.engines import EngineOptions, Precision, choose_engine, fill
+from fastvq.sampling.engines import choose_engine, fill
+from fastvq.sampling.options import EngineOptions, Precision
 from fastvq.sampling.request import MICRO_BATCH, Settings, build_request, micro_batches
 
 
@@ -54,17 +55,18 @@ def sample(
         init_codes, mask: in-painting. Where ``mask`` (bool [n, H, W] or [H, W]) is True the code of ``init_codes``
             (int [n, H, W]) is kept.
         progress: show a progress bar on stderr.
-        engine: ``cpu`` (cached, C++), ``torch`` (cached, any device), ``naive``, or ``auto`` for the first of these
-            that can run here. All give the same codes, except where a uniform number lies within float32 rounding of
-            a boundary between two codes.
+        engine: ``cuda`` (cached, priors on an NVIDIA GPU; not yet run on one), ``cpu`` (cached, C++), ``torch``
+            (cached, any device), ``naive``, or ``auto`` for the first of these that can run here. All give the same
+            codes, except where a uniform number lies within float32 rounding of a boundary between two codes.
         start: index of the first sample; sampling 0..9 in one call or in two gives the same codes.
         micro_batch: samples computed together (default: 8), aligned on the sample's index and padded. Codes are
             bit-identical between calls with the same ``micro_batch``, engine and threads; with another one, logits may
             differ by float32 rounding.
         memory_limit: bytes that a cached engine may use beyond the prior itself (see :func:`fastvq.explain`). It
             lowers the default ``micro_batch`` where that would need more.
-        precision: ``bfloat16`` halves the weights that the ``cpu`` engine reads at each position. Faster for small
-            micro-batches, and not exact.
+        precision: ``bfloat16`` halves the weights that the ``cuda`` and ``cpu`` engines read at each position. Faster
+            for small micro-batches, and not exact; with a ``micro_batch`` of 8 or more the ``cuda`` engine also rounds
+            what the weights are multiplied by, and uses matrix instructions.
 
     Returns:
         int64 [n, H, W] on the prior's device.

@@ -111,7 +111,7 @@ def describe(prior: Prior) -> Explanation:
         naive_flops=naive,
         row_weight_bytes=_FLOAT * sum(row_weights.values()),
         step_weight_bytes=_FLOAT * sum(step_weights.values()),
-        cache_bytes=cache_bytes(plan),
+        cache_bytes=cache_bytes(plan, places=2 if engine == "cuda" else 1),
         weight_bytes=_FLOAT * 2 * (packed + tables),
     )
 
@@ -121,10 +121,11 @@ def explain(prior: Prior) -> None:
     print(describe(prior))
 
 
-def cache_bytes(plan: Plan) -> int:
-    """Bytes per sample that a micro-batch keeps while its grids are filled."""
+def cache_bytes(plan: Plan, places: int = 1) -> int:
+    """Bytes per sample that a micro-batch keeps while its grids are filled, with ``places`` for a passing vector."""
     height, width = plan.shape
     floats = 0
+    kept = {*plan.history, *(op.sources[2] for op in plan.ops if op.kind == "attention")}
     for index, history in plan.history.items():
         floats += ring_rows(history) * (width + history.left + history.right) * plan.ops[index].channels
     for op in plan.ops:
@@ -135,8 +136,8 @@ def cache_bytes(plan: Plan) -> int:
             floats += op.channels * {"context": height * width, "label": 1}.get(op.variant, 0)
         elif plan.level[op.index] < 0 or plan.row_terms.get(op.index) or any(dr < 0 for dr, _ in op.taps):
             floats += op.channels * (width if _varies(op, plan) else 1)
-        if plan.level[op.index] >= 0 and op.index not in plan.history:
-            floats += op.channels
+        if plan.level[op.index] >= 0 and op.index not in kept:
+            floats += places * op.channels
     return _FLOAT * floats + torch.int64.itemsize * height * width
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -18,35 +17,30 @@ from fastvq._watch import first_elements, gather, unchanged
 from fastvq.errors import ArgumentError, UnavailableError
 from fastvq.models.prior import Prior
 from fastvq.sampling.cpu_engine import CpuStep, sample_cpu, useful_threads
+from fastvq.sampling.cuda_engine import CudaStep, sample_cuda, why_no_cuda
+from fastvq.sampling.cuda_graph import GraphedGrid
 from fastvq.sampling.lower import compile_plan, why_no_plan
 from fastvq.sampling.naive import sample_naive
+from fastvq.sampling.options import ENGINES, PRECISIONS, EngineOptions, Precision, check_precision
 from fastvq.sampling.plan import Plan
 from fastvq.sampling.request import SampleRequest
-from fastvq.sampling.state import CompiledPlan, GridState
+from fastvq.sampling.state import CompiledPlan, GridState, RowKernel
 from fastvq.sampling.torch_engine import TorchStep, sample_torch
 
-Precision = Literal["float32", "bfloat16"]
+__all__ = [
+    "ENGINES",
+    "EngineOptions",
+    "Precision",
+    "choose_engine",
+    "fill",
+    "plan_of",
+    "static_inputs",
+    "why_not",
+]
+
 RowDone = Callable[[], None]
-# Fastest first; "auto" takes the first that can run.
-ENGINES = ("cpu", "torch", "naive")
 # Elements of every tensor that are compared to notice changes.
 _WATCHED = 16
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """How an engine computes.
-
-    Attributes:
-        precision: of the weights in the step phase of the ``cpu`` engine; sums are float32 either way. ``bfloat16``
-            halves the memory traffic and is not exact.
-        threads: of the ``cpu`` engine; None for PyTorch's number, or fewer where a position has little work.
-        kernels: instruction set of the ``cpu`` engine: ``auto``, ``avx512``, ``avx2`` or ``baseline``.
-    """
-
-    precision: Precision = "float32"
-    threads: int | None = None
-    kernels: str = "auto"
 
 
 def why_not(engine: str, prior: Prior) -> str | None:
@@ -57,6 +51,8 @@ def why_not(engine: str, prior: Prior) -> str | None:
     if reason is not None or engine == "torch":
         return reason
     device = next(prior.parameters()).device
+    if engine == "cuda":
+        return why_no_cuda(device)
     if device.type != "cpu":
         return f"it computes on the CPU, the prior is on {device}"
     return _engine.why_unavailable()
@@ -69,7 +65,7 @@ def choose_engine(engine: str, prior: Prior, precision: str = "float32") -> tupl
         ArgumentError: there is no engine of that name, or it has no such precision.
         UnavailableError: the engine asked for cannot run this prior here.
     """
-    require_choice("precision", precision, ("float32", "bfloat16"))
+    require_choice("precision", precision, PRECISIONS)
     if engine == "auto":
         passed: list[str] = []
         for name in ENGINES:
@@ -85,29 +81,53 @@ def choose_engine(engine: str, prior: Prior, precision: str = "float32") -> tupl
         if reason is not None:
             raise UnavailableError(f"engine: {engine!r} was asked for but cannot run here: {reason}")
         why = "asked for by name"
-    if precision == "bfloat16" and engine != "cpu":
-        raise ArgumentError(f"precision: only the cpu engine has bfloat16 weights, the engine here is {engine!r}")
+    check_precision(engine, precision)
     return engine, why
 
 
 def fill(
     engine: str, prior: Prior, request: SampleRequest, row_done: RowDone, options: EngineOptions | None = None
 ) -> Tensor:
-    """Fill the grids of one micro-batch with a chosen engine: int64 [n, H, W]."""
+    """Fill the grids of one micro-batch with a chosen engine: int64 [n, H, W].
+
+    Raises:
+        ArgumentError: options that this engine does not have, weights or logits that are not finite.
+    """
     options = options or EngineOptions()
-    with torch.inference_mode(), full_float32(request.noise.device):
+    options.check(engine)
+    device = request.noise.device
+    with torch.inference_mode(), full_float32(device), _repeatable(device):
         if engine == "naive":
             return sample_naive(prior, request, row_done)
         prepared = _prepared(prior)
+        compiled = prepared.compiled_with(options.row_kernel)
         batch = request.noise.shape[0]
         statics = static_inputs(prior, request)
         if engine == "torch":
             step = prepared.torch_step()
-            return sample_torch(
-                prepared.compiled, step, GridState(prepared.compiled, batch, statics), request, row_done
-            )
-        packed = prepared.cpu_step(batch, options)
-        return sample_cpu(prepared.compiled, packed, GridState(prepared.compiled, batch, statics), request, row_done)
+            return sample_torch(compiled, step, GridState(compiled, batch, statics), request, row_done)
+        if engine == "cpu":
+            packed = prepared.cpu_step(batch, options)
+            return sample_cpu(compiled, packed, GridState(compiled, batch, statics), request, row_done)
+        on_gpu = prepared.cuda_step(batch, options)
+        if options.cuda_graph:
+            return prepared.graph(compiled, on_gpu, statics, request).fill(statics, request, row_done)
+        return sample_cuda(compiled, on_gpu, GridState(compiled, batch, statics), request, row_done)
+
+
+@contextlib.contextmanager
+def _repeatable(device: torch.device) -> Iterator[None]:
+    """The same convolution for the same shapes: cuDNN is not to try several and take the one that was quickest."""
+    if device.type != "cuda":
+        yield
+        return
+    library = torch.backends.cudnn
+    before = library.benchmark, library.deterministic
+    library.benchmark, library.deterministic = False, True
+    try:
+        yield
+    finally:
+        library.benchmark, library.deterministic = before
 
 
 def plan_of(prior: Prior) -> Plan:
@@ -142,8 +162,19 @@ class _Prepared:
         self.versions, self.views, self.seen = versions, views, seen
         self.compiled = CompiledPlan(compile_plan(prior), next(prior.parameters()).device)
         self._lock = threading.Lock()
+        self._triton: CompiledPlan | None = None
         self._torch: TorchStep | None = None
         self._cpu: tuple[object, CpuStep] | None = None
+        self._cuda: tuple[object, CudaStep] | None = None
+        self._graph: tuple[object, GraphedGrid] | None = None
+
+    def compiled_with(self, row_kernel: RowKernel) -> CompiledPlan:
+        if row_kernel == "library":
+            return self.compiled
+        with self._lock:
+            if self._triton is None:
+                self._triton = CompiledPlan(self.compiled.plan, self.compiled.device, row_kernel)
+            return self._triton
 
     def torch_step(self) -> TorchStep:
         with self._lock:
@@ -160,6 +191,25 @@ class _Prepared:
                 step = CpuStep(self.compiled.plan, batch, threads=threads, kernels=options.kernels, bf16=bf16)
                 self._cpu = (key, step)
             return self._cpu[1]
+
+    def cuda_step(self, batch: int, options: EngineOptions) -> CudaStep:
+        key = (batch, options.precision)
+        with self._lock:
+            if self._cuda is None or self._cuda[0] != key:
+                self._cuda = self._graph = None  # their memory makes room
+                step = CudaStep(self.compiled.plan, batch, self.compiled.device, precision=options.precision)
+                self._cuda = (key, step)
+            return self._cuda[1]
+
+    def graph(
+        self, compiled: CompiledPlan, step: CudaStep, statics: dict[str, Tensor], request: SampleRequest
+    ) -> GraphedGrid:
+        key = (id(compiled), id(step), GraphedGrid.key(statics, request))
+        with self._lock:
+            if self._graph is None or self._graph[0] != key:
+                self._graph = None
+                self._graph = (key, GraphedGrid(compiled, step, statics, request))
+            return self._graph[1]
 
 
 _LOCK = threading.Lock()

@@ -19,8 +19,9 @@ from fastvq.models.pretrained import load_pretrained
 from fastvq.models.prior import Prior
 from fastvq.models.vqvae import HierarchicalVQVAE
 from fastvq.sampling.api import choose_micro_batch, evaluating, sample
-from fastvq.sampling.engines import Precision, choose_engine
+from fastvq.sampling.engines import choose_engine
 from fastvq.sampling.noise import check_seed
+from fastvq.sampling.options import Precision
 from fastvq.sampling.request import Settings, micro_batches
 
 PIPELINE_FILE = "pipeline.json"

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastvq._check import require_choice
+from fastvq.errors import UnavailableError
+from fastvq.ops.dispatch import triton_reason
 from fastvq.sampling.plan import History, Op, Plan, Term
+
+RowKernel = Literal["library", "triton"]
+ROW_KERNELS = ("library", "triton")
 
 
 class RowConv:
-    """The row part of one term as a library convolution over the channels-last history of its source."""
+    """The row part of one term as a convolution over the channels-last history of its source.
 
-    def __init__(self, term: Term, history: History | None, device: torch.device) -> None:
+    Args:
+        kernel: ``library`` (PyTorch's), or ``triton``: the project's causal convolution, whose products over the rows
+            above take any rectangle of taps.
+    """
+
+    def __init__(
+        self, term: Term, history: History | None, device: torch.device, kernel: RowKernel = "library"
+    ) -> None:
         self.source = term.source
         self.direct = set(term.taps) == {(0, 0)}
         rows, columns = [dr for dr, _ in term.taps], [dc for _, dc in term.taps]
@@ -27,11 +42,18 @@ class RowConv:
         assert history is not None
         self.height, self.left = height, history.left + min(columns)
         self.extra = width - 1
-        kernel = weight.reshape(height, width, *weight.shape[1:]).permute(3, 2, 0, 1)  # [C_out, C_in, height, width]
+        self._packed: tuple[tuple[int, ...], Tensor] | None = None
+        self._prepack = False
+        self._taps: tuple[int, int, int, int] | None = None
+        if kernel == "triton":
+            self._taps = (width, self.top, -min(columns), len(term.taps))
+            self.left, self.extra = history.left, 0  # the kernel counts what lies beside the grid as zero
+            self.weight = weight.transpose(1, 2).contiguous()  # [T, C_out, C_in]
+            return
+        shaped = weight.reshape(height, width, *weight.shape[1:]).permute(3, 2, 0, 1)  # [C_out, C_in, height, width]
         self._prepack = device.type == "cpu" and _PREPACK
         # What gets packed later needs no copy of its own in between: weights are most of the memory.
-        self.weight = kernel if self._prepack else kernel.contiguous(memory_format=torch.channels_last)
-        self._packed: tuple[tuple[int, ...], Tensor] | None = None
+        self.weight = shaped if self._prepack else shaped.contiguous(memory_format=torch.channels_last)
 
     def __call__(self, rows: dict[int, Tensor], ring: Ring | None, width: int) -> Tensor:
         """[B, W, C_out] (W = 1 if the source is the same at all positions)."""
@@ -40,7 +62,18 @@ class RowConv:
         assert ring is not None
         first = ring.slot - self.top
         x = ring.data[:, first : first + self.height, self.left : self.left + width + self.extra]
+        if self._taps is not None:
+            return self._triton(x)
         return self._conv(x.permute(0, 3, 1, 2))[:, :, 0].transpose(1, 2)
+
+    def _triton(self, x: Tensor) -> Tensor:
+        """The last row of x [B, height, W, C_in], as [B, W, C_out]."""
+        from fastvq.kernels.causal_conv_product import Taps, convolve
+
+        assert self._taps is not None
+        out = x.new_empty(x.shape[0], 1, x.shape[2], self.weight.shape[1])
+        convolve(x.contiguous(), self.weight, out, Taps(*self._taps), precision="ieee", first_row=self.top)
+        return out[:, 0]
 
     def _conv(self, x: Tensor) -> Tensor:
         if not self._prepack:
@@ -71,16 +104,32 @@ _PREPACK = _can_prepack()
 
 
 class CompiledPlan:
-    """A plan with its row weights made ready for one device; used by any number of micro-batches."""
+    """A plan with its row weights made ready for one device; used by any number of micro-batches.
 
-    def __init__(self, plan: Plan, device: torch.device) -> None:
+    Args:
+        row_kernel: what computes the row phase's convolutions over more than a position, see `RowConv`.
+
+    Raises:
+        UnavailableError: there is no such kernel on this device.
+    """
+
+    def __init__(self, plan: Plan, device: torch.device, row_kernel: RowKernel = "library") -> None:
+        require_choice("row_kernel", row_kernel, ROW_KERNELS)
+        if row_kernel == "triton":
+            _require_triton(device)
         self.plan, self.device = plan, device
         self.bias = {op.index: op.bias.to(device) for op in plan.ops if op.bias is not None}
         self.convs = {
-            index: [RowConv(term, plan.history.get(term.source), device) for term in terms]
+            index: [RowConv(term, plan.history.get(term.source), device, row_kernel) for term in terms]
             for index, terms in plan.row_terms.items()
         }
         self.above_tables = {op.index: above for op in plan.ops if (above := _above_table(op, device)) is not None}
+
+
+def _require_triton(device: torch.device) -> None:
+    reason = triton_reason(torch.empty(0, device=device))
+    if reason is not None:
+        raise UnavailableError(f"row_kernel: 'triton' was asked for but cannot run here: {reason}")
 
 
 def _above_table(op: Op, device: torch.device) -> tuple[list[tuple[int, int]], Tensor] | None:

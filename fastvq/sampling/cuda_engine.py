@@ -1,0 +1,297 @@
+"""The cached sampler with its step phase in CUDA: one launch fills a row, draws included, and nothing waits for it.
+
+Rows are enqueued one after the other on the current stream: library kernels for what is known when a row starts, then
+the launch. The host is a few rows ahead of the device; it reads nothing back before the end of the grid.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from fastvq import _engine, _nvtx
+from fastvq._check import require_choice
+from fastvq.errors import UnavailableError
+from fastvq.sampling.plan import Plan
+from fastvq.sampling.request import SampleRequest, Settings
+from fastvq.sampling.state import CompiledPlan, GridState, padded
+from fastvq.sampling.step_tables import (
+    VIEW_FIELDS,
+    StepTables,
+    fill_views,
+    logits_view,
+    make_scratch,
+    not_drawable,
+    refused_options,
+)
+
+# Rows that the host may be ahead: enough to hide its own work, and few enough that Ctrl-C and progress are prompt.
+ROWS_IN_FLIGHT = 3
+# Matrix instructions of bfloat16, and copies past the first cache.
+_LEAST_CAPABILITY = (8, 0)
+# What the status word holds while every position could be drawn.
+_NOTHING_BAD = 2**63 - 1
+
+
+def why_no_cuda(device: torch.device) -> str | None:
+    """Why the engine cannot run on a device, or None when it can."""
+    if device.type != "cuda":
+        return f"it computes on a GPU, the prior is on {device}"
+    reason = _engine.why_unavailable()
+    if reason is not None:
+        return reason
+    extension = _engine.require()
+    if not getattr(extension, "CUDA", False):
+        return "the compiled extension was built without CUDA (nvcc was not found)"
+    if torch.version.cuda is None:
+        return "this PyTorch was built without CUDA"
+    info = extension.cuda_info()
+    if info["error"]:
+        return f"CUDA does not work in the extension ({info['error']})"
+    index = _index(device)
+    if index >= min(info["device_count"], torch.cuda.device_count()):
+        return f"there is no GPU {index}"
+    capability = torch.cuda.get_device_capability(index)
+    if capability < _LEAST_CAPABILITY:
+        return f"it needs compute capability 8.0 or higher, {device} has {capability[0]}.{capability[1]}"
+    return None
+
+
+def cuda_summary() -> str:
+    """What the extension was built for, in one line."""
+    reason = _engine.why_unavailable()
+    if reason is not None or not getattr(_engine.require(), "CUDA", False):
+        return "not in the extension"
+    info = _engine.require().cuda_info()
+    devices = info["error"] or f"{info['device_count']} device(s)"
+    return f"{info['compiled']} for {info['architectures']}; {devices}"
+
+
+class CudaStep:
+    """A plan packed for a number of samples on one GPU.
+
+    Args:
+        device: where the priors' caches lie. The CPU is for extensions that run kernels there.
+        precision: of the weights; sums are float32 either way. With ``bfloat16`` and 8 samples or more, what they
+            multiply is rounded too, for matrix instructions.
+        blocks: of a launch, all of which have to be resident; 0 for as many as the device holds.
+        shared_limit: bytes of shared memory of a block; 0 for what the device offers.
+        extension: what to call instead of the compiled extension.
+
+    Raises:
+        ArgumentError: settings that do not fit the plan or the device, or weights that are not finite.
+        UnavailableError: the extension was built without CUDA.
+
+    Rows of one step must not overlap, so grids take turns: `lock` is held while one is filled.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        batch: int,
+        device: torch.device,
+        *,
+        precision: str,
+        blocks: int = 0,
+        shared_limit: int = 0,
+        extension: ModuleType | None = None,
+    ) -> None:
+        require_choice("precision", precision, ("float32", "bfloat16"))
+        if extension is None:
+            reason = why_no_cuda(device)
+            if reason is not None:
+                raise UnavailableError(f"engine: 'cuda' was asked for but cannot run here: {reason}")
+            extension = _engine.require()
+        self.plan, self.batch, self.device, self.precision = plan, batch, device, precision
+        self.lock = threading.Lock()
+        height, width = plan.shape
+        self.tables = StepTables(plan)
+        ops, terms = self.tables.ops, self.tables.terms
+        bf16 = precision == "bfloat16"
+        with on_device(device), refused_options():
+            self.native = extension.make_cuda_plan(
+                ops.ctypes.data,
+                len(ops),
+                terms.ctypes.data,
+                len(terms),
+                plan.output,
+                batch,
+                width,
+                height * width,
+                plan.num_codes,
+                padded(height * width),
+                bf16,
+                bf16,  # matrix instructions, where the batch is large enough
+                _index(device),
+                blocks,
+                shared_limit,
+            )
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # the weights were copied on another stream
+        self.tables.release()  # the extension has packed them
+
+
+class Grid:
+    """What the rows of one grid are enqueued from: the state, room for the current position, the status word.
+
+    Args:
+        noise, known: float32 and bool [n, H, W], contiguous.
+        logits: None, or float32 [n, H, W, K] to receive those of all positions.
+    """
+
+    def __init__(
+        self,
+        step: CudaStep,
+        state: GridState,
+        noise: Tensor,
+        known: Tensor,
+        settings: Settings,
+        logits: Tensor | None = None,
+    ) -> None:
+        self.step, self.state, self.settings, self.logits = step, state, settings, logits
+        self.noise, self.known = noise, known
+        self.scratch = make_scratch(state, places=2)
+        self.status = torch.full((1,), _NOTHING_BAD, dtype=torch.int64, device=step.device)
+
+    def enqueue(self, row: int, host: Tensor, device: Tensor) -> list[Tensor]:
+        """Enqueue a row. Views are written to ``host`` and read from ``device``, int64 [2, operations, 4] each.
+
+        Returns tensors to keep until the launch is enqueued. They need not be kept longer: the allocator gives memory
+        of a stream to later work of the same stream only, which runs after the launch.
+        """
+        step, state = self.step, self.state
+        plan, settings = step.plan, self.settings
+        with _nvtx.span("row phase"):
+            state.begin_row(row)
+            views = host.numpy()
+            kept = fill_views(views, step.tables, state, self.scratch, row)
+            if self.logits is not None:
+                views[0, plan.output] = logits_view(self.logits, row)
+            device.copy_(host, non_blocking=True)
+        with _nvtx.span("step phase"):
+            step.native.run_row(
+                row,
+                host.data_ptr(),
+                device.data_ptr(),
+                state.codes[:, row].data_ptr(),
+                state.codes.stride(0),
+                self.noise[:, row].data_ptr(),
+                self.noise.stride(0),
+                self.known[:, row].data_ptr(),
+                self.known.stride(0),
+                settings.temperature,
+                plan.num_codes if settings.top_k is None else settings.top_k,
+                1.0 if settings.top_p is None else settings.top_p,
+                self.status.data_ptr(),
+                _stream(step.device),
+            )
+        return kept
+
+    def check(self) -> None:
+        """Wait for all rows, and refuse grids of which a position could not be drawn.
+
+        Raises:
+            ArgumentError: its logits are not finite.
+        """
+        bad = int(self.status)
+        if bad != _NOTHING_BAD:
+            position, sample = divmod(bad, self.state.batch)
+            raise not_drawable(sample, *divmod(position, self.state.width))
+
+
+class ViewRing:
+    """Views of the rows in flight, written on the host and copied to the device without waiting.
+
+    The host must not write to pinned memory whose copy is still waiting, so each place has an event behind its row.
+    """
+
+    def __init__(self, places: int, num_ops: int, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        shape = (2, num_ops, VIEW_FIELDS)
+        self.host = [torch.empty(shape, dtype=torch.int64, pin_memory=self._on_gpu) for _ in range(places)]
+        self.device = [torch.empty(shape, dtype=torch.int64, device=device) for _ in range(places)]
+        self._events: list[torch.cuda.Event | None] = [None] * places
+
+    def __len__(self) -> int:
+        return len(self.host)
+
+    def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
+        """The views of a row, on the host and on the device; the row ``len(self)`` before has to be done."""
+        place = row % len(self)
+        return self.host[place], self.device[place]
+
+    def enqueued(self, row: int) -> None:
+        """All work of a row is on the current stream."""
+        if self._on_gpu:
+            event = torch.cuda.Event(blocking=True)
+            event.record()
+            self._events[row % len(self)] = event
+
+    def wait(self, row: int) -> None:
+        """Until a row is done; it is one of the last ``len(self)`` enqueued."""
+        event = self._events[row % len(self)]
+        if event is not None:
+            event.synchronize()
+
+
+def sample_cuda(
+    compiled: CompiledPlan,
+    step: CudaStep,
+    state: GridState,
+    request: SampleRequest,
+    row_done: Callable[[], None],
+    logits: Tensor | None = None,
+) -> Tensor:
+    """Fill the grids of a request: int64 [n, H, W]. ``logits`` [n, H, W, K] receives those of all positions.
+
+    Raises:
+        ArgumentError: logits that are not finite; the whole grid has been computed then.
+    """
+    height, _ = compiled.plan.shape
+    with step.lock, on_device(step.device), _nvtx.span("grid"):
+        state.codes.copy_(request.start_codes())
+        grid = Grid(step, state, request.noise.contiguous(), request.known.contiguous(), request.settings, logits)
+        ring = ViewRing(min(ROWS_IN_FLIGHT, height), len(step.tables.ops), step.device)
+        finished = enqueued = 0
+        try:
+            while finished < height:
+                if enqueued < min(height, finished + len(ring)):
+                    with _nvtx.span("row"):
+                        grid.enqueue(enqueued, *ring[enqueued])
+                    ring.enqueued(enqueued)
+                    enqueued += 1
+                    continue
+                ring.wait(finished)
+                finished += 1
+                row_done()
+            grid.check()
+        finally:
+            # The next grid may come on another stream, and must find nothing of this one running.
+            synchronise(step.device)
+    return state.codes
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Events, streams and launches are the current device's."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for the current stream."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def _index(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.current_device() if device.index is None else device.index

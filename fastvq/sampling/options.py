@@ -1,0 +1,76 @@
+"""How an engine computes, where that is a choice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fastvq._check import require_choice, require_positive_int
+from fastvq.errors import ArgumentError, ArgumentTypeError
+from fastvq.sampling.state import ROW_KERNELS, RowKernel
+
+Precision = Literal["float32", "bfloat16"]
+
+# Fastest first; "auto" takes the first that can run.
+ENGINES = ("cuda", "cpu", "torch", "naive")
+PRECISIONS = ("float32", "bfloat16")
+KERNELS = ("auto", "avx512", "avx2", "baseline")
+_MOST_THREADS = 1024
+# Engines whose weights can be bfloat16.
+_BFLOAT16 = ("cuda", "cpu")
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How an engine computes.
+
+    Attributes:
+        precision: of the weights in the step phase of the ``cuda`` and ``cpu`` engines; sums are float32 either way.
+            ``bfloat16`` halves the memory traffic and is not exact. With 8 samples or more the ``cuda`` engine then
+            uses matrix instructions, for which it rounds what the weights are multiplied by as well.
+        threads: of the ``cpu`` engine, 1 to 1024; None for PyTorch's number, or fewer where a position has little work.
+        kernels: instruction set of the ``cpu`` engine: ``auto``, ``avx512``, ``avx2`` or ``baseline``.
+        row_kernel: what computes the convolutions over the rows above in the cached engines: ``library`` (PyTorch's)
+            or ``triton`` (the project's own kernel, on a GPU). Both are float32.
+        cuda_graph: the ``cuda`` engine records a whole grid once and replays it, see
+            :mod:`fastvq.sampling.cuda_graph`.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: values that are not among these.
+    """
+
+    precision: Precision = "float32"
+    threads: int | None = None
+    kernels: str = "auto"
+    row_kernel: RowKernel = "library"
+    cuda_graph: bool = False
+
+    def __post_init__(self) -> None:
+        require_choice("precision", self.precision, PRECISIONS)
+        require_choice("kernels", self.kernels, KERNELS)
+        require_choice("row_kernel", self.row_kernel, ROW_KERNELS)
+        if self.threads is not None and require_positive_int("threads", self.threads) > _MOST_THREADS:
+            raise ArgumentError(f"threads: must be at most {_MOST_THREADS}, got {self.threads}")
+        if not isinstance(self.cuda_graph, bool):
+            raise ArgumentTypeError(f"cuda_graph: expected a bool, got {type(self.cuda_graph).__name__}")
+
+    def check(self, engine: str) -> None:
+        """Refuse what an engine does not have and what would change nothing in silence.
+
+        Raises:
+            ArgumentError: there is such an option.
+        """
+        require_choice("engine", engine, ENGINES)
+        check_precision(engine, self.precision)
+        if self.row_kernel != "library" and engine == "naive":
+            raise ArgumentError(f"row_kernel: the naive engine has no row phase, got {self.row_kernel!r}")
+        if self.cuda_graph and engine != "cuda":
+            raise ArgumentError(f"cuda_graph: only the cuda engine has one, the engine here is {engine!r}")
+
+
+def check_precision(engine: str, precision: str) -> None:
+    require_choice("precision", precision, PRECISIONS)
+    if precision == "bfloat16" and engine not in _BFLOAT16:
+        raise ArgumentError(
+            f"precision: only the cuda and cpu engines have bfloat16 weights, the engine here is {engine!r}"
+        )

@@ -1,0 +1,420 @@
+"""The Python side of the CUDA engine: choice, options, rows in flight, the public calls, graphs.
+
+Without a GPU no kernels run: the C++ engine takes their place behind the same interface.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import types
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from cuda_stand_in import BATCH, CPU, Job, StandIn
+from engine_helpers import (
+    given_to,
+    grids,
+    needs_extension,
+    request_of,
+    require_same_codes,
+    spread,
+)
+from helpers import pixelcnn, refuses, snail
+from plan_priors import GIVEN, PRIORS, every_given, every_prior
+from torch import Tensor
+from triton_helpers import needs_gpu
+
+from fastvq import _engine
+from fastvq.cli import generate
+from fastvq.errors import ArgumentError, UnavailableError
+from fastvq.models import Prior
+from fastvq.sampling import (
+    EngineOptions,
+    Pipeline,
+    choose_engine,
+    cuda_engine,
+    describe,
+    engines,
+    sample,
+    uniforms,
+)
+from fastvq.sampling.cuda_engine import ROWS_IN_FLIGHT, CudaStep, ViewRing, cuda_summary, why_no_cuda
+from fastvq.sampling.cuda_graph import GraphedGrid
+from fastvq.sampling.engines import fill, static_inputs, why_not
+from fastvq.sampling.lower import compile_plan
+from fastvq.sampling.request import Settings
+from fastvq.sampling.state import CompiledPlan, GridState, padded
+from fastvq.sampling.step_tables import make_scratch
+
+pytestmark = pytest.mark.usefixtures("steady")
+
+
+# The choice.
+
+
+@pytest.fixture
+def extension(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
+    """An extension that says it was built with CUDA for one device, and a PyTorch that says the same."""
+    info = {"compiled": "13.0", "architectures": "80 90a 100 + PTX", "device_count": 1, "error": None}
+    found = types.SimpleNamespace(CUDA=True, cuda_info=lambda: dict(info), info=info)
+    monkeypatch.setattr(_engine, "_load", lambda: (found, None))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    return found
+
+
+def test_a_gpu_and_an_extension_with_cuda(extension: types.SimpleNamespace) -> None:
+    assert why_no_cuda(torch.device("cuda:0")) is None
+    assert cuda_summary() == "13.0 for 80 90a 100 + PTX; 1 device(s)"
+
+
+REFUSED: dict[str, tuple[Callable[[types.SimpleNamespace, pytest.MonkeyPatch], object], str]] = {
+    "old-extension": (lambda e, m: delattr(e, "CUDA"), "the compiled extension was built without CUDA"),
+    "without-cuda": (lambda e, m: setattr(e, "CUDA", False), "the compiled extension was built without CUDA"),
+    "no-extension": (lambda e, m: m.setattr(_engine, "_load", lambda: (None, "it is missing")), "it is missing. Build"),
+    "no-driver": (lambda e, m: e.info.update(error="no driver"), r"CUDA does not work in the extension \(no driver\)"),
+    "another-pytorch": (lambda e, m: m.setattr(torch.version, "cuda", None), "this PyTorch was built without CUDA"),
+    "no-such-device": (lambda e, m: e.info.update(device_count=0), "there is no GPU 0"),
+    "not-in-pytorch": (lambda e, m: m.setattr(torch.cuda, "device_count", lambda: 0), "there is no GPU 0"),
+    "too-old": (
+        lambda e, m: m.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5)),
+        "it needs compute capability 8.0 or higher, cuda:0 has 7.5",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_reasons(case: str, extension: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    change, reason = REFUSED[case]
+    change(extension, monkeypatch)
+    device = torch.device("cuda:0")
+    assert str(why_no_cuda(device)).startswith(reason.replace("\\", ""))
+    with refuses(UnavailableError, f"engine: 'cuda' was asked for but cannot run here: {reason}"):
+        CudaStep(compile_plan(snail()), 1, device, precision="float32")
+    if case != "another-pytorch":
+        expected = "not in the extension" if "extension" in case or "without" in case else None
+        assert expected is None or cuda_summary() == expected
+
+
+def test_a_prior_on_the_cpu() -> None:
+    prior = snail()
+    reason = "it computes on a GPU, the prior is on cpu"
+    assert why_not("cuda", prior) == reason
+    message = f"engine: 'cuda' was asked for but cannot run here: {reason}"
+    for call in (
+        lambda: choose_engine("cuda", prior),
+        lambda: sample(prior, 1, engine="cuda"),
+        lambda: fill("cuda", prior, request_of(prior, 1, {}, seed=0), lambda: None),
+        lambda: fill("cuda", prior, request_of(prior, 1, {}, seed=0), lambda: None, EngineOptions(cuda_graph=True)),
+    ):
+        with refuses(UnavailableError, message):
+            call()
+
+
+@needs_extension
+def test_step_options() -> None:
+    plan = compile_plan(snail())
+    for precision in ("float16", None):
+        with refuses(ArgumentError, "precision: expected one of 'float32', 'bfloat16', got"):
+            CudaStep(plan, 1, CPU, precision=precision, extension=StandIn())  # type: ignore[arg-type]
+    extension = StandIn()
+    CudaStep(plan, 2, CPU, precision="float32", extension=extension)
+    CudaStep(plan, 9, CPU, precision="bfloat16", blocks=5, shared_limit=4096, extension=extension)
+    first, second = (made[4:] for made in extension.made)
+    height, width = plan.shape
+    shape = (width, height * width, plan.num_codes, padded(height * width))
+    assert first == (plan.output, 2, *shape, False, False, 0, 0, 0)
+    assert second == (plan.output, 9, *shape, True, True, 0, 5, 4096)
+    with refuses(ArgumentError, "shape: expected positive sizes"):
+        CudaStep(plan, 0, CPU, precision="float32", extension=StandIn())
+    with torch.no_grad():
+        prior: Any = snail()
+        prior.output.weight[0].fill_(float("nan"))
+    with refuses(ArgumentError, "prior: its weights hold NaN or infinite values"):
+        CudaStep(compile_plan(prior), 1, CPU, precision="float32", extension=StandIn())
+
+
+# A whole grid.
+
+
+@needs_extension
+@every_prior
+@every_given
+def test_codes(kind: str, told: str) -> None:
+    """Those of the C++ engine, bit for bit, for it has done the arithmetic."""
+    prior = spread(PRIORS[kind](**GIVEN[told]))
+    for precision in ("float32", "bfloat16"):
+        job = Job(prior, precision=precision)
+        codes = job.run()
+        options = EngineOptions(threads=1, precision=precision)
+        assert torch.equal(codes, fill("cpu", prior, job.request, lambda: None, options))
+        assert not (torch.equal(codes, job.request.init_codes) and prior.config.num_codes > 1)
+
+
+@needs_extension
+@torch.no_grad()
+def test_known_codes_stay_and_logits_come_back() -> None:
+    prior = spread(snail(shape=(4, 5), num_codes=7))
+    codes, given = grids(prior, BATCH)
+    mask = torch.rand(BATCH, 4, 5, generator=torch.Generator().manual_seed(0)) < 0.5
+    job = Job(prior, init_codes=codes, mask=mask)
+    logits = torch.full((BATCH, 4, 5, 7), float("nan"))
+    found = job.run(logits=logits)
+    assert torch.equal(found[mask], codes[mask])
+    assert logits.isfinite().all()
+    wanted = prior(found, **given).movedim(1, -1)
+    torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-4)
+    noise = uniforms(4, 0, BATCH, (4, 5))
+    naive = sample(prior, BATCH, engine="naive", seed=4, init_codes=codes, mask=mask)
+    require_same_codes(prior, found, naive, noise, given, known=mask)
+
+
+@needs_extension
+@pytest.mark.parametrize("height", [1, 2, ROWS_IN_FLIGHT, ROWS_IN_FLIGHT + 1, 9])
+def test_rows_in_flight(height: int) -> None:
+    """Rows are enqueued ahead, but never more than there are places for; every row is counted when it is done."""
+    job = Job(spread(snail(shape=(height, 2))))
+    events: list[tuple[str, int]] = []
+    job.extension.when_row = lambda row: events.append(("enqueued", row))
+    done = iter(range(height))
+    job.run(lambda: events.append(("done", next(done))))
+    assert [row for what, row in events if what == "enqueued"] == list(range(height))
+    assert [row for what, row in events if what == "done"] == list(range(height))
+    ahead = 0
+    for what, row in events:
+        started = row + 1 if what == "enqueued" else None
+        finished = sum(w == "done" for w, _ in events[: events.index((what, row))])
+        ahead = max(ahead, (started or 0) - finished)
+        if what == "done":
+            assert events.index(("enqueued", row)) < events.index(("done", row))
+    assert ahead == min(height, ROWS_IN_FLIGHT)
+
+
+@needs_extension
+def test_an_exception_leaves_the_step_usable() -> None:
+    job = Job(spread(snail()))
+    wanted = job.run().clone()
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        job.run(stop)
+    again = Job(spread(snail()))
+    again.step = job.step
+    assert torch.equal(again.run(), wanted)
+
+
+@needs_extension
+def test_logits_that_are_not_finite() -> None:
+    """Only the code 3 leads to infinity, and only sample 1 has it, in the second row; rows go on to the end."""
+    with torch.no_grad():
+        prior: Any = pixelcnn(layers=0)
+        prior.input_horizontal.weight[:, 3].fill_(1e38)  # opens all 16 gates, whose sum is infinite then
+        prior.input_merge.weight.fill_(2.4e37)
+        prior.hidden.weight.fill_(1e-3)
+    init = torch.zeros(2, 3, 4, dtype=torch.int64)
+    init[1, 1, 1] = 3
+    known = torch.zeros(3, 4, dtype=torch.bool)
+    known[:2] = True
+    known[1, 2] = False
+    job = Job(prior, 2, init_codes=init, mask=known)
+    rows: list[int] = []
+    message = "prior: its logits are not finite for sample 1 of the micro-batch at row 1, column 2$"
+    with refuses(ArgumentError, message):
+        job.run(lambda: rows.append(0))
+    assert len(rows) == 3
+    with refuses(ArgumentError, message):
+        fill("cpu", prior, job.request, lambda: None)
+
+
+def test_the_ring_gives_places_in_turn() -> None:
+    ring = ViewRing(3, 5, CPU)
+    assert len(ring) == 3
+    pairs = [ring[row] for row in range(7)]
+    for host, device in pairs:
+        assert host.shape == device.shape == (2, 5, 4)
+        assert host.dtype == device.dtype == torch.int64
+        assert host.data_ptr() != device.data_ptr()
+    for row in range(7):
+        assert pairs[row][0] is pairs[row % 3][0]
+        assert pairs[row][1] is pairs[row % 3][1]
+    assert len({host.data_ptr() for host, _ in pairs}) == 3
+    ring.enqueued(0)
+    ring.wait(0)
+
+
+# The public calls.
+
+
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    """The stand-in as if it were an extension with CUDA, and priors on the CPU as if that were a GPU."""
+    stand_in = StandIn()
+    stand_in.make_step_plan = _engine.require().make_step_plan  # type: ignore[attr-defined]
+    monkeypatch.setattr(_engine, "require", lambda: stand_in)
+    for module in (cuda_engine, engines):
+        monkeypatch.setattr(module, "why_no_cuda", lambda device: None)
+    return stand_in
+
+
+@needs_extension
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_sample(precision: Any, on_cpu: StandIn) -> None:
+    prior = spread(snail(num_classes=3, condition_shapes=((3, 2),), condition_num_codes=(4,)))
+    assert choose_engine("auto", prior, precision) == ("cuda", "cuda is the fastest that runs here")
+    given = given_to(prior, 5)
+    chosen: dict[str, Any] = {"seed": 2, "micro_batch": 2, "precision": precision, **given}
+    codes = sample(prior, 5, **chosen)
+    assert len(on_cpu.made) == 1
+    assert on_cpu.order == [0, 1, 2] * 3
+    assert torch.equal(codes, sample(prior, 5, engine="cpu", **chosen))
+    assert torch.equal(codes, sample(prior, 5, engine="cuda", **chosen))
+    assert len(on_cpu.made) == 1
+    with torch.no_grad():
+        prior.get_submodule("output").bias.add_(torch.linspace(0, 3, 5))  # type: ignore[operator]
+    changed = sample(prior, 5, **chosen)
+    assert len(on_cpu.made) == 2
+    assert not torch.equal(changed, codes)
+    assert torch.equal(changed, sample(prior, 5, engine="cpu", **chosen))
+
+
+@needs_extension
+def test_a_pipeline(on_cpu: StandIn) -> None:
+    pipeline = Pipeline.from_pretrained("digits")
+    drawn = pipeline.sample(3, label=1, seed=1)
+    assert len(on_cpu.made) == 2
+    wanted = pipeline.sample(3, label=1, seed=1, engine="cpu")
+    assert all(torch.equal(*pair) for pair in zip(drawn.codes, wanted.codes, strict=True))
+
+
+@needs_extension
+def test_explain_counts_two_places(on_cpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    prior = snail()
+    with_cuda = describe(prior)
+    assert with_cuda.engine == "cuda"
+    monkeypatch.undo()
+    without = describe(prior)
+    assert without.engine == "cpu"
+    scratch = make_scratch(Job(prior, 1).state, places=1)
+    assert with_cuda.cache_bytes - without.cache_bytes == sum(4 * place.numel() for place in scratch.values())
+
+
+@needs_extension
+def test_grids_of_one_step_take_turns() -> None:
+    prior = spread(snail(shape=(6, 5), layers_per_block=2))
+    jobs = [Job(prior, seed=seed) for seed in range(4)]
+    wanted = [job.run().clone() for job in jobs]
+    together = [Job(prior, seed=seed) for seed in range(4)]
+    module = together[0].extension
+    for job in together:
+        job.step = together[0].step
+
+    def work(job: Job) -> Tensor:
+        torch.set_num_threads(1)
+        return job.run()
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(work, together))
+    assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
+    assert module.order == [*range(6)] * 4
+
+
+def test_info_says_what_the_extension_was_built_for(
+    capsys: pytest.CaptureFixture[str], extension: types.SimpleNamespace
+) -> None:
+    extension.info["error"] = "no driver"
+    generate.info(argparse.Namespace(checkpoint=None, pretrained=None))
+    lines = capsys.readouterr().out.splitlines()
+    assert "cuda        13.0 for 80 90a 100 + PTX; no driver" in lines
+    assert any(line.endswith(" threads), GPU 0, GPU 1") for line in lines)
+    assert "engines     cuda, cpu, torch, naive" in lines
+
+
+# Graphs.
+
+
+@needs_extension
+def test_graphs_need_a_gpu() -> None:
+    prior = spread(snail(num_classes=3))
+    job = Job(prior)
+    with refuses(UnavailableError, "cuda_graph: it needs a GPU, the plan is on cpu"):
+        GraphedGrid(job.compiled, job.step, job.state.statics, job.request)
+
+
+def test_keys_of_graphs() -> None:
+    prior = spread(snail(num_classes=3))
+    key = GraphedGrid.key
+
+    def of(n: int, **changes: Any) -> object:
+        request = request_of(prior, n, given_to(prior, n), **{"seed": 0, **changes})
+        return key(static_inputs(prior, request), request)
+
+    assert of(2) == of(2, seed=1)
+    assert of(2) != of(3)
+    assert of(2) != of(2, settings=Settings(top_k=2))
+    assert of(2, settings=Settings(top_k=2)) == of(2, settings=Settings(top_k=2))
+
+
+# On a GPU.
+
+
+@needs_gpu()
+@torch.inference_mode()
+@every_prior
+@every_given
+def test_the_row_phase_never_waits_for_the_gpu(kind: str, told: str) -> None:
+    prior = spread(PRIORS[kind](**GIVEN[told])).cuda()
+    request = request_of(prior, BATCH, given_to(prior, BATCH), seed=4)
+    compiled = CompiledPlan(compile_plan(prior), torch.device("cuda"))
+    statics = static_inputs(prior, request)
+    for mode in ("default", "error"):  # libraries may wait when they are first called
+        state = GridState(compiled, BATCH, statics)
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            for row in range(prior.config.shape[0]):
+                state.begin_row(row)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def gpu_codes(prior: Prior, **options: Any) -> Tensor:
+    if (reason := why_not("cuda", prior)) is not None:
+        pytest.skip(reason)
+    request = request_of(prior, BATCH, given_to(prior, BATCH), seed=4)
+    return fill("cuda", prior, request, lambda: None, EngineOptions(**options)).cpu()
+
+
+@needs_gpu()
+@every_prior
+@every_given
+@pytest.mark.parametrize(
+    "options", [{}, {"row_kernel": "triton"}, {"cuda_graph": True}], ids=["plain", "triton", "graph"]
+)
+def test_codes_on_a_gpu(options: dict[str, Any], kind: str, told: str) -> None:
+    prior = spread(PRIORS[kind](**GIVEN[told]))
+    given = given_to(prior, BATCH)
+    wanted = sample(prior, BATCH, seed=4, engine="naive", **given)
+    noise = uniforms(4, 0, BATCH, prior.config.shape)
+    on_gpu = copy.deepcopy(prior).cuda()
+    for _ in range(2):  # a graph is recorded and then replayed
+        found = gpu_codes(on_gpu, **options)
+        require_same_codes(prior, found, wanted, noise, given)
+
+
+@needs_gpu()
+def test_a_graph_is_replayed_for_other_requests() -> None:
+    prior = spread(snail(shape=(5, 6), num_classes=3)).cuda()
+    if (reason := why_not("cuda", prior)) is not None:
+        pytest.skip(reason)
+    for seed in range(3):
+        request = request_of(prior, BATCH, {"label": (torch.arange(BATCH) + seed) % 3}, seed=seed)
+        plain = fill("cuda", prior, request, lambda: None)
+        replayed = fill("cuda", prior, request, lambda: None, EngineOptions(cuda_graph=True))
+        assert torch.equal(plain, replayed)
