@@ -225,7 +225,8 @@ def _naive_rows(prior: Prior, request: SampleRequest) -> tuple[list[int], list[f
     batch = request.noise.shape[0]
     height = prior.config.shape[0]
     context = prior.context(request.condition, request.label, batch=batch)
-    codes = torch.randint(prior.config.num_codes, request.init_codes.shape)
+    device = request.noise.device
+    codes = torch.randint(prior.config.num_codes, request.init_codes.shape, device=device)
 
     def position(row: int) -> None:
         logits = prior.logits(codes[:, : row + 1], context)[:, :, row, 0]
@@ -233,26 +234,26 @@ def _naive_rows(prior: Prior, request: SampleRequest) -> tuple[list[int], list[f
 
     position(0)
     # Fewer rows where one pass takes seconds.
-    start = timed(position, height // 4)
+    start = timed(position, height // 4, device=str(device))
     count = 5 if start < 1.5 else 3
     rows = sorted({round(row) for row in np.linspace(0, height - 1, count)})
     seconds = []
     for row in rows:
-        times = [timed(position, row)]
+        times = [timed(position, row, device=str(device))]
         # The first pass over a new shape pays for setting up library kernels.
-        times = times if times[0] > 1 else [timed(position, row) for _ in range(3)]
+        times = times if times[0] > 1 else [timed(position, row, device=str(device)) for _ in range(3)]
         seconds.append(statistics.median(times))
     return rows, seconds
 
 
 @torch.inference_mode()
-def torch_rows(prior: Prior, request: SampleRequest, threads: int) -> Entry:
+def torch_rows(prior: Prior, request: SampleRequest, threads: int, samples: int | None = None) -> Entry:
     """The ``torch`` engine's time from complete rows spread over the grid, and a check of its first rows."""
     with using_threads(threads):
-        return _timed_torch_rows(prior, request, threads)
+        return _timed_torch_rows(prior, request, threads, samples)
 
 
-def _timed_torch_rows(prior: Prior, request: SampleRequest, threads: int) -> Entry:
+def _timed_torch_rows(prior: Prior, request: SampleRequest, threads: int, samples: int | None) -> Entry:
     batch = request.noise.shape[0]
     height, width = prior.config.shape
     compiled = CompiledPlan(plan_of(prior), request.noise.device)
@@ -267,7 +268,7 @@ def _timed_torch_rows(prior: Prior, request: SampleRequest, threads: int) -> Ent
 
     with contextlib.suppress(_EnoughError):
         sample_torch(compiled, step, state, request, row_done)
-    check = check_codes(prior, request, state.codes[:, : len(done)].clone())
+    check = check_codes(prior, request, state.codes[:, : len(done)].clone(), samples)
     # What the caches hold does not change the amount of work, so a row in the middle needs no rows before it.
     for ring in state.rings.values():
         ring.data.normal_()
@@ -276,9 +277,10 @@ def _timed_torch_rows(prior: Prior, request: SampleRequest, threads: int) -> Ent
     state.codes.random_(compiled.plan.num_codes)
     rows = sorted({height // 4, height // 2, 3 * height // 4})
     seconds, spent = [], []
+    device = str(request.noise.device)
     for row in rows:
-        spent.append(timed(state.begin_row, row))
-        seconds.append(spent[-1] + timed(_torch_row, step, state, request, row, width))
+        spent.append(timed(state.begin_row, row, device=device))
+        seconds.append(spent[-1] + timed(_torch_row, step, state, request, row, width, device=device))
     total = _sum_over_rows(rows, seconds, height, degree=1)
     how = f"extrapolated from complete rows {rows}; codes of the first {len(done)} rows checked"
     facts = {

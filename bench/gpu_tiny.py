@@ -1,0 +1,122 @@
+"""A little of every GPU kernel, for a memory or race checker: ``python -m bench.gpu_tiny [--what engine|ops|all]``.
+
+Tiny priors sampled by the ``cuda`` engine (float32, bfloat16 with and without matrix instructions, filtered draws,
+in-painting), and the Triton operations forward and backward, each compared with PyTorch. Ends with `LAST_WORDS`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastvq import GatedPixelCNN, PixelSNAIL
+from fastvq.models.prior import Prior
+from fastvq.ops.causal_attention import causal_attention
+from fastvq.ops.causal_conv import fused_causal_conv2d
+from fastvq.ops.nearest_code import nearest_code_statistics
+from fastvq.sampling import EngineOptions
+from fastvq.sampling.api import evaluating
+from fastvq.sampling.engines import fill
+from fastvq.sampling.request import Settings, build_request
+
+LAST_WORDS = "gpu_tiny: all of it has run"
+
+
+def priors() -> dict[str, Prior]:
+    """Attention, a condition on other codes, an inclusive mask, and a gated PixelCNN; odd grids."""
+    torch.manual_seed(0)
+    return {
+        "strict-attention": PixelSNAIL.from_preset("tiny-top", shape=(3, 5), mask="strict").eval(),
+        "inclusive": PixelSNAIL.from_preset("tiny-bottom", mask="inclusive").eval(),
+        "pixelcnn": GatedPixelCNN.from_preset("tiny-pixelcnn").eval(),
+    }
+
+
+def sample_tiny(
+    prior: Prior, batch: int, engine: str, device: str, options: EngineOptions, settings: Settings, compare: bool
+) -> None:
+    """Sample with an engine, some codes being known; a float32 engine is to agree with the naive sampler."""
+    prior = prior.to(device)
+    config = prior.config
+    grids = [
+        torch.randint(count, (batch, *shape))
+        for count, shape in zip(config.condition_num_codes, config.condition_shapes, strict=True)
+    ]
+    codes = torch.randint(config.num_codes, (batch, *config.shape))
+    request = build_request(
+        prior,
+        batch,
+        condition=grids or None,
+        label=None if config.num_classes is None else torch.arange(batch) % config.num_classes,
+        settings=settings,
+        seed=1,
+        noise=None,
+        init_codes=codes,
+        mask=torch.rand(batch, *config.shape) < 0.3,
+        start=0,
+    )
+    with evaluating(prior):
+        drawn = fill(engine, prior, request, lambda: None, options)
+        assert torch.equal(drawn[request.known], request.init_codes[request.known])
+        if compare and options.precision == "float32":
+            # On so few codes a uniform number within rounding of a boundary would be a great coincidence.
+            assert torch.equal(drawn, fill("naive", prior, request, lambda: None))
+
+
+def run_engine(device: str, engine: str = "cuda", compare: bool = True) -> int:
+    """The engine in every form; returns how many times something was sampled."""
+    count = 0
+    for name, prior in priors().items():
+        for precision in ("float32", "bfloat16"):
+            # Matrix instructions begin at 8 samples.
+            for batch in (3, 9):
+                for settings in (Settings(), Settings(temperature=0.9, top_k=5, top_p=0.8)):
+                    sample_tiny(prior, batch, engine, device, EngineOptions(precision=precision), settings, compare)
+                    count += 1
+            print(f"{name}, {precision}", flush=True)
+    return count
+
+
+def run_ops(device: str, backend: str | None = "triton") -> int:
+    """The operations forward and backward; returns how many."""
+    normal: Callable[..., Tensor] = lambda *shape: torch.randn(*shape, device=device)  # noqa: E731
+    found = nearest_code_statistics(normal(77, 17), normal(13, 17), backend=backend)
+    assert int(found.counts.sum()) == 77
+    masks = ("strict", "inclusive")
+    for mask in masks:
+        query, key, value = (normal(2, 2, 21, 16).requires_grad_() for _ in range(3))
+        causal_attention(query, key, value, mask=mask, dropout=0.1, seed=1, backend=backend).square().sum().backward()
+        x, weight = normal(2, 16, 5, 7).requires_grad_(), normal(32, 32, 3, 3).requires_grad_()
+        out = fused_causal_conv2d(x, weight, mask=mask, activation="concat_elu", gate=True, backend=backend)
+        out.square().sum().backward()
+        for tensor in (query, key, value, x, weight):
+            assert tensor.grad is not None
+            assert bool(tensor.grad.isfinite().all())
+        print(f"operations, {mask}", flush=True)
+    return 1 + 2 * len(masks)
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu_tiny", description=__doc__)
+    parser.add_argument("--what", choices=("engine", "ops", "all"), default="all")
+    parser.add_argument("--no-compare", action="store_true", help="leave out the naive sampler, most of the work")
+    parser.add_argument("--device", default="cuda")
+    options = parser.parse_args(arguments)
+    count = 0
+    if options.what in ("engine", "all"):
+        count += run_engine(options.device, compare=not options.no_compare)
+    if options.what in ("ops", "all"):
+        count += run_ops(options.device)
+    if options.device == "cuda":
+        torch.cuda.synchronize()
+    print(f"{count} calls")
+    print(LAST_WORDS)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,49 @@
+"""The command that checks and measures everything on a GPU says so and stops where there is none."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from triton_helpers import needs_gpu, needs_triton
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_without_a_gpu_it_says_so_and_does_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    # Where there is a GPU it is hidden.
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.gpu", "--out", str(out)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stdout.startswith("No GPU is available to PyTorch ")
+    assert done.stdout.count("\n") == 1
+    assert not done.stderr
+    assert not out.exists()
+
+
+@needs_gpu()
+@needs_triton
+@pytest.mark.parametrize("what", ["engine", "ops"])
+def test_tiny_plans_on_a_gpu(what: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.gpu_tiny", "--what", what],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("gpu_tiny: all of it has run\n")
