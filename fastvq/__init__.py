@@ -12,9 +12,10 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from fastvq.models import VQVAE, VQVAE2, GatedPixelCNN, PixelSNAIL, ResidualVQ, VectorQuantizer
-    from fastvq.sampling import Pipeline, explain, sample
+    from fastvq.sampling import EngineOptions, Pipeline, explain, sample
 
 _HOMES = {
+    "EngineOptions": "fastvq.sampling",
     "GatedPixelCNN": "fastvq.models",
     "PixelSNAIL": "fastvq.models",
     "Pipeline": "fastvq.sampling",
@@ -29,6 +30,7 @@ _HOMES = {
 __all__ = [
     "VQVAE",
     "VQVAE2",
+    "EngineOptions",
     "GatedPixelCNN",
     "Pipeline",
     "PixelSNAIL",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,11 +14,12 @@ from helpers import TablePrior, pixelcnn, refuses, snail
 from fastvq import _engine
 from fastvq.errors import ArgumentError, ArgumentTypeError, UnavailableError
 from fastvq.models import PixelSNAIL, Prior
-from fastvq.sampling import EngineOptions, Pipeline, choose_engine, describe, sample
+from fastvq.sampling import EngineOptions, Pipeline, choose_engine, describe, engines, sample
 from fastvq.sampling import api as api_module
 from fastvq.sampling.cpu_engine import CpuStep
 from fastvq.sampling.engines import fill
 from fastvq.sampling.lower import compile_plan
+from fastvq.sampling.plan import Plan
 
 pytestmark = pytest.mark.usefixtures("steady")
 
@@ -127,6 +129,37 @@ def test_options_that_an_engine_does_not_have(engine: str, options: dict[str, An
     with refuses(ArgumentError, message):
         fill(engine, prior, request_of(prior, 1, {}, seed=0), lambda: rows.append(0), EngineOptions(**options))
     assert rows == []
+
+
+def test_sampling_with_options() -> None:
+    prior, pipeline = snail(), Pipeline.from_pretrained("digits")
+    wanted = sample(prior, 3, seed=1, engine="torch")
+    assert torch.equal(sample(prior, 3, seed=1, engine="torch", options=EngineOptions()), wanted)
+    wanted = pipeline.sample(2, label=1, seed=1, engine="torch").codes
+    drawn = pipeline.sample(2, label=1, seed=1, engine="torch", options=EngineOptions()).codes
+    assert all(torch.equal(*pair) for pair in zip(drawn, wanted, strict=True))
+    graph = EngineOptions(cuda_graph=True)
+    for draw in (functools.partial(sample, prior), pipeline.sample):
+        with refuses(ArgumentError, "cuda_graph: only the cuda engine has one"):
+            draw(1, engine="torch", options=graph)
+        with refuses(ArgumentTypeError, "options: expected EngineOptions or None, got dict"):
+            draw(1, options={"threads": 1})
+        with refuses(ArgumentError, "precision: got 'bfloat16', but options say 'float32'"):
+            draw(1, precision="bfloat16", options=graph)
+
+
+@needs_extension
+@pytest.mark.parametrize("threads", [1, 2])
+def test_options_reach_the_engine(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    def spy(plan: Plan, batch: int, **settings: Any) -> CpuStep:
+        made.append(settings)
+        return CpuStep(plan, batch, **settings)
+
+    monkeypatch.setattr(engines, "CpuStep", spy)
+    sample(snail(), 1, seed=0, engine="cpu", options=EngineOptions("bfloat16", threads, "baseline"))
+    assert made == [{"threads": threads, "kernels": "baseline", "bf16": True}]
 
 
 @needs_extension

@@ -14,7 +14,7 @@ from fastvq.errors import ArgumentError, ArgumentTypeError
 from fastvq.models.prior import Condition, Prior
 from fastvq.sampling.cost import describe
 from fastvq.sampling.engines import choose_engine, fill
-from fastvq.sampling.options import EngineOptions, Precision
+from fastvq.sampling.options import EngineOptions, Precision, engine_options
 from fastvq.sampling.request import MICRO_BATCH, Settings, build_request, micro_batches
 
 
@@ -37,6 +37,7 @@ def sample(
     micro_batch: int | None = None,
     memory_limit: int | None = None,
     precision: Precision = "float32",
+    options: EngineOptions | None = None,
 ) -> Tensor:
     """Draw grids of codes from a prior.
 
@@ -67,6 +68,8 @@ def sample(
         precision: ``bfloat16`` halves the weights that the ``cuda`` and ``cpu`` engines read at each position. Faster
             for small micro-batches, and not exact; with a ``micro_batch`` of 8 or more the ``cuda`` engine also rounds
             what the weights are multiplied by, and uses matrix instructions.
+        options: everything an engine can be told, ``precision`` included (then leave that argument out): threads,
+            instruction set, row kernel, CUDA graph.
 
     Returns:
         int64 [n, H, W] on the prior's device.
@@ -75,7 +78,9 @@ def sample(
         ArgumentError, ArgumentTypeError: arguments that do not fit; nothing has been computed then.
     """
     prior = as_prior(prior)
-    engine, _ = choose_engine(engine, prior, precision)
+    options = engine_options(precision, options)
+    engine, _ = choose_engine(engine, prior, options.precision)
+    options.check(engine)
     micro_batch = choose_micro_batch(prior, engine, micro_batch, memory_limit)
     request = build_request(
         prior,
@@ -89,7 +94,6 @@ def sample(
         mask=mask,
         start=start,
     )
-    options = EngineOptions(precision=precision)
     codes = torch.empty_like(request.init_codes)
     blocks = list(micro_batches(start, n, micro_batch))
     bar = tqdm(total=len(blocks) * prior.config.shape[0], desc="sampling", unit="row", disable=not progress)

@@ -74,3 +74,18 @@ def check_precision(engine: str, precision: str) -> None:
         raise ArgumentError(
             f"precision: only the cuda and cpu engines have bfloat16 weights, the engine here is {engine!r}"
         )
+
+
+def engine_options(precision: Precision, options: EngineOptions | None) -> EngineOptions:
+    """What the two arguments of that name mean together.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: they contradict each other, or are something else.
+    """
+    if options is None:
+        return EngineOptions(precision)
+    if not isinstance(options, EngineOptions):
+        raise ArgumentTypeError(f"options: expected EngineOptions or None, got {type(options).__name__}")
+    if precision not in ("float32", options.precision):
+        raise ArgumentError(f"precision: got {precision!r}, but options say {options.precision!r}")
+    return options

@@ -21,7 +21,7 @@ from fastvq.models.vqvae import HierarchicalVQVAE
 from fastvq.sampling.api import choose_micro_batch, evaluating, sample
 from fastvq.sampling.engines import choose_engine
 from fastvq.sampling.noise import check_seed
-from fastvq.sampling.options import Precision
+from fastvq.sampling.options import EngineOptions, Precision, engine_options
 from fastvq.sampling.request import Settings, micro_batches
 
 PIPELINE_FILE = "pipeline.json"
@@ -118,6 +118,7 @@ class Pipeline:
         micro_batch: int | None = None,
         memory_limit: int | None = None,
         precision: Precision = "float32",
+        options: EngineOptions | None = None,
     ) -> Samples:
         """Draw all levels, top first, and decode them.
 
@@ -128,10 +129,12 @@ class Pipeline:
         temperatures = self._per_level("temperature", temperature)
         top_ks = self._per_level("top_k", top_k)
         top_ps = self._per_level("top_p", top_p)
+        options = engine_options(precision, options)
         sizes = []
         for prior, t, k, p in zip(self.priors, temperatures, top_ks, top_ps, strict=True):
             Settings(t, k, p).check(prior.config.num_codes)
-            chosen, _ = choose_engine(engine, prior, precision)
+            chosen, _ = choose_engine(engine, prior, options.precision)
+            options.check(chosen)
             sizes.append(choose_micro_batch(prior, chosen, micro_batch, memory_limit))
         size = min(sizes)  # all levels and the decoder work on the same micro-batches
         seed = int(torch.randint(2**63 - 1, ())) if seed is None else check_seed(seed)
@@ -150,7 +153,7 @@ class Pipeline:
                 engine=engine,
                 start=start,
                 micro_batch=size,
-                precision=precision,
+                options=options,
             )
             codes = (*codes, drawn)
         return Samples(self._decode(codes, start, size), codes, seed, size)
