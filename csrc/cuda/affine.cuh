@@ -5,29 +5,44 @@
 
 namespace fastvq::cuda {
 
-FASTVQ_DEVICE float4 load_inputs(const Prepared& prepared, int64_t sample, int k, bool wide) {
-    const int terms = prepared.instr.num_terms, depth = prepared.instr.depth;
+// The vectors that the weights multiply.
+struct Inputs {
+    const Segment* segments;
+    int terms, depth;
+    bool wide;  // all segments
+};
+
+FASTVQ_DEVICE Inputs inputs_of(const BlockState& state, const Instr& instr) {
+    bool wide = true;
+    for (int t = 0; t < instr.num_terms; ++t) wide = wide && state.segments[t].wide_end != 0;
+    return {state.segments, instr.num_terms, instr.depth, wide};
+}
+
+// Four numbers, zeros beyond the depth.
+template <bool kWide>
+FASTVQ_DEVICE float4 load_inputs(const Inputs& inputs, int64_t sample, int k) {
     int t = 0;
     const auto segment_of = [&](int place) -> const Segment& {
-        while (t + 1 < terms && place >= prepared.segments[t + 1].begin) ++t;
-        return prepared.segments[t];
+        while (t + 1 < inputs.terms && place >= inputs.segments[t + 1].begin) ++t;
+        return inputs.segments[t];
     };
-    if (wide) {
-        if (k >= depth) return {0.0f, 0.0f, 0.0f, 0.0f};
+    if constexpr (kWide) {
+        if (k >= inputs.depth) return {0.0f, 0.0f, 0.0f, 0.0f};
         const Segment& segment = segment_of(k);
-        return load_shared_state(reinterpret_cast<const float4*>(segment.data + sample * segment.stride + k - segment.begin));
+        const float* first = segment.data + sample * segment.stride + k - segment.begin;
+        return load_shared_state(reinterpret_cast<const float4*>(first));
     }
     const auto one = [&](int place) {
-        if (place >= depth) return 0.0f;
+        if (place >= inputs.depth) return 0.0f;
         const Segment& segment = segment_of(place);
         return load_shared_state(segment.data + sample * segment.stride + place - segment.begin);
     };
-    float4 inputs;
-    inputs.x = one(k);
-    inputs.y = one(k + 1);
-    inputs.z = one(k + 2);
-    inputs.w = one(k + 3);
-    return inputs;
+    float4 numbers;
+    numbers.x = one(k);
+    numbers.y = one(k + 1);
+    numbers.z = one(k + 2);
+    numbers.w = one(k + 3);
+    return numbers;
 }
 
 // Rows of the stage: the numbers [first, first + length) of the vectors of some samples, zeros beyond the depth and for
@@ -36,11 +51,11 @@ struct Stage {
     char* memory;
     int row;  // elements between rows
     int first_sample, rows, padded_rows;
-    bool wide;
+    Inputs inputs;
 };
 
-template <bool kRounded, int kAtOnce>
-FASTVQ_DEVICE void fill_stage(const Stage& stage, const Prepared& prepared, int first, int length) {
+template <bool kRounded, bool kWide, int kAtOnce>
+FASTVQ_DEVICE void fill_stage(const Stage& stage, int first, int length) {
     const int vectors = length / 4, items = stage.padded_rows * vectors;
     for (int base = threadIdx.x; base < items; base += kAtOnce * kThreads) {
         float4 inputs[kAtOnce];
@@ -49,7 +64,8 @@ FASTVQ_DEVICE void fill_stage(const Stage& stage, const Prepared& prepared, int 
             const int item = base + i * kThreads, row = item / vectors;
             inputs[i] = {0.0f, 0.0f, 0.0f, 0.0f};
             if (item < items && row < stage.rows) {
-                inputs[i] = load_inputs(prepared, stage.first_sample + row, first + (item - row * vectors) * 4, stage.wide);
+                const int k = first + (item - row * vectors) * 4;
+                inputs[i] = load_inputs<kWide>(stage.inputs, stage.first_sample + row, k);
             }
         }
         FASTVQ_UNROLL
@@ -68,19 +84,12 @@ FASTVQ_DEVICE void fill_stage(const Stage& stage, const Prepared& prepared, int 
 }
 
 template <bool kRounded, int kAtOnce>
-FASTVQ_DEVICE void stage_inputs(const Stage& stage, const Prepared& prepared, int first, int length) {
-    if (stage.wide) {
-        fill_stage<kRounded, kAtOnce>(stage, prepared, first, length);
+FASTVQ_DEVICE void stage_inputs(const Stage& stage, int first, int length) {
+    if (stage.inputs.wide) {
+        fill_stage<kRounded, true, kAtOnce>(stage, first, length);
     } else {
-        fill_stage<kRounded, 1>(stage, prepared, first, length);
+        fill_stage<kRounded, false, 1>(stage, first, length);
     }
-}
-
-FASTVQ_DEVICE bool all_wide(const Prepared& prepared) {
-    for (int t = 0; t < prepared.instr.num_terms; ++t) {
-        if (prepared.segments[t].wide_end == 0) return false;
-    }
-    return true;
 }
 
 template <bool kStationary>
@@ -170,7 +179,7 @@ FASTVQ_DEVICE void affine_plain(const BlockState& state, const Instr& instr, int
     for (int first = 0; first < instr.depth; first += work.piece) {
         if (first > 0) block_barrier(Site::kPieceUsed);
         const int end = smaller(instr.depth, first + work.piece);
-        stage_inputs<false, 4>(stage, *state.prepared, first, round_up(end - first, 4));
+        stage_inputs<false, 4>(stage, first, round_up(end - first, 4));
         block_barrier(Site::kPieceStaged);
         if (!active) continue;
         for (; k + (kAtOnce - 1) * work.splits < end; k += kAtOnce * work.splits, weights += kAtOnce * step) {
@@ -245,7 +254,7 @@ FASTVQ_DEVICE void affine_fragments(const BlockState& state, const Instr& instr,
     for (int first = 0; first < instr.depth; first += work.piece) {
         if (first > 0) block_barrier(Site::kPieceUsed);
         const int end = smaller(depth_tiles * 16, first + work.piece), last = end / 16;
-        stage_inputs<true, 8>(stage, *state.prepared, first, end - first);
+        stage_inputs<true, 8>(stage, first, end - first);
         block_barrier(Site::kPieceStaged);
         if (!active) continue;
         for (; k + (kAtOnce - 1) * work.splits < last; k += kAtOnce * work.splits) {
@@ -255,7 +264,9 @@ FASTVQ_DEVICE void affine_fragments(const BlockState& state, const Instr& instr,
             FASTVQ_UNROLL
             for (int i = 0; i < kAtOnce; ++i) multiply(raw[i], staged + (k + i * work.splits) * 16 - first);
         }
-        for (; k < last; k += work.splits) multiply(load_weights<kStationary>(weights + k * 32), staged + k * 16 - first);
+        for (; k < last; k += work.splits) {
+            multiply(load_weights<kStationary>(weights + k * 32), staged + k * 16 - first);
+        }
     }
     block_barrier(Site::kPieceUsed);
     float* partial = reinterpret_cast<float*>(stage.memory);
@@ -306,10 +317,10 @@ FASTVQ_DEVICE void affine_samples(const BlockState& state, const Instr& instr, i
 FASTVQ_DEVICE void affine(const StepArgs& args, BlockState& state) {
     const Instr instr = state.prepared->instr;
     const int samples = state.prepared->work.samples;
-    const bool wide = all_wide(*state.prepared);
+    const Inputs inputs = inputs_of(state, instr);
     for (int first = 0; first < args.batch; first += samples) {
         if (first > 0) block_barrier(Site::kPartialsUsed);
-        const Stage stage{state.work, 0, first, smaller(samples, args.batch - first), 0, wide};
+        const Stage stage{state.work, 0, first, smaller(samples, args.batch - first), 0, inputs};
         if (instr.stationary) {
             affine_samples<true>(state, instr, args.batch, state.stationary, stage);
         } else {

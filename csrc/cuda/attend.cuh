@@ -33,7 +33,9 @@ FASTVQ_DEVICE float score(const float* keys, int64_t key_stride, const float* qu
     for (int d = 0; d < key_width; d += kAtOnce) {
         float key[kAtOnce];
         FASTVQ_UNROLL
-        for (int i = 0; i < kAtOnce; ++i) key[i] = d + i < key_width ? load_shared_state(keys + (d + i) * key_stride) : 0.0f;
+        for (int i = 0; i < kAtOnce; ++i) {
+            key[i] = d + i < key_width ? load_shared_state(keys + (d + i) * key_stride) : 0.0f;
+        }
         FASTVQ_UNROLL
         for (int i = 0; i < kAtOnce; ++i) {
             if (d + i < key_width) sum = fmaf(query[d + i], key[i], sum);

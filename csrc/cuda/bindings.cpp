@@ -2,12 +2,8 @@
 // looked into here.
 #include "cuda/bindings.h"
 
-#include <cstring>
-#include <limits>
 #include <memory>
-#include <stdexcept>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include <nanobind/stl/string.h>
@@ -50,7 +46,8 @@ void run_row(const StepEngine& engine, int64_t row, uintptr_t host_views, uintpt
     const auto* numbers = pointer<const int64_t>("host_views", host_views, num_views);
     std::vector<DeviceView> views;
     for (int64_t i = 0; i < num_views; ++i, numbers += 4) {
-        views.push_back({pointer<float>("host_views", numbers[0], numbers[0] != 0), numbers[1], numbers[2], numbers[3]});
+        auto* data = pointer<float>("host_views", numbers[0], numbers[0] != 0);
+        views.push_back({data, numbers[1], numbers[2], numbers[3]});
     }
     RowLaunch launch{};
     launch.row = row;

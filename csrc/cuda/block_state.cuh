@@ -22,20 +22,27 @@ struct Segment {
 };
 
 // An instruction with what it reads and writes at the current column, in shared memory. It is looked up while the block
-// waits for its sources, because every wait empties the first-level cache.
+// waits for its sources or works on the instruction before, because every wait empties the first-level cache.
 struct Prepared {
     Instr instr;
     AffineWork work;
     Place out, start;
     Place sources[3];  // of attention's keys and values: the first position of the grid
     int64_t value_stride;  // of attention, between positions
+    int32_t index;  // of the instruction, if it was prepared during the one before
+};
+
+// What lies before the memory that instructions work in.
+struct Common {
+    Prepared prepared[2];  // taken in turn
     Segment segments[kMaxTerms];
 };
 constexpr int kPreparedBytes = kCommonBytes - 2 * kKept * static_cast<int>(sizeof(float));
-static_assert(sizeof(Prepared) <= kPreparedBytes);
+static_assert(sizeof(Common) <= kPreparedBytes && kPreparedBytes % 16 == 0);
 
 struct BlockState {
     Prepared* prepared;
+    Segment* segments;
     float* kept;  // two places for the results [sample][halves][count] of instructions, taken in turn
     char* work;
     const char* stationary;
@@ -87,37 +94,43 @@ FASTVQ_DEVICE Place source_at(const StepArgs& args, const Instr& instr, int whic
     return {view.data - int64_t{args.row} * args.width * view.column_stride, view.batch_stride};
 }
 
-// Fills state.prepared and, where the results are kept, puts the starts there; no barrier.
-FASTVQ_DEVICE void prepare(const StepArgs& args, const Instr& instr, const BlockState& state) {
-    // Other warps than the one that waits, if there are any.
-    const int helper = kThreads - 1 - static_cast<int>(threadIdx.x);
-    Prepared& prepared = *state.prepared;
+// By `helpers` threads, `helper` being the number of one.
+FASTVQ_DEVICE void look_up(const StepArgs& args, const Instr& instr, Prepared& prepared, Segment* segments, int column,
+                           int helper, int helpers) {
     const auto* from = reinterpret_cast<const uint32_t*>(&instr);
     auto* to = reinterpret_cast<uint32_t*>(&prepared.instr);
-    for (int word = helper; word < static_cast<int>(sizeof(Instr) / 4); word += kThreads) to[word] = from[word];
+    for (int word = helper; word < static_cast<int>(sizeof(Instr) / 4); word += helpers) to[word] = from[word];
 
     const bool multiplies = instr.code == Code::kAffine, begins = multiplies || instr.code == Code::kLookup;
     const int jobs = multiplies ? 6 + instr.num_terms : 6;
-    for (int job = helper; job < jobs; job += kThreads) {
+    for (int job = helper; job < jobs; job += helpers) {
         if (job == 0) {
             if (multiplies) prepared.work = affine_work(instr.layout, instr.columns, instr.depth, args.batch);
         } else if (job == 1) {
             if (instr.code == Code::kStoreKeys) {
                 const DeviceView keys = args.values[instr.op];
-                prepared.out = {keys.data + int64_t{args.row} * args.width + state.column, keys.batch_stride};
+                prepared.out = {keys.data + int64_t{args.row} * args.width + column, keys.batch_stride};
             } else if (instr.code != Code::kDraw) {
-                prepared.out = place_at(args.values[instr.op], state.column);
+                prepared.out = place_at(args.values[instr.op], column);
             }
         } else if (job == 2) {
-            if (begins) prepared.start = place_at(args.starts[instr.op], state.column);
+            if (begins) prepared.start = place_at(args.starts[instr.op], column);
         } else if (job < 6) {
             if (!begins && instr.sources[job - 3] >= 0) {
-                prepared.sources[job - 3] = source_at(args, instr, job - 3, state.column, prepared.value_stride);
+                prepared.sources[job - 3] = source_at(args, instr, job - 3, column, prepared.value_stride);
             }
         } else {
-            prepared.segments[job - 6] = segment_at(args, instr, job - 6, state.column);
+            segments[job - 6] = segment_at(args, instr, job - 6, column);
         }
     }
+}
+
+// Fills state.prepared and, where the results are kept, puts the starts there; no barrier.
+FASTVQ_DEVICE void prepare(const StepArgs& args, const Instr& instr, const BlockState& state) {
+    // Other warps than the one that waits, if there are any.
+    look_up(args, instr, *state.prepared, state.segments, state.column, kThreads - 1 - static_cast<int>(threadIdx.x),
+            kThreads);
+    const bool begins = instr.code == Code::kAffine || instr.code == Code::kLookup;
     if (begins && keeps(instr, args.batch)) {
         const Place start = place_at(args.starts[instr.op], state.column);
         const int width = instr.halves * instr.count;
@@ -126,6 +139,16 @@ FASTVQ_DEVICE void prepare(const StepArgs& args, const Instr& instr, const Block
             kept_results(state)[item] = start.data[sample * start.stride + slice_channel(instr, item - sample * width)];
         }
     }
+}
+
+// By the last warp: the next instruction, if there is nothing to wait for, no segments and no starts.
+FASTVQ_DEVICE void prepare_next(const StepArgs& args, int index, Prepared& prepared, int column) {
+    const int helper = kThreads - 1 - static_cast<int>(threadIdx.x);
+    if (helper >= 32) return;
+    const Instr& instr = args.instrs[index];
+    const bool ready = instr.num_waits == 0 && instr.code != Code::kAffine && instr.code != Code::kLookup;
+    if (ready) look_up(args, instr, prepared, nullptr, column, helper, 32);
+    if (helper == 0) prepared.index = ready ? index : -1;
 }
 
 // Where the contribution of rows above to an output comes from, and where the output goes.

@@ -42,8 +42,8 @@ FASTVQ_DEVICE int least(int number, float* warps) {
     return static_cast<int>(value);
 }
 
-// How many codes come before code k in order of rank: greater logits, and equal ones of a lower index. Logits are padded
-// with -inf to a multiple of 4. All lanes of a warp have codes of the same 32.
+// How many codes come before code k in order of rank: greater logits, and equal ones of a lower index. Logits are
+// padded with -inf to a multiple of 4. All lanes of a warp have codes of the same 32.
 FASTVQ_DEVICE int rank_of(int k, const float* logits, int num_codes) {
     const auto* vectors = reinterpret_cast<const float4*>(logits);
     const float own = logits[k];

@@ -58,7 +58,8 @@ __global__ void __launch_bounds__(kThreads, 1) step_row(const __grid_constant__ 
     copy_stationary(args, block, shared);
 
     BlockState state{};
-    state.prepared = reinterpret_cast<Prepared*>(common);
+    auto* memory = reinterpret_cast<Common*>(common);
+    state.segments = memory->segments;
     state.kept = reinterpret_cast<float*>(common + kPreparedBytes);
     state.work = common + kCommonBytes;
     state.stationary = shared;
@@ -66,13 +67,19 @@ __global__ void __launch_bounds__(kThreads, 1) step_row(const __grid_constant__ 
     for (int column = 0; column < args.width; ++column) {
         state.column = column;
         state.kept_op = -1;
-        if (threadIdx.x == 0) wait_for(args, finished, column, Site::kWaitColumn);
         for (int i = block.first_instr; i < block.last_instr; ++i) {
-            const Instr& instr = args.instrs[i];
-            const int signal_to = instr.signal;
-            prepare(args, instr, state);
-            wait_for_sources(args, instr, column);
-            block_barrier(Site::kAfterWait);
+            const bool first = i == block.first_instr;
+            state.prepared = memory->prepared + (i & 1);
+            const bool ready = !first && state.prepared->index == i;
+            if (!ready) prepare(args, args.instrs[i], state);
+            if (i + 1 < block.last_instr) prepare_next(args, i + 1, memory->prepared[(i + 1) & 1], column);
+            if (!ready) {
+                wait_for_sources(args, args.instrs[i], column);
+                // By another thread, so that it does not begin when another wait ends.
+                if (first && threadIdx.x == kThreads / 2) wait_for(args, finished, column, Site::kWaitColumn);
+                block_barrier(Site::kAfterWait);
+            }
+            const int signal_to = state.prepared->instr.signal;
             execute(args, state);
             block_barrier(signal_to >= 0 ? Site::kBeforeSignal : Site::kBetweenInstrs);
             if (signal_to >= 0 && threadIdx.x == 0) {

@@ -1,4 +1,4 @@
-// Tests of the CPU engine without Python. Usage: step_plan_test NUMBER_OF_RANDOM_PLANS
+// Tests of the engines without Python. Usage: step_plan_test NUMBER_OF_RANDOM_PLANS
 #include <algorithm>
 #include <cstring>
 #include <exception>
@@ -362,6 +362,7 @@ int run(uint64_t num_plans) {
     };
     test("cases", [&] { test_every_kind_comes_up(num_plans); });
     test("draw", test_draw);
+    test("programs of the CUDA engine", [&] { test_programs(num_plans); });
     for (const Kernels* kernels : kernels_here()) {
         const std::string on = std::string(" on ") + kernels->name;
         test("kernels" + on, [&] { test_kernels(*kernels); });

@@ -1,6 +1,8 @@
 // The tests that lie in files of their own. Each throws at the first failure.
 #pragma once
 
+#include <cstdint>
+
 #include "cpu/kernels.h"
 
 namespace fastvq::cpu::testing {
@@ -8,5 +10,6 @@ namespace fastvq::cpu::testing {
 void test_kernels(const Kernels& kernels);
 void test_draw();
 void test_nearest(const Kernels& kernels);
+void test_programs(uint64_t num_plans);
 
 }  // namespace fastvq::cpu::testing
