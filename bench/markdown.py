@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,21 +30,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print the page."""
     parser = argparse.ArgumentParser(prog="python -m bench.markdown", description=__doc__)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE.json")
-    print(page([json.loads(file.read_text()) for file in parser.parse_args(arguments).files]), end="")
+    print(page({file.name: json.loads(file.read_text()) for file in parser.parse_args(arguments).files}), end="")
 
 
-def page(sessions: Sequence[dict[str, Any]]) -> str:
-    """The whole page, from the contents of result files.
+def page(sessions: Mapping[str, dict[str, Any]]) -> str:
+    """The whole page, from the contents of result files by name.
 
     Raises:
         ValueError: the files come from different processors.
     """
-    machines = list(dict.fromkeys(_machine(session["machine"]) for session in sessions))
+    machines = list(dict.fromkeys(_machine(session["machine"]) for session in sessions.values()))
     if len(machines) != 1:
         raise ValueError(f"expected results of one machine, got those of {'; '.join(machines)}")
-    sources = [f"[{index + 1}] {_source(session)}" for index, session in enumerate(sessions)]
+    sources = [f"[{index + 1}] {_source(session)}: {name}" for index, (name, session) in enumerate(sessions.items())]
     latest: dict[tuple[str, str, int], tuple[dict[str, Any], int]] = {}
-    for index, session in enumerate(sessions):
+    for index, session in enumerate(sessions.values()):
         for result in session["results"]:
             latest[result["operation"], result["case"], result["batch"]] = (result, index + 1)
     lines = [_INTRODUCTION.format(machine=machines[0]), "\n".join(f"- {source}" for source in sources), ""]

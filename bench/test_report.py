@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from bench import markdown
 from bench.harness import Check, Entry, Memory, Peer, Recorder, Result, Work, measure, repeats
 from bench.report import free_path, legend, number, seconds, tables, write_json
 
@@ -173,3 +175,30 @@ def test_numbers_are_readable() -> None:
         "2 ns",
     ]
     assert number(1999.6) == "2000"
+
+
+def _session(tmp_path: Path, *entries: Entry) -> dict[str, Any]:
+    recorder = _recorder(*entries)
+    path = tmp_path / f"{len(list(tmp_path.iterdir()))}.json"
+    write_json(recorder, path)
+    return json.loads(path.read_text())
+
+
+def test_page_of_tables(tmp_path: Path) -> None:
+    first = _session(tmp_path, Entry("naive", [20.0], GOOD), Entry("cpu", [4.0], GOOD))
+    guess = Entry("naive", [20.0], GOOD, extrapolated="from a few rows")
+    second = _session(tmp_path, guess, Entry("torch", [3.0], GOOD), Entry("cpu", [2.0], GOOD))
+    failed = _session(tmp_path, Entry("naive", [20.0], GOOD), Entry("cpu", [1.0], BAD))
+    row = "| a case | 8 | 2 s | 1.5 (torch) | torch 1.5, naive 10 e | 1.33 | [2] |"
+    assert row in markdown.page({"1.json": first, "2.json": second})
+    assert "| a case | 8 | 4 s | 5 (naive) | naive 5 | 2.67 | [2] |" in markdown.page(
+        {"1.json": second, "2.json": first}
+    )
+    assert "| a case | 8 | not comparable | | | | [2] |" in markdown.page({"1.json": first, "2.json": failed})
+
+
+def test_page_of_one_machine_only(tmp_path: Path) -> None:
+    session = _session(tmp_path, Entry("naive", [20.0], GOOD), Entry("cpu", [4.0], GOOD))
+    other = {**session, "machine": {**session["machine"], "cpu": "another"}}
+    with pytest.raises(ValueError, match="expected results of one machine, got those of"):
+        markdown.page({"1.json": session, "2.json": other})

@@ -1,8 +1,8 @@
 #include "cpu/ema.h"
 
 #include <algorithm>
-#include <cstring>
 
+#include "cpu/finite.h"
 #include "cpu/shared_pool.h"
 
 namespace fastvq::cpu {
@@ -10,17 +10,6 @@ namespace {
 
 // Elements that take longer than waking a thread does.
 constexpr int64_t kLeastElements = 1 << 17;
-
-// Without a branch, which the compiler turns into vectors.
-bool all_finite(const float* x, int64_t n) {
-    uint32_t found = 0;
-    for (int64_t i = 0; i < n; ++i) {
-        uint32_t bits;
-        std::memcpy(&bits, x + i, sizeof(bits));
-        found |= (bits & 0x7F800000u) == 0x7F800000u;
-    }
-    return found == 0;
-}
 
 // In double, four chains because one addition waits for the last.
 template <class T>

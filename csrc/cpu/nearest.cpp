@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cpu/barrier.h"
+#include "cpu/finite.h"
 #include "cpu/shared_pool.h"
 
 namespace fastvq::cpu {
@@ -28,17 +29,6 @@ constexpr int64_t kColumnGroup = 16;
 constexpr int64_t kLeastSorted = 8;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Without a branch, which the compiler turns into vectors.
-bool all_finite(const float* x, int64_t n) {
-    uint32_t found = 0;
-    for (int64_t i = 0; i < n; ++i) {
-        uint32_t bits;
-        std::memcpy(&bits, x + i, sizeof(bits));
-        found |= (bits & 0x7F800000u) == 0x7F800000u;
-    }
-    return found == 0;
-}
 
 struct Search {
     const NearestTask& task;

@@ -56,7 +56,7 @@ struct StepEngine::State {
     std::vector<OpSpec> ops;  // without their weights
     std::vector<TermSpec> terms;
     StepShape shape{};
-    bool bf16 = false, fragments = false;
+    bool fragments = false;
     int32_t finished_counter = 0;
     std::size_t counter_bytes = 0;
     int64_t blocks = 0, weight_bytes = 0, stationary_bytes = 0, work_bytes = 0, shared_bytes = 0;
@@ -106,7 +106,6 @@ StepEngine::StepEngine(const std::vector<OpSpec>& ops, const std::vector<TermSpe
     for (OpSpec& op : state->ops) op.weights = nullptr;
     for (TermSpec& term : state->terms) term.weights = nullptr;
     state->shape = shape;
-    state->bf16 = settings.bf16;
     state->fragments = program.layout == Layout::kFragments;
     state->finished_counter = program.finished_counter;
     state->blocks = wanted;
@@ -151,7 +150,6 @@ void StepEngine::run_row(const RowLaunch& launch) const {
     args.weights = state.weights.get();
     args.counters = state.counters.get();
     args.finished_counter = state.finished_counter;
-    args.bf16 = state.bf16;
     args.work_offset = state.shared_bytes - state.work_bytes;
     args.values = launch.device_views;
     args.starts = launch.device_views + num_ops();

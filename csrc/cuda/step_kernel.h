@@ -27,7 +27,6 @@ struct StepArgs {
     const char* weights;
     uint32_t* counters;  // zero at the start of a launch
     int32_t finished_counter;
-    int32_t bf16;
     int64_t work_offset;  // bytes of shared memory before the part that instructions work in
 
     const DeviceView* values;  // by operation
