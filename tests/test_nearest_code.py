@@ -112,6 +112,8 @@ DATA: dict[str, Callable[[int, int, int], tuple[Tensor, Tensor]]] = {
     "huge": lambda n, k, d: (1e12 * normal(n, d), 1e12 * normal(k, d, seed=1)),
 }
 SHAPES = [(1, 1, 1), (7, 2, 3), (33, 13, 16), (257, 33, 64), (300, 511, 17), (129, 70, 300), (65, 24, 512)]
+# So many for so few codes that they are added up in parts.
+MANY_VECTORS = (36_011, 29, 33)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -191,7 +193,7 @@ def test_a_code_is_its_own_nearest(implementation: str, offset: float) -> None:
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize("shape", [*SHAPES, MANY_VECTORS], ids=lambda s: "x".join(map(str, s)))
 def test_statistics(implementation: str, dtype: torch.dtype, masked: bool, shape: tuple[int, int, int]) -> None:
     rows, codes, width = shape
     x, codebook = (1 + normal(rows, width)).to(dtype), normal(codes, width, seed=1)
@@ -225,9 +227,11 @@ def test_sums_of_one_code_that_has_everything(implementation: str) -> None:
 
 @pytest.mark.parametrize("kernels", IMPLEMENTATIONS[:-1])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
-def test_threads_do_not_matter(kernels: str, dtype: torch.dtype) -> None:
-    x, codebook = normal(1, 5003, 50).to(dtype), normal(1, 301, 50, seed=1)
-    mask = torch.rand(1, 5003) < 0.9
+@pytest.mark.parametrize("shape", [(5003, 301, 50), MANY_VECTORS], ids=lambda s: "x".join(map(str, s)))
+def test_threads_do_not_matter(kernels: str, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+    rows, codes, width = shape
+    x, codebook = normal(1, rows, width).to(dtype), normal(1, codes, width, seed=1)
+    mask = torch.rand(1, rows) < 0.9
     alone = cpp_statistics(x, codebook, mask, threads=1, kernels=kernels)
     for threads in (2, 3, 7, 16):
         for _ in range(3):

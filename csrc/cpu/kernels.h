@@ -56,6 +56,9 @@ enum class Element { kFloat32, kBFloat16, kFloat16 };
 
 // Kernels of the search for nearest codes (nearest.h). A panel is a set of panel_rows vectors stored [depth][panel_rows],
 // a tile a set of tile_codes codes stored [depth][tile_codes].
+// At least the lanes of any instruction set.
+constexpr int64_t kSumPitch = 16;
+
 struct NearestKernels {
     int64_t panel_rows;
     int64_t tile_codes;
@@ -77,6 +80,10 @@ struct NearestKernels {
     // read, which must be those of rows.
     void (*sum_rows)(const void* x, Element element, int64_t stride, const int64_t* order, int64_t count, int64_t depth,
                      float* sums);
+    // For every row n of which code[n] is not negative: sums[code[n]][d] += x[n][d], in rows of `pitch` numbers, a multiple
+    // of kSumPitch, and ++counts[code[n]].
+    void (*scatter_rows)(const void* x, Element element, int64_t stride, const int32_t* code, int64_t rows,
+                         int64_t depth, int64_t pitch, double* sums, int64_t* counts);
     // sums[d] += x[d].
     void (*add)(const void* x, Element element, int64_t depth, double* sums);
 };

@@ -27,6 +27,12 @@ constexpr int64_t kLeastWork = 1 << 22;
 constexpr int64_t kColumnGroup = 16;
 // Vectors are sorted by several threads where each has so many of them for a code of its own table.
 constexpr int64_t kLeastSorted = 8;
+// Sums so few stay in a second-level cache in double, and vectors are added to them in the order in which they come, by
+// parts. Sorting them by code first takes longer than adding up parts of so many vectors.
+constexpr int64_t kMostScattered = 1 << 14;
+constexpr int64_t kPartRows = 4096;
+constexpr int64_t kLeastParts = 8;
+constexpr int64_t kMostParts = 32;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -49,12 +55,23 @@ struct Search {
     // The code that a vector counts for, or -1.
     std::unique_ptr<int32_t[]> assigned{task.counts ? new int32_t[task.rows] : nullptr};
     std::vector<double> errors = std::vector<double>(task.counts ? num_blocks : 0);
+    // Of fixed number whatever the number of threads, because they are summed one by one. 0: vectors are sorted.
+    int64_t pitch = ceil_div(task.depth, kSumPitch) * kSumPitch;
+    int64_t parts = task.counts && task.num_codes * pitch <= kMostScattered && task.rows >= kLeastParts * kPartRows
+                        ? std::min(task.rows / kPartRows, kMostParts)
+                        : 0;
+    int64_t part_size = task.num_codes * pitch;
+    std::unique_ptr<double[]> part_sums{new double[parts * part_size]};
+    std::unique_ptr<int64_t[]> part_counts{new int64_t[parts * task.num_codes]};
+    std::vector<std::vector<double>> totals =
+        std::vector<std::vector<double>>(parts > 0 ? threads : 0, std::vector<double>(pitch));
+    bool sorted = task.counts && parts == 0;
     // The vectors that count, by code and in their order, and as many numbers behind them as a kernel looks ahead.
-    std::unique_ptr<int64_t[]> order{task.counts ? new int64_t[task.rows + kLookAhead] : nullptr};
+    std::unique_ptr<int64_t[]> order{sorted ? new int64_t[task.rows + kLookAhead] : nullptr};
     int64_t sorters = std::clamp<int64_t>(task.rows / (kLeastSorted * task.num_codes), 1, threads);
     // [sorters][num_codes]: how many vectors of a code there are in a thread's share, then where they go.
-    std::vector<int64_t> places = std::vector<int64_t>(task.counts ? sorters * task.num_codes : 0);
-    std::atomic<int64_t> next_block{0};
+    std::vector<int64_t> places = std::vector<int64_t>(sorted ? sorters * task.num_codes : 0);
+    std::atomic<int64_t> next_block{0}, next_part{0};
     Barrier barrier{threads};
 
     void find_mean() {
@@ -140,6 +157,9 @@ struct Search {
             task.counts[k] = next - first;
         }
         std::fill(order.get() + next, order.get() + next + kLookAhead, 0);
+    }
+
+    void add_errors() {
         double error = 0.0;
         for (double part : errors) error += part;
         *task.squared_error = static_cast<float>(error);
@@ -178,6 +198,31 @@ struct Search {
         }
     }
 
+    void scatter_part(int64_t part) {
+        const int64_t first = task.rows * part / parts, last = task.rows * (part + 1) / parts;
+        double* sums = part_sums.get() + part * part_size;
+        int64_t* counts = part_counts.get() + part * task.num_codes;
+        std::fill(sums, sums + part_size, 0.0);
+        std::fill(counts, counts + task.num_codes, 0);
+        kernels.scatter_rows(row(first), task.element, task.stride, assigned.get() + first, last - first, task.depth,
+                             pitch, sums, counts);
+    }
+
+    void add_parts(int64_t thread) {
+        std::vector<double>& total = totals[thread];
+        for (int64_t k = task.num_codes * thread / threads; k < task.num_codes * (thread + 1) / threads; ++k) {
+            std::fill(total.begin(), total.end(), 0.0);
+            int64_t count = 0;
+            for (int64_t part = 0; part < parts; ++part) {
+                const double* sums = part_sums.get() + part * part_size + k * pitch;
+                for (int64_t d = 0; d < pitch; ++d) total[d] += sums[d];
+                count += part_counts[part * task.num_codes + k];
+            }
+            for (int64_t d = 0; d < task.depth; ++d) task.sums[k * task.depth + d] = static_cast<float>(total[d]);
+            task.counts[k] = count;
+        }
+    }
+
     void work(int64_t thread, float* panels) {
         pack_codes(thread);
         barrier.wait();
@@ -186,6 +231,13 @@ struct Search {
         }
         if (!task.counts) return;
         barrier.wait();
+        if (thread == 0) add_errors();
+        if (parts > 0) {
+            for (int64_t part; (part = next_part.fetch_add(1, std::memory_order_relaxed)) < parts;) scatter_part(part);
+            barrier.wait();
+            add_parts(thread);
+            return;
+        }
         if (thread < sorters) count_share(thread);
         barrier.wait();
         if (thread == 0) find_places();

@@ -211,6 +211,32 @@ double squared_distances(const void* x, Element element, int64_t stride, int64_t
     });
 }
 
+template <class T>
+void scatter_rows_of(const T* x, int64_t stride, const int32_t* code, int64_t rows, int64_t depth, int64_t pitch,
+                     double* sums, int64_t* counts) {
+    for (int64_t n = 0; n < rows; ++n) {
+        if (code[n] < 0) continue;
+        ++counts[code[n]];
+        const T* row = x + n * stride;
+        double* sum = sums + code[n] * pitch;
+        for (int64_t d = 0; d < depth; d += kLanes) {
+            const Vector numbers = d + kLanes <= depth ? load(row + d) : load_part(row + d, depth - d);
+            DoubleVector total;
+            std::memcpy(&total, sum + d, sizeof(total));
+            total += __builtin_convertvector(numbers, DoubleVector);
+            std::memcpy(sum + d, &total, sizeof(total));
+        }
+    }
+}
+
+void scatter_rows(const void* x, Element element, int64_t stride, const int32_t* code, int64_t rows, int64_t depth,
+                  int64_t pitch, double* sums, int64_t* counts) {
+    static_assert(kSumPitch % kLanes == 0);
+    with_element(element, x, [&](auto* data) {
+        scatter_rows_of(data, stride, code, rows, depth, pitch, sums, counts);
+    });
+}
+
 // Sums of kVectors vectors of columns stay in registers; with kPart the last of them has only `rest` columns.
 template <int kVectors, bool kPart, class T>
 void sum_columns(const T* x, int64_t stride, const int64_t* order, int64_t count, int64_t rest, float* sums) {
@@ -275,8 +301,8 @@ void add(const void* x, Element element, int64_t depth, double* sums) {
 
 static_assert(kTileColumns <= kMostPanelRows, "blocks have room for panels of this size");
 
-constexpr NearestKernels kNearestKernels = {kTileColumns, kTileRows,         pack_rows, pack_codes,
-                                            scan,         squared_distances, sum_rows,  add};
+constexpr NearestKernels kNearestKernels = {kTileColumns,      kTileRows, pack_rows,    pack_codes, scan,
+                                            squared_distances, sum_rows,  scatter_rows, add};
 
 }  // namespace
 }  // namespace fastvq::cpu

@@ -70,11 +70,14 @@ struct Problem {
 };
 
 // Quarters up to 8 are exact in every element type.
-Problem random_problem(bool large, Random& random) {
+enum class Size { kSmall, kLarge, kLong };
+
+Problem random_problem(Size size_class, Random& random) {
+    const bool large = size_class == Size::kLarge, tall = size_class == Size::kLong;
     Problem p{};
-    p.rows = large ? 2000 : random.below(150);
-    p.depth = large ? 60 : 1 + random.below(70);
-    p.num_codes = large ? 150 : 1 + random.below(90);
+    p.rows = tall ? 33000 + random.below(3000) : large ? 2000 : random.below(150);
+    p.depth = tall ? 1 + random.below(20) : large ? 60 : 1 + random.below(70);
+    p.num_codes = tall ? 1 + random.below(9) : large ? 150 : 1 + random.below(90);
     p.stride = p.depth + random.below(3);
     p.element = random.pick<Element>({Element::kFloat32, Element::kBFloat16, Element::kFloat16});
     const int64_t size = p.rows > 0 ? (p.rows - 1) * p.stride + p.depth : 0;
@@ -188,9 +191,11 @@ void check_ema(int64_t num_codes, int64_t depth, bool whole, double decay, Rando
 
 void test_nearest(const Kernels& kernels) {
     Random random(5);
-    for (int i = 0; i < 60; ++i) check_problem(random_problem(false, random), kernels);
-    // Enough work for several threads.
-    for (int i = 0; i < 3; ++i) check_problem(random_problem(true, random), kernels);
+    for (int i = 0; i < 60; ++i) check_problem(random_problem(Size::kSmall, random), kernels);
+    // Enough work for several threads, and enough vectors to be added up in parts.
+    for (Size size : {Size::kLarge, Size::kLong}) {
+        for (int i = 0; i < 3; ++i) check_problem(random_problem(size, random), kernels);
+    }
     for (double decay : {0.0, 0.9, 1.0}) {
         check_ema(1 + random.below(40), 1 + random.below(20), random.chance(50), decay, random);
         check_ema(4099, 67, random.chance(50), decay, random);
