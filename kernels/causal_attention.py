@@ -43,7 +43,9 @@ def forward_tiles(
     """Tiles of `_forward_kernel`: the largest that leave no register spilled."""
     widest = max(block_width(query_width), block_width(value_width))
     if dtype == torch.float32:
-        return Tiles(32, 16, 8, 1) if widest <= 64 else Tiles(16, 16, 8, 1)
+        if widest <= 64:
+            return Tiles(32, 32 if precision == "tf32" else 16, 8, 1)
+        return Tiles(16, 16, 8, 1)
     if widest <= 64:
         return Tiles(128, 64, 8, 3)
     if widest <= 128:

@@ -44,7 +44,7 @@ def key_tiles(
     """Tiles of `_key_value_gradient_kernel`, which holds two sums: the largest that leave no register spilled."""
     widest = max(block_width(query_width), block_width(value_width))
     if dtype == torch.float32:
-        return Tiles(16, 32, 8, 1) if widest <= 64 else Tiles(16, 16, 8, 1)
+        return Tiles(16, 32 if widest <= 64 or precision == "tf32" else 16, 8, 1)
     if widest <= 64:
         return Tiles(64 if capability >= 90 else 32, 128, 8, 2)
     if widest <= 128:

@@ -249,9 +249,10 @@ def test_backends_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     query = torch.zeros(1, 2, 5, 4)
     assert explain_backend("causal_attention", query, query, query).splitlines() == lines
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    wide = torch.zeros(1, 2, 5, 300)
-    reason = why_no_triton() or "it takes widths up to 256, not 300"
-    assert explain_backend("causal_attention", query, query, wide).splitlines()[1] == f"triton: {reason}"
+    for dtype, width, limit in ((torch.float32, 129, " of float32 up to 128"), (torch.bfloat16, 300, " up to 256")):
+        narrow, wide = query.to(dtype), torch.zeros(1, 2, 5, width, dtype=dtype)
+        reason = why_no_triton() or f"it takes widths{limit}, not {width}"
+        assert explain_backend("causal_attention", narrow, narrow, wide).splitlines()[1] == f"triton: {reason}"
 
 
 @pytest.mark.parametrize("what", ["convolution", "gate", "attention"])

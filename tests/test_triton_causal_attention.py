@@ -451,6 +451,10 @@ COMPILED = [
     (90, 128, 128, "fp32", False, "ieee", False),
     (80, 128, 128, "bf16", True, "ieee", True),
     (100, 128, 128, "bf16", True, "ieee", False),
+    (80, 128, 128, "fp32", False, "ieee", False),
+    (90, 128, 128, "fp32", True, "tf32", False),
+    (100, 64, 64, "fp32", True, "tf32", False),
+    (100, 128, 128, "fp32", False, "ieee", False),
 ]
 
 

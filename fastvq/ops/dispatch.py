@@ -24,8 +24,9 @@ Candidate = tuple[str, str | None]
 
 _LEAST_TRITON = (3, 6)
 _WIDEST_VECTOR = 512
-# Of the attention kernels, whose blocks hold whole rows.
+# Of the attention kernels, whose blocks hold whole rows; wider ones of float32 do not fit into registers.
 _WIDEST_HEAD = 256
+_WIDEST_FLOAT32_HEAD = 128
 _PLAIN = (Tensor, torch.nn.Parameter)
 # Bound once: `runs_directly` is asked by every small operation, and a look-up costs as much as an answer.
 _is_compiling = torch.compiler.is_compiling
@@ -178,7 +179,8 @@ def select_causal_conv2d(x: Tensor, weight: Tensor, backend: str | None) -> str:
 def causal_attention_backends(query: Tensor, key: Tensor, value: Tensor) -> list[Candidate]:
     """Backends of `fastvq.ops.causal_attention` for these arguments."""
     widest = max(query.shape[-1], value.shape[-1])
-    reason = f"it takes widths up to {_WIDEST_HEAD}, not {widest}" if widest > _WIDEST_HEAD else None
+    limit, of_type = (_WIDEST_FLOAT32_HEAD, " of float32") if query.dtype == torch.float32 else (_WIDEST_HEAD, "")
+    reason = f"it takes widths{of_type} up to {limit}, not {widest}" if widest > limit else None
     return _kernel_or_library(query, key, value, reason=reason)
 
 
