@@ -262,6 +262,6 @@ NB_MODULE(_ext, m) {
           nb::arg("num_terms"), nb::arg("output"), nb::arg("batch"), nb::arg("width"), nb::arg("positions"),
           nb::arg("num_codes"), nb::arg("key_stride"), nb::arg("bf16"), nb::arg("threads"), nb::arg("kernels"),
           "Packs the weights of a plan's step phase; tables by address.");
-    m.def("build_info", &build_info, 
+    m.def("build_info", &build_info,
           "Compiler, language standard, instruction sets of this machine, and the thread pool that is shared, if any.");
 }

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastvq import _engine, _nvtx
 from fastvq.sampling.plan import Plan
 from fastvq.sampling.request import SampleRequest
-from fastvq.sampling.state import CompiledPlan, GridState, padded
+from fastvq.sampling.state import CompiledPlan, GridState
 from fastvq.sampling.step_tables import (
     VIEW_FIELDS,
     StepTables,
@@ -19,6 +19,7 @@ from fastvq.sampling.step_tables import (
     make_scratch,
     not_drawable,
     refused_options,
+    row_arguments,
 )
 
 # About 2 microseconds of one core's arithmetic; a meeting of two threads takes a few tenths of one.
@@ -41,25 +42,9 @@ class CpuStep:
     def __init__(self, plan: Plan, batch: int, *, threads: int, kernels: str = "auto", bf16: bool = False) -> None:
         extension = _engine.require()
         self.plan, self.batch = plan, batch
-        height, width = plan.shape
         self.tables = StepTables(plan)
-        ops, terms = self.tables.ops, self.tables.terms
         with refused_options():
-            self.native = extension.make_step_plan(
-                ops.ctypes.data,
-                len(ops),
-                terms.ctypes.data,
-                len(terms),
-                plan.output,
-                batch,
-                width,
-                height * width,
-                plan.num_codes,
-                padded(height * width),
-                bf16,
-                threads,
-                kernels,
-            )
+            self.native = extension.make_step_plan(*self.tables.plan_arguments(batch), bf16, threads, kernels)
         self.tables.release()  # the extension has packed them
 
 
@@ -97,15 +82,7 @@ def sample_cpu(
                 row,
                 values.ctypes.data,
                 starts.ctypes.data,
-                state.codes[:, row].data_ptr(),
-                state.codes.stride(0),
-                noise[:, row].data_ptr(),
-                noise.stride(0),
-                known[:, row].data_ptr(),
-                known.stride(0),
-                settings.temperature,
-                plan.num_codes if settings.top_k is None else settings.top_k,
-                1.0 if settings.top_p is None else settings.top_p,
+                *row_arguments(state, noise, known, settings, row),
             )
         kept.clear()  # the next row's values are worked out before these names are bound again
         if bad >= 0:

@@ -19,7 +19,7 @@ from fastvq._check import require_choice
 from fastvq.errors import UnavailableError
 from fastvq.sampling.plan import Plan
 from fastvq.sampling.request import SampleRequest, Settings
-from fastvq.sampling.state import CompiledPlan, GridState, padded
+from fastvq.sampling.state import CompiledPlan, GridState
 from fastvq.sampling.step_tables import (
     VIEW_FIELDS,
     StepTables,
@@ -28,6 +28,7 @@ from fastvq.sampling.step_tables import (
     make_scratch,
     not_drawable,
     refused_options,
+    row_arguments,
 )
 
 # Rows that the host may be ahead: enough to hide its own work, and few enough that Ctrl-C and progress are prompt.
@@ -109,22 +110,11 @@ class CudaStep:
             extension = _engine.require()
         self.plan, self.batch, self.device, self.precision = plan, batch, device, precision
         self.lock = threading.Lock()
-        height, width = plan.shape
         self.tables = StepTables(plan)
-        ops, terms = self.tables.ops, self.tables.terms
         bf16 = precision == "bfloat16"
         with on_device(device), refused_options():
             self.native = extension.make_cuda_plan(
-                ops.ctypes.data,
-                len(ops),
-                terms.ctypes.data,
-                len(terms),
-                plan.output,
-                batch,
-                width,
-                height * width,
-                plan.num_codes,
-                padded(height * width),
+                *self.tables.plan_arguments(batch),
                 bf16,
                 bf16,  # matrix instructions, where the batch is large enough
                 _index(device),
@@ -165,28 +155,19 @@ class Grid:
         of a stream to later work of the same stream only, which runs after the launch.
         """
         step, state = self.step, self.state
-        plan, settings = step.plan, self.settings
         with _nvtx.span("row phase"):
             state.begin_row(row)
             views = host.numpy()
             kept = fill_views(views, step.tables, state, self.scratch, row)
             if self.logits is not None:
-                views[0, plan.output] = logits_view(self.logits, row)
+                views[0, step.plan.output] = logits_view(self.logits, row)
             device.copy_(host, non_blocking=True)
         with _nvtx.span("step phase"):
             step.native.run_row(
                 row,
                 host.data_ptr(),
                 device.data_ptr(),
-                state.codes[:, row].data_ptr(),
-                state.codes.stride(0),
-                self.noise[:, row].data_ptr(),
-                self.noise.stride(0),
-                self.known[:, row].data_ptr(),
-                self.known.stride(0),
-                settings.temperature,
-                plan.num_codes if settings.top_k is None else settings.top_k,
-                1.0 if settings.top_p is None else settings.top_p,
+                *row_arguments(state, self.noise, self.known, self.settings, row),
                 self.status.data_ptr(),
                 _stream(step.device),
             )

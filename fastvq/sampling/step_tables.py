@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fastvq.errors import ArgumentError, UnavailableError
 from fastvq.sampling.plan import Op, Plan, require_finite
-from fastvq.sampling.state import GridState
+from fastvq.sampling.request import Settings
+from fastvq.sampling.state import GridState, padded
 
 OP_FIELDS, TERM_FIELDS, VIEW_FIELDS = 14, 5, 4
 
@@ -79,6 +80,13 @@ class StepTables:
             table = op.weight[current]
             row[11], row[12], row[13] = len(current), self._address(table), table.numel()
         return row
+
+    def plan_arguments(self, batch: int) -> tuple[int, ...]:
+        """What the extension's functions that pack a plan begin with: tables, output, sizes."""
+        height, width = self.plan.shape
+        positions = height * width
+        tables = (self.ops.ctypes.data, len(self.ops), self.terms.ctypes.data, len(self.terms))
+        return *tables, self.plan.output, batch, width, positions, self.plan.num_codes, padded(positions)
 
     def release(self) -> None:
         """Let go of the copies of the weights: the addresses of weights lead nowhere from now on."""
@@ -173,6 +181,24 @@ def _row_view(rows: Tensor, kept: list[Tensor]) -> tuple[int, int, int, int]:
 def logits_view(logits: Tensor, row: int) -> tuple[int, int, int, int]:
     """The view of the output where the logits [B, H, W, K] of all positions are wanted."""
     return logits[:, row].data_ptr(), logits.stride(0), logits.stride(2), EVERY_COLUMN
+
+
+def row_arguments(
+    state: GridState, noise: Tensor, known: Tensor, settings: Settings, row: int
+) -> tuple[int | float, ...]:
+    """What both engines draw a row by: its codes, uniform numbers and known places by address, and the settings."""
+    codes, num_codes = state.codes, state.plan.num_codes
+    return (
+        codes[:, row].data_ptr(),
+        codes.stride(0),
+        noise[:, row].data_ptr(),
+        noise.stride(0),
+        known[:, row].data_ptr(),
+        known.stride(0),
+        settings.temperature,
+        num_codes if settings.top_k is None else settings.top_k,
+        1.0 if settings.top_p is None else settings.top_p,
+    )
 
 
 def not_drawable(sample: int, row: int, column: int) -> ArgumentError:
