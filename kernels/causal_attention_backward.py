@@ -53,6 +53,16 @@ def key_tiles(
 
 
 @triton.jit
+def _weights_again(logits, scale, lse):
+    """Weights from logits and ``lse`` in base 2, at most 1.
+
+    Logits that are as large as a rounding of them is may exceed lse: this product adds in another order than the
+    forward pass did.
+    """
+    return tl.exp2(tl.minimum(logits * scale - lse, 0.0, propagate_nan=tl.PropagateNan.ALL))
+
+
+@triton.jit
 def _query_step(
     q, grad, dq, lse, delta, key, value, key_stride_n, key_stride_d, value_stride_n, value_stride_e,
     first, start, length, head, scale, seed, dropout, rescale,
@@ -67,7 +77,7 @@ def _query_step(
     if DROPOUT:
         keep = kept(seed, dropout, head, first, start, BLOCK_M, BLOCK_N)
         logits = tl.where(keep, logits * rescale, 0.0)
-    weights = tl.exp2(logits * scale - lse[:, None])
+    weights = _weights_again(logits, scale, lse[:, None])
     slopes = weights * (tl.dot(grad, tl.trans(v), input_precision=PRECISION) - delta[:, None])
     if MASKED:
         slopes = tl.where(visible(first, start, STRICT, BLOCK_M, BLOCK_N), slopes, 0.0)
@@ -146,7 +156,7 @@ def _key_value_step(
     if DROPOUT:
         keep = tl.trans(kept(seed, dropout, head, start, first, BLOCK_M, BLOCK_N))
         logits = tl.where(keep, logits * rescale, 0.0)
-    weights = tl.exp2(logits * scale - norm[None, :])
+    weights = _weights_again(logits, scale, norm[None, :])
     if MASKED:
         seen = tl.trans(visible(start, first, STRICT, BLOCK_M, BLOCK_N))
         weights = tl.where(seen, weights, 0.0)
