@@ -33,7 +33,6 @@ from fastvq._precision import full_float32
 from fastvq.errors import FastvqError
 from fastvq.models.prior import Prior
 from fastvq.sampling import EngineOptions, Explanation, describe
-from fastvq.sampling.api import evaluating
 from fastvq.sampling.engines import fill, plan_of, static_inputs, why_not
 from fastvq.sampling.request import SampleRequest
 from fastvq.sampling.state import CompiledPlan, GridState
@@ -96,8 +95,7 @@ class Problem:
         return cls(case, device, prior, request_of(prior, case.batch, case.inputs(prior)), describe(prior))
 
     def run(self, engine: str, options: EngineOptions, row_done: Callable[[], None] = lambda: None) -> Tensor:
-        with evaluating(self.prior):
-            return fill(engine, self.prior, self.request, row_done, options)
+        return fill(engine, self.prior, self.request, row_done, options)
 
 
 # A fact of a result in whose course the GPU stopped working.
@@ -165,7 +163,7 @@ def _try(result: Result, name: str, recorder: Recorder, left: Callable[[], float
 
 
 def _on(problem: Problem, make: Callable[[], Entry]) -> Entry:
-    with full_float32(torch.device(problem.device)), evaluating(problem.prior):
+    with full_float32(torch.device(problem.device)):
         return make()
 
 
@@ -209,7 +207,7 @@ def _cuda_entry(problem: Problem, variant: Variant, engine: str, left: Callable[
 
 
 def _on_check(problem: Problem, codes: Tensor) -> Check:
-    with full_float32(torch.device(problem.device)), evaluating(problem.prior):
+    with full_float32(torch.device(problem.device)):
         return check_codes(problem.prior, problem.request, codes, problem.case.checked)
 
 
@@ -228,7 +226,7 @@ def _first_row(problem: Problem, engine: str, options: EngineOptions) -> None:
 def _row_phase(problem: Problem, options: EngineOptions) -> float:
     """Seconds of all rows' row phases one after the other, with no steps in between."""
     device = torch.device(problem.device)
-    with full_float32(device), evaluating(problem.prior):
+    with full_float32(device):
         compiled = CompiledPlan(plan_of(problem.prior), device, options.row_kernel)
         state = GridState(compiled, problem.case.batch, static_inputs(problem.prior, problem.request))
         state.codes.random_(compiled.plan.num_codes)

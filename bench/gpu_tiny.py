@@ -19,7 +19,6 @@ from fastvq.ops.causal_attention import causal_attention
 from fastvq.ops.causal_conv import fused_causal_conv2d
 from fastvq.ops.nearest_code import nearest_code_statistics
 from fastvq.sampling import EngineOptions
-from fastvq.sampling.api import evaluating
 from fastvq.sampling.engines import fill
 from fastvq.sampling.request import Settings, build_request
 
@@ -59,12 +58,11 @@ def sample_tiny(
         mask=torch.rand(batch, *config.shape) < 0.3,
         start=0,
     )
-    with evaluating(prior):
-        drawn = fill(engine, prior, request, lambda: None, options)
-        assert torch.equal(drawn[request.known], request.init_codes[request.known])
-        if compare and options.precision == "float32":
-            # On so few codes a uniform number within rounding of a boundary would be a great coincidence.
-            assert torch.equal(drawn, fill("naive", prior, request, lambda: None))
+    drawn = fill(engine, prior, request, lambda: None, options)
+    assert torch.equal(drawn[request.known], request.init_codes[request.known])
+    if compare and options.precision == "float32":
+        # On so few codes a uniform number within rounding of a boundary would be a great coincidence.
+        assert torch.equal(drawn, fill("naive", prior, request, lambda: None))
 
 
 def run_engine(device: str, engine: str = "cuda", compare: bool = True) -> int:

@@ -25,7 +25,6 @@ from fastvq import _engine, sample
 from fastvq.models.prior import Prior
 from fastvq.ops.draw import draw, draw_margin
 from fastvq.sampling import EngineOptions, Explanation, describe
-from fastvq.sampling.api import evaluating
 from fastvq.sampling.engines import fill, plan_of, static_inputs
 from fastvq.sampling.request import SampleRequest, Settings, build_request
 from fastvq.sampling.state import CompiledPlan, GridState
@@ -214,7 +213,7 @@ def _first_rows(name: str, prior: Prior, request: SampleRequest, count: int = 3)
         if len(ticks) > count:
             raise _EnoughError
 
-    with contextlib.suppress(_EnoughError), evaluating(prior):
+    with contextlib.suppress(_EnoughError):
         fill(name.split()[0], prior, request, row_done, _options(name))
     return (ticks[-1] - ticks[-2]) * height
 

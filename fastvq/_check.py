@@ -9,7 +9,17 @@ from torch import Tensor
 
 from fastvq.errors import ArgumentError, ArgumentTypeError
 
-INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+INTEGER_DTYPES = (
+    torch.uint8,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+)
+_LARGEST = torch.iinfo(torch.int64).max
 
 
 def require_tensor(name: str, value: object) -> Tensor:
@@ -28,9 +38,16 @@ def require_shape(name: str, value: Tensor, expected: Sequence[int | str | None]
         raise ArgumentError(f"{name}: expected shape [{wanted}], got {list(value.shape)}")
 
 
-def require_integer(name: str, value: Tensor) -> None:
-    if value.dtype not in INTEGER_DTYPES:
-        raise ArgumentTypeError(f"{name}: expected an integer tensor, got {value.dtype}")
+def require_integer(name: str, value: object) -> Tensor:
+    """An integer tensor as int64. What exceeds it (uint64 from 2^63) becomes the largest int64, which is no code.
+
+    To be called before values are compared: -1 is 255 to a tensor of uint8.
+    """
+    tensor = require_tensor(name, value)
+    if tensor.dtype not in INTEGER_DTYPES:
+        raise ArgumentTypeError(f"{name}: expected an integer tensor, got {tensor.dtype}")
+    wide = tensor.to(torch.int64)
+    return wide if tensor.dtype != torch.uint64 else torch.where(wide < 0, _LARGEST, wide)
 
 
 def require_floating(name: str, value: Tensor) -> None:
@@ -50,12 +67,11 @@ def require_range(name: str, value: Tensor, count: int) -> None:
 
 def require_codes(name: str, codes: object, shape: Sequence[int | str | None], num_codes: int) -> Tensor:
     """A checked int64 tensor of codes. The range is checked on the CPU only, where reading it is free of waiting."""
-    tensor = require_tensor(name, codes)
-    require_integer(name, tensor)
+    tensor = require_integer(name, codes)
     require_shape(name, tensor, shape)
     if tensor.device.type == "cpu" and not torch.compiler.is_compiling():
         require_range(name, tensor, num_codes)
-    return tensor.long()
+    return tensor
 
 
 def require_positive_int(name: str, value: object, minimum: int = 1) -> int:

@@ -63,14 +63,19 @@ class TablePrior(Prior):
         generator = torch.Generator().manual_seed(seed)
         self.position = nn.Parameter(torch.randn(shape[0] * shape[1], num_codes, generator=generator))
         self.follow = nn.Parameter(2 * torch.randn(num_codes, num_codes, generator=generator))
-        self.passes = 0
+        self._passes = [0]
         self.fail_at: int | None = None
+
+    @property
+    def passes(self) -> int:
+        """Of the prior and of what it is evaluated as, which have the list in common."""
+        return self._passes[0]
 
     def logits(self, codes: Tensor, context: Tensor | None) -> Tensor:
         assert context is None
         if self.passes == self.fail_at:
             raise RuntimeError("the pass that was told to fail")
-        self.passes += 1
+        self._passes[0] += 1
         flat = self.check_codes(codes).flatten(1)
         logits = self.position[: flat.shape[1]].repeat(flat.shape[0], 1, 1)
         logits[:, 1:] += self.follow[flat[:, :-1]]

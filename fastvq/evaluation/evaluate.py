@@ -193,7 +193,7 @@ def evaluate(
     features = None if extractor is None else as_extractor(extractor)
     if features is not None and features.num_channels not in (None, dataset.channels):
         raise ArgumentError(f"extractor: takes {features.num_channels} channel(s), the images have {dataset.channels}")
-    blank = torch.zeros(1, dataset.channels, *dataset.size)
+    blank = torch.zeros(1, dataset.channels, *dataset.size, dtype=torch.float32)
     if features is not None:
         features.extract(blank)
     if classifier is not None:

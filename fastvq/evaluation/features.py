@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvq._check import require_floating, require_positive_int, require_shape, require_tensor
+from fastvq._evaluation import in_evaluation
 from fastvq.data.codes import model_checksum
 from fastvq.errors import ArgumentError, ArgumentTypeError
 from fastvq.models.classifier import Classifier
@@ -52,7 +53,7 @@ class FeatureExtractor(nn.Module):
         super().__init__()
         if not isinstance(module, nn.Module):
             raise ArgumentTypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
-        self.module = module.eval()
+        self.module = module
         self.name = name or type(module).__name__
         self.num_channels, self.is_inception = num_channels, is_inception
         self._num_features = None if num_features is None else require_positive_int("num_features", num_features)
@@ -95,7 +96,7 @@ class FeatureExtractor(nn.Module):
         return found
 
     def _extract(self, images: Tensor) -> Features:
-        return Features(self.module(images), None)
+        return Features(in_evaluation(self.module)(images), None)
 
 
 class ClassifierFeatures(FeatureExtractor):
@@ -112,8 +113,9 @@ class ClassifierFeatures(FeatureExtractor):
 
     def _extract(self, images: Tensor) -> Features:
         assert isinstance(self.module, Classifier)
-        vectors = self.module.features(images)
-        return Features(vectors, self.module.classify(vectors))
+        classifier = in_evaluation(self.module)
+        vectors = classifier.features(images)
+        return Features(vectors, classifier.classify(vectors))
 
 
 def as_extractor(extractor: FeatureExtractor | nn.Module) -> FeatureExtractor:

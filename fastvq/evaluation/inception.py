@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fastvq._evaluation import in_evaluation
 from fastvq._files import sha256
 from fastvq.errors import ArgumentError, CorruptFileError, MissingFileError
 from fastvq.evaluation.features import FeatureExtractor, Features
@@ -69,7 +70,7 @@ class InceptionFeatures(FeatureExtractor):
             raise ArgumentError(f"images: expected 1 or 3 channels, got {images.shape[1]}")
         assert isinstance(self.module, InceptionNetwork)
         pixels = images.add(1).mul(127.5).round().expand(-1, 3, -1, -1)
-        vectors = self.module(pixels)
+        vectors = in_evaluation(self.module)(pixels)
         return Features(vectors, vectors @ self.module.fc.weight.T)
 
 

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvq._check import require_positive_int
+from fastvq._evaluation import in_evaluation
 from fastvq.data.base import ImageDataset, psnr
 from fastvq.errors import ArgumentError
 from fastvq.evaluation.statistics import image_batches
 from fastvq.sampling import Pipeline
-from fastvq.sampling.api import evaluating
 
 PIXEL_BITS = 8
 
@@ -87,22 +87,22 @@ def measure_images(
     check_images(pipeline, dataset)
     if len(indices) == 0:
         raise ArgumentError("indices: expected at least one image, got none")
-    vqvae, priors, device = pipeline.vqvae, pipeline.priors, pipeline.device
+    vqvae, priors, device = in_evaluation(pipeline.vqvae), pipeline.priors, pipeline.device
+    evaluated = [in_evaluation(prior) for prior in priors]
     counts = torch.zeros(len(priors), vqvae.config.num_codes, dtype=torch.int64)
     nats = torch.zeros(len(priors), len(indices), dtype=torch.float64)  # 8 bytes per image and level
     squared, done = 0.0, 0
-    with evaluating(vqvae, *priors):
-        for images in image_batches(dataset, indices, batch_size, "codes and reconstructions", progress=progress):
-            images = images.to(device)
-            rows = slice(done, done + len(images))
-            codes = vqvae.encode(images)
-            squared += float(F.mse_loss(vqvae.decode(codes), images)) * len(images)
-            label = labels_of(pipeline, dataset, indices[rows])
-            for level, prior in enumerate(priors):
-                counts[level] += torch.bincount(codes[level].flatten(), minlength=counts.shape[1]).cpu()
-                nll = prior.nll(codes[level], codes[:level] or None, label)
-                nats[level, rows] = nll.double().mean((1, 2)).cpu()
-            done += len(images)
+    for images in image_batches(dataset, indices, batch_size, "codes and reconstructions", progress=progress):
+        images = images.to(device)
+        rows = slice(done, done + len(images))
+        codes = vqvae.encode(images)
+        squared += float(F.mse_loss(vqvae.decode(codes), images)) * len(images)
+        label = labels_of(pipeline, dataset, indices[rows])
+        for level, prior in enumerate(evaluated):
+            counts[level] += torch.bincount(codes[level].flatten(), minlength=counts.shape[1]).cpu()
+            nll = prior.nll(codes[level], codes[:level] or None, label)
+            nats[level, rows] = nll.double().mean((1, 2)).cpu()
+        done += len(images)
     levels = tuple(_level(prior.config.shape, n, c) for prior, n, c in zip(priors, nats, counts, strict=True))
     positions = [math.prod(level.shape) for level in levels]
     total = sum(level.bits * size for level, size in zip(levels, positions, strict=True))

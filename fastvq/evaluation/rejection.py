@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastvq._check import require_positive_int, require_shape, require_tensor
+from fastvq._check import require_integer, require_positive_int, require_shape, require_tensor
+from fastvq._evaluation import in_evaluation
 from fastvq.data.base import random_words
 from fastvq.errors import ArgumentError, ArgumentTypeError
 from fastvq.evaluation.features import FeatureExtractor
@@ -20,7 +21,6 @@ from fastvq.evaluation.neighbours import manifold_scores
 from fastvq.evaluation.sources import DrawnSamples
 from fastvq.evaluation.statistics import DOMAIN_KEPT, FeatureStatistics, image_batches
 from fastvq.sampling import Pipeline
-from fastvq.sampling.api import evaluating
 from fastvq.sampling.noise import check_seed
 
 _CHUNK = 512
@@ -85,7 +85,8 @@ def sample_with_rejection(
     limit = 100 * n if max_drawn is None else require_positive_int("max_drawn", max_drawn)
     rows, columns = pipeline.priors[0].config.shape
     scale = pipeline.vqvae.total_stride
-    blank = torch.zeros(1, pipeline.vqvae.config.in_channels, rows * scale, columns * scale, device=pipeline.device)
+    size = (1, pipeline.vqvae.config.in_channels, rows * scale, columns * scale)
+    blank = torch.zeros(size, dtype=torch.float32, device=pipeline.device)
     class_scores(classifier, blank, None, pipeline.num_classes)
     pool = _Pool(pipeline, classifier, wanted, threshold, seed, settings)
     if keep is not None:
@@ -116,7 +117,7 @@ def _labels(pipeline: Pipeline, n: int, label: int | Tensor | None) -> Tensor | 
         return torch.arange(n) % classes
     if isinstance(label, Tensor):
         require_shape("label", label, [n])
-        labels = label.cpu().long()
+        labels = require_integer("label", label).cpu()
     elif isinstance(label, int) and not isinstance(label, bool):
         labels = torch.full((n,), label)
     else:
@@ -229,8 +230,7 @@ def class_scores(classifier: nn.Module, images: Tensor, label: Tensor | None, nu
     """
     parameter = next(classifier.parameters(), None)
     device = images.device if parameter is None else parameter.device
-    with evaluating(classifier):
-        logits = require_tensor("classifier's result", classifier(images.to(device)))
+    logits = require_tensor("classifier's result", in_evaluation(classifier)(images.to(device)))
     require_shape("classifier's result", logits, [images.shape[0], num_classes])
     probabilities = logits.double().cpu().softmax(1)
     if label is None:

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from fastvq._check import require_positive_int
+from fastvq._evaluation import in_evaluation
 from fastvq.data.base import ImageDataset
 from fastvq.data.codes import model_checksum
 from fastvq.errors import ArgumentError
 from fastvq.models import HierarchicalVQVAE
 from fastvq.sampling import Pipeline
-from fastvq.sampling.api import evaluating
 from fastvq.training.classifier import images_of
 
 _CHUNK = 512
@@ -60,8 +60,8 @@ class DrawnSamples:
     def batch(self, indices: np.ndarray) -> Tensor:
         """float32 [B, C, H, W], clamped to [-1, 1]."""
         vqvae, device = self._pipeline.vqvae, self._pipeline.device
-        with evaluating(vqvae):
-            return vqvae.decode([codes.to(device) for codes in self.codes(indices)]).float().clamp(-1, 1).cpu()
+        images = in_evaluation(vqvae).decode([codes.to(device) for codes in self.codes(indices)])
+        return images.float().clamp(-1, 1).cpu()
 
     def image(self, index: int) -> Tensor:
         return self.batch(np.array([index]))[0]
@@ -143,8 +143,8 @@ class Reconstructions:
     def batch(self, indices: np.ndarray) -> Tensor:
         """float32 [B, C, H, W], clamped to [-1, 1]."""
         images = images_of(self._dataset, indices).to(next(self._vqvae.parameters()).device)
-        with evaluating(self._vqvae):
-            return self._vqvae.decode(self._vqvae.encode(images)).float().clamp(-1, 1).cpu()
+        vqvae = in_evaluation(self._vqvae)
+        return vqvae.decode(vqvae.encode(images)).float().clamp(-1, 1).cpu()
 
     def image(self, index: int) -> Tensor:
         return self.batch(np.array([index]))[0]

@@ -54,7 +54,7 @@ class FeatureStatistics:
         self.inception = None if num_classes is None else InceptionScore(num_classes)
         self._words = np.empty(0, dtype=np.uint64)
         self._numbers = np.empty(0, dtype=np.int64)
-        self._vectors = torch.empty(0, num_features)
+        self._vectors = torch.empty(0, num_features, dtype=torch.float32)
 
     @property
     def count(self) -> int:

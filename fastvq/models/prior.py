@@ -92,11 +92,11 @@ class Prior(PretrainedModel):
             return None
         if label is None:
             raise ArgumentError(f"label: this prior is class-conditional, expected int [{batch}] in 0..{classes - 1}")
-        require_integer("label", require_tensor("label", label))
+        label = require_integer("label", label)
         require_shape("label", label, [batch])
         if label.device.type == "cpu" and not torch.compiler.is_compiling():
             require_range("label", label, classes)
-        return label.long()
+        return label
 
     def check_codes(self, codes: Tensor) -> Tensor:
         height, width = self.config.shape
@@ -107,7 +107,8 @@ class Prior(PretrainedModel):
 
     def nll(self, codes: Tensor, condition: Condition = None, label: Tensor | None = None) -> Tensor:
         """Negative log-likelihood in nats of every code, [B, H', W]."""
-        return F.cross_entropy(self(codes, condition, label).float(), codes.long(), reduction="none")
+        codes = require_integer("codes", codes)
+        return F.cross_entropy(self(codes, condition, label).float(), codes, reduction="none")
 
     @abstractmethod
     def logits(self, codes: Tensor, context: Tensor | None) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvq._check import require_choice, require_codes, require_floating, require_tensor
+from fastvq._check import require_choice, require_codes, require_floating, require_integer, require_tensor
 from fastvq.errors import ArgumentError, ArgumentTypeError
 from fastvq.models.code_gradient import CODE_GRADIENTS, CodeGradient, pass_gradient
 from fastvq.models.codebook import Codebook, require_bool
@@ -199,7 +199,8 @@ class VectorQuantizer(Codebook):
         """Vectors of codes: integers [B, ...], with several heads [B, ..., heads], to [B, C, ...] (or [..., C] when
         ``channels_last``). Code -1, which stands for a masked position, gives zeros.
         """
-        absent = require_tensor("codes", codes) == -1
+        codes = require_integer("codes", codes)
+        absent = codes == -1
         codes = require_codes("codes", codes.masked_fill(absent, 0), [None] * codes.ndim, self.num_codes)
         if self.heads > 1 and (codes.ndim < 2 or codes.shape[-1] != self.heads):
             raise ArgumentError(f"codes: expected a last axis of {self.heads} heads, got shape {list(codes.shape)}")

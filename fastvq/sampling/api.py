@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastvq._check import require_positive_int
+from fastvq._evaluation import in_evaluation
 from fastvq.errors import ArgumentError, ArgumentTypeError
 from fastvq.models.prior import Condition, Prior
 from fastvq.sampling.cost import describe
@@ -97,9 +95,11 @@ def sample(
     codes = torch.empty_like(request.init_codes)
     blocks = list(micro_batches(start, n, micro_batch))
     bar = tqdm(total=len(blocks) * prior.config.shape[0], desc="sampling", unit="row", disable=not progress)
-    with evaluating(prior), bar:
+    evaluated = in_evaluation(prior)
+    with bar:
         for index, new in blocks:
-            filled = fill(engine, prior, request.rows(index.to(codes.device)), bar.update, options)
+            part = request.rows(index.to(codes.device))
+            filled = fill(engine, prior, part, bar.update, options, evaluated=evaluated)
             codes[index[new].to(codes.device)] = filled[new]
     return codes
 
@@ -140,16 +140,3 @@ def choose_micro_batch(prior: Prior, engine: str, micro_batch: int | None, memor
         )
     fitting = (memory_limit - explanation.weight_bytes) // explanation.cache_bytes
     return size if micro_batch is not None else min(size, fitting)
-
-
-@contextlib.contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Models in evaluation mode inside the block; the mode of every submodule is put back afterwards."""
-    training = [module for model in models for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastvq import _engine
 from fastvq._check import require_choice
+from fastvq._evaluation import in_evaluation
 from fastvq._precision import full_float32
 from fastvq._watch import first_elements, gather, unchanged
 from fastvq.errors import ArgumentError, UnavailableError
@@ -86,23 +87,32 @@ def choose_engine(engine: str, prior: Prior, precision: str = "float32") -> tupl
 
 
 def fill(
-    engine: str, prior: Prior, request: SampleRequest, row_done: RowDone, options: EngineOptions | None = None
+    engine: str,
+    prior: Prior,
+    request: SampleRequest,
+    row_done: RowDone,
+    options: EngineOptions | None = None,
+    *,
+    evaluated: Prior | None = None,
 ) -> Tensor:
     """Fill the grids of one micro-batch with a chosen engine: int64 [n, H, W].
+
+    ``evaluated`` is the prior in evaluation mode, for callers that fill several.
 
     Raises:
         ArgumentError: options that this engine does not have, weights or logits that are not finite.
     """
     options = options or EngineOptions()
     options.check(engine)
+    evaluated = in_evaluation(prior) if evaluated is None else evaluated
     device = request.noise.device
     with torch.inference_mode(), full_float32(device), _repeatable(device):
         if engine == "naive":
-            return sample_naive(prior, request, row_done)
+            return sample_naive(evaluated, request, row_done)
         prepared = _prepared(prior)
         compiled = prepared.compiled_with(options.row_kernel)
         batch = request.noise.shape[0]
-        statics = static_inputs(prior, request)
+        statics = static_inputs(evaluated, request)
         if engine == "torch":
             step = prepared.torch_step()
             return sample_torch(compiled, step, GridState(compiled, batch, statics), request, row_done)

@@ -13,12 +13,13 @@ from torch import Tensor
 
 import fastvq
 from fastvq._check import require_positive_int
+from fastvq._evaluation import in_evaluation
 from fastvq._files import read_json, replacing_folder, write_json
 from fastvq.errors import ArgumentError, ArgumentTypeError, CorruptFileError, MissingFileError
 from fastvq.models.pretrained import load_pretrained
 from fastvq.models.prior import Prior
 from fastvq.models.vqvae import HierarchicalVQVAE
-from fastvq.sampling.api import choose_micro_batch, evaluating, sample
+from fastvq.sampling.api import choose_micro_batch, sample
 from fastvq.sampling.engines import choose_engine
 from fastvq.sampling.noise import check_seed
 from fastvq.sampling.options import EngineOptions, Precision, engine_options
@@ -163,12 +164,12 @@ class Pipeline:
         n, rows, columns = codes[0].shape
         scale = self.vqvae.total_stride
         size = (n, self.vqvae.config.in_channels, rows * scale, columns * scale)
-        images = torch.empty(size, device=codes[0].device)
-        with evaluating(self.vqvae):
-            for index, new in micro_batches(start, n, micro_batch):
-                index = index.to(images.device)
-                decoded = self.vqvae.decode([level[index] for level in codes])
-                images[index[new]] = decoded[new].float().clamp(-1, 1)
+        images = torch.empty(size, dtype=torch.float32, device=codes[0].device)
+        vqvae = in_evaluation(self.vqvae)
+        for index, new in micro_batches(start, n, micro_batch):
+            index = index.to(images.device)
+            decoded = vqvae.decode([level[index] for level in codes])
+            images[index[new]] = decoded[new].float().clamp(-1, 1)
         return images
 
     def _per_level(self, name: str, value: T | Sequence[T]) -> list[T]:

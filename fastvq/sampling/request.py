@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastvq._check import require_codes, require_positive_int, require_shape, require_tensor
+from fastvq._check import require_codes, require_integer, require_positive_int, require_shape, require_tensor
 from fastvq.errors import ArgumentError, ArgumentTypeError
 from fastvq.models.prior import Condition, Prior, condition_levels
 from fastvq.ops.draw import check_options, draw
@@ -152,7 +152,7 @@ def build_request(
 
 def _on_cpu(name: str, codes: Tensor, known: Tensor) -> Tensor:
     """Codes with those at unknown positions, which are never read, set to 0."""
-    codes = require_tensor(name, codes).cpu()
+    codes = require_integer(name, codes).cpu()
     return codes.masked_fill(~known, 0) if codes.shape == known.shape else codes
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastvq._evaluation import in_evaluation
 from fastvq.data.grid import save_grid
 from fastvq.errors import ArgumentError, FastvqError, UnavailableError
 from fastvq.models import PretrainedModel, load_pretrained
@@ -136,13 +137,13 @@ def _steps(state: TrainingState, task: Task, config: TrainConfig, run: RunFolder
                 state.totals, state.totals_steps = {}, 0
             epoch = batches.epoch(state.step)
             if last or epoch > batches.epoch(state.step - 1):
-                with _evaluation(state.model, evaluated):
-                    values = task.validate(evaluated, state.device)
+                with _evaluation(evaluated) as model:
+                    values = task.validate(model, state.device)
                 if values:
                     log.write(state.step, "validation", {"epoch": epoch, **values})
             if last or _due(state.step, config.image_every):
-                with _evaluation(state.model, evaluated):
-                    picture = task.picture(evaluated, state.device, state.step)
+                with _evaluation(evaluated) as model:
+                    picture = task.picture(model, state.device, state.step)
                 if picture is not None:
                     path = run.images / f"{picture.name}_{state.step:08d}.png"
                     save_grid(path, picture.images, picture.columns, overwrite=True)
@@ -236,12 +237,8 @@ def _own_generators(device: torch.device, seed: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _evaluation(model: nn.Module, evaluated: nn.Module) -> Iterator[None]:
-    """Evaluation must leave no trace in training: neither in its generators nor in the model's mode."""
-    devices = {parameter.device for parameter in evaluated.parameters()}
-    evaluated.eval()
-    try:
-        with _generators_kept(devices.pop()), torch.no_grad():
-            yield
-    finally:
-        model.train()
+def _evaluation(model: nn.Module) -> Iterator[nn.Module]:
+    """The model to evaluate, which leaves no trace in training: neither in its generators nor in the model's mode."""
+    devices = {parameter.device for parameter in model.parameters()}
+    with _generators_kept(devices.pop()), torch.no_grad():
+        yield in_evaluation(model)
