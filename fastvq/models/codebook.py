@@ -23,6 +23,10 @@ def require_bool(name: str, value: object, *, optional: bool = False) -> None:
         raise ArgumentTypeError(f"{name}: expected {expected}, got {type(value).__name__} {value!r}")
 
 
+def _wide_default() -> torch.dtype:
+    return torch.promote_types(torch.get_default_dtype(), torch.float32)
+
+
 class Codebook(nn.Module):
     """The codebook part of :class:`fastvq.VectorQuantizer`, which explains the arguments.
 
@@ -81,14 +85,16 @@ class Codebook(nn.Module):
         self.freeze_codebook, self.sync_codebook = freeze_codebook, sync_codebook
         self.init = init
         shape = (heads, num_codes) if separate_codebook_per_head else (num_codes,)
-        embedding = torch.randn(*shape, code_dim)
+        # Averages that move by a hundredth of their value are lost in a shorter type.
+        dtype = torch.get_default_dtype() if learnable_codebook else _wide_default()
+        embedding = torch.randn(*shape, code_dim, dtype=dtype)
         if metric == "cosine":
             embedding = F.normalize(embedding, dim=-1)
         if learnable_codebook:
             self.embedding = nn.Parameter(embedding)
         else:
             self.register_buffer("embedding", embedding)
-        self.register_buffer("cluster_size", torch.ones(shape))
+        self.register_buffer("cluster_size", torch.ones(shape, dtype=_wide_default()))
         self.register_buffer("embedding_sum", None if learnable_codebook else embedding.clone())
         self.register_buffer("initialized", torch.tensor(init == "normal"))
 

@@ -169,7 +169,7 @@ def _draw(vectors: Tensor, mask: Tensor | None, wanted: int) -> Tensor:
     # The n-th real vector is found by the running count, without waiting for a GPU to say how many there are.
     running = mask.cumsum(1)
     last = running[:, -1:]
-    nth = (torch.rand(groups, wanted, device=vectors.device) * last).long().minimum(last - 1) + 1
+    nth = (torch.rand(groups, wanted, dtype=torch.float32, device=vectors.device) * last).long().minimum(last - 1) + 1
     index = torch.searchsorted(running, nth).clamp(max=available - 1)
     drawn = torch.gather(vectors, 1, index[..., None].expand(-1, -1, width))
     return torch.where(last[..., None] > 0, drawn, torch.nan)

@@ -145,6 +145,6 @@ class AttentionBlock(nn.Module):
 
 def _coordinates(height: int, width: int) -> Tensor:
     """[1, 2, H, W]: (row - H/2) / H and (column - W/2) / W."""
-    rows = (torch.arange(height) - height / 2) / height
-    columns = (torch.arange(width) - width / 2) / width
+    rows = (torch.arange(height, dtype=torch.float32) - height / 2) / height
+    columns = (torch.arange(width, dtype=torch.float32) - width / 2) / width
     return torch.stack(torch.meshgrid(rows, columns, indexing="ij"))[None]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastvq import _engine
 from fastvq._check import require_floating, require_integer, require_range, require_shape, require_tensor
+from fastvq._memory import address
 from fastvq.errors import ArgumentError, ArgumentTypeError
 from fastvq.ops.dispatch import draw_backends, select_backend
 
@@ -107,7 +108,7 @@ def draw_margin(
         ArgumentError, ArgumentTypeError: as for `draw`.
     """
     options = _check(logits, uniforms, temperature, top_k, top_p)
-    require_integer("tokens", require_tensor("tokens", tokens))
+    tokens = require_integer("tokens", tokens)
     require_shape("tokens", tokens, list(uniforms.shape))
     require_range("tokens", tokens, logits.shape[-1])
     values = logits.float().double()
@@ -115,7 +116,7 @@ def draw_margin(
     _check_rows(logits, uniforms, peak)
     weights = ((values - peak) / options.temperature).exp()
     u = uniforms.double().unsqueeze(-1)
-    token = tokens.long().unsqueeze(-1)
+    token = tokens.unsqueeze(-1)
 
     def margin(kept: Tensor) -> Tensor:
         p = torch.where(kept, weights, 0.0)
@@ -188,11 +189,12 @@ def _draw_cpp(logits: Tensor, uniforms: Tensor, options: DrawOptions) -> Tensor:
     values, points = logits.float().contiguous(), uniforms.contiguous()
     num_codes = values.shape[-1]
     tokens = torch.empty(uniforms.shape, dtype=torch.int64, device=logits.device)
+    rows = tokens.numel()
     bad_row = extension.draw(
-        values.data_ptr(),
-        points.data_ptr(),
-        tokens.data_ptr(),
-        tokens.numel(),
+        address("logits", values, torch.float32, rows * num_codes),
+        address("uniforms", points, torch.float32, rows),
+        address("tokens", tokens, torch.int64, rows),
+        rows,
         num_codes,
         options.temperature,
         num_codes if options.top_k is None else options.top_k,

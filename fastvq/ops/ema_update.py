@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastvq import _engine
 from fastvq._check import INTEGER_DTYPES, require_floating, require_tensor
+from fastvq._memory import address
 from fastvq.errors import ArgumentError, ArgumentTypeError
 from fastvq.ops.dispatch import ema_update_backends, select_backend
 from fastvq.ops.ema_update_reference import ema_update_reference
@@ -131,18 +132,26 @@ def cpp_ema_update(
     counts, sums = counts.to(torch.int64 if whole else torch.float32).contiguous(), sums.contiguous()
     heads = embedding.shape[0] if embedding.ndim == 3 else 1
     num_codes, depth = embedding.shape[-2:]
-    codes, elements = num_codes * 4, num_codes * depth * 4
+    places = [
+        (address(name, value, dtype, heads * size), size * value.element_size())
+        for name, value, dtype, size in (
+            ("counts", counts, counts.dtype, num_codes),
+            ("sums", sums, torch.float32, num_codes * depth),
+            ("cluster_size", cluster_size, torch.float32, num_codes),
+            ("embedding_sum", embedding_sum, torch.float32, num_codes * depth),
+            ("embedding", embedding, torch.float32, num_codes * depth),
+        )
+    ]
     update = _engine.require().ema_update
     for head in range(heads):
+        found, summed, *moved = (first + head * size for first, size in places)
         update(
-            counts.data_ptr() + head * num_codes * counts.element_size(),
+            found,
             whole,
-            sums.data_ptr() + head * elements,
+            summed,
             num_codes,
             depth,
-            cluster_size.data_ptr() + head * codes,
-            embedding_sum.data_ptr() + head * elements,
-            embedding.data_ptr() + head * elements,
+            *moved,
             decay,
             eps,
             skip_unusable,

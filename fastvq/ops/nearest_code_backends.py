@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastvq import _engine
+from fastvq._memory import address, strided_address
 from fastvq.errors import ArgumentError
 from fastvq.ops.dispatch import nearest_code_backends, select_backend
 from fastvq.ops.nearest_code_reference import indices_reference, statistics_reference, wide_dtype
@@ -70,7 +71,8 @@ def cpp_statistics(
     """`nearest_code_statistics` in C++; see `cpp_indices`."""
     indices = torch.empty(x.shape[:2], dtype=torch.int64)
     counts = torch.empty(codebook.shape[:2], dtype=torch.int64)
-    sums, errors = torch.empty(codebook.shape), torch.empty(x.shape[:1])
+    sums = torch.empty(codebook.shape, dtype=torch.float32)
+    errors = torch.empty(x.shape[:1], dtype=torch.float32)
     for head, (part, codes) in enumerate(zip(x, codebook, strict=True)):
         wanted = None if mask is None else mask[head].contiguous()
         filled = indices, counts, sums, errors
@@ -93,17 +95,26 @@ def _run_cpp(
     """x [N, D], codebook [K, D]; fills indices, and counts, sums and squared error if given."""
     x = x if x.stride(1) == 1 else x.contiguous()
     codes = codebook.float().contiguous()
+    (rows, depth), num_codes = x.shape, codes.shape[0]
+    filled = (0, 0, 0)
+    if statistics is not None:
+        counts, sums, error = statistics
+        filled = (
+            address("counts", counts, torch.int64, num_codes),
+            address("sums", sums, torch.float32, num_codes * depth),
+            address("squared_error", error, torch.float32, 1),
+        )
     _engine.require().nearest_codes(
-        x.data_ptr(),
+        strided_address("x", x, x.dtype, (rows, depth)),
         _ELEMENTS[x.dtype],
-        x.shape[0],
+        rows,
         x.stride(0),
-        x.shape[1],
-        codes.data_ptr(),
-        codes.shape[0],
-        indices.data_ptr(),
-        0 if mask is None else mask.data_ptr(),
-        *((0, 0, 0) if statistics is None else (value.data_ptr() for value in statistics)),
+        depth,
+        address("codebook", codes, torch.float32, num_codes * depth),
+        num_codes,
+        address("indices", indices, torch.int64, rows),
+        0 if mask is None else address("mask", mask, torch.bool, rows),
+        *filled,
         torch.get_num_threads() if threads is None else threads,
         kernels,
     )

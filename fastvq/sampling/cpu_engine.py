@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from fastvq import _engine, _nvtx
+from fastvq._memory import array_address
 from fastvq.sampling.plan import Plan
 from fastvq.sampling.request import SampleRequest
 from fastvq.sampling.state import CompiledPlan, GridState
@@ -70,18 +71,19 @@ def sample_cpu(
     noise, known = request.noise.contiguous(), request.known.contiguous()
     scratch = make_scratch(state, places=1)
     views = np.zeros((2, len(step.tables.ops), VIEW_FIELDS), dtype=np.int64)
+    entries = len(step.tables.ops) * _CPU_VIEW_FIELDS
     for row in range(height):
         with _nvtx.span("row phase"):
             state.begin_row(row)
         kept = fill_views(views, step.tables, state, scratch, row)
         if logits is not None:
-            views[0, plan.output] = logits_view(logits, row)
+            views[0, plan.output] = logits_view(state, logits, row)
         values, starts = np.ascontiguousarray(views[:, :, :_CPU_VIEW_FIELDS])
         with _nvtx.span("step phase"):
             bad = step.native.run_row(
                 row,
-                values.ctypes.data,
-                starts.ctypes.data,
+                array_address("values", values, np.int64, entries),
+                array_address("starts", starts, np.int64, entries),
                 *row_arguments(state, noise, known, settings, row),
             )
         kept.clear()  # the next row's values are worked out before these names are bound again

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastvq import _engine, _nvtx
 from fastvq._check import require_choice
+from fastvq._memory import address
 from fastvq.errors import UnavailableError
 from fastvq.sampling.plan import Plan
 from fastvq.sampling.request import SampleRequest, Settings
@@ -155,20 +156,21 @@ class Grid:
         of a stream to later work of the same stream only, which runs after the launch.
         """
         step, state = self.step, self.state
+        entries = 2 * len(step.tables.ops) * VIEW_FIELDS
         with _nvtx.span("row phase"):
             state.begin_row(row)
             views = host.numpy()
             kept = fill_views(views, step.tables, state, self.scratch, row)
             if self.logits is not None:
-                views[0, step.plan.output] = logits_view(self.logits, row)
+                views[0, step.plan.output] = logits_view(state, self.logits, row)
             device.copy_(host, non_blocking=True)
         with _nvtx.span("step phase"):
             step.native.run_row(
                 row,
-                host.data_ptr(),
-                device.data_ptr(),
+                address("host", host, torch.int64, entries),
+                address("device", device, torch.int64, entries, step.device),
                 *row_arguments(state, self.noise, self.known, self.settings, row),
-                self.status.data_ptr(),
+                address("status", self.status, torch.int64, 1, step.device),
                 _stream(step.device),
             )
         return kept

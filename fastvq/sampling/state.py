@@ -127,7 +127,7 @@ class CompiledPlan:
 
 
 def _require_triton(device: torch.device) -> None:
-    reason = triton_reason(torch.empty(0, device=device))
+    reason = triton_reason(torch.empty(0, dtype=torch.float32, device=device))
     if reason is not None:
         raise UnavailableError(f"row_kernel: 'triton' was asked for but cannot run here: {reason}")
 
@@ -152,7 +152,8 @@ class Ring:
     def __init__(self, history: History, batch: int, width: int, channels: int, device: torch.device) -> None:
         self.above, self.left = history.above, history.left
         columns = width + history.left + history.right
-        self.data = torch.zeros(batch, ring_rows(history), columns, channels, device=device)
+        sizes = (batch, ring_rows(history), columns, channels)
+        self.data = torch.zeros(sizes, dtype=torch.float32, device=device)
         self.slot = history.above
 
     def advance(self) -> None:
@@ -188,8 +189,10 @@ class GridState:
             if op.kind == "attention":
                 _, key, value = op.sources
                 positions = height * self.width
-                self.keys[key] = torch.zeros(batch, plan.ops[key].channels, padded(positions), device=device)
-                self.values[value] = torch.zeros(batch, positions, plan.ops[value].channels, device=device)
+                sizes = (batch, plan.ops[key].channels, padded(positions))
+                self.keys[key] = torch.zeros(sizes, dtype=torch.float32, device=device)
+                sizes = (batch, positions, plan.ops[value].channels)
+                self.values[value] = torch.zeros(sizes, dtype=torch.float32, device=device)
         self.rows: dict[int, Tensor] = {}
         self._uniform: dict[int, Tensor] = {}
         for op in plan.row_ops():

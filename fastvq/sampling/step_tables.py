@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fastvq._memory import address, array_address, strided_address
 from fastvq.errors import ArgumentError, UnavailableError
 from fastvq.sampling.plan import Op, Plan, require_finite
 from fastvq.sampling.request import Settings
-from fastvq.sampling.state import GridState, padded
+from fastvq.sampling.state import GridState, padded, ring_rows
 
 OP_FIELDS, TERM_FIELDS, VIEW_FIELDS = 14, 5, 4
 
@@ -85,7 +87,9 @@ class StepTables:
         """What the extension's functions that pack a plan begin with: tables, output, sizes."""
         height, width = self.plan.shape
         positions = height * width
-        tables = (self.ops.ctypes.data, len(self.ops), self.terms.ctypes.data, len(self.terms))
+        ops = array_address("ops", self.ops, np.int64, len(self.ops) * OP_FIELDS)
+        terms = array_address("terms", self.terms, np.int64, len(self.terms) * TERM_FIELDS)
+        tables = (ops, len(self.ops), terms, len(self.terms))
         return *tables, self.plan.output, batch, width, positions, self.plan.num_codes, padded(positions)
 
     def release(self) -> None:
@@ -95,7 +99,7 @@ class StepTables:
     def _address(self, weight: Tensor) -> int:
         weight = weight.detach().float().cpu().contiguous()
         self._weights.append(weight)
-        return weight.data_ptr()
+        return address("weight", weight, torch.float32, weight.numel())
 
 
 def _plain_row(kind: int, channels: int, level: int, paired: bool, sources: list[int]) -> list[int]:
@@ -124,7 +128,7 @@ def make_scratch(state: GridState, places: int) -> dict[int, Tensor]:
     kept = {*state.rings, *state.values}
     device = state.compiled.device
     return {
-        op.index: torch.empty(places, state.batch, op.channels, device=device)
+        op.index: torch.empty(places, state.batch, op.channels, dtype=torch.float32, device=device)
         for op in state.plan.step_ops()
         if op.index not in kept
     }
@@ -145,56 +149,77 @@ def fill_views(
     views.fill(0)
     values, starts = views
     kept: list[Tensor] = []
-    plan = tables.plan
+    plan, batch, width = tables.plan, state.batch, state.width
+    device, positions = state.compiled.device, plan.shape[0] * plan.shape[1]
+
+    def first(name: str, tensor: Tensor, sizes: tuple[int, ...], *place: int) -> int:
+        """Address of the vector of the first sample at a place."""
+        found = address(name, tensor, torch.float32, math.prod(sizes), device)
+        offset = sum(index * stride for index, stride in zip(place, tensor.stride()[1:], strict=False))
+        return found + offset * tensor.element_size()
+
     for op in plan.ops:
         if plan.level[op.index] < 0:
-            values[op.index] = _row_view(state.rows[op.index], kept)
+            values[op.index] = _row_view(state, op, kept)
             continue
         if op.kind in ("affine", "lookup"):
-            starts[op.index] = _row_view(state.rows[op.index], kept)
+            starts[op.index] = _row_view(state, op, kept)
         if op.index in state.rings:
-            ring = state.rings[op.index]
-            first = ring.data[:, ring.slot, ring.left]
-            values[op.index] = (first.data_ptr(), ring.data.stride(0), ring.data.stride(2), EVERY_COLUMN)
+            data, ring, past = state.rings[op.index].data, state.rings[op.index], plan.history[op.index]
+            sizes = (batch, ring_rows(past), past.left + width + past.right, op.channels)
+            found = first("ring", data, sizes, ring.slot, ring.left)
+            values[op.index] = (found, data.stride(0), data.stride(2), EVERY_COLUMN)
         elif op.index in state.values:
             cache = state.values[op.index]
-            first = cache[:, row * state.width]
-            values[op.index] = (first.data_ptr(), cache.stride(0), cache.stride(1), EVERY_COLUMN)
+            found = first("values", cache, (batch, positions, op.channels), row * width)
+            values[op.index] = (found, cache.stride(0), cache.stride(1), EVERY_COLUMN)
         else:
             place = scratch[op.index]
             mask, stride = (SAME, 0) if len(place) == 1 else (IN_TURN, place.stride(0))
-            values[op.index] = (place.data_ptr(), place.stride(1), stride, mask)
+            found = first("scratch", place, (len(place), batch, op.channels))
+            values[op.index] = (found, place.stride(1), stride, mask)
     for key, index in tables.key_stores.items():
         cache = state.keys[key]
-        values[index] = (cache.data_ptr(), cache.stride(0), 0, SAME)
+        found = first("keys", cache, (batch, plan.ops[key].channels, padded(positions)))
+        values[index] = (found, cache.stride(0), 0, SAME)
     return kept
 
 
-def _row_view(rows: Tensor, kept: list[Tensor]) -> tuple[int, int, int, int]:
+def _row_view(state: GridState, op: Op, kept: list[Tensor]) -> tuple[int, int, int, int]:
+    rows = state.rows[op.index]
     if rows.stride(-1) != 1 and rows.shape[-1] > 1:
         rows = rows.contiguous()
     kept.append(rows)
-    stride, mask = (rows.stride(1), EVERY_COLUMN) if rows.shape[1] > 1 else (0, SAME)
-    return rows.data_ptr(), rows.stride(0), stride, mask
+    columns = 1 if rows.shape[1] == 1 else state.width
+    sizes = (state.batch, columns, op.channels)
+    found = strided_address("row", rows, torch.float32, sizes, state.compiled.device)
+    stride, mask = (rows.stride(1), EVERY_COLUMN) if columns > 1 else (0, SAME)
+    return found, rows.stride(0), stride, mask
 
 
-def logits_view(logits: Tensor, row: int) -> tuple[int, int, int, int]:
+def logits_view(state: GridState, logits: Tensor, row: int) -> tuple[int, int, int, int]:
     """The view of the output where the logits [B, H, W, K] of all positions are wanted."""
-    return logits[:, row].data_ptr(), logits.stride(0), logits.stride(2), EVERY_COLUMN
+    sizes = (state.batch, *state.plan.shape, state.plan.num_codes)
+    found = strided_address("logits", logits, torch.float32, sizes, state.compiled.device)
+    found += row * logits.stride(1) * logits.element_size()
+    return found, logits.stride(0), logits.stride(2), EVERY_COLUMN
 
 
 def row_arguments(
     state: GridState, noise: Tensor, known: Tensor, settings: Settings, row: int
 ) -> tuple[int | float, ...]:
     """What both engines draw a row by: its codes, uniform numbers and known places by address, and the settings."""
-    codes, num_codes = state.codes, state.plan.num_codes
+    num_codes = state.plan.num_codes
+    grids: list[int] = []
+    for name, grid, dtype in (
+        ("codes", state.codes, torch.int64),
+        ("noise", noise, torch.float32),
+        ("known", known, torch.bool),
+    ):
+        sizes = (state.batch, state.width)
+        grids += [strided_address(name, grid[:, row], dtype, sizes, state.compiled.device), grid.stride(0)]
     return (
-        codes[:, row].data_ptr(),
-        codes.stride(0),
-        noise[:, row].data_ptr(),
-        noise.stride(0),
-        known[:, row].data_ptr(),
-        known.stride(0),
+        *grids,
         settings.temperature,
         num_codes if settings.top_k is None else settings.top_k,
         1.0 if settings.top_p is None else settings.top_p,
