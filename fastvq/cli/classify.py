@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fastvq.cli.project import Project, augmentation, choose_device, open_data, parse_overrides
+from fastvq.cli.images import open_described
+from fastvq.cli.project import Project, augmentation, choose_device, parse_overrides
 from fastvq.errors import ArgumentError, MissingFileError
 from fastvq.models import load_pretrained
 from fastvq.models.classifier import Classifier, ClassifierConfig
@@ -22,14 +23,7 @@ def train_classifier(arguments: argparse.Namespace) -> None:
     device = choose_device(arguments.device)
     overrides = parse_overrides(arguments.set)
     project = Project(arguments.run)
-    description = describe_data(arguments, project)
-    dataset = open_data(
-        description["data"],
-        description["size"],
-        description["channels"],
-        skip_broken=description["skip_broken"],
-        quiet=arguments.quiet,
-    )
+    dataset, description, split = open_described(arguments, project)
     if dataset.num_classes is None:
         raise ArgumentError("--data: a classifier learns from labels; put the images of each class in a sub-folder")
     fields = {"in_channels": dataset.channels, "num_classes": dataset.num_classes, **overrides}
@@ -56,7 +50,8 @@ def train_classifier(arguments: argparse.Namespace) -> None:
         model_config,
         config,
         run,
-        split_seed=description["seed"],
+        indices=split[0],
+        validation=(dataset, split[1]),
         augment=augmentation(description),
         resume=arguments.resume,
         progress=not arguments.quiet,
@@ -65,32 +60,6 @@ def train_classifier(arguments: argparse.Namespace) -> None:
     found = f"; validation top-1 accuracy {100 * values['top1']:.2f} %" if values else ""
     print(f"classifier in {run / 'model'}{found}")
     print(f"next: fastvq evaluate {arguments.run}")
-
-
-def describe_data(arguments: argparse.Namespace, project: Project | None) -> dict[str, Any]:
-    """Where images come from and how they are split: as the project says, unless the command line says otherwise."""
-    description: dict[str, Any] = {
-        "data": None,
-        "size": None,
-        "channels": 3,
-        "skip_broken": False,
-        "flip": False,
-        "shift": 0,
-        "validation": 0.1,
-        "seed": 0,
-    }
-    if project is not None and project.data.is_file():
-        description |= project.read_data()
-    elif arguments.data is None:
-        where = "a shipped model" if project is None else project.path
-        raise MissingFileError(f"--data: {where} holds no data.json that says where the images are; pass --data")
-    for name in ("data", "size", "channels", "flip", "shift", "validation"):
-        value = getattr(arguments, name, None)
-        if value is not None:
-            description[name] = value
-    if description["data"] == "digits":
-        description["channels"] = 1
-    return description
 
 
 def load_classifier(path: Path, device: str, name: str) -> Classifier:

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from fastvq.cli.generate import reconstruction
-from fastvq.cli.project import Project, augmentation, choose_device
+from fastvq.cli.images import DIGITS, start_project
+from fastvq.cli.project import Project, augmentation, choose_device, require_folder_name
 from fastvq.cli.train import fit_to_codes, preview_of
 from fastvq.data import CodeDataset, Digits, extract_codes, load_images, save_grid, split_indices
 from fastvq.errors import ArgumentError
@@ -34,22 +35,14 @@ def demo(arguments: argparse.Namespace) -> None:
         raise ArgumentError(f"--effort: must be positive, got {arguments.effort}")
     if arguments.label is not None and not 0 <= arguments.label < Digits.num_classes:
         raise ArgumentError(f"--label: expected a digit in 0..9, got {arguments.label}")
+    require_folder_name(arguments.out)
     project, progress = Project(arguments.out), not arguments.quiet
     dataset = Digits(32)
-    description = {
-        "data": "digits",
-        "size": list(dataset.size),
-        "channels": dataset.channels,
-        "class_names": list(dataset.class_names),
-        "skip_broken": False,
-        "flip": False,
-        "shift": _SHIFT,
-        "validation": 0.1,
-        "seed": arguments.seed,
-    }
-    augment = augmentation(description)
+    settings = {"skip_broken": False, "flip": False, "shift": _SHIFT, "validation": 0.1, "seed": arguments.seed}
+    augment = augmentation(settings)
     training, validation = split_indices(len(dataset), 0.1, arguments.seed)
-    project.write_data(description, resume=arguments.resume)
+    project.require_free(resume=arguments.resume)
+    start_project(project, DIGITS, dataset, settings)
 
     print(f"1/4  training the autoencoder on {len(training)} digits of 32 x 32 pixels")
     _, vqvae_config = preset("digits")

@@ -6,9 +6,9 @@ import argparse
 
 from torch import nn
 
-from fastvq.cli.classify import CLASSIFIER, describe_data, load_classifier
-from fastvq.cli.project import Project, augmentation, choose_device, load_pipeline, open_data
-from fastvq.data import split_indices
+from fastvq.cli.classify import CLASSIFIER, load_classifier
+from fastvq.cli.images import as_typed, open_described
+from fastvq.cli.project import Project, augmentation, choose_device, load_pipeline, require_folder_name
 from fastvq.errors import ArgumentError, MissingFileError
 from fastvq.evaluation import (
     AccuracyPlan,
@@ -41,20 +41,18 @@ def evaluate(arguments: argparse.Namespace) -> None:
         batch_size=arguments.batch_size,
     )
     if arguments.out is not None:
+        require_folder_name(arguments.out)
         check_report(arguments.out, overwrite=arguments.overwrite, curves=arguments.curves)
     pipeline = load_pipeline(arguments.run, arguments.pretrained, device)
     extractor, classifier = _networks(arguments, device)
-    description = describe_data(arguments, None if arguments.run is None else Project(arguments.run))
+    project = None if arguments.run is None else Project(arguments.run)
     scale = pipeline.vqvae.total_stride
-    size = [side * scale for side in pipeline.priors[0].config.shape]
-    dataset = open_data(
-        description["data"],
-        size,
-        pipeline.vqvae.config.in_channels,
-        skip_broken=description["skip_broken"],
-        quiet=arguments.quiet,
+    dataset, description, (training, validation) = open_described(
+        arguments,
+        project,
+        size=[side * scale for side in pipeline.priors[0].config.shape],
+        channels=pipeline.vqvae.config.in_channels,
     )
-    training, validation = split_indices(len(dataset), description["validation"], description["seed"])
     plan = None
     if arguments.accuracy_steps:
         model = (
@@ -76,20 +74,21 @@ def evaluate(arguments: argparse.Namespace) -> None:
         )
         plan = AccuracyPlan(model, training_config, augmentation(description))
     cache = arguments.cache
-    if cache is None and arguments.run is not None and Project(arguments.run).data.is_file():
-        cache = arguments.run / "evaluation"
-    evaluation = measure(
-        pipeline,
-        dataset,
-        training,
-        validation,
-        config,
-        extractor=extractor,
-        classifier=classifier,
-        accuracy=plan,
-        cache=cache,
-        progress=not arguments.quiet,
-    )
+    if cache is None and project is not None and project.data.is_file():
+        cache = project.path / "evaluation"
+    with as_typed(dataset="--data"):
+        evaluation = measure(
+            pipeline,
+            dataset,
+            training,
+            validation,
+            config,
+            extractor=extractor,
+            classifier=classifier,
+            accuracy=plan,
+            cache=cache,
+            progress=not arguments.quiet,
+        )
     for title, text in tables(evaluation):
         print(f"{title}\n\n{text}\n")
     if extractor is None:

@@ -14,7 +14,8 @@ from torch import Tensor
 import fastvq
 from fastvq import _engine
 from fastvq._files import replacing_folder, write_json
-from fastvq.cli.project import Project, choose_device, load_pipeline, open_data
+from fastvq.cli.images import open_data
+from fastvq.cli.project import Project, choose_device, load_pipeline
 from fastvq.data import load_images, psnr, save_grid
 from fastvq.errors import ArgumentError, FileConflictError
 from fastvq.models import PRESETS, HierarchicalVQVAE, Prior, load_pretrained
@@ -69,7 +70,13 @@ def reconstruct(arguments: argparse.Namespace) -> None:
         raise ArgumentError(f"-n: must be at least 1, got {arguments.n}")
     device = choose_device(arguments.device)
     model, size = _autoencoder(arguments, device)
-    dataset = open_data(arguments.data, arguments.size or size, model.config.in_channels, quiet=arguments.quiet)
+    dataset = open_data(
+        arguments.data,
+        arguments.size or size,
+        model.config.in_channels,
+        skip_broken=arguments.skip_broken,
+        quiet=arguments.quiet,
+    )
     originals = load_images(dataset, range(min(arguments.n, len(dataset))))
     reconstructions, mse = reconstruction(model, originals)
     save_grid(arguments.out, torch.cat([originals, reconstructions]), len(originals), overwrite=arguments.overwrite)

@@ -100,7 +100,7 @@ def _add_train_vqvae(commands: argparse._SubParsersAction[argparse.ArgumentParse
     parser.add_argument("--data", required=True, help="a folder of images (labels from sub-folders), or 'digits'")
     parser.add_argument("--size", type=int, nargs="+", metavar="N", help="image size: one side, or height and width")
     parser.add_argument("--channels", type=int, choices=(1, 3), help="image channels (default: the preset's)")
-    parser.add_argument("--skip-broken", action="store_true", help="leave out images that cannot be read")
+    _add_skip_broken(parser)
     parser.add_argument("--flip", action="store_true", help="augmentation: mirror images at random")
     parser.add_argument("--shift", type=int, default=0, metavar="PIXELS", help="augmentation: shift images at random")
     _add_training(parser, preset="imagenet256", kind="autoencoder", learning_rate=3e-4, batch_size=128)
@@ -120,6 +120,13 @@ def _add_extract(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     _add_run(parser)
     parser.add_argument("--data", help="the image folder, if it has moved since training")
+    _add_skip_broken(parser)
+    parser.add_argument(
+        "--changed-data",
+        action="store_true",
+        help="go on with other images than the autoencoder was trained on; images that it knows stay held out or not "
+        "as they were, and codes and priors of the images before must be moved away first",
+    )
     parser.add_argument("--batch-size", type=int, default=64, help="images at a time (default: 64)")
     parser.add_argument(
         "--copies", type=int, default=1, help="augmented variants of each training image (default: 1, as it is)"
@@ -148,8 +155,9 @@ def _add_sample(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "sample",
         "fastvq.cli.generate:sample",
         "draw new images",
-        "Sample i of a seed is the same whatever -n is. OUT ending in .png gets one picture of all samples; any other\n"
-        "OUT becomes a folder with one PNG per sample, their codes (codes.safetensors) and settings (samples.json).",
+        "Sample i of a seed is the same whatever -n is. OUT ending in .png, .jpg, .jpeg or .webp gets one picture\n"
+        "of all samples; an OUT without an ending becomes a folder with one PNG per sample, their codes\n"
+        "(codes.safetensors) and settings (samples.json).",
     )
     _add_model(parser)
     parser.add_argument("-n", type=int, default=16, help="number of images (default: 16)")
@@ -192,6 +200,7 @@ def _add_reconstruct(commands: argparse._SubParsersAction[argparse.ArgumentParse
     _add_model(parser)
     parser.add_argument("--data", required=True, help="a folder of images, or 'digits'")
     parser.add_argument("--size", type=int, nargs="+", metavar="N", help="image size (default: the training size)")
+    _add_skip_broken(parser)
     parser.add_argument("-n", type=int, default=16, help="number of images, the first of the data (default: 16)")
     _add_output(parser, "reconstructions.png")
 
@@ -270,6 +279,12 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", help="a folder of images, or 'digits' (default: the project's)")
+    _add_skip_broken(parser)
+    parser.add_argument(
+        "--changed-data",
+        action="store_true",
+        help="take other images than the project's, of the same classes, for this command alone",
+    )
     parser.add_argument(
         "--flip", action="store_true", default=None, help="mirror images for classifiers (default: as the project)"
     )
@@ -277,6 +292,12 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         "--shift", type=int, metavar="PIXELS", help="shift images for classifiers (default: as the project)"
     )
     parser.add_argument("--validation", type=float, metavar="FRACTION", help="share held out (default: the project's)")
+
+
+def _add_skip_broken(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--skip-broken", action="store_true", help="leave out images that cannot be read (a project remembers it)"
+    )
 
 
 def _add_info(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

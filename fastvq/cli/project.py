@@ -10,11 +10,16 @@ from typing import Any
 import torch
 
 from fastvq._files import read_json, write_json
-from fastvq.data import Augment, Digits, ImageDataset, ImageFolder
+from fastvq.data import Augment
+from fastvq.data.codes import model_checksum
+from fastvq.data.pictures import picture_types
 from fastvq.errors import ArgumentError, CorruptFileError, FileConflictError, MissingFileError
 from fastvq.models import HierarchicalVQVAE, Prior, load_pretrained
+from fastvq.models.pretrained import CONFIG_FILE
 from fastvq.sampling import Pipeline
 from fastvq.sampling.pipeline import PIPELINE_FILE
+
+_DATA_FIELDS = ("data", "size", "channels", "class_names", "skip_broken", "flip", "shift", "validation", "seed")
 
 
 class Project:
@@ -23,6 +28,7 @@ class Project:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.data = path / "data.json"
+        self.files = path / "files.json"
         self.vqvae = path / "vqvae"
         self.codes = path / "codes" / "train"
         self.validation_codes = path / "codes" / "validation"
@@ -30,24 +36,46 @@ class Project:
     def prior(self, level: int) -> Path:
         return self.path / f"prior{level}"
 
-    def write_data(self, description: dict[str, Any], *, resume: bool) -> None:
-        """Record where the images come from; a started run keeps what it was started with."""
-        started = self.vqvae.is_dir() and any(self.vqvae.iterdir())
-        if started and not resume:
+    @property
+    def started(self) -> bool:
+        """Whether stage 1 has begun."""
+        return self.vqvae.is_dir() and any(self.vqvae.iterdir())
+
+    def require_free(self, *, resume: bool) -> None:
+        """Find out that a run of stage 1 would meet another before opening any image."""
+        if self.started and not resume:
             raise FileConflictError(f"--run: {self.vqvae} holds a run; go on with --resume or choose another folder")
-        if started:
-            there = self.read_data()
-            changed = [name for name, value in description.items() if there.get(name) != value]
-            if changed:
-                details = ", ".join(f"{name}: {there.get(name)!r} there, {description[name]!r} now" for name in changed)
-                raise FileConflictError(f"--run: the run in {self.vqvae} was started with other data ({details})")
-        else:
-            write_json(self.data, description)
+
+    def write_data(self, description: dict[str, Any]) -> None:
+        write_json(self.data, description)
+
+    def write_files(self, description: dict[str, Any]) -> None:
+        write_json(self.files, description)
 
     def read_data(self) -> dict[str, Any]:
         if not self.data.is_file():
             raise MissingFileError(f"--run: {self.path} holds no {self.data.name}; run `fastvq train-vqvae` first")
-        return read_json(self.data)
+        description = read_json(self.data)
+        missing = [name for name in _DATA_FIELDS if name not in description]
+        if missing:
+            raise CorruptFileError(f"{self.data}: missing entries {', '.join(missing)}")
+        return description
+
+    def require_same_autoencoder(self, recorded: object, vqvae: HierarchicalVQVAE, what: Path) -> None:
+        """Codes, and priors over them, say which autoencoder they belong to (``recorded``, a checksum).
+
+        Raises:
+            FileConflictError: another one than the project's.
+        """
+        if recorded is None or recorded == model_checksum(vqvae):
+            return
+        # The checksum covers the names of the settings, so models of versions that knew others do not compare.
+        stored = read_json(self.vqvae / "model" / CONFIG_FILE).get("config")
+        if isinstance(stored, dict) and stored.keys() == vqvae.config.to_dict().keys():
+            raise FileConflictError(
+                f"--run: {what} belongs to another autoencoder than the one in {self.vqvae}; bring that one back, or "
+                f"move {what} elsewhere and make it again"
+            )
 
     def load_vqvae(self, device: str) -> HierarchicalVQVAE:
         model = self._trained(self.vqvae, device, "fastvq train-vqvae")
@@ -64,7 +92,10 @@ class Project:
     def load_pipeline(self, device: str) -> Pipeline:
         vqvae = self.load_vqvae(device)
         priors = [self.load_prior(level, device) for level in range(vqvae.num_levels)]
-        names = self.read_data().get("class_names") if priors[0].config.num_classes else None
+        for level in range(vqvae.num_levels):
+            data = read_json(self.prior(level) / "config.json").get("data") or {}
+            self.require_same_autoencoder(data.get("stage1_model"), vqvae, self.prior(level))
+        names = self.read_data()["class_names"] if priors[0].config.num_classes else None
         return Pipeline(vqvae, priors, class_names=names or None)
 
     def _trained(self, run: Path, device: str, command: str) -> Any:
@@ -90,22 +121,6 @@ def load_pipeline(checkpoint: Path | None, pretrained: str | None, device: str) 
     return Project(checkpoint).load_pipeline(device)
 
 
-def open_data(
-    data: str, size: Sequence[int] | None, channels: int, *, skip_broken: bool = False, quiet: bool = False
-) -> ImageDataset:
-    """The data set that ``--data`` names."""
-    if size is not None and len(size) > 2:
-        raise ArgumentError(f"--size: expected one side, or height and width, got {len(size)} numbers")
-    pair = None if size is None else (size[0], size[-1])
-    if data == "digits":
-        if channels != 1:
-            raise ArgumentError(f"--data: the digits have 1 channel, the model takes {channels}")
-        return Digits(pair or 32)
-    if pair is None:
-        raise ArgumentError("--size: images from a folder need a size")
-    return ImageFolder(data, pair, channels=channels, skip_broken=skip_broken, progress=not quiet)
-
-
 def augmentation(description: dict[str, Any]) -> Augment | None:
     shift, flip = int(description["shift"]), bool(description["flip"])
     return Augment(max_shift=shift, horizontal_flip=flip) if shift or flip else None
@@ -124,6 +139,12 @@ def parse_overrides(settings: Sequence[str]) -> dict[str, Any]:
             value = text
         overrides[name] = value
     return overrides
+
+
+def require_folder_name(out: Path) -> None:
+    """An output that becomes a folder must not be named like a picture."""
+    if out.suffix.lower() in picture_types() and not out.is_dir():
+        raise ArgumentError(f"--out: expected the name of a folder, got {out}, which ends like a picture's")
 
 
 def choose_device(name: str | None) -> str:

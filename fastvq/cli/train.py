@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -11,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvq.cli.project import Project, augmentation, choose_device, open_data, parse_overrides
-from fastvq.data import CodeDataset, extract_codes, split_indices
-from fastvq.errors import ArgumentError
+from fastvq.cli.images import as_typed, open_new_images, open_project_images, split_images, start_project
+from fastvq.cli.project import Project, augmentation, choose_device, parse_overrides
+from fastvq.data import CodeDataset, extract_codes
+from fastvq.errors import ArgumentError, FileConflictError
 from fastvq.models import HierarchicalVQVAE, Prior, PriorConfig, VQVAEConfig, preset
 from fastvq.sampling import sample
 from fastvq.training import TrainConfig
@@ -32,27 +34,30 @@ def train_vqvae(arguments: argparse.Namespace) -> None:
     if not isinstance(model_config, VQVAEConfig):
         raise ArgumentError(f"--preset: {arguments.preset} is a prior, expected an autoencoder")
     config = _train_config(arguments, device, validation_fraction=arguments.validation)
-    dataset = open_data(
+    stride = math.prod(model_config.strides)
+    if any(side < 1 or side % stride for side in arguments.size or ()):
+        raise ArgumentError(
+            f"--size: expected positive multiples of {stride}, got {' '.join(map(str, arguments.size))}"
+        )
+    project = Project(arguments.run)
+    project.require_free(resume=arguments.resume)
+    dataset = open_new_images(
+        project,
         arguments.data,
         arguments.size,
         model_config.in_channels,
         skip_broken=arguments.skip_broken,
         quiet=arguments.quiet,
     )
-    description = {
-        "data": arguments.data,
-        "size": list(dataset.size),
-        "channels": dataset.channels,
-        "class_names": list(dataset.class_names),
+    settings = {
         "skip_broken": arguments.skip_broken,
         "flip": arguments.flip,
         "shift": arguments.shift,
         "validation": arguments.validation,
         "seed": arguments.seed,
     }
-    project = Project(arguments.run)
-    augment = augmentation(description)
-    project.write_data(description, resume=arguments.resume)
+    augment = augmentation(settings)
+    start_project(project, arguments.data, dataset, settings)
     train_vqvae_on_images(
         dataset,
         model_config,
@@ -69,35 +74,37 @@ def extract(arguments: argparse.Namespace) -> None:
     device = choose_device(arguments.device)
     project = Project(arguments.run)
     model = project.load_vqvae(device)
-    description = project.read_data()
-    dataset = open_data(
-        arguments.data or description["data"],
-        description["size"],
-        description["channels"],
-        skip_broken=description["skip_broken"],
-        quiet=arguments.quiet,
-    )
-    training, validation = split_indices(len(dataset), description["validation"], description["seed"])
-    augment = augmentation(description)
+    augment = augmentation(project.read_data())
     if arguments.copies > 1 and augment is None:
         raise ArgumentError(
             f"--copies: {arguments.copies} copies would all be the same; train-vqvae had neither --flip nor --shift"
         )
+    dataset = open_project_images(
+        project,
+        arguments.data,
+        skip_broken=arguments.skip_broken,
+        changed=arguments.changed_data,
+        adopt=True,
+        quiet=arguments.quiet,
+    )
+    description = project.read_data()
+    training, validation = split_images(project, description, dataset)
     parts = [(training, project.codes, arguments.copies)]
     if len(validation):
         parts.append((validation, project.validation_codes, 1))
     for indices, folder, copies in parts:
-        extract_codes(
-            model,
-            dataset,
-            indices,
-            folder,
-            batch_size=arguments.batch_size,
-            augment=augment if copies > 1 else None,
-            copies=copies,
-            seed=description["seed"],
-            progress=not arguments.quiet,
-        )
+        with as_typed(folder="--run", dataset="--data", batch_size="--batch-size"):
+            extract_codes(
+                model,
+                dataset,
+                indices,
+                folder,
+                batch_size=arguments.batch_size,
+                augment=augment if copies > 1 else None,
+                copies=copies,
+                seed=description["seed"],
+                progress=not arguments.quiet,
+            )
         print(f"codes of {len(indices)} images x {copies} in {folder}")
     print(f"next: fastvq train-prior --run {arguments.run} --level 0 ... {model.num_levels - 1}")
 
@@ -115,6 +122,14 @@ def train_prior(arguments: argparse.Namespace) -> None:
     model_config = fit_to_codes(template, codes, arguments.level, num_classes)
     config = _train_config(arguments, device)
     vqvae = project.load_vqvae(device) if project.vqvae.is_dir() else None
+    if vqvae is not None:
+        project.require_same_autoencoder(codes.model, vqvae, project.codes)
+    known = project.read_data()["class_names"] if project.data.is_file() else list(codes.class_names)
+    if known != list(codes.class_names):
+        raise FileConflictError(
+            f"--run: the codes in {project.codes} are of the classes {', '.join(codes.class_names) or 'none'}, the "
+            f"project knows {', '.join(known) or 'none'}; move {project.codes.parent} elsewhere and extract again"
+        )
     train_prior_on_codes(
         project.codes,
         arguments.level,

@@ -142,7 +142,7 @@ def check_images(pipeline: Pipeline, dataset: ImageDataset) -> None:
     """Find out that data and models do not fit before any work.
 
     Raises:
-        ArgumentError: channels, size, number of classes or missing labels.
+        ArgumentError: channels, size, number or names of classes, or missing labels.
     """
     channels = pipeline.vqvae.config.in_channels
     if dataset.channels != channels:
@@ -156,6 +156,12 @@ def check_images(pipeline: Pipeline, dataset: ImageDataset) -> None:
     if pipeline.num_classes is not None and dataset.num_classes != pipeline.num_classes:
         have = "no labels" if dataset.num_classes is None else f"{dataset.num_classes} classes"
         raise ArgumentError(f"dataset: the priors expect {pipeline.num_classes} classes, got {have}")
+    wanted, names = pipeline.class_names, dataset.class_names
+    if wanted and names and tuple(wanted) != tuple(names):
+        first = next(index for index, pair in enumerate(zip(wanted, names, strict=True)) if pair[0] != pair[1])
+        raise ArgumentError(
+            f"dataset: label {first} is the class {wanted[first]!r} for the priors and {names[first]!r} in the images"
+        )
 
 
 def labels_of(pipeline: Pipeline, dataset: ImageDataset, indices: np.ndarray) -> Tensor | None:

@@ -1,0 +1,420 @@
+"""The images of a command: opened as --data says, and compared with those that a project was started with."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from fastvq._files import read_json
+from fastvq.cli.project import Project
+from fastvq.data import Digits, ImageDataset, ImageFolder, split_indices
+from fastvq.data.images import ImageFolderWarning
+from fastvq.errors import ArgumentError, CorruptFileError, FastvqError, FileConflictError, MissingFileError
+
+DIGITS = "digits"
+# What counted as an image before projects recorded it.
+_FIRST_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+_NAMED = 3
+_DEFAULTS: dict[str, Any] = {
+    "data": None,
+    "size": None,
+    "channels": 3,
+    "class_names": [],
+    "skip_broken": False,
+    "flip": False,
+    "shift": 0,
+    "validation": 0.1,
+    "seed": 0,
+}
+
+
+@contextlib.contextmanager
+def as_typed(**options: str) -> Iterator[None]:
+    """Errors name the options of the command line (values) in place of Python's arguments (names)."""
+    try:
+        yield
+    except FastvqError as error:
+        name, colon, rest = str(error).partition(":")
+        text = f"{options[name]}{colon}{rest}" if name in options else str(error)
+        text = text.replace("skip_broken=True goes on", "--skip-broken goes on")
+        if text == str(error):
+            raise
+        raise type(error)(text) from error
+
+
+def open_data(
+    data: str,
+    size: Sequence[int] | None,
+    channels: int,
+    *,
+    skip_broken: bool = False,
+    suffixes: Sequence[str] | None = None,
+    exclude: Sequence[Path] = (),
+    leave_out_empty: bool = False,
+    quiet: bool = False,
+) -> ImageDataset:
+    """The data set that ``--data`` names; what it warns of is printed as a line of its own.
+
+    Args:
+        leave_out_empty: class folders without an image are left out instead of refused.
+    """
+    if size is not None and len(size) > 2:
+        raise ArgumentError(f"--size: expected one side, or height and width, got {len(size)} numbers")
+    pair = None if size is None else (size[0], size[-1])
+    with as_typed(root="--data", size="--size", channels="--channels"), _warnings_as_lines():
+        if data == DIGITS:
+            if channels != 1:
+                raise ArgumentError(f"--data: the digits have 1 channel, the model takes {channels}")
+            return Digits(pair or 32)
+        if pair is None:
+            raise ArgumentError("--size: images from a folder need a size")
+        return ImageFolder(
+            data,
+            pair,
+            channels=channels,
+            skip_broken=skip_broken,
+            suffixes=suffixes,
+            exclude=exclude,
+            empty_classes="leave out" if leave_out_empty else "refuse",
+            progress=not quiet,
+        )
+
+
+def open_new_images(
+    project: Project, data: str, size: Sequence[int] | None, channels: int, *, skip_broken: bool, quiet: bool
+) -> ImageDataset:
+    """The images that a run of stage 1 starts with, or goes on with."""
+    there = data != DIGITS and project.path.is_dir() and Path(data).is_dir()
+    if there and not project.started and project.path.samefile(data):
+        raise ArgumentError(f"--run: {project.path} is the folder of images itself; choose another, in it or not")
+    recorded = project.read_data() if project.started else None
+    return open_data(
+        data,
+        size,
+        channels,
+        skip_broken=skip_broken,
+        suffixes=None if recorded is None else recorded.get("suffixes", _FIRST_SUFFIXES),
+        exclude=[project.path],
+        leave_out_empty=recorded is not None,
+        quiet=quiet,
+    )
+
+
+def start_project(project: Project, data: str, dataset: ImageDataset, settings: dict[str, Any]) -> None:
+    """Record images and settings of a new run of stage 1; one that is there must have been started with the same.
+
+    Args:
+        settings: skip_broken, flip, shift, validation and seed.
+
+    Raises:
+        FileConflictError: other images or settings than those of the run; says what differs.
+    """
+    settings = {"size": list(dataset.size), "channels": dataset.channels, **settings}
+    with as_typed(fraction="--validation"):
+        split_indices(len(dataset), settings["validation"], settings["seed"])
+    if not project.started:
+        _record(project, settings, data, dataset)
+        return
+    there = project.read_data()
+    changed = [
+        f"{name}: {there.get(name)!r} there, {now!r} now" for name, now in settings.items() if there.get(name) != now
+    ]
+    if changed:
+        raise FileConflictError(
+            f"--run: the run in {project.vqvae} was started with other settings ({', '.join(changed)})"
+        )
+    trained_on = _trained_on(project)
+    if not _same_images(trained_on.get("fingerprint"), dataset.fingerprint()):
+        raise FileConflictError(
+            f"{_difference(project, data, dataset, trained_on)}\n"
+            "A run goes on with the images that it was started with; for others choose another --run."
+        )
+    # The project may have gone on with other images since.
+    if _is_recorded(project, there, dataset):
+        _remember(project, there, data, dataset)
+
+
+def open_project_images(
+    project: Project,
+    data: str | None,
+    *,
+    size: Sequence[int] | None = None,
+    channels: int | None = None,
+    skip_broken: bool = False,
+    changed: bool = False,
+    adopt: bool = False,
+    quiet: bool = False,
+) -> ImageDataset:
+    """The project's images, wherever they lie now.
+
+    Images are the same if their fingerprint (paths below the folder, and sizes in bytes) and class names are. A project
+    that recorded no fingerprint is compared by that of its autoencoder's run, and by class names alone without one.
+
+    Args:
+        data: where they lie; None: where they were.
+        size, channels: other than the project's.
+        skip_broken: leave out what cannot be read, even if the project did not.
+        changed: take other images on purpose.
+        adopt: changed images become the project's; otherwise they serve this command alone.
+
+    Raises:
+        FileConflictError: other images and not ``changed``; or what was made from the images before is in the way.
+    """
+    description = project.read_data()
+    data = data or _recorded_folder(project, description)
+    dataset = open_data(
+        data,
+        size or description["size"],
+        channels or description["channels"],
+        skip_broken=skip_broken or description["skip_broken"],
+        suffixes=None if changed else description.get("suffixes", _FIRST_SUFFIXES),
+        exclude=[project.path],
+        leave_out_empty=not changed,
+        quiet=quiet,
+    )
+    if _is_recorded(project, description, dataset):
+        _remember(project, description, data, dataset)
+        return dataset
+    recorded: dict[str, Any] = {name: description[name] for name in ("images", "fingerprint") if name in description}
+    difference = _difference(project, data, dataset, {**_trained_on(project), **recorded})
+    if not changed:
+        raise FileConflictError(
+            f"{difference}\nBring the images back, start another project for these, or take them on purpose: "
+            "--changed-data."
+        )
+    same_classes = list(dataset.class_names) == description["class_names"]
+    if adopt:
+        _require_nothing_made(project, same_classes)
+        if _recorded_files(project) is None:
+            print("fastvq: which images were held out is not recorded; these are split anew", file=sys.stderr)
+        _, held_out = split_images(project, description, dataset)
+        names = list(dataset.files) if isinstance(dataset, ImageFolder) else None
+        settings = {**description, "skip_broken": skip_broken or description["skip_broken"]}
+        _record(project, settings, data, dataset, None if names is None else [names[index] for index in held_out])
+    elif description["class_names"] and not same_classes:
+        raise ArgumentError(
+            f"--changed-data: labels would not mean the same, the project knows the classes "
+            f"{_some(description['class_names'])} and these images {_some(dataset.class_names) or 'none'}"
+        )
+    print(f"fastvq: {difference}", file=sys.stderr)
+    return dataset
+
+
+def open_described(
+    arguments: argparse.Namespace,
+    project: Project | None,
+    *,
+    size: Sequence[int] | None = None,
+    channels: int | None = None,
+) -> tuple[ImageDataset, dict[str, Any], tuple[np.ndarray, np.ndarray]]:
+    """Images, their description and their split: the project's, unless the command line says otherwise.
+
+    Args:
+        size, channels: those of a model, which count before any others.
+    """
+    description = dict(_DEFAULTS)
+    recorded = project is not None and project.data.is_file()
+    if project is not None and recorded:
+        description |= project.read_data()
+    elif arguments.data is None:
+        where = "a shipped model" if project is None else project.path
+        raise MissingFileError(f"--data: {where} holds no data.json that says where the images are; pass --data")
+    for name in ("data", "size", "channels", "flip", "shift", "validation"):
+        value = getattr(arguments, name, None)
+        if value is not None:
+            description[name] = value
+    if description["data"] == DIGITS:
+        description["channels"] = 1
+    size, channels = size or description["size"], channels or description["channels"]
+    options = {"skip_broken": arguments.skip_broken, "quiet": arguments.quiet}
+    if project is not None and recorded:
+        dataset = open_project_images(
+            project, arguments.data, size=size, channels=channels, changed=arguments.changed_data, **options
+        )
+        if arguments.validation is None:
+            return dataset, description, split_images(project, description, dataset)
+    else:
+        exclude = [] if project is None else [project.path]
+        dataset = open_data(description["data"], size, channels, exclude=exclude, **options)
+    with as_typed(fraction="--validation"):
+        return dataset, description, split_indices(len(dataset), description["validation"], description["seed"])
+
+
+def split_images(project: Project, description: dict[str, Any], dataset: ImageDataset) -> tuple[np.ndarray, np.ndarray]:
+    """Indices (training, validation) of a project's images.
+
+    Of a changed set, images that the project knows stay on the side where they were, so that none that a model was
+    trained on is held out; new ones are split by themselves.
+    """
+    fraction, seed = description["validation"], description["seed"]
+    known = _recorded_files(project)
+    with as_typed(fraction="--validation"):
+        if known is None or not isinstance(dataset, ImageFolder):
+            return split_indices(len(dataset), fraction, seed)
+        held_out = known.get("held_out")
+        if held_out is None:
+            if _same_images(known["fingerprint"], dataset.fingerprint()):
+                return split_indices(len(dataset), fraction, seed)
+            then = list(known["files"])
+            held_out = [then[index] for index in split_indices(len(then), fraction, seed)[1]]
+        names = list(dataset.files)
+        new = [name for name in names if name not in known["files"]]
+        if len(new) > 1:
+            held_out = [*held_out, *(new[index] for index in split_indices(len(new), fraction, seed)[1])]
+    aside = set(held_out)
+    training = np.array([index for index, name in enumerate(names) if name not in aside], dtype=np.int64)
+    validation = np.array([index for index, name in enumerate(names) if name in aside], dtype=np.int64)
+    if not len(training):
+        raise ArgumentError("--data: all of these images were held out when the autoencoder was trained")
+    return training, validation
+
+
+def _record(
+    project: Project, settings: dict[str, Any], data: str, dataset: ImageDataset, held_out: list[str] | None = None
+) -> None:
+    """Write what a project knows of its images: data.json, and their names where they are files.
+
+    Args:
+        held_out: names of the validation images; None: those that fraction and seed give.
+    """
+    fingerprint = dataset.fingerprint()
+    places = {"data": data}
+    description: dict[str, Any] = {}
+    if isinstance(dataset, ImageFolder):
+        # A working folder is not for ever: an absolute path, and one that holds if both folders move together.
+        places = {"data": os.path.abspath(data), "data_from_run": _relative(data, project.path)}
+        description["suffixes"] = list(dataset.suffixes)
+        project.write_files({"fingerprint": fingerprint, "held_out": held_out, "files": dict(dataset.files)})
+    description |= {"class_names": list(dataset.class_names), "images": len(dataset), "fingerprint": fingerprint}
+    project.write_data({**settings, **places, **description})
+
+
+def _remember(project: Project, description: dict[str, Any], data: str, dataset: ImageDataset) -> None:
+    """Record where the same images lie now, and what an older project has not recorded."""
+    if data == DIGITS or (description["data"] == os.path.abspath(data) and "fingerprint" in description):
+        return
+    known = _recorded_files(project)
+    # Another size of the same images must not become the project's.
+    if [list(dataset.size), dataset.channels] == [description["size"], description["channels"]]:
+        _record(project, description, data, dataset, None if known is None else known["held_out"])
+    else:
+        moved = {"data": os.path.abspath(data), "data_from_run": _relative(data, project.path)}
+        project.write_data({**description, **moved})
+
+
+def _relative(data: str, run: Path) -> str:
+    return Path(os.path.relpath(os.path.abspath(data), os.path.abspath(run))).as_posix()
+
+
+def _recorded_folder(project: Project, description: dict[str, Any]) -> str:
+    data = str(description["data"])
+    if data == DIGITS:
+        return data
+    places = [data]
+    if "data_from_run" in description:
+        places.append(os.path.normpath(project.path / description["data_from_run"]))
+    for place in places:
+        if os.path.isdir(place):
+            return place
+    raise MissingFileError(f"--data: the images of {project.path} are no longer in {data}; pass --data FOLDER")
+
+
+def _recorded_files(project: Project) -> dict[str, Any] | None:
+    """Names of the project's images; None where they are not recorded, or those are of other images."""
+    if not project.files.is_file():
+        return None
+    known = read_json(project.files)
+    if not isinstance(known.get("files"), dict) or "fingerprint" not in known or "held_out" not in known:
+        raise CorruptFileError(f"{project.files}: missing or wrong entries")
+    return known if known["fingerprint"] == project.read_data().get("fingerprint") else None
+
+
+def _trained_on(project: Project) -> dict[str, Any]:
+    """What the autoencoder's run says of its images: ``fingerprint`` and ``images``; empty without a run."""
+    config = project.vqvae / "config.json"
+    data = read_json(config).get("data") if config.is_file() else None
+    return data if isinstance(data, dict) else {}
+
+
+def _is_recorded(project: Project, description: dict[str, Any], dataset: ImageDataset) -> bool:
+    fingerprint = description.get("fingerprint", _trained_on(project).get("fingerprint"))
+    return list(dataset.class_names) == description["class_names"] and _same_images(fingerprint, dataset.fingerprint())
+
+
+def _same_images(then: str | None, now: str) -> bool:
+    """Whether fingerprints are of the same images, at whatever size; True where none is known."""
+    if then is None:
+        return True
+    kinds = [(text.partition("-")[0], text.rpartition("-")[2]) for text in (then, now)]
+    return kinds[0] == kinds[1]
+
+
+def _difference(project: Project, data: str, dataset: ImageDataset, expected: dict[str, Any]) -> str:
+    """What tells images from those expected: numbers, classes, first names."""
+    lines = [f"--data: {data} holds other images than {project.path} was trained on"]
+    if expected.get("images") is not None:
+        lines.append(f"  {expected['images']} images then, {len(dataset)} now")
+    classes = project.read_data()["class_names"]
+    sets = [
+        ("classes added", [name for name in dataset.class_names if name not in classes]),
+        ("classes gone", [name for name in classes if name not in dataset.class_names]),
+    ]
+    known = _recorded_files(project)
+    if known is not None and isinstance(dataset, ImageFolder):
+        then, now = known["files"], dataset.files
+        sets += [
+            ("images added", [name for name in now if name not in then]),
+            ("images gone", [name for name in then if name not in now]),
+            ("files of another size", [name for name in now if name in then and now[name] != then[name]]),
+        ]
+    else:
+        lines.append("  (names are not compared: they were not recorded then)")
+    lines += [f"  {title}: {_some(names)} ({len(names)})" for title, names in sets if names]
+    return "\n".join(lines)
+
+
+def _require_nothing_made(project: Project, same_classes: bool) -> None:
+    """Codes and priors of other images must not serve beside those to come; nor a classifier of other classes."""
+    made = [path for path in (project.codes.parent, *sorted(project.path.glob("prior*"))) if path.is_dir()]
+    if not same_classes:
+        configs = sorted(project.path.glob("*/config.json"))
+        made += [path.parent for path in configs if read_json(path).get("stage") == "classifier"]
+    if made:
+        raise FileConflictError(
+            f"--changed-data: made from the images before: {', '.join(map(str, made))}. Move these elsewhere, or go on "
+            f"in another project, with copies of {project.vqvae.name}/, {project.data.name} and {project.files.name}."
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
+
+
+@contextlib.contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if issubclass(category, ImageFolderWarning):
+            print(f"fastvq: {message}", file=sys.stderr)
+        else:
+            usual(message, category, filename, lineno, file, line)
+
+    usual = warnings.showwarning
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        warnings.simplefilter("always", ImageFolderWarning)
+        yield
