@@ -89,6 +89,25 @@ def test_sample_writes_one_picture(project: Path, tmp_path: Path, capsys: pytest
     assert out.read_bytes() == first
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"), [("s.jpg", "JPEG"), ("s.JPEG", "JPEG"), ("s.webp", "WEBP"), ("s.png", "PNG")]
+)
+def test_pictures_are_what_their_names_say(name: str, kind: str, tmp_path: Path) -> None:
+    sample = ["sample", "--pretrained", "digits", "-n", "4", "--seed", "1", "--quiet", "--out", str(tmp_path / name)]
+    assert main(sample) == 0
+    drawn = np.asarray(Image.open(tmp_path / name).convert("L")).astype(int)
+    assert Image.open(tmp_path / name).format == kind
+    assert main([*sample[:-1], str(tmp_path / "exact.png")]) == 0
+    exact = np.asarray(Image.open(tmp_path / "exact.png")).astype(int)
+    assert np.abs(drawn - exact).mean() < (3 if kind == "JPEG" else 1e-9)
+
+
+def test_folders_of_samples_may_have_a_point_in_their_name(tmp_path: Path) -> None:
+    out = tmp_path / "at-0.9"
+    assert main(["sample", "--pretrained", "digits", "-n", "1", "--out", str(out), "--quiet"]) == 0
+    assert (out / "000000.png").is_file()
+
+
 def test_sample_writes_a_folder(project: Path, tmp_path: Path) -> None:
     out = tmp_path / "samples"
     options = ["--label", "dogs", "--temperature", "0.5", "0.9", "--top-k", "5", "--top-p", "0.9", "--seed", "1"]
@@ -233,8 +252,13 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
         (["sample", "--pretrained", "digits", "--engine", "warp"], "warp"),
         (["sample", "--pretrained", "digits", "--device", "abacus"], "abacus"),
         (["reconstruct", "--pretrained", "digits", "--data", "nowhere"], "nowhere"),
-        (["reconstruct", "--pretrained", "digits", "--data", "digits", "--size", "30"], "30 x 30"),
-        (["reconstruct", "--pretrained", "digits", "--data", "digits", "--out", "a.jpg"], ".png"),
+        (["sample", "--pretrained", "digits", "--out", "a.gif"], "--out: expected a picture's name that ends in .png"),
+        (["sample", "--pretrained", "digits", "--out", "a.pgn"], "got a.pgn"),
+        (["sample", "--pretrained", "digits", "-n", "250000", "--out", "a.webp"], "--out: WEBP holds 16383 pixels"),
+        (["reconstruct", "--pretrained", "digits", "--data", "nowhere"], "--data: nowhere does not exist"),
+        (["reconstruct", "--pretrained", "digits", "--data", "digits", "--size", "30"], "--size: expected positive"),
+        (["reconstruct", "--pretrained", "digits", "--data", "digits", "--size", "-8"], "--size: must be at least 1"),
+        (["reconstruct", "--pretrained", "digits", "--data", "digits", "--out", "a.tif"], "--out: expected a name"),
         (["extract", "--run", "nowhere"], "train-vqvae"),
         (["train-prior", "--run", "nowhere", "--level", "0", "--preset", "tiny-top", "--steps", "1"], "nowhere"),
         (["train-vqvae", "--run", "r", "--data", "nowhere", "--size", "32", "--steps", "1"], "nowhere"),
@@ -243,7 +267,9 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
         (["train-vqvae", "--run", "r", "--data", "digits", "--preset", "tiny", "--set", "x", "--steps", "1"], "--set"),
         (["train-vqvae", "--run", "r", "--data", "digits", "--preset", "tiny", "--steps", "0"], "steps"),
         (["train-vqvae", "--run", "r", "--data", "digits", "--preset", "imagenet256", "--steps", "1"], "channel"),
+        (["train-vqvae", "--run", "r", "--data", "x", "--size", "31", "--preset", "tiny", "--steps", "1"], "--size"),
         (["demo", "--out", "r", "--label", "10"], "0..9"),
+        (["demo", "--out", "r.jpg"], "--out: expected the name of a folder"),
         (["demo", "--out", "r", "--effort", "0"], "--effort"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,

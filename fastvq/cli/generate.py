@@ -6,6 +6,7 @@ import argparse
 import math
 import platform
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +15,11 @@ from torch import Tensor
 import fastvq
 from fastvq import _engine
 from fastvq._files import replacing_folder, write_json
-from fastvq.cli.images import open_data
+from fastvq.cli.images import as_typed, open_data
 from fastvq.cli.project import Project, choose_device, load_pipeline
 from fastvq.data import load_images, psnr, save_grid
+from fastvq.data.grid import PICTURES, grid_size, require_picture
+from fastvq.data.pictures import picture_types
 from fastvq.errors import ArgumentError, FileConflictError
 from fastvq.models import PRESETS, HierarchicalVQVAE, Prior, load_pretrained
 from fastvq.models.pretrained import CONFIG_FILE
@@ -25,10 +28,14 @@ from fastvq.sampling.cuda_engine import cuda_summary
 
 
 def sample(arguments: argparse.Namespace) -> None:
-    _check_free(arguments.out, arguments.overwrite)
+    picture = _is_picture(arguments.out)
+    _check_free(arguments.out, arguments.overwrite, picture)
     if arguments.n < 1:
         raise ArgumentError(f"-n: must be at least 1, got {arguments.n}")
     pipeline = load_pipeline(arguments.checkpoint, arguments.pretrained, choose_device(arguments.device))
+    if picture:
+        height, width = (side * pipeline.vqvae.total_stride for side in pipeline.priors[0].config.shape)
+        require_picture("--out", arguments.out, *grid_size(arguments.n, height, width)[:2])
     labels = _labels(pipeline, arguments.label, arguments.n)
     temperature = arguments.temperature
     samples = pipeline.sample(
@@ -55,7 +62,7 @@ def sample(arguments: argparse.Namespace) -> None:
         "precision": arguments.precision,
         "fastvq_version": fastvq.__version__,
     }
-    if arguments.out.suffix.lower() == ".png":
+    if picture:
         save_grid(arguments.out, samples.images, overwrite=arguments.overwrite)
     else:
         _write_folder(arguments.out, samples, settings, arguments.overwrite)
@@ -63,21 +70,26 @@ def sample(arguments: argparse.Namespace) -> None:
 
 
 def reconstruct(arguments: argparse.Namespace) -> None:
-    _check_free(arguments.out, arguments.overwrite)
-    if arguments.out.suffix.lower() != ".png":
-        raise ArgumentError(f"--out: expected a name that ends in .png, got {arguments.out}")
+    require_picture("--out", arguments.out)
+    _check_free(arguments.out, arguments.overwrite, picture=True)
     if arguments.n < 1:
         raise ArgumentError(f"-n: must be at least 1, got {arguments.n}")
     device = choose_device(arguments.device)
-    model, size = _autoencoder(arguments, device)
+    model, description = _autoencoder(arguments, device)
     dataset = open_data(
         arguments.data,
-        arguments.size or size,
+        arguments.size or description["size"],
         model.config.in_channels,
-        skip_broken=arguments.skip_broken,
+        skip_broken=arguments.skip_broken or description["skip_broken"],
+        exclude=[] if arguments.checkpoint is None else [arguments.checkpoint],
+        leave_out_empty=True,
         quiet=arguments.quiet,
     )
-    originals = load_images(dataset, range(min(arguments.n, len(dataset))))
+    with as_typed(image_size="--size", size="--size", images="--size"):
+        model.code_shapes(dataset.size)
+    count = min(arguments.n, len(dataset))
+    require_picture("--out", arguments.out, *grid_size(2 * count, *dataset.size, count)[:2])
+    originals = load_images(dataset, range(count))
     reconstructions, mse = reconstruction(model, originals)
     save_grid(arguments.out, torch.cat([originals, reconstructions]), len(originals), overwrite=arguments.overwrite)
     print(f"{len(originals)} images and reconstructions in {arguments.out}: MSE {mse:.5f}, PSNR {psnr(mse):.2f} dB")
@@ -156,30 +168,46 @@ def _labels(pipeline: Pipeline, text: str | None, n: int) -> Tensor | None:
     return torch.full((n,), int(text))
 
 
-def _autoencoder(arguments: argparse.Namespace, device: str) -> tuple[HierarchicalVQVAE, tuple[int, ...] | None]:
-    """The model and, where it is known, the image size it was trained on."""
+def _autoencoder(arguments: argparse.Namespace, device: str) -> tuple[HierarchicalVQVAE, dict[str, Any]]:
+    """The model, and what is known of the images it was trained on: ``size`` (perhaps None) and ``skip_broken``."""
     checkpoint = arguments.checkpoint
     if checkpoint is not None and (checkpoint / CONFIG_FILE).is_file():
         model = load_pretrained(checkpoint, device=device)
         if not isinstance(model, HierarchicalVQVAE):
             raise ArgumentError(f"--checkpoint: {checkpoint} holds a {type(model).__name__}, expected an autoencoder")
-        return model, None
+        return model, {"size": None, "skip_broken": False}
     if checkpoint is not None and Project(checkpoint).vqvae.is_dir():
         project = Project(checkpoint)
-        return project.load_vqvae(device), tuple(project.read_data()["size"])
+        return project.load_vqvae(device), project.read_data()
     pipeline = load_pipeline(checkpoint, arguments.pretrained, device)
-    scale = pipeline.vqvae.total_stride
-    return pipeline.vqvae, tuple(side * scale for side in pipeline.priors[0].config.shape)
+    size = [side * pipeline.vqvae.total_stride for side in pipeline.priors[0].config.shape]
+    return pipeline.vqvae, {"size": size, "skip_broken": False}
 
 
-def _check_free(out: Path, overwrite: bool) -> None:
+def _is_picture(out: Path) -> bool:
+    """Whether samples become one picture or a folder.
+
+    Raises:
+        ArgumentError: the name ends like a picture's of a type that is not written.
+    """
+    suffix = out.suffix.lower()
+    if suffix in PICTURES:
+        return True
+    if not out.is_dir() and (suffix[1:].isalpha() or suffix in picture_types()):
+        raise ArgumentError(
+            f"--out: expected a picture's name that ends in {', '.join(PICTURES)}, or a folder's without an ending, "
+            f"got {out}"
+        )
+    return False
+
+
+def _check_free(out: Path, overwrite: bool, picture: bool) -> None:
     """Find out that the result cannot be written before computing it."""
-    is_picture = out.suffix.lower() == ".png"
-    taken = out.exists() and (is_picture or not out.is_dir() or any(out.iterdir()))
+    taken = out.exists() and (picture or not out.is_dir() or any(out.iterdir()))
     if taken and not overwrite:
         raise FileConflictError(f"--out: {out} exists already; pass --overwrite or another name")
-    if out.exists() and out.is_dir() == is_picture:
-        raise FileConflictError(f"--out: {out} is a {'folder' if is_picture else 'file'} and stays as it is")
+    if out.exists() and out.is_dir() == picture:
+        raise FileConflictError(f"--out: {out} is a {'folder' if picture else 'file'} and stays as it is")
     if out.is_dir() and taken and not (out / "samples.json").is_file():
         raise FileConflictError(f"--out: {out} holds other things than samples and stays as it is")
 

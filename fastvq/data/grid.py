@@ -13,6 +13,42 @@ from fastvq._check import require_floating, require_positive_int, require_shape,
 from fastvq._files import replacing_file
 from fastvq.errors import ArgumentError, FileConflictError
 
+# How pictures are written, by the ending of their name: Pillow's format and its options.
+PICTURES: dict[str, tuple[str, dict[str, object]]] = {
+    ".png": ("PNG", {}),
+    ".jpg": ("JPEG", {"quality": 95}),
+    ".jpeg": ("JPEG", {"quality": 95}),
+    ".webp": ("WEBP", {"lossless": True}),
+}
+_LARGEST = {"PNG": 2**31 - 1, "JPEG": 65_535, "WEBP": 16_383}  # pixels of a side
+
+
+def grid_size(
+    count: int, height: int, width: int, columns: int | None = None, padding: int = 2
+) -> tuple[int, int, int]:
+    """Height and width in pixels, and columns, of the picture that :func:`image_grid` makes."""
+    require_positive_int("padding", padding, minimum=0)
+    columns = math.ceil(math.sqrt(count)) if columns is None else require_positive_int("columns", columns)
+    rows = -(-count // columns)
+    return rows * (height + padding) + padding, columns * (width + padding) + padding, columns
+
+
+def require_picture(name: str, path: Path, height: int = 1, width: int = 1) -> tuple[str, dict[str, object]]:
+    """How a picture of this size is written to ``path``: Pillow's format and its options.
+
+    Raises:
+        ArgumentError: an ending that is not written, or a format that does not hold so many pixels.
+    """
+    known = PICTURES.get(path.suffix.lower())
+    if known is None:
+        raise ArgumentError(f"{name}: expected a name that ends in {', '.join(PICTURES)}, got {path}")
+    if max(height, width) > _LARGEST[known[0]]:
+        raise ArgumentError(
+            f"{name}: {known[0]} holds {_LARGEST[known[0]]} pixels a side, this picture has {height} x {width}; "
+            "choose a name that ends in .png"
+        )
+    return known
+
 
 def image_grid(images: Tensor, columns: int | None = None, padding: int = 2) -> np.ndarray:
     """Images side by side, row by row, on white.
@@ -30,14 +66,10 @@ def image_grid(images: Tensor, columns: int | None = None, padding: int = 2) -> 
     count, channels, height, width = images.shape
     if count == 0 or channels not in (1, 3):
         raise ArgumentError(f"images: expected at least one image of 1 or 3 channels, got shape {list(images.shape)}")
-    require_positive_int("padding", padding, minimum=0)
-    columns = math.ceil(math.sqrt(count)) if columns is None else require_positive_int("columns", columns)
-    rows = -(-count // columns)
+    *canvas_size, columns = grid_size(count, height, width, columns, padding)
     pixels = images.detach().float().nan_to_num(0.0).clamp(-1, 1).add(1).mul(127.5).round().byte()
     pixels = pixels.permute(0, 2, 3, 1).cpu()  # [N, H, W, C]
-    canvas = np.full(
-        (rows * (height + padding) + padding, columns * (width + padding) + padding, channels), 255, np.uint8
-    )
+    canvas = np.full((*canvas_size, channels), 255, np.uint8)
     for index, image in enumerate(pixels.numpy()):
         top = padding + index // columns * (height + padding)
         left = padding + index % columns * (width + padding)
@@ -53,20 +85,20 @@ def save_grid(
     padding: int = 2,
     overwrite: bool = False,
 ) -> Path:
-    """Write :func:`image_grid` as a PNG, whole or not at all; returns the path.
+    """Write :func:`image_grid` as PNG, JPEG or (lossless) WebP, as the name ends, whole or not; returns the path.
 
     Raises:
         FileConflictError: the file exists and ``overwrite`` is False.
-        ArgumentError: the name does not end in ``.png``, or the images do not fit.
+        ArgumentError: the name ends in something else, or the images do not fit.
     """
     from PIL import Image
 
     path = Path(path)
-    if path.suffix.lower() != ".png":
-        raise ArgumentError(f"path: expected a name that ends in .png, got {path}")
+    require_picture("path", path)
     if path.is_dir() or (path.exists() and not overwrite):
         raise FileConflictError(f"path: {path} exists already; nothing was written")
     picture = Image.fromarray(image_grid(images, columns, padding))
+    kind, options = require_picture("path", path, picture.height, picture.width)
     with replacing_file(path) as temporary:
-        picture.save(temporary, format="PNG")
+        picture.save(temporary, format=kind, **options)
     return path
