@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from fastvq._check import require_tensor
@@ -79,11 +78,10 @@ def build(tensors: Mapping[str, Tensor], kind: str, options: Options) -> PixelSN
         if value.is_meta:
             raise ArgumentError(f"source: expected tensors with values, got {name} on the meta device")
     model: PixelSNAIL | VQVAE2
-    with torch.random.fork_rng([]):  # initial weights are about to be replaced; leave the caller's generator alone
-        if kind == "pixelsnail":
-            model = snail.build(
-                tensors, legacy=options.legacy, shape=options.shape, heads=options.heads, dropout=options.dropout
-            )
-        else:
-            model = vqvae.build(tensors, legacy=options.legacy, decay=options.decay)
+    if kind == "pixelsnail":
+        model = snail.build(
+            tensors, legacy=options.legacy, shape=options.shape, heads=options.heads, dropout=options.dropout
+        )
+    else:
+        model = vqvae.build(tensors, legacy=options.legacy, decay=options.decay)
     return model.eval()

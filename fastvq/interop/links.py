@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastvq.errors import ArgumentError
 from fastvq.models.blocks import causal_taps
+from fastvq.models.stored import assign
 
 Shape = Sequence[int]
 _LISTED = 8
@@ -139,11 +140,11 @@ def fold_causal(g: Tensor, v: Tensor) -> Tensor:
 
 @torch.no_grad()
 def fill(model: nn.Module, links: Iterable[Link], tensors: Mapping[str, Tensor], beside: Mapping[str, Shape]) -> None:
-    """Set parameters and buffers of ``model``.
+    """Give parameters and buffers to ``model``: float32, on the CPU.
 
     Args:
-        model: every parameter and buffer of its state dict has a link or keeps its value.
-        links: what to set.
+        model: an outline, see :func:`fastvq.models.stored.outline`.
+        links: what to set, one for every parameter and buffer of the model's state dict.
         tensors: what to make it from, completely used up.
         beside: shapes of tensors that must be there too although nothing is made from them.
 
@@ -164,12 +165,13 @@ def fill(model: nn.Module, links: Iterable[Link], tensors: Mapping[str, Tensor],
     if bad:
         raise ArgumentError(f"source: tensors of unexpected shape: {_listed(bad)}")
     made = {
-        link.target: link.make(*(tensors[name].detach().double() for name in link.sources)).float() for link in links
+        link.target: link.make(*(tensors[name].detach().double() for name in link.sources)).float().cpu()
+        for link in links
     }
     broken = [link.sources[0] for link in links if not bool(made[link.target].isfinite().all())]
     if broken:
         raise ArgumentError(f"source: weights that are not finite, or whose norm is zero: {_listed(broken)}")
-    model.load_state_dict(own | made)
+    assign(model, made)
 
 
 def shape_of(tensors: Mapping[str, Tensor], name: str, dimensions: int) -> tuple[int, ...]:

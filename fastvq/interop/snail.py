@@ -10,6 +10,7 @@ from torch import Tensor
 from fastvq.errors import ArgumentError
 from fastvq.interop.links import Link, convolution, fill, first_layer, linear, lookup, shape_of
 from fastvq.models import PixelSNAIL, PixelSNAILConfig
+from fastvq.models.stored import outline
 
 # Stored coordinates may have been through bfloat16; transposed or otherwise scaled ones are further away than this.
 _COORDINATE_ERROR = 4e-3
@@ -25,7 +26,8 @@ def build(
     so that attention starts without.
     """
     config = infer(tensors, legacy=legacy, shape=shape, heads=heads, dropout=dropout)
-    model = PixelSNAIL(config)
+    model = outline(lambda: PixelSNAIL(config))
+    model.fill_unstored()
     stored = tensors.get("background")
     if shape is None:
         assert stored is not None

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from fastvq.interop.links import Link, copied, fill, plain, shape_of, transposed
 from fastvq.models import VQVAE2, VQVAEConfig
+from fastvq.models.stored import outline
 
 _DECAY = 0.99
 
@@ -16,7 +18,7 @@ _DECAY = 0.99
 def build(tensors: Mapping[str, Tensor], *, legacy: bool, decay: float | None) -> VQVAE2:
     """Our autoencoder with these weights; the arguments are those of :class:`fastvq.interop.layout.Options`."""
     config = infer(tensors, legacy=legacy, decay=decay)
-    model = VQVAE2(config)
+    model = outline(lambda: VQVAE2(config))
     fill(model, links(config), tensors, {})
     return model
 
@@ -69,4 +71,10 @@ def links(config: VQVAEConfig) -> list[Link]:
         found.append(transposed(f"{ours}.embedding", f"{theirs}.embed"))
         found.append(transposed(f"{ours}.embedding_sum", f"{theirs}.embed_avg"))
         found.append(copied(f"{ours}.cluster_size", f"{theirs}.cluster_size"))
+        found.append(_started(f"{ours}.initialized", f"{theirs}.cluster_size", config.num_codes))
     return found
+
+
+def _started(target: str, source: str, num_codes: int) -> Link:
+    """The flag of codes that are more than random numbers."""
+    return Link(target, (source,), lambda shape: [(num_codes,)], lambda sizes: torch.ones(()))

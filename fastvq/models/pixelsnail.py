@@ -48,6 +48,9 @@ class PixelSNAIL(Prior):
         self.output = nn.Conv2d(widen * width, config.num_codes, 1)
         self.register_buffer("background", _coordinates(*config.shape), persistent=False)
 
+    def fill_unstored(self) -> None:
+        self.background = _coordinates(*self.config.shape)
+
     def logits(self, codes: Tensor, context: Tensor | None) -> Tensor:
         codes = self.check_codes(codes)
         rows = codes.shape[1]
@@ -144,7 +147,11 @@ class AttentionBlock(nn.Module):
 
 
 def _coordinates(height: int, width: int) -> Tensor:
-    """[1, 2, H, W]: (row - H/2) / H and (column - W/2) / W."""
-    rows = (torch.arange(height, dtype=torch.float32) - height / 2) / height
-    columns = (torch.arange(width, dtype=torch.float32) - width / 2) / width
-    return torch.stack(torch.meshgrid(rows, columns, indexing="ij"))[None]
+    """float32 [1, 2, H, W]: (row - H/2) / H and (column - W/2) / W."""
+    grid = torch.empty(1, 2, height, width, dtype=torch.float32)
+    if grid.is_meta:
+        return grid  # an outline; the first arithmetic on the meta device imports for seconds
+    for axis, size in enumerate((height, width)):
+        places = (torch.arange(size, dtype=torch.float32) - size / 2) / size
+        grid[0, axis] = places[:, None] if axis == 0 else places
+    return grid

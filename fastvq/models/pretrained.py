@@ -15,6 +15,7 @@ import fastvq
 from fastvq._files import read_json, replacing_folder, sha256, write_json
 from fastvq.errors import ArgumentError, CorruptFileError, MissingFileError
 from fastvq.models.config import Config
+from fastvq.models.stored import assign, differences, outline
 
 FORMAT = 1
 CONFIG_FILE = "config.json"
@@ -36,6 +37,9 @@ class PretrainedModel(nn.Module):
         if model_class is not cls:
             raise ArgumentError(f"name: preset {name!r} is a {model_class.__name__}, not a {cls.__name__}")
         return cls(config)
+
+    def fill_unstored(self) -> None:
+        """Compute the buffers that are not stored; a class of this package that has some does so here."""
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
         """Write configuration and weights to a folder, whole or not at all; returns its path.
@@ -73,7 +77,7 @@ class PretrainedModel(nn.Module):
 
 
 def load_pretrained(folder: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> PretrainedModel:
-    """Whatever model a folder holds; see :meth:`PretrainedModel.from_pretrained`."""
+    """Whatever model a folder holds, in the types that were stored; see :meth:`PretrainedModel.from_pretrained`."""
     from fastvq.models.presets import MODEL_CLASSES
 
     folder = Path(folder)
@@ -95,9 +99,15 @@ def load_pretrained(folder: str | os.PathLike[str], *, device: str | torch.devic
     if sha256(folder / WEIGHTS_FILE) != description.get("sha256"):
         raise CorruptFileError(f"{folder / WEIGHTS_FILE}: checksum differs from the one in {CONFIG_FILE}")
     try:
-        with torch.random.fork_rng([]):  # initial weights are about to be replaced; leave the caller's generator alone
-            model = model_class(model_class.config_class.from_dict(description["config"]))
-        model.load_state_dict(load_file(folder / WEIGHTS_FILE), strict=True)
+        config = model_class.config_class.from_dict(description["config"])
+        model = outline(lambda: model_class(config))
+        # Copies: the file's own memory would change with the file.
+        tensors = {name: tensor.clone() for name, tensor in load_file(folder / WEIGHTS_FILE).items()}
+        wrong = differences(model.state_dict(), {name: tensor.shape for name, tensor in tensors.items()})
+        if wrong:
+            raise ArgumentError("; ".join(wrong[:3]))
+        assign(model, tensors)
+        model.fill_unstored()
     except (SafetensorError, RuntimeError, KeyError, TypeError, ArgumentError) as error:
         raise CorruptFileError(f"{folder}: weights and configuration do not fit together ({error})") from error
     return model.to(device).eval()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastvq._files import read_json, replacing_folder, sha256, write_json
 from fastvq.errors import CorruptFileError, FastvqError
+from fastvq.models.stored import load_in_place
 from fastvq.training.ema import WeightAverage
 
 FORMAT = 1
@@ -120,9 +121,9 @@ def _restore(tensors: dict[str, Tensor], description: dict[str, Any], state: Tra
     for name, tensor in tensors.items():
         part, _, rest = name.partition("/")
         parts[part][rest] = tensor
-    state.model.load_state_dict(parts["model"])
+    load_in_place(state.model, parts["model"])
     if state.average is not None:
-        state.average.model.load_state_dict(parts["average"])
+        load_in_place(state.average.model, parts["average"])
     optimizer: dict[int, dict[str, Tensor]] = {}
     for name, tensor in parts["optimizer"].items():
         index, _, field = name.partition("/")
