@@ -74,11 +74,13 @@ def require_codes(name: str, codes: object, shape: Sequence[int | str | None], n
     return tensor
 
 
-def require_positive_int(name: str, value: object, minimum: int = 1) -> int:
+def require_positive_int(name: str, value: object, minimum: int = 1, maximum: int | None = None) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise ArgumentTypeError(f"{name}: expected an int, got {type(value).__name__} {value!r}")
     if value < minimum:
         raise ArgumentError(f"{name}: must be at least {minimum}, got {value}")
+    if maximum is not None and value > maximum:
+        raise ArgumentError(f"{name}: must be at most {maximum}, got {value}")
     return value
 
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from training_helpers import VQVAE_CONFIG, Noise, before, dies_by_sigkill, files, kill_myself
 
+from fastvq._files import sealed
 from fastvq.data import Augment, CodeDataset, extract_codes, model_checksum
 from fastvq.data import codes as codes_module
 from fastvq.errors import ArgumentError, CorruptFileError, FileConflictError, MissingFileError
@@ -249,7 +250,7 @@ def test_other_codes_are_not_mixed_in(changes: dict[str, Any], message: str, com
     folder = extract(tmp_path / "codes")
     if not complete:
         description = json.loads((folder / "codes.json").read_text())
-        (folder / "codes.json").write_text(json.dumps({**description, "rows_done": 12, "complete": False}))
+        (folder / "codes.json").write_text(json.dumps(sealed({**description, "rows_done": 12, "complete": False})))
     contents = files(folder)
     with pytest.raises(FileConflictError, match=message):
         extract(folder, **changes)
@@ -268,7 +269,7 @@ def test_other_folders_are_left_alone(tmp_path: Path) -> None:
 def test_damage_to_an_interrupted_extraction(tmp_path: Path) -> None:
     folder = extract(tmp_path / "codes")
     description = json.loads((folder / "codes.json").read_text())
-    (folder / "codes.json").write_text(json.dumps({**description, "rows_done": 12, "complete": False}))
+    (folder / "codes.json").write_text(json.dumps(sealed({**description, "rows_done": 12, "complete": False})))
     array = folder / "level1.npy"
     array.write_bytes(array.read_bytes()[:-5])
     with pytest.raises(CorruptFileError, match=r"level1.npy: not a complete array file"):
@@ -276,7 +277,7 @@ def test_damage_to_an_interrupted_extraction(tmp_path: Path) -> None:
     array.unlink()
     with pytest.raises(MissingFileError, match=r"level1.npy: no such file"):
         extract(folder)
-    (folder / "codes.json").write_text(json.dumps({**description, "rows_done": 41}))
+    (folder / "codes.json").write_text(json.dumps(sealed({**description, "rows_done": 41})))
     with pytest.raises(CorruptFileError, match=r"rows_done is 41, expected 0..40"):
         extract(folder)
     (folder / "codes.json").write_text("{")

@@ -12,6 +12,7 @@ import torch
 from helpers import pixelcnn, refuses, snail
 
 import fastvq
+from fastvq._files import sealed
 from fastvq.errors import ArgumentError, ArgumentTypeError, CorruptFileError, FileConflictError, MissingFileError
 from fastvq.models import VQVAEConfig, build
 from fastvq.sampling import Pipeline, sample, shipped
@@ -307,7 +308,7 @@ def test_an_interrupted_save_leaves_what_was_there(tmp_path: Path, monkeypatch: 
 
 def edit(folder: Path, **changes: Any) -> None:
     path = folder / "pipeline.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    path.write_text(json.dumps(sealed({**json.loads(path.read_text()), **changes})))
 
 
 def replace(folder: Path, name: str, model: Any) -> None:

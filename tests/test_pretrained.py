@@ -489,7 +489,7 @@ def test_an_interrupted_save_leaves_what_was_there(
 
 def edit_config(folder: Path, **changes: Any) -> None:
     path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    path.write_text(json.dumps(_files.sealed({**json.loads(path.read_text()), **changes})))
 
 
 def edit_fields(folder: Path, **changes: Any) -> None:

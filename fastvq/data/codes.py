@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 import fastvq
 from fastvq._check import require_positive_int
-from fastvq._files import read_json, sync, write_json
+from fastvq._files import read_json, reading, require_seal, sealed, sha256, sync, write_json
+from fastvq._schema import ENTRIES, FLAG, TEXT, integer, named, optional, require_entries, several
 from fastvq.data.augment import Augment
 from fastvq.data.base import ImageDataset, require_seed
 from fastvq.errors import ArgumentError, CorruptFileError, FileConflictError, MissingFileError
@@ -26,6 +27,17 @@ from fastvq.errors import ArgumentError, CorruptFileError, FileConflictError, Mi
 FORMAT = 1
 DESCRIPTION = "codes.json"
 LABELS, SOURCE = "labels.npy", "source.npy"
+_LARGEST = 2**31
+_ENTRIES = {
+    "rows": integer(1, 2**40),
+    "shapes": several(several(integer(1, _LARGEST), least=2, most=2), least=1),
+    "num_codes": several(integer(1, _LARGEST), least=1),
+    "num_classes": optional(integer(1, _LARGEST)),
+    "class_names": several(TEXT),
+    "arguments": ENTRIES,
+    "rows_done": integer(0, 2**40),
+    "complete": FLAG,
+}
 
 
 def level_file(level: int) -> str:
@@ -176,10 +188,11 @@ def _resume_point(folder: Path, description: dict[str, Any]) -> int:
     there = read_json(folder / DESCRIPTION)
     if there.get("format") != FORMAT:
         raise FileConflictError(f"folder: {folder} holds codes of format {there.get('format')!r}, expected {FORMAT}")
+    there = _read_description(folder)
     differences = [
         f"{name}: {_short(old)} there, {_short(new)} now"
         for name, new in description["arguments"].items()
-        if (old := there.get("arguments", {}).get(name)) != new
+        if (old := there["arguments"].get(name)) != new
     ]
     differences += [
         f"{name}: {there.get(name)} there, {description[name]} now"
@@ -190,8 +203,8 @@ def _resume_point(folder: Path, description: dict[str, Any]) -> int:
         raise FileConflictError(
             f"folder: {folder} holds codes that differ in\n  " + "\n  ".join(differences) + "\nNothing was written."
         )
-    done = there.get("rows_done")
-    if not isinstance(done, int) or not 0 <= done <= description["rows"]:
+    done: int = there["rows_done"]
+    if done > description["rows"]:
         raise CorruptFileError(f"{folder / DESCRIPTION}: rows_done is {done!r}, expected 0..{description['rows']}")
     return done
 
@@ -210,7 +223,7 @@ def _open_arrays(
             _mapped(folder / level_file(level), *spec, writable=True) for level, spec in enumerate(_specs(description))
         ]
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / DESCRIPTION, description)
+    write_json(folder / DESCRIPTION, sealed(description))
     copies = description["arguments"]["copies"]
     np.save(folder / SOURCE, np.tile(rows, copies))
     sync(folder / SOURCE)
@@ -228,7 +241,29 @@ def _flush(folder: Path, arrays: list[np.ndarray], description: dict[str, Any]) 
         assert isinstance(array, np.memmap)
         array.flush()
         sync(folder / level_file(level))
-    write_json(folder / DESCRIPTION, description)
+    if description["complete"]:
+        names = [name for name in (SOURCE, LABELS) if (folder / name).is_file()]
+        names += [level_file(level) for level in range(len(arrays))]
+        description["sha256"] = {name: sha256(folder / name) for name in names}
+    write_json(folder / DESCRIPTION, sealed(description))
+
+
+def _read_description(folder: Path) -> dict[str, Any]:
+    """The checked entries of a folder's description."""
+    path = folder / DESCRIPTION
+    description = read_json(path)
+    if description.get("format") != FORMAT:
+        raise CorruptFileError(f"{path}: format {description.get('format')!r}, expected {FORMAT}")
+    require_entries(path, description, _ENTRIES)
+    require_entries(path, description, {"sha256": named(TEXT)}, absent=True)
+    require_entries(path, description["arguments"], {"model": TEXT, "dataset": TEXT})
+    if len(description["shapes"]) != len(description["num_codes"]):
+        raise CorruptFileError(
+            f"{path}: missing or wrong entry: {len(description['shapes'])} shapes, but num_codes is "
+            f"{description['num_codes']}"
+        )
+    require_seal(path, description)
+    return description
 
 
 def _specs(description: dict[str, Any]) -> list[tuple[tuple[int, ...], np.dtype]]:
@@ -244,11 +279,11 @@ def _mapped(path: Path, shape: tuple[int, ...], dtype: np.dtype, *, writable: bo
     """A memory map of an array file that is checked to be exactly what it should be."""
     if not path.is_file():
         raise MissingFileError(f"{path}: no such file, though {DESCRIPTION} beside it says there is")
-    try:
+    with reading(f"{path}: not a complete array file"):
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise CorruptFileError(f"{path}: not a complete array file ({error})") from error
-    if not isinstance(array, np.memmap) or array.shape != shape or array.dtype != dtype:
+        if not isinstance(array, np.memmap) or not array.flags.c_contiguous:
+            raise ValueError("it holds something else than one array by rows")
+    if array.shape != shape or array.dtype != dtype:
         raise CorruptFileError(
             f"{path}: holds {array.dtype} of shape {list(array.shape)}, expected {dtype} of shape {list(shape)}"
         )
@@ -280,33 +315,46 @@ class CodeDataset:
         self.folder = Path(folder)
         if not (self.folder / DESCRIPTION).is_file():
             raise MissingFileError(f"folder: {self.folder} holds no {DESCRIPTION}, so it is not a folder of codes")
-        description = read_json(self.folder / DESCRIPTION)
-        try:
-            if description["format"] != FORMAT:
-                raise CorruptFileError(
-                    f"{self.folder / DESCRIPTION}: format {description['format']!r}, expected {FORMAT}"
-                )
-            if not description["complete"]:
-                raise CorruptFileError(
-                    f"{self.folder}: the extraction is not complete ({description['rows_done']} of "
-                    f"{description['rows']} rows); run it again to go on"
-                )
-            specs = _specs(description)
-            self._rows = int(description["rows"])
-            self.shapes = tuple((int(h), int(w)) for h, w in description["shapes"])
-            self.num_codes = tuple(int(k) for k in description["num_codes"])
-            self.num_classes: int | None = description["num_classes"]
-            self.class_names = tuple(str(name) for name in description["class_names"])
-            self.model = str(description["arguments"]["model"])
-            self.dataset = str(description["arguments"]["dataset"])
-            self._arguments = json.dumps([self._rows, self.shapes, self.num_codes, description["arguments"]])
-        except (KeyError, TypeError, StopIteration) as error:
-            raise CorruptFileError(f"{self.folder / DESCRIPTION}: missing or wrong entry ({error!r})") from error
+        description = _read_description(self.folder)
+        if not description["complete"]:
+            raise CorruptFileError(
+                f"{self.folder}: the extraction is not complete ({description['rows_done']} of "
+                f"{description['rows']} rows); run it again to go on"
+            )
+        specs = _specs(description)
+        self._rows: int = description["rows"]
+        self.shapes: tuple[tuple[int, int], ...] = tuple((h, w) for h, w in description["shapes"])
+        self.num_codes: tuple[int, ...] = tuple(description["num_codes"])
+        self.num_classes: int | None = description["num_classes"]
+        self.class_names: tuple[str, ...] = tuple(description["class_names"])
+        self.model: str = description["arguments"]["model"]
+        self.dataset: str = description["arguments"]["dataset"]
+        self._arguments = json.dumps([self._rows, self.shapes, self.num_codes, description["arguments"]])
+        self._checksums: dict[str, str] = description.get("sha256", {})
         self._arrays = [_mapped(self.folder / level_file(level), *spec) for level, spec in enumerate(specs)]
         self.source = self._vector(SOURCE)
         self.labels = self._vector(LABELS) if self.num_classes is not None else None
         if self.labels is not None and bool(((self.labels < 0) | (self.labels >= self.num_classes)).any()):
             raise CorruptFileError(f"{self.folder / LABELS}: labels outside 0..{self.num_classes - 1}")
+        self._compare(SOURCE, LABELS)
+
+    def verify(self) -> None:
+        """Read all codes once and compare them with the checksums from when they were written.
+
+        Opening a folder checks sizes, headers, source and labels only, which takes no time; this reads as fast as the
+        disk or SHA-256 allows. Training does so before its first step. Folders of older versions have no checksums.
+
+        Raises:
+            CorruptFileError: a file was changed or damaged since.
+        """
+        self._compare(*map(level_file, range(self.num_levels)))
+
+    def _compare(self, *names: str) -> None:
+        for name in names:
+            if name in self._checksums and sha256(self.folder / name) != self._checksums[name]:
+                raise CorruptFileError(
+                    f"{self.folder / name}: checksum differs from the one in {DESCRIPTION}; extract the codes anew"
+                )
 
     def _vector(self, name: str) -> Tensor:
         return torch.from_numpy(np.array(_mapped(self.folder / name, (self._rows,), np.dtype(np.int64))))

@@ -4,8 +4,8 @@ from fastvq.models.classifier import Classifier, ClassifierConfig
 from fastvq.models.config import Config, GatedPixelCNNConfig, PixelSNAILConfig, PriorConfig, VQVAEConfig
 from fastvq.models.pixelcnn import GatedPixelCNN
 from fastvq.models.pixelsnail import PixelSNAIL
-from fastvq.models.presets import MODEL_CLASSES, PRESETS, build, preset
-from fastvq.models.pretrained import PretrainedModel, load_pretrained
+from fastvq.models.presets import PRESETS, build, preset
+from fastvq.models.pretrained import MODEL_CLASSES, PretrainedModel, load_pretrained
 from fastvq.models.prior import Prior
 from fastvq.models.quantizer import QuantizerOutput, VectorQuantizer
 from fastvq.models.residual_vq import ResidualVQ, ResidualVQOutput

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastvq._check import require_floating, require_positive_int, require_shape, require_tensor
 from fastvq.errors import ArgumentError
-from fastvq.models.config import Config
+from fastvq.models.config import LARGEST, MOST_LAYERS, Config
 from fastvq.models.pretrained import PretrainedModel
 
 
@@ -40,8 +40,14 @@ class ClassifierConfig(Config):
         self._require_tuples("channels")
         if not self.channels:
             raise ArgumentError("channels: expected the width of one stage or more, got none")
+        if len(self.channels) > MOST_LAYERS:
+            raise ArgumentError(f"channels: expected at most {MOST_LAYERS} stages, got {len(self.channels)}")
         for width in self.channels:
-            require_positive_int("channels", width)
+            require_positive_int("channels", width, maximum=LARGEST)
+
+    @property
+    def least_tensors(self) -> int:
+        return len(self.channels)
 
 
 def _stage(narrow: int, wide: int) -> list[nn.Module]:

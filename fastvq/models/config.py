@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
+import torch
+
 from fastvq._check import require_positive_int
 from fastvq.errors import ArgumentError, ArgumentTypeError
 from fastvq.ops.causal import FORMS, MASKS, Form, Mask
@@ -17,6 +19,16 @@ CodebookInit = Literal["normal", "data", "kmeans"]
 Activation = Literal["elu", "concat_elu"]
 ACTIVATIONS = ("elu", "concat_elu")
 CODEBOOK_INITS = ("normal", "data", "kmeans")
+
+# Far beyond any use; what lies above them is a mistake, or a damaged file, that would cost hours or all memory.
+LARGEST = 2**24
+LARGEST_KERNEL = 255
+MOST_LAYERS = 10_000
+MOST_LEVELS = 16
+MOST_POSITIONS = 2**22
+
+
+_LARGEST_FLOAT = torch.finfo(torch.float32).max
 
 
 class Config:
@@ -43,16 +55,21 @@ class Config:
             raise ArgumentError(f"{cls.__name__}: unknown fields {unknown}, missing fields {missing}")
         return cls(**values)
 
-    def _require_positive(self, *names: str, minimum: int = 1) -> None:
+    @property
+    def least_tensors(self) -> int:
+        """A number of tensors that a model has at least, found without building it."""
+        return 0
+
+    def _require_positive(self, *names: str, minimum: int = 1, maximum: int = LARGEST) -> None:
         for name in names:
-            require_positive_int(name, getattr(self, name), minimum)
+            require_positive_int(name, getattr(self, name), minimum, maximum)
 
     def _require_choice(self, name: str, choices: tuple[str, ...]) -> None:
         if getattr(self, name) not in choices:
             raise ArgumentError(f"{name}: expected one of {choices}, got {getattr(self, name)!r}")
 
     def _require_odd(self, name: str, minimum: int) -> None:
-        if require_positive_int(name, getattr(self, name), minimum) % 2 == 0:
+        if require_positive_int(name, getattr(self, name), minimum, LARGEST_KERNEL) % 2 == 0:
             raise ArgumentError(f"{name}: must be odd, got {getattr(self, name)}")
 
     def _require_numbers(self, *names: str, below: float) -> None:
@@ -60,7 +77,7 @@ class Config:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise ArgumentTypeError(f"{name}: expected a number, got {type(value).__name__} {value!r}")
-            if not 0 <= value < below:
+            if not 0 <= value < min(below, _LARGEST_FLOAT):
                 wanted = "not be negative, and finite" if below == math.inf else f"lie in [0, {below:g})"
                 raise ArgumentError(f"{name}: must {wanted}, got {value!r}")
 
@@ -113,7 +130,7 @@ class VQVAEConfig(Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_positive("in_channels", "channels", "residual_channels", "num_codes", "code_dim")
-        self._require_positive("residual_layers", minimum=0)
+        self._require_positive("residual_layers", minimum=0, maximum=MOST_LAYERS)
         self._require_numbers("decay", below=1)
         self._require_numbers("commitment", "revive_below", below=math.inf)
         self._require_choice("codebook_init", CODEBOOK_INITS)
@@ -121,8 +138,14 @@ class VQVAEConfig(Config):
         self._require_tuples("strides")
         if not self.strides or any(not isinstance(s, int) or s < 2 or s & (s - 1) for s in self.strides):
             raise ArgumentError(f"strides: expected powers of two from 2, finest level first, got {self.strides!r}")
+        if len(self.strides) > MOST_LEVELS or max(self.strides) > LARGEST:
+            raise ArgumentError(f"strides: expected at most {MOST_LEVELS}, none above {LARGEST}, got {self.strides!r}")
         if self.channels % 2:
             raise ArgumentError(f"channels: must be even, got {self.channels}")
+
+    @property
+    def least_tensors(self) -> int:
+        return len(self.strides) * self.residual_layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +178,8 @@ class PriorConfig(Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_positive("num_codes", "condition_channels")
-        self._require_positive("condition_blocks", "level", minimum=0)
+        self._require_positive("level", minimum=0)
+        self._require_positive("condition_blocks", minimum=0, maximum=MOST_LAYERS)
         self._require_numbers("dropout", below=1)
         self._require_odd("condition_kernel", minimum=1)
         self._require_tuples("shape", "condition_shapes", "condition_num_codes")
@@ -167,7 +191,11 @@ class PriorConfig(Config):
                 f"got {self.condition_num_codes}"
             )
         for count in self.condition_num_codes:
-            require_positive_int("condition_num_codes", count)
+            require_positive_int("condition_num_codes", count, maximum=LARGEST)
+        if len(self.condition_shapes) > MOST_LEVELS:
+            raise ArgumentError(
+                f"condition_shapes: expected at most {MOST_LEVELS} levels, got {len(self.condition_shapes)}"
+            )
         grids = [*self.condition_shapes, self.shape]
         for grid in grids:
             name = "shape" if grid is self.shape else "condition_shapes"
@@ -175,9 +203,15 @@ class PriorConfig(Config):
                 raise ArgumentError(f"{name}: expected (height, width), got {grid!r}")
             for side in grid:
                 require_positive_int(name, side)
+            if grid[0] * grid[1] > MOST_POSITIONS:
+                raise ArgumentError(f"{name}: must have at most {MOST_POSITIONS} positions, got {grid}")
         for coarse, fine in itertools.pairwise(grids):
             if fine[0] % coarse[0] or fine[1] % coarse[1]:
                 raise ArgumentError(f"condition_shapes: {coarse} does not divide {fine} evenly")
+
+    @property
+    def least_tensors(self) -> int:
+        return self.condition_blocks if self.condition_shapes else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,9 +252,10 @@ class PixelSNAILConfig(PriorConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require_positive("channels", "residual_channels", "blocks", "attention_heads")
-        self._require_positive("layers_per_block", "output_blocks", minimum=0)
-        self._require_positive("kernel_size", minimum=2)
+        self._require_positive("channels", "residual_channels", "attention_heads")
+        self._require_positive("blocks", maximum=MOST_LAYERS)
+        self._require_positive("layers_per_block", "output_blocks", minimum=0, maximum=MOST_LAYERS)
+        self._require_positive("kernel_size", minimum=2, maximum=LARGEST_KERNEL)
         self._require_choice("form", FORMS)
         self._require_choice("mask", MASKS)
         self._require_choice("activation", ACTIVATIONS)
@@ -235,6 +270,10 @@ class PixelSNAILConfig(PriorConfig):
             raise ArgumentError(
                 f"attention_channels: {self.attention_width} is not a multiple of {self.attention_heads} heads"
             )
+
+    @property
+    def least_tensors(self) -> int:
+        return super().least_tensors + self.blocks * (self.layers_per_block + 1) + self.output_blocks
 
     @property
     def attention_width(self) -> int:
@@ -261,5 +300,9 @@ class GatedPixelCNNConfig(PriorConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_positive("channels", "output_channels")
-        self._require_positive("layers", minimum=0)
+        self._require_positive("layers", minimum=0, maximum=MOST_LAYERS)
         self._require_odd("kernel_size", minimum=3)
+
+    @property
+    def least_tensors(self) -> int:
+        return super().least_tensors + self.layers

@@ -6,16 +6,11 @@ import dataclasses
 from typing import Any
 
 from fastvq.errors import ArgumentError
-from fastvq.models.classifier import Classifier
 from fastvq.models.config import Config, GatedPixelCNNConfig, PixelSNAILConfig, VQVAEConfig
 from fastvq.models.pixelcnn import GatedPixelCNN
 from fastvq.models.pixelsnail import PixelSNAIL
 from fastvq.models.pretrained import PretrainedModel
 from fastvq.models.vqvae import VQVAE, VQVAE2
-
-MODEL_CLASSES: dict[str, type[PretrainedModel]] = {
-    model.__name__: model for model in (VQVAE, VQVAE2, PixelSNAIL, GatedPixelCNN, Classifier)
-}
 
 # The hierarchical autoencoders and priors follow the appendix of Razavi et al. 2019. There the top prior's 20 layers
 # have attention after every 5, which is 4 blocks of 5; FFHQ's middle prior has attention once, after all 20.

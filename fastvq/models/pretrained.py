@@ -1,32 +1,48 @@
-"""Models as local folders: ``config.json`` and ``model.safetensors``, tied together by a checksum."""
+"""Models as local folders: ``config.json`` and ``model.safetensors``, tied together by checksums."""
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 import fastvq
-from fastvq._files import read_json, replacing_folder, sha256, write_json
-from fastvq.errors import ArgumentError, CorruptFileError, MissingFileError
+from fastvq._files import first_line, read_json, reading, replacing_folder, require_seal, sealed, sha256, write_json
+from fastvq._tensors import read_safetensors
+from fastvq.errors import ArgumentError, CorruptFileError, FastvqError, MissingFileError
 from fastvq.models.config import Config
-from fastvq.models.stored import assign, differences, outline
+from fastvq.models.stored import assign, differences, load_in_place, outline
 
 FORMAT = 1
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 
+# By name, which is what a folder holds.
+MODEL_CLASSES: dict[str, type[PretrainedModel]] = {}
+
 
 class PretrainedModel(nn.Module):
-    """Base of all models: built from ``config``, saved to and loaded from a folder, made from a named preset."""
+    """Base of all models: built from ``config``, saved to and loaded from a folder, made from a named preset.
+
+    A subclass is built from its configuration alone, an instance of its ``config_class``. It is known by its name from
+    its definition on: of several classes of one name the last one is loaded, but names of this package stay its own.
+    """
 
     config_class: ClassVar[type[Config]]
     config: Any
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        there = MODEL_CLASSES.get(cls.__name__)
+        abstract = any(getattr(getattr(cls, name, None), "__isabstractmethod__", False) for name in dir(cls))
+        if not abstract and (there is None or _is_ours(cls) or not _is_ours(there)):
+            MODEL_CLASSES[cls.__name__] = cls
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> Self:
@@ -46,11 +62,13 @@ class PretrainedModel(nn.Module):
 
         Raises:
             FileConflictError: the folder holds something and ``overwrite`` is False.
+            ArgumentError: the model could not be loaded again.
         """
         folder = Path(folder)
+        tensors = _require_loadable(self)
         with replacing_folder(folder, overwrite=overwrite) as temporary:
             weights = temporary / WEIGHTS_FILE
-            save_file({name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}, weights)
+            save_file(tensors, weights)
             description = {
                 "format": FORMAT,
                 "model": type(self).__name__,
@@ -58,7 +76,9 @@ class PretrainedModel(nn.Module):
                 "sha256": sha256(weights),
                 "fastvq_version": fastvq.__version__,
             }
-            write_json(temporary / CONFIG_FILE, description)
+            if not _is_ours(type(self)):
+                description["module"] = type(self).__module__
+            write_json(temporary / CONFIG_FILE, sealed(description))
         return folder
 
     @classmethod
@@ -78,8 +98,6 @@ class PretrainedModel(nn.Module):
 
 def load_pretrained(folder: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> PretrainedModel:
     """Whatever model a folder holds, in the types that were stored; see :meth:`PretrainedModel.from_pretrained`."""
-    from fastvq.models.presets import MODEL_CLASSES
-
     folder = Path(folder)
     if not folder.is_dir():
         raise MissingFileError(
@@ -91,23 +109,78 @@ def load_pretrained(folder: str | os.PathLike[str], *, device: str | torch.devic
     description = read_json(folder / CONFIG_FILE)
     if description.get("format") != FORMAT:
         raise CorruptFileError(f"{folder / CONFIG_FILE}: format {description.get('format')!r}, expected {FORMAT}")
+    require_seal(folder / CONFIG_FILE, description)
     model_class = MODEL_CLASSES.get(str(description.get("model")))
     if model_class is None:
+        home = description.get("module")
         raise CorruptFileError(
             f"{folder / CONFIG_FILE}: model {description.get('model')!r}, expected one of {sorted(MODEL_CLASSES)}"
+            + (f"; import the module that defines it, {home}, before loading" if home else "")
         )
     if sha256(folder / WEIGHTS_FILE) != description.get("sha256"):
         raise CorruptFileError(f"{folder / WEIGHTS_FILE}: checksum differs from the one in {CONFIG_FILE}")
+    return _load(model_class, description, folder).to(device).eval()
+
+
+def _load(model_class: type[PretrainedModel], description: dict[str, Any], folder: Path) -> PretrainedModel:
+    """The model, built only once its names and shapes are known to be those of the weights."""
+    misfit = f"{folder}: weights and configuration do not fit together"
+    with reading(misfit), safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        config = model_class.config_class.from_dict(description.get("config"))  # type: ignore[arg-type]
+        if config.least_tensors > len(shapes):
+            raise ArgumentError(f"{len(shapes)} tensors, expected {config.least_tensors} at least")
+        model = _built(model_class, config)
+        _require_same(model, shapes)
+    tensors = read_safetensors(folder / WEIGHTS_FILE)
+    with reading(misfit):
+        if _is_ours(model_class):
+            assign(model, tensors)
+            model.fill_unstored()
+        else:
+            load_in_place(model, tensors)
+    return model
+
+
+def _is_ours(model_class: type) -> bool:
+    return model_class.__module__.partition(".")[0] == "fastvq"
+
+
+def _built(model_class: type[PretrainedModel], config: Config) -> PretrainedModel:
+    """An outline of a class of this package; any other is built whole, for it may compute with its initial values."""
+    if _is_ours(model_class):
+        return outline(lambda: model_class(config))
+    with torch.random.fork_rng([]):  # leave the caller's generator alone
+        return model_class(config)
+
+
+def _require_same(model: PretrainedModel, shapes: dict[str, tuple[int, ...]]) -> None:
+    wrong = differences(model.state_dict(), shapes)
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ArgumentError("; ".join(wrong[:3]) + more)
+
+
+def _require_loadable(model: PretrainedModel) -> dict[str, Tensor]:
+    """The model's tensors as they are stored, after making sure that a model can be made of them again."""
+    model_class = type(model)
+    name = model_class.__name__
+    registered = MODEL_CLASSES.get(name)
+    if registered is not model_class:
+        reason = "it is abstract" if registered is None else f"{registered.__module__} has another class of this name"
+        raise ArgumentError(f"save_pretrained: a {name} could not be loaded again: {reason}")
     try:
-        config = model_class.config_class.from_dict(description["config"])
-        model = outline(lambda: model_class(config))
-        # Copies: the file's own memory would change with the file.
-        tensors = {name: tensor.clone() for name, tensor in load_file(folder / WEIGHTS_FILE).items()}
-        wrong = differences(model.state_dict(), {name: tensor.shape for name, tensor in tensors.items()})
-        if wrong:
-            raise ArgumentError("; ".join(wrong[:3]))
-        assign(model, tensors)
-        model.fill_unstored()
-    except (SafetensorError, RuntimeError, KeyError, TypeError, ArgumentError) as error:
-        raise CorruptFileError(f"{folder}: weights and configuration do not fit together ({error})") from error
-    return model.to(device).eval()
+        config = model_class.config_class.from_dict(json.loads(json.dumps(model.config.to_dict())))
+        if config != model.config:
+            raise ArgumentError(f"its configuration would come back as {config}, not as {model.config}")
+        state = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
+        _require_same(_built(model_class, config), {key: tuple(tensor.shape) for key, tensor in state.items()})
+    except (FastvqError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+        raise ArgumentError(f"save_pretrained: a {name} could not be loaded again: {first_line(error)}") from error
+    seen: set[int] = set()
+    for key, tensor in state.items():
+        # Files hold tied tensors one by one; models that tie them do so again when they are built.
+        address = tensor.untyped_storage().data_ptr()
+        state[key] = tensor.clone() if address in seen else tensor
+        seen.add(address)
+    return state

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +38,7 @@ class Prior(PretrainedModel):
     positions only, so the codes given there and later are of no consequence to it.
     """
 
+    config_class: ClassVar[type[PriorConfig]] = PriorConfig
     config: PriorConfig
 
     def __init__(self, config: PriorConfig) -> None:

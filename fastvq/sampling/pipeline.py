@@ -14,8 +14,10 @@ from torch import Tensor
 import fastvq
 from fastvq._check import require_positive_int
 from fastvq._evaluation import in_evaluation
-from fastvq._files import read_json, replacing_folder, write_json
+from fastvq._files import read_json, reading, replacing_folder, require_seal, sealed, write_json
+from fastvq._schema import TEXT, optional, several
 from fastvq.errors import ArgumentError, ArgumentTypeError, CorruptFileError, MissingFileError
+from fastvq.models.config import MOST_LEVELS
 from fastvq.models.pretrained import load_pretrained
 from fastvq.models.prior import Prior
 from fastvq.models.vqvae import HierarchicalVQVAE
@@ -195,7 +197,7 @@ class Pipeline:
                 "class_names": self.class_names,
                 "fastvq_version": fastvq.__version__,
             }
-            write_json(temporary / PIPELINE_FILE, description)
+            write_json(temporary / PIPELINE_FILE, sealed(description))
         return folder
 
     @classmethod
@@ -215,16 +217,17 @@ class Pipeline:
             raise MissingFileError(f"name: {folder} holds no {PIPELINE_FILE}, so it is not a saved pipeline")
         description = read_json(folder / PIPELINE_FILE)
         levels, names = description.get("levels"), description.get("class_names")
-        if description.get("format") != FORMAT or not isinstance(levels, int):
+        if description.get("format") != FORMAT or not isinstance(levels, int) or not 1 <= levels <= MOST_LEVELS:
             raise CorruptFileError(f"{folder / PIPELINE_FILE}: not a pipeline description of format {FORMAT}")
+        require_seal(folder / PIPELINE_FILE, description)
         vqvae = load_pretrained(folder / "vqvae", device=device)
         priors = [load_pretrained(folder / f"prior{level}", device=device) for level in range(levels)]
         if not isinstance(vqvae, HierarchicalVQVAE) or not all(isinstance(prior, Prior) for prior in priors):
             raise CorruptFileError(f"{folder}: expected an autoencoder in vqvae/ and priors in prior0/, prior1/, ...")
-        try:
+        with reading(f"{folder}: the models do not fit together"):
+            if not optional(several(TEXT)).test(names):
+                raise ArgumentError(f"class_names: expected a list of names, got {names!r}")
             return cls(vqvae, [prior for prior in priors if isinstance(prior, Prior)], class_names=names)
-        except (ArgumentError, TypeError) as error:
-            raise CorruptFileError(f"{folder}: the models do not fit together ({error})") from error
 
 
 def shipped() -> dict[str, Path]:

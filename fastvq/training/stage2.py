@@ -70,6 +70,9 @@ def train_prior(
             raise ArgumentError(
                 f"validation_folder: {validation_folder} and {codes_folder} hold codes of different stage-1 models"
             )
+    for stored in (codes, validation):
+        if stored is not None:
+            stored.verify()
     description = {
         "format": 1,
         "stage": 2,
