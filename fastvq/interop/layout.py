@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from fastvq._check import require_tensor
 from fastvq.errors import ArgumentError
 from fastvq.interop import snail, vqvae
-from fastvq.interop.state import normalise
+from fastvq.interop.state import PREFIXES, WRAPPERS, normalise
 from fastvq.models import VQVAE2, PixelSNAIL
 
 # Every model of a layout has names that begin so.
@@ -39,11 +40,12 @@ class Options:
 
 def recognise(source: nn.Module | Mapping[str, Tensor]) -> str | None:
     """The layout of a module or state dict: ``"pixelsnail"``, ``"vqvae"``, or None for any other."""
+    live = isinstance(source, nn.Module)
     tensors = source.state_dict() if isinstance(source, nn.Module) else source
     if not isinstance(tensors, Mapping) or not all(isinstance(name, str) for name in tensors):
         return None
     try:
-        return kind_of(normalise(tensors))
+        return kind_of(normalise(tensors, WRAPPERS if live else PREFIXES))
     except ArgumentError:
         return None
 
@@ -75,6 +77,8 @@ def build(tensors: Mapping[str, Tensor], kind: str, options: Options) -> PixelSN
     for name, value in tensors.items():
         if not require_tensor(name, value).dtype.is_floating_point:
             raise ArgumentError(f"source: expected floating-point tensors, got {value.dtype} for {name}")
+        if value.layout != torch.strided:
+            raise ArgumentError(f"source: expected dense tensors, got {value.layout} for {name}")
         if value.is_meta:
             raise ArgumentError(f"source: expected tensors with values, got {name} on the meta device")
     model: PixelSNAIL | VQVAE2

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastvq.errors import ArgumentError
 from fastvq.models.blocks import causal_taps
+from fastvq.models.config import Config
 from fastvq.models.stored import assign
 
 Shape = Sequence[int]
@@ -172,6 +173,15 @@ def fill(model: nn.Module, links: Iterable[Link], tensors: Mapping[str, Tensor],
     if broken:
         raise ArgumentError(f"source: weights that are not finite, or whose norm is zero: {_listed(broken)}")
     assign(model, made)
+
+
+def require_depth(config: Config, tensors: Mapping[str, Tensor]) -> None:
+    """Before anything is built: numbers in names may say more layers than there are."""
+    if config.least_tensors > len(tensors):
+        raise ArgumentError(
+            f"source: keys do not fit the layout: their numbers say {config.least_tensors} tensors at least, got "
+            f"{len(tensors)}"
+        )
 
 
 def shape_of(tensors: Mapping[str, Tensor], name: str, dimensions: int) -> tuple[int, ...]:

@@ -24,9 +24,11 @@ def load(
     """Our model with the weights of a checkpoint; see :mod:`fastvq.interop` for which.
 
     Args:
-        source: path of a checkpoint, a state dict, or ``{"model": state dict, "args": argparse.Namespace}``. Names may
-            carry the prefix of a distributed or compiled module; weight norm may have its old or its new names. Files
-            are read without unpickling anything but tensors, plain containers and the namespace.
+        source: path of a checkpoint (as ``torch.save`` writes it, or ``.safetensors``), or what it holds: a state dict,
+            alone or under ``state_dict``, ``model_state_dict``, ``model`` or ``module``, perhaps with the training
+            script's ``args``, an argparse.Namespace. Its names may all begin with ``module.``, ``_orig_mod.``,
+            ``model.`` or ``net.``; weight norm may have its old or its new names. Files are read without unpickling
+            anything but tensors, plain containers and the namespace.
         kind: ``"pixelsnail"`` or ``"vqvae"``, to be sure of what comes; None takes either.
         legacy: whether the activations at the start of residual blocks worked in place when the model was trained.
         shape: grid (H, W) of a prior, for another one than it was trained on.

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from fastvq.errors import ArgumentError
-from fastvq.interop.links import Link, convolution, fill, first_layer, linear, lookup, shape_of
+from fastvq.interop.links import Link, convolution, fill, first_layer, linear, lookup, require_depth, shape_of
 from fastvq.models import PixelSNAIL, PixelSNAILConfig
 from fastvq.models.stored import outline
 
@@ -26,6 +26,7 @@ def build(
     so that attention starts without.
     """
     config = infer(tensors, legacy=legacy, shape=shape, heads=heads, dropout=dropout)
+    require_depth(config, tensors)
     model = outline(lambda: PixelSNAIL(config))
     model.fill_unstored()
     stored = tensors.get("background")
@@ -49,8 +50,8 @@ def infer(
         grid = (height, width)
     conditioned = any(name.startswith("cond_resnet.") or ".condition." in name for name in tensors)
     attention = any(".causal_attention." in name or "_resblock." in name for name in tensors)
-    layers = _count(tensors, r"blocks\.\d+\.resblocks\.(\d+)\.")
-    output_blocks = _count(tensors, r"out\.(\d+)\.conv1\.")
+    layers = _count(tensors, r"blocks\.\d+\.resblocks\.(\d{1,9})\.")
+    output_blocks = _count(tensors, r"out\.(\d{1,9})\.conv1\.")
     kernel, residual = first_kernel, channels
     if output_blocks:
         residual = shape_of(tensors, "out.0.conv1.conv.weight_v", 4)[0]
@@ -72,7 +73,7 @@ def infer(
             "condition_num_codes": (condition_codes,),
             "condition_channels": width,
             "condition_kernel": condition_kernel,
-            "condition_blocks": _count(tensors, r"cond_resnet\.blocks\.(\d+)\.") - 1,
+            "condition_blocks": _count(tensors, r"cond_resnet\.blocks\.(\d{1,9})\.") - 1,
         }
     attended: dict[str, object] = {}
     if attention:
@@ -86,7 +87,7 @@ def infer(
         "channels": channels,
         "residual_channels": residual,
         "kernel_size": kernel,
-        "blocks": _count(tensors, r"blocks\.(\d+)\."),
+        "blocks": _count(tensors, r"blocks\.(\d{1,9})\."),
         "layers_per_block": layers,
         "output_blocks": output_blocks,
         "attention": attention,

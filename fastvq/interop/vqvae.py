@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fastvq.interop.links import Link, copied, fill, plain, shape_of, transposed
+from fastvq.interop.links import Link, copied, fill, plain, require_depth, shape_of, transposed
 from fastvq.models import VQVAE2, VQVAEConfig
 from fastvq.models.stored import outline
 
@@ -18,6 +18,7 @@ _DECAY = 0.99
 def build(tensors: Mapping[str, Tensor], *, legacy: bool, decay: float | None) -> VQVAE2:
     """Our autoencoder with these weights; the arguments are those of :class:`fastvq.interop.layout.Options`."""
     config = infer(tensors, legacy=legacy, decay=decay)
+    require_depth(config, tensors)
     model = outline(lambda: VQVAE2(config))
     fill(model, links(config), tensors, {})
     return model
@@ -25,7 +26,7 @@ def build(tensors: Mapping[str, Tensor], *, legacy: bool, decay: float | None) -
 
 def infer(tensors: Mapping[str, Tensor], *, legacy: bool, decay: float | None) -> VQVAEConfig:
     """The architecture, from names and shapes alone."""
-    blocks = {int(found[1]) for name in tensors if (found := re.match(r"dec\.blocks\.(\d+)\.conv\.", name))}
+    blocks = {int(found[1]) for name in tensors if (found := re.match(r"dec\.blocks\.(\d{1,9})\.conv\.", name))}
     code_dim, num_codes = shape_of(tensors, "quantize_t.embed", 2)
     channels, in_channels = (
         shape_of(tensors, "dec_t.blocks.0.weight", 4)[0],
