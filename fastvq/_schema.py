@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from fastvq.errors import CorruptFileError
 
-LARGEST = 2**62
+LARGEST = 2**63 - 1
 
 
 class Kind(NamedTuple):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from fastvq.models.classifier import Classifier, ClassifierConfig
 from fastvq.models.pretrained import CONFIG_FILE, WEIGHTS_FILE
 from fastvq.training import TrainConfig
 from fastvq.training.classifier import train_classifier as train_on_images
+from fastvq.training.log import last_validation
 
 CLASSIFIER = "classifier"
 
@@ -56,7 +56,7 @@ def train_classifier(arguments: argparse.Namespace) -> None:
         resume=arguments.resume,
         progress=not arguments.quiet,
     )
-    values = _validation(run)
+    values = last_validation(run, "top1")
     found = f"; validation top-1 accuracy {100 * values['top1']:.2f} %" if values else ""
     print(f"classifier in {run / 'model'}{found}")
     print(f"next: fastvq evaluate {arguments.run}")
@@ -76,9 +76,3 @@ def load_classifier(path: Path, device: str, name: str) -> Classifier:
                 raise ArgumentError(f"{name}: {folder} holds a {type(model).__name__}, expected a classifier")
             return model
     raise MissingFileError(f"{name}: no trained classifier in {path}; run `fastvq train-classifier --run {path}`")
-
-
-def _validation(run: Path) -> dict[str, Any]:
-    lines = [json.loads(line) for line in (run / "logs" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    validation = [line for line in lines if line["split"] == "validation"]
-    return validation[-1] if validation else {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from pathlib import Path
@@ -16,10 +15,11 @@ from fastvq.cli.images import DIGITS, start_project
 from fastvq.cli.project import Project, augmentation, choose_device, require_folder_name
 from fastvq.cli.train import fit_to_codes, preview_of
 from fastvq.data import CodeDataset, Digits, extract_codes, load_images, save_grid, split_indices
-from fastvq.errors import ArgumentError
+from fastvq.errors import ArgumentError, CorruptFileError
 from fastvq.models import PriorConfig, VQVAEConfig, preset
 from fastvq.sampling import Pipeline
 from fastvq.training import TrainConfig, train_prior, train_vqvae
+from fastvq.training.log import last_validation
 
 TEMPERATURE = 0.9
 _STEPS = {"vqvae": 900, "prior0": 600, "prior1": 1000}
@@ -50,7 +50,7 @@ def demo(arguments: argparse.Namespace) -> None:
     config = _config(arguments, "vqvae", device)
     resume = arguments.resume and project.vqvae.is_dir()
     vqvae = train_vqvae(dataset, vqvae_config, config, project.vqvae, augment=augment, resume=resume, progress=progress)
-    metrics = _validation_metrics(project.vqvae)
+    metrics = _validation_metrics(project.vqvae, "mse", "psnr")
     print(
         f"     each digit is now {_grids(vqvae.code_shapes(dataset.size))} codes of {vqvae_config.num_codes}; "
         f"validation MSE {metrics['mse']:.4f}, PSNR {metrics['psnr']:.1f} dB"
@@ -86,7 +86,7 @@ def demo(arguments: argparse.Namespace) -> None:
             progress=progress,
             sample_images=preview_of(vqvae, codes, level),
         )
-        bits = _validation_metrics(run)["bits"]
+        bits = _validation_metrics(run, "bits")["bits"]
         uniform = math.log2(codes.num_codes[level])
         print(f"     level {level}: validation NLL {bits:.3f} bits per code (all codes alike: {uniform:.0f})")
 
@@ -132,10 +132,12 @@ def _write_pictures(
     save_grid(arguments.out / "samples.png", samples.images, _PER_CLASS, overwrite=True)
 
 
-def _validation_metrics(run: Path) -> dict[str, float]:
+def _validation_metrics(run: Path, *names: str) -> dict[str, float]:
     """The last validation of a training run."""
-    lines = (run / "logs" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [values for values in map(json.loads, lines) if values["split"] == "validation"][-1]
+    found = last_validation(run, *names)
+    if not found:
+        raise CorruptFileError(f"{run}: its log of metrics holds no validation")
+    return found
 
 
 def _grids(shapes: tuple[tuple[int, int], ...]) -> str:

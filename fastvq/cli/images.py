@@ -14,15 +14,17 @@ from typing import Any, TextIO
 import numpy as np
 
 from fastvq._files import read_json
+from fastvq._schema import TEXT, integer, named, optional, require_entries, several
 from fastvq.cli.project import Project
 from fastvq.data import Digits, ImageDataset, ImageFolder, split_indices
 from fastvq.data.images import ImageFolderWarning
-from fastvq.errors import ArgumentError, CorruptFileError, FastvqError, FileConflictError, MissingFileError
+from fastvq.errors import ArgumentError, FastvqError, FileConflictError, MissingFileError
 
 DIGITS = "digits"
 # What counted as an image before projects recorded it.
 _FIRST_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _NAMED = 3
+_FILES = {"fingerprint": TEXT, "held_out": optional(several(TEXT)), "files": named(integer())}
 _DEFAULTS: dict[str, Any] = {
     "data": None,
     "size": None,
@@ -332,8 +334,7 @@ def _recorded_files(project: Project) -> dict[str, Any] | None:
     if not project.files.is_file():
         return None
     known = read_json(project.files)
-    if not isinstance(known.get("files"), dict) or "fingerprint" not in known or "held_out" not in known:
-        raise CorruptFileError(f"{project.files}: missing or wrong entries")
+    require_entries(project.files, known, _FILES)
     return known if known["fingerprint"] == project.read_data().get("fingerprint") else None
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fastvq._files import read_json, write_json
+from fastvq._schema import FLAG, TEXT, integer, number, optional, require_entries, several
 from fastvq.data import Augment
 from fastvq.data.codes import model_checksum
 from fastvq.data.pictures import picture_types
@@ -19,7 +20,24 @@ from fastvq.models.pretrained import CONFIG_FILE
 from fastvq.sampling import Pipeline
 from fastvq.sampling.pipeline import PIPELINE_FILE
 
-_DATA_FIELDS = ("data", "size", "channels", "class_names", "skip_broken", "flip", "shift", "validation", "seed")
+_DATA = {
+    "data": TEXT,
+    "size": several(integer(1, 2**20), least=2, most=2),
+    "channels": integer(1, 2**20),
+    "class_names": several(TEXT),
+    "skip_broken": FLAG,
+    "flip": FLAG,
+    "shift": integer(0, 2**20),
+    "validation": number(0, 1),
+    "seed": integer(),
+}
+# What projects of before lack.
+_LATER = {
+    "data_from_run": TEXT,
+    "suffixes": several(TEXT),
+    "images": optional(integer()),
+    "fingerprint": optional(TEXT),
+}
 
 
 class Project:
@@ -56,9 +74,8 @@ class Project:
         if not self.data.is_file():
             raise MissingFileError(f"--run: {self.path} holds no {self.data.name}; run `fastvq train-vqvae` first")
         description = read_json(self.data)
-        missing = [name for name in _DATA_FIELDS if name not in description]
-        if missing:
-            raise CorruptFileError(f"{self.data}: missing entries {', '.join(missing)}")
+        require_entries(self.data, description, _DATA)
+        require_entries(self.data, description, _LATER, absent=True)
         return description
 
     def require_same_autoencoder(self, recorded: object, vqvae: HierarchicalVQVAE, what: Path) -> None:

@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastvq._evaluation import in_evaluation
-from fastvq._files import sha256
+from fastvq._files import reading, sha256
+from fastvq._tensors import read_checkpoint
 from fastvq.errors import ArgumentError, CorruptFileError, MissingFileError
 from fastvq.evaluation.features import FeatureExtractor, Features
 
@@ -75,19 +74,12 @@ class InceptionFeatures(FeatureExtractor):
 
 
 def _load(network: nn.Module, path: Path) -> None:
-    try:
-        if path.suffix == ".safetensors":
-            state: Any = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+    with reading(f"weights: {path} is not a state dict of Inception v3"):
+        try:
+            state = read_checkpoint("weights", path)
+        except CorruptFileError as error:
+            raise ValueError(str(error)) from error
         missing, unexpected = network.load_state_dict(state, strict=False, assign=True)
-    # Whatever is wrong with a file surfaces as nearly any exception of the readers.
-    except (SafetensorError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, EOFError) as error:
-        raise CorruptFileError(f"weights: {path} is not a state dict of Inception v3 ({error})") from error
-    except Exception as error:
-        if type(error).__name__ != "UnpicklingError":
-            raise
-        raise CorruptFileError(f"weights: {path} is not a plain state dict ({error})") from error
     # Counters of training batches, which older files do not hold and nothing here reads.
     missing = [name for name in missing if not name.endswith("num_batches_tracked")]
     if missing or unexpected:

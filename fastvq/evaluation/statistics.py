@@ -7,20 +7,21 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from fastvq._check import require_positive_int
-from fastvq._files import replacing_file
+from fastvq._files import reading, replacing_file
+from fastvq._tensors import read_safetensors
 from fastvq.data.base import ImageDataset, random_words, require_seed
-from fastvq.errors import ArgumentError
+from fastvq.errors import ArgumentError, CorruptFileError
 from fastvq.evaluation.features import FeatureExtractor, Features
 from fastvq.evaluation.gaussian import GaussianStatistics, frechet_distance
 from fastvq.evaluation.neighbours import ManifoldScores, manifold_scores
@@ -31,6 +32,7 @@ FORMAT = 1
 # Apart from the domains of fastvq.data: the same seed gives other words for this purpose.
 DOMAIN_KEPT = 3
 KEPT_VECTORS = 10_000
+_CHECKSUM = "checksum"
 
 
 class FeatureStatistics:
@@ -142,7 +144,7 @@ def dataset_statistics(
     if path is not None and path.is_file():
         try:
             return _load(path)
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        except CorruptFileError as error:
             warnings.warn(f"{path} is damaged and is written anew ({error})", stacklevel=2)
     batches = image_batches(dataset, indices, batch_size, "features of real images", progress=progress)
     statistics = gather(batches, extractor, keep=keep, seed=seed)
@@ -170,26 +172,56 @@ def _save(path: Path, statistics: FeatureStatistics) -> None:
     if inception is not None:
         tensors |= {f"inception/{name}": tensor for name, tensor in inception.state().items()}
     entries = {"format": FORMAT, "count": gaussian.count, "keep": statistics.keep, "seed": statistics.seed}
+    metadata = {name: str(value) for name, value in entries.items()}
+    metadata[_CHECKSUM] = _checksum(metadata, tensors)
     with replacing_file(path) as temporary:
         save_file(
             {name: tensor.contiguous() for name, tensor in tensors.items()},
             temporary,
-            metadata={name: str(value) for name, value in entries.items()},
+            metadata=metadata,
         )
 
 
+def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(sorted((n, v) for n, v in metadata.items() if n != _CHECKSUM)).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def _load(path: Path) -> FeatureStatistics:
-    with safe_open(path, framework="pt") as file:
-        entries = {name: int(value) for name, value in file.metadata().items()}
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    sums = {name.removeprefix("inception/"): t for name, t in tensors.items() if name.startswith("inception/")}
-    statistics = FeatureStatistics(tensors["mean"].shape[0], keep=entries["keep"], seed=entries["seed"])
-    statistics.gaussian.count = entries["count"]
-    statistics.gaussian.mean, statistics.gaussian.scatter = tensors["mean"], tensors["scatter"]
-    statistics._words = tensors["words"].numpy().view(np.uint64)
-    statistics._numbers, statistics._vectors = tensors["numbers"].numpy(), tensors["vectors"]
-    statistics.inception = InceptionScore.from_state(sums, entries["count"]) if sums else None
-    return statistics
+    """What :func:`_save` wrote; files of older versions have no checksum.
+
+    Raises:
+        CorruptFileError: anything else.
+    """
+    with reading(f"{path}: not a file of statistics"):
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+        tensors = read_safetensors(path)
+        if _CHECKSUM in metadata and metadata[_CHECKSUM] != _checksum(metadata, tensors):
+            raise ValueError(f"its contents do not fit the {_CHECKSUM} among them")
+        entries = {name: int(value) for name, value in metadata.items() if name != _CHECKSUM}
+        mean, numbers, words, vectors = (tensors[name] for name in ("mean", "numbers", "words", "vectors"))
+        kept, features = vectors.shape
+        for name, tensor, dtype, shape in (
+            ("mean", mean, torch.float64, (features,)),
+            ("scatter", tensors["scatter"], torch.float64, (features, features)),
+            ("numbers", numbers, torch.int64, (kept,)),
+            ("words", words, torch.int64, (kept,)),
+            ("vectors", vectors, torch.float32, (min(entries["count"], entries["keep"]), features)),
+        ):
+            if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+                raise ValueError(f"{name} is {tensor.dtype} of shape {list(tensor.shape)}")
+        sums = {name.removeprefix("inception/"): t for name, t in tensors.items() if name.startswith("inception/")}
+        statistics = FeatureStatistics(features, keep=entries["keep"], seed=entries["seed"])
+        statistics.gaussian.count = entries["count"]
+        statistics.gaussian.mean, statistics.gaussian.scatter = mean, tensors["scatter"]
+        statistics._words = words.numpy().view(np.uint64)
+        statistics._numbers, statistics._vectors = numbers.numpy(), vectors
+        statistics.inception = InceptionScore.from_state(sums, entries["count"]) if sums else None
+        return statistics
 
 
 class SetScores(NamedTuple):

@@ -10,17 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastvq._files import read_json, replacing_folder, sha256, write_json
-from fastvq.errors import CorruptFileError, FastvqError
+from fastvq._files import read_json, reading, replacing_folder, require_seal, sealed, sha256, write_json
+from fastvq._schema import ENTRIES, TEXT, Kind, integer, named, require_entries, several
+from fastvq._tensors import read_safetensors
+from fastvq.errors import CorruptFileError, MissingFileError
 from fastvq.models.stored import load_in_place
 from fastvq.training.ema import WeightAverage
 
 FORMAT = 1
 TENSORS, DESCRIPTION = "state.safetensors", "state.json"
+_ENTRIES = {
+    "step": integer(),
+    "totals": named(Kind("a number", lambda value: isinstance(value, (int, float)))),
+    "totals_steps": integer(),
+    "optimizer": ENTRIES,
+    "sha256": TEXT,
+}
 _NAME = re.compile(r"step_(\d{8,})")
 
 
@@ -64,7 +72,7 @@ def save_checkpoint(folder: Path, state: TrainingState, *, keep: int, versions: 
                 "versions": dict(versions),
                 "sha256": sha256(temporary / TENSORS),
             }
-            write_json(temporary / DESCRIPTION, description)
+            write_json(temporary / DESCRIPTION, sealed(description))
     for old in checkpoints(folder)[:-keep]:
         # Renamed first: a removal cut short must not leave a damaged checkpoint under a good one's name.
         retired = old.with_name(f".{old.name}.old")
@@ -84,20 +92,26 @@ def load_checkpoint(path: Path, state: TrainingState) -> None:
         description = read_json(path / DESCRIPTION)
         if description.get("format") != FORMAT:
             raise CorruptFileError(f"{path / DESCRIPTION}: format {description.get('format')!r}, expected {FORMAT}")
+        require_entries(path / DESCRIPTION, description, _ENTRIES)
+        require_entries(path / DESCRIPTION, description["optimizer"], {"param_groups": several(ENTRIES, least=1)})
+        require_seal(path / DESCRIPTION, description)
+        if description["step"] != int(path.name.removeprefix("step_")):
+            raise CorruptFileError(f"{path / DESCRIPTION}: step {description['step']}, but the folder is {path.name}")
         if not (path / TENSORS).is_file():
             raise CorruptFileError(f"{path / TENSORS}: no such file")
         if sha256(path / TENSORS) != description["sha256"]:
             raise CorruptFileError(f"{path / TENSORS}: checksum differs from the one in {DESCRIPTION}")
-        _restore(load_file(path / TENSORS), description, state)
-    except (FastvqError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        tensors = read_safetensors(path / TENSORS)
+        with reading(f"{path}: does not fit this run"):
+            _restore(tensors, description, state)
+    except (CorruptFileError, MissingFileError) as error:
         older = [other for other in checkpoints(path.parent) if other.name < path.name]
         remedy = (
             f"To go on from the checkpoint before it, {older[-1].name}, remove the folder {path} and resume again."
             if older
             else "There is no older checkpoint; start again in another folder."
         )
-        reason = str(error) if isinstance(error, FastvqError) else f"{path}: does not fit this run ({error})"
-        raise CorruptFileError(f"the newest checkpoint is damaged: {reason}\n{remedy}") from error
+        raise CorruptFileError(f"the newest checkpoint is damaged: {error}\n{remedy}") from error
 
 
 def _tensors(state: TrainingState) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -130,9 +144,9 @@ def _restore(tensors: dict[str, Tensor], description: dict[str, Any], state: Tra
         optimizer.setdefault(int(index), {})[field] = tensor
     groups = [{**group, "betas": tuple(group["betas"])} for group in description["optimizer"]["param_groups"]]
     state.optimizer.load_state_dict({"state": optimizer, "param_groups": groups})
-    state.step = int(description["step"])
-    state.totals = {str(name): float(total) for name, total in description["totals"].items()}
-    state.totals_steps = int(description["totals_steps"])
+    state.step = description["step"]
+    state.totals = {name: float(total) for name, total in description["totals"].items()}
+    state.totals_steps = description["totals_steps"]
     torch.set_rng_state(parts["rng"]["cpu"])
     # A run that moves from the CPU to a GPU has no GPU generator to go on with; its dropout starts from the seed.
     if state.device.type == "cuda" and "cuda" in parts["rng"]:

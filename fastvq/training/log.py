@@ -9,7 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from fastvq._files import replacing_file, sync
+from fastvq._files import reading, replacing_file, sync
+from fastvq._schema import ENTRIES, TEXT, integer, number, require_entries
 
 METRICS = "metrics.jsonl"
 
@@ -66,10 +67,40 @@ def _lines_until(path: Path, step: int) -> list[str]:
     if not path.exists():
         return kept
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
-        try:
-            if not line.endswith("\n") or json.loads(line)["step"] > step:
-                break
-        except (ValueError, KeyError, TypeError):
+        entry = _entry(line)
+        if not line.endswith("\n") or entry is None or entry["step"] > step:
             break
         kept.append(line)
     return kept
+
+
+def last_validation(run: Path, *names: str) -> dict[str, Any]:
+    """The last line on validation in a run's log; empty if there is none.
+
+    Args:
+        names: metrics that such a line holds.
+
+    Raises:
+        CorruptFileError: a line is damaged, or lacks one of these metrics.
+    """
+    path = run / "logs" / METRICS
+    found: dict[str, Any] = {}
+    with reading(f"{path}: not a log of metrics"):
+        for place, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            entry = _entry(line)
+            if entry is None:
+                raise ValueError(f"line {place} is damaged")
+            found = entry if entry["split"] == "validation" else found
+    if found:
+        require_entries(path, found, dict.fromkeys(names, number()))
+    return found
+
+
+def _entry(line: str) -> dict[str, Any] | None:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return (
+        value if ENTRIES.test(value) and integer().test(value.get("step")) and TEXT.test(value.get("split")) else None
+    )
