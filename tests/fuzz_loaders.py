@@ -481,9 +481,12 @@ def main() -> int:
     resource.setrlimit(resource.RLIMIT_AS, (now + MEMORY, now + MEMORY))
     root = Path(tempfile.mkdtemp(prefix="fuzz-"))
     faults = 0
-    for line in run(arguments.mutants, arguments.seed, root, only=arguments.only, names=arguments.loader):
-        print(line, flush=True)
-        faults += 1
+    try:
+        for line in run(arguments.mutants, arguments.seed, root, only=arguments.only, names=arguments.loader):
+            print(line, flush=True)
+            faults += 1
+    except KeyboardInterrupt:
+        print("interrupted")
     print(table())
     if arguments.only is not None:
         print(root)
