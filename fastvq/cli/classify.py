@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from fastvq.cli.images import open_described
 from fastvq.cli.project import Project, augmentation, choose_device, parse_overrides
