@@ -154,4 +154,4 @@ def test_operations_are_registered_properly(options: dict[str, Any], cosine: boo
             torch.ops.fastvq.start_codebook.default,
             (vectors, where, *arguments(quantizer), torch.tensor(True), "kmeans", 3, cosine, None),
         )
-    torch.library.opcheck(torch.ops.fastvq.snapshot.default, (vectors,))
+    torch.library.opcheck(torch.ops.fastvq.snapshot.default, (vectors, True))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from fastvq.errors import ArgumentError, ArgumentTypeError
 from fastvq.models import codebook_update  # noqa: F401  (registers the operations)
 from fastvq.models.code_gradient import pass_gradient
 from fastvq.models.config import CODEBOOK_INITS, CodebookInit
+from fastvq.models.repeated_pass import Pass, PassMemory, is_repetition, may_be_repeated, refuse_repetition
 from fastvq.ops.nearest_code import METRICS, Metric
 
 
@@ -97,6 +98,7 @@ class Codebook(nn.Module):
         self.register_buffer("cluster_size", torch.ones(shape, dtype=_wide_default()))
         self.register_buffer("embedding_sum", None if learnable_codebook else embedding.clone())
         self.register_buffer("initialized", torch.tensor(init == "normal"))
+        self._passes = PassMemory()
 
     @property
     def init(self) -> CodebookInit:
@@ -122,15 +124,63 @@ class Codebook(nn.Module):
             squares = (rows @ rows.mT).square().sum((1, 2))
         return (squares / self.num_codes**2 - 1 / self.num_codes).mean()
 
+    def _stored(self) -> Tensor:
+        """The state's codes [G, K, D]."""
+        return self.embedding if self.separate_codebook_per_head else self.embedding[None]
+
+    def _compared(self, stored: Tensor) -> Tensor:
+        """Codes [G, K, D] as they are compared and handed out, of those of the state."""
+        return F.normalize(stored, dim=-1) if self.metric == "cosine" and self.learnable_codebook else stored
+
     def _codes(self) -> Tensor:
         """Codes [G, K, D] as they are compared and handed out, differentiable if they are learnt."""
-        codes = self.embedding if self.separate_codebook_per_head else self.embedding[None]
-        return F.normalize(codes, dim=-1) if self.metric == "cosine" and self.learnable_codebook else codes
+        return self._compared(self._stored())
 
-    def _steady_codes(self) -> Tensor:
-        """The same for one pass: neither changed by its updates nor differentiable."""
-        codes = self._codes().detach()
-        return torch.ops.fastvq.snapshot(codes) if self.training else codes
+    def _open_pass(
+        self, vectors: Tensor, moves: bool, searched: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Pass | None]:
+        """The state's codes for one pass, neither changed by its updates nor differentiable, started from ``searched``
+        [G, M, D] where ``mask`` if they ``moves`` and that is still to be done; and the first run of a repetition,
+        whose codes they then are.
+
+        ``vectors`` is the pass's input, by which the repetition knows its first run.
+        """
+        if is_repetition():
+            first = self._passes.recall(vectors)
+            if first is not None:
+                return first.codes, first
+            if moves:
+                refuse_repetition("its first run is not known: other input, or too long ago")
+        elif moves and self._may_have_to_start:
+            self._start(searched, mask)
+        stored = self._stored().detach()
+        return torch.ops.fastvq.snapshot(stored, moves) if self.training else stored, None
+
+    def _close_pass(
+        self,
+        vectors: Tensor,
+        stored: Tensor,
+        first: Pass | None,
+        moves: bool,
+        counts: Tensor,
+        sums: Tensor,
+        searched: Tensor,
+        mask: Tensor | None,
+    ) -> Tensor:
+        """Move the codebook by what a pass has found, as `_move` does, unless it is a repetition; counts [L, G, K] of
+        all processes.
+        """
+        if not moves:
+            used = counts.to(torch.promote_types(self.embedding.dtype, torch.float32))
+        elif first is None:
+            used = self._move(counts, sums, searched, mask)
+        else:
+            used = first.used
+        if first is not None:
+            first.skip_draws()
+        elif self.training and may_be_repeated():
+            self._passes.remember(vectors, stored, used)
+        return used
 
     def _vectors(self, codes: Tensor, table: Tensor) -> Tensor:
         """Rows of table [G, K, D] at codes [..., heads], or [...] with one head: [..., D]."""
@@ -140,7 +190,8 @@ class Codebook(nn.Module):
 
     def _start(self, searched: Tensor, mask: Tensor | None) -> None:
         """Initialise from vectors [G, M, D], unless the buffer says that it was done."""
-        torch.ops.fastvq.start_codebook(
+        self._drawing(
+            torch.ops.fastvq.start_codebook,
             searched.detach(),
             mask,
             self.embedding.detach(),
@@ -157,7 +208,8 @@ class Codebook(nn.Module):
 
     def _move(self, counts: Tensor, sums: Tensor, searched: Tensor, mask: Tensor | None) -> Tensor:
         """One step by counts [L, G, K] and sums [G, K, D]; the counts of all processes."""
-        return torch.ops.fastvq.move_codebook(
+        return self._drawing(
+            torch.ops.fastvq.move_codebook,
             counts,
             sums,
             searched.detach(),
@@ -172,11 +224,24 @@ class Codebook(nn.Module):
             self.sync_codebook,
         )
 
-    def _codebook_error(self, table: Tensor, counts: Tensor, sums: Tensor, error: Tensor) -> Tensor:
+    def _drawing(self, operation: Callable[..., Any], *args: Any) -> Any:
+        """An operation that may draw random numbers; a pass that may be repeated keeps note of them."""
+        if not may_be_repeated():
+            return operation(*args)
+        with self._passes.drawing(self.embedding.device):
+            return operation(*args)
+
+    def _codebook_error(self, stored: Tensor, counts: Tensor, sums: Tensor, error: Tensor) -> Tensor:
         """sum |sg[x] - e|^2: of value ``error``, with the gradient 2 (n_i e_i - s_i) that counts and sums give."""
-        codes = pass_gradient(self._codes(), table, "straight_through")
+        # Of the codes from before the pass moves them.
+        codes = self._compared(pass_gradient(self._stored(), stored, "straight_through"))
         moment = (counts[..., None] * codes.square()).sum() - 2 * (codes * sums).sum()
         return error.detach() + (moment - moment.detach())
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # Whole modules pickled by earlier versions have none.
+        self.__dict__.setdefault("_passes", PassMemory())
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastvq.errors import ArgumentError, UnavailableError
+from fastvq.models.repeated_pass import is_repetition, refuse_repetition
 from fastvq.ops import ema_update  # noqa: F401  (registers the operation)
 from fastvq.ops.dispatch import ema_update_backends
 from fastvq.ops.nearest_code import nearest_code_statistics
@@ -37,6 +38,7 @@ def start_codebook(
     With ``init = kmeans`` Lloyd's iterations run on the vectors of all processes; the codes they start from, and those
     that ``init = data`` keeps, are the first process's.
     """
+    _refuse_repetition()
     if bool(initialized):
         return
     table = embedding[None] if embedding.ndim == 2 else embedding
@@ -100,6 +102,7 @@ def move_codebook(
     Returns:
         counts added over processes, as floating point.
     """
+    _refuse_repetition()
     if embedding_sum is not None and revive_below <= 0 and not cosine and not _distributed(sync):
         # What most training does, in one pass where there is a kernel for it.
         found, moved = counts[0] if len(counts) == 1 else counts.sum(0), sums
@@ -143,6 +146,12 @@ def move_codebook(
         embedding_sum.copy_(torch.where(usable[:, None, None], total.to(kept.dtype), kept).view_as(embedding_sum))
     embedding.copy_(torch.where(usable[:, None, None], codes.to(table.dtype), table).view_as(embedding))
     return totals
+
+
+def _refuse_repetition() -> None:
+    """A compiled pass cannot look for its first run."""
+    if is_repetition():
+        refuse_repetition("compiled passes are not remembered")
 
 
 def _unit(vectors: Tensor, otherwise: Tensor) -> Tensor:
@@ -197,8 +206,12 @@ def _from_first_process(value: Tensor, sync: bool | None) -> Tensor:
     return value
 
 
-def snapshot(value: Tensor) -> Tensor:
-    """A copy that a compiled backward pass cannot make anew from what ``value`` has become by then."""
+def snapshot(value: Tensor, moves: bool) -> Tensor:
+    """A copy that a compiled backward pass does not make anew from what ``value`` has become by then; refused where a
+    compiled checkpointed region would, if the pass ``moves`` the codebook.
+    """
+    if moves:
+        _refuse_repetition()
     return value.clone(memory_format=torch.contiguous_format)
 
 
@@ -215,7 +228,7 @@ _library.define(
     " bool? sync) -> Tensor",
     tags=(torch.Tag.nondeterministic_seeded,),
 )
-_library.define("snapshot(Tensor value) -> Tensor")
+_library.define("snapshot(Tensor value, bool moves) -> Tensor")
 for _device in ("CPU", "CUDA"):
     _library.impl("start_codebook", start_codebook, _device)
     _library.impl("move_codebook", move_codebook, _device)
@@ -233,5 +246,5 @@ def _(counts: Tensor, sums: Tensor, vectors: Tensor, mask: Tensor | None, embedd
 
 
 @torch.library.register_fake("fastvq::snapshot", lib=_library)
-def _(value: Tensor) -> Tensor:
+def _(value: Tensor, moves: bool) -> Tensor:
     return torch.empty_like(value, memory_format=torch.contiguous_format)

@@ -14,6 +14,7 @@ from fastvq.models.code_gradient import CODE_GRADIENTS, CodeGradient, pass_gradi
 from fastvq.models.codebook import Codebook, require_bool
 from fastvq.models.codebook_update import LEAST_LENGTH
 from fastvq.models.config import CodebookInit
+from fastvq.models.repeated_pass import is_repetition
 from fastvq.ops.nearest_code import MODES, CodeStatistics, Metric, Mode, nearest_code, nearest_code_statistics
 
 
@@ -45,16 +46,12 @@ class QuantizerOutput(NamedTuple):
 
 
 class Assignment(NamedTuple):
-    """What a pass found for vectors [N, heads, D], before the codebook moves.
-
-    ``searched`` [G, M, D] and ``mask`` [G, M] are what was searched with; ``errors`` are
-    commitment and codebook loss, unweighted.
+    """What a pass found for vectors [N, heads, D], before the codebook moves; ``errors`` are commitment and codebook
+    loss, unweighted.
     """
 
     quantized: Tensor
     codes: Tensor
-    searched: Tensor
-    mask: Tensor | None
     statistics: CodeStatistics
     errors: tuple[Tensor, Tensor]
 
@@ -70,6 +67,11 @@ class VectorQuantizer(Codebook):
 
     The codebook's state keeps its own type, float32 unless the module is converted, under autocast and for input of
     any floating-point type.
+
+    A pass inside `torch.utils.checkpoint` (of either kind) is repeated in backward: with the codebook of its first run,
+    and without moving it again. Passes in training mode with gradients off, or with hooks for saved tensors, are kept
+    for that: each costs a copy of the codes until it was repeated, at most 16, or more if they fit into 64 MiB.
+    Repetitions are told by their input, up to rounding.
 
     Args:
         num_codes: K.
@@ -94,6 +96,9 @@ class VectorQuantizer(Codebook):
         freeze_codebook: leave the codebook alone in training mode too; may be set at any time.
         sync_codebook: whether processes of ``torch.distributed`` share their statistics; None: if there are any.
         check_finite: raise for vectors that are not finite.
+
+    Raises:
+        UnavailableError: a pass that moves the codebook runs in backward, and its first run is not known.
     """
 
     def __init__(
@@ -168,12 +173,11 @@ class VectorQuantizer(Codebook):
         moves = self._moves(freeze_codebook)
         # The codebook's averages must not be rounded to the activations' type.
         with torch.autocast(x.device.type, enabled=False):
-            found = self._assign(vectors, real, moves=moves)
-            counts, sums = found.statistics.counts, found.statistics.sums  # [G, K], [G, K, D]
-            if moves:
-                used = self._move(counts[None], sums, found.searched, found.mask)[0]
-            else:
-                used = counts.to(torch.promote_types(self.embedding.dtype, torch.float32))
+            searched, group_mask = self._searched(vectors, real), self._group_mask(real)
+            stored, first = self._open_pass(vectors, moves, searched, group_mask)
+            found = self._assign(vectors, searched, real, group_mask, stored)
+            counts, sums = found.statistics.counts[None], found.statistics.sums  # [1, G, K], [G, K, D]
+            used = self._close_pass(vectors, stored, first, moves, counts, sums, searched, group_mask)[0]
             commitment, codebook = found.errors
             return QuantizerOutput(
                 self._restore(found.quantized.flatten(1), x),
@@ -229,16 +233,17 @@ class VectorQuantizer(Codebook):
 
     def _begin(self, x: Tensor, mask: Tensor | None) -> None:
         """Initialise from the vectors of a pass, if that is still to be done."""
-        if self._may_have_to_start:
+        if self._may_have_to_start and not is_repetition():
             vectors, real = self._arrange(x, mask)
             self._start(self._searched(vectors, real), self._group_mask(real))
 
-    def _assign(self, vectors: Tensor, real: Tensor | None, *, moves: bool) -> Assignment:
-        """Codes of vectors [N, heads, D] where ``real`` [N]; initialises first where the codebook moves."""
-        searched, mask = self._searched(vectors, real), self._group_mask(real)
-        if moves and self._may_have_to_start:
-            self._start(searched, mask)
-        table = self._steady_codes()
+    def _assign(
+        self, vectors: Tensor, searched: Tensor, real: Tensor | None, mask: Tensor | None, stored: Tensor
+    ) -> Assignment:
+        """Codes of vectors [N, heads, D] where ``real`` [N], searched as [G, M, D] where ``mask`` [G, M] in the state's
+        codes [G, K, D].
+        """
+        table = self._compared(stored)
         # In evaluation too: with the sums it is still one pass over x, and leaving them out would take several.
         found = nearest_code_statistics(
             searched,
@@ -252,7 +257,7 @@ class VectorQuantizer(Codebook):
         error = found.squared_error.sum()
         codebook_error = torch.zeros_like(error)
         if self.learnable_codebook:
-            codebook_error = self._codebook_error(table, found.counts, found.sums, error)
+            codebook_error = self._codebook_error(stored, found.counts, found.sums, error)
         codes = self._ungrouped(found.indices)
         # In the type that is compared: with the cosine the gradient passes through the scaling as well.
         compared = self._ungrouped(searched)
@@ -261,8 +266,6 @@ class VectorQuantizer(Codebook):
         return Assignment(
             self._absent(quantized, real, 0),
             self._absent(codes, real, -1),
-            searched,
-            mask,
             found,
             (error / values, codebook_error / values),
         )

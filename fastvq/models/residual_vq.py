@@ -211,22 +211,26 @@ class ResidualVQ(nn.Module):
         quantizer = self.quantizer(0)
         moves = quantizer._moves(freeze_codebook)
         grid, total = residual.shape[:-1], torch.zeros_like(residual)
-        found = []
-        for mask in masks:
+        start = residual
+        found, searched, group_masks = [], [], []
+        for level, mask in enumerate(masks):
             vectors, real = quantizer._arrange(residual, mask)
-            found.append(quantizer._assign(vectors, real, moves=moves))
+            searched.append(quantizer._searched(vectors, real))
+            group_masks.append(quantizer._group_mask(real))
+            if level == 0:
+                stored, first = quantizer._open_pass(start, moves, searched[0], group_masks[0])
+            found.append(quantizer._assign(vectors, searched[-1], real, group_masks[-1], stored))
             code = found[-1].quantized.detach().view(residual.shape)
             residual, total = residual - code, total + code
         counts = torch.stack([one.statistics.counts for one in found])  # [Q, 1, K]
-        used = counts.to(torch.promote_types(quantizer.embedding.dtype, torch.float32))
+        sums, places, real = found[0].statistics.sums, searched[0], group_masks[0]
         if moves:
-            places, real = found[0].searched, found[0].mask
-            if quantizer.revive_below > 0:
-                places = torch.cat([one.searched.detach() for one in found], 1)
-                if any(one.mask is not None for one in found):
-                    real = torch.cat([one.codes.reshape(1, -1) >= 0 for one in found], 1)
             sums = torch.stack([one.statistics.sums for one in found]).sum(0)
-            used = quantizer._move(counts, sums, places, real)
+            if quantizer.revive_below > 0:
+                places = torch.cat([one.detach() for one in searched], 1)
+                if any(one is not None for one in group_masks):
+                    real = torch.cat([one.codes.reshape(1, -1) >= 0 for one in found], 1)
+        used = quantizer._close_pass(start, stored, first, moves, counts, sums, places, real)
         outputs = []
         for one, level_used in zip(found, used, strict=True):
             commitment, codebook = one.errors

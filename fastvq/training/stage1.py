@@ -18,6 +18,7 @@ from fastvq.data.augment import Augment
 from fastvq.data.base import ImageDataset, load_images, psnr, split_indices
 from fastvq.errors import ArgumentError
 from fastvq.models import HierarchicalVQVAE, VectorQuantizer, VQVAEConfig, build
+from fastvq.models.repeated_pass import is_repetition
 from fastvq.training.batches import Batch
 from fastvq.training.config import TrainConfig
 from fastvq.training.loop import Picture, resolve_device, train
@@ -127,7 +128,13 @@ class _Reconstruction:
 
         def keeper(vectors: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
             # Kept out of a compiled forward pass, which would be compiled anew for every length of the list.
-            return torch.compiler.disable(lambda module, inputs: vectors.append(inputs[0].detach()))
+            @torch.compiler.disable
+            def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+                # A repetition brings the same vectors once more.
+                if not is_repetition():
+                    vectors.append(inputs[0].detach())
+
+            return keep
 
         hooks = [q.register_forward_pre_hook(keeper(s)) for q, s in zip(quantizers, seen, strict=True)]
         try:
