@@ -63,7 +63,7 @@ def test_a_state_dict_of_the_plain_quantiser_has_these_names() -> None:
         "embedding": normal(6, 4),
         "cluster_size": torch.arange(6.0),
         "embedding_sum": normal(6, 4, seed=1),
-        "initialized": torch.tensor(True),
+        "initialized": torch.tensor(1.0),
     }
     quantizer = VectorQuantizer(6, 4, init="data")
     quantizer.load_state_dict(state)

@@ -38,7 +38,8 @@ class Codebook(nn.Module):
         embedding: codes [G, K, D]; a buffer, or a parameter if ``learnable_codebook``.
         cluster_size: N [G, K], a buffer.
         embedding_sum: m [G, K, D], a buffer; None if ``learnable_codebook``.
-        initialized: whether the codes are more than random numbers, a bool buffer of shape [].
+        initialized: whether the codes are more than random numbers, a buffer of shape []: 0 or 1, or between them in a
+            moving average of models, where anything but 0 says yes. Floating point, so that it can be averaged.
         freeze_codebook: whether passes in training mode leave the codebook alone; may be set at any time.
     """
 
@@ -97,7 +98,7 @@ class Codebook(nn.Module):
             self.register_buffer("embedding", embedding)
         self.register_buffer("cluster_size", torch.ones(shape, dtype=_wide_default()))
         self.register_buffer("embedding_sum", None if learnable_codebook else embedding.clone())
-        self.register_buffer("initialized", torch.tensor(init == "normal"))
+        self.register_buffer("initialized", torch.tensor(float(init == "normal"), dtype=torch.float32))
         self._passes = PassMemory()
 
     @property
@@ -242,7 +243,14 @@ class Codebook(nn.Module):
         super().__setstate__(state)
         # Whole modules pickled by earlier versions have none.
         self.__dict__.setdefault("_passes", PassMemory())
+        self._take_old_state()
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._may_have_to_start = self.init != "normal"
+        self._take_old_state()
+
+    def _take_old_state(self) -> None:
+        """Earlier versions had a bool, which comes in with whole modules and where a state dict is assigned."""
+        if self.initialized.dtype == torch.bool:
+            self.initialized = self.initialized.float()

@@ -64,7 +64,7 @@ def start_codebook(
     if embedding_sum is not None:
         embedding_sum.copy_(codebook)
     cluster_size.fill_(1)
-    initialized.fill_(True)
+    initialized.fill_(1)
 
 
 def lloyd(vectors: Tensor, codes: Tensor, iterations: int, cosine: bool = False, sync: bool | None = None) -> Tensor:

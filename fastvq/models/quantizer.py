@@ -223,7 +223,7 @@ class VectorQuantizer(Codebook):
         if self.init == "normal":
             raise ArgumentError("init: expected 'data' or 'kmeans' to initialise from vectors, got 'normal'")
         self._arrange(x, mask)  # what it refuses must change nothing
-        self.initialized.fill_(False)
+        self.initialized.fill_(0)
         self._may_have_to_start = True
         self._begin(x, mask)
 
