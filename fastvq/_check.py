@@ -20,6 +20,8 @@ INTEGER_DTYPES = (
     torch.int64,
 )
 _LARGEST = torch.iinfo(torch.int64).max
+FLOATING_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_STRIDED = torch.strided
 
 
 def require_tensor(name: str, value: object) -> Tensor:
@@ -46,13 +48,29 @@ def require_integer(name: str, value: object) -> Tensor:
     tensor = require_tensor(name, value)
     if tensor.dtype not in INTEGER_DTYPES:
         raise ArgumentTypeError(f"{name}: expected an integer tensor, got {tensor.dtype}")
+    if tensor.layout is not _STRIDED or tensor.is_nested:
+        require_dense(name, tensor)
     wide = tensor.to(torch.int64)
     return wide if tensor.dtype != torch.uint64 else torch.where(wide < 0, _LARGEST, wide)
 
 
+def require_dense(name: str, value: Tensor) -> None:
+    """Elements lie in memory by strides: not sparse, nested or in a layout of a library."""
+    if value.layout is not _STRIDED:
+        raise ArgumentTypeError(f"{name}: expected a dense tensor, got layout {value.layout}")
+    if value.is_nested:
+        raise ArgumentTypeError(f"{name}: expected a dense tensor, got a nested one")
+
+
 def require_floating(name: str, value: Tensor) -> None:
-    if not value.dtype.is_floating_point:
-        raise ArgumentTypeError(f"{name}: expected a floating-point tensor, got {value.dtype}")
+    """Dense as well, and of a type that can be computed with."""
+    if value.dtype not in FLOATING_DTYPES:
+        expected = "a floating-point tensor"
+        if value.dtype.is_floating_point:
+            expected = "float64, float32, bfloat16 or float16"
+        raise ArgumentTypeError(f"{name}: expected {expected}, got {value.dtype}")
+    if value.layout is not _STRIDED or value.is_nested:
+        require_dense(name, value)
 
 
 def require_range(name: str, value: Tensor, count: int) -> None:

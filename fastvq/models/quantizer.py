@@ -8,7 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvq._check import require_choice, require_codes, require_floating, require_integer, require_tensor
+from fastvq._check import (
+    require_choice,
+    require_codes,
+    require_dense,
+    require_floating,
+    require_integer,
+    require_tensor,
+)
 from fastvq.errors import ArgumentError, ArgumentTypeError
 from fastvq.models.code_gradient import CODE_GRADIENTS, CodeGradient, pass_gradient
 from fastvq.models.codebook import Codebook, require_bool
@@ -280,6 +287,7 @@ class VectorQuantizer(Codebook):
         if mask is not None:
             if require_tensor("mask", mask).dtype != torch.bool:
                 raise ArgumentTypeError(f"mask: expected torch.bool, got {mask.dtype}")
+            require_dense("mask", mask)
             expected = [*x.shape[:-1]] if self.channels_last else [x.shape[0], *x.shape[2:]]
             if list(mask.shape) != expected:
                 raise ArgumentError(f"mask: expected shape {expected}, got {list(mask.shape)}")

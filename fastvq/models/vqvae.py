@@ -190,8 +190,8 @@ class HierarchicalVQVAE(PretrainedModel):
         return self.decoder(context)
 
     def _quantize(self, images: Tensor) -> tuple[Tensor, list[QuantizerOutput]]:
-        require_shape("images", require_tensor("images", images), ["B", self.config.in_channels, "H", "W"])
-        require_floating("images", images)
+        require_floating("images", require_tensor("images", images))
+        require_shape("images", images, ["B", self.config.in_channels, "H", "W"])
         height, width = images.shape[2:]
         if height % self.total_stride or width % self.total_stride or not height or not width:
             raise ArgumentError(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from fastvq._check import require_choice, require_floating, require_shape, require_tensor
+from fastvq._check import FLOATING_DTYPES, require_choice, require_floating, require_shape, require_tensor
 from fastvq.errors import ArgumentError, ArgumentTypeError, UnavailableError
 from fastvq.ops import causal_attention_backends as backends
 from fastvq.ops.causal_grid import MASKS, Mask
@@ -85,7 +85,7 @@ def _fits(query: Tensor, key: Tensor, value: Tensor, mask: str, dropout: float, 
         and len(shape) == len(value.shape) == 4
         and key.shape == shape
         and value.shape[:3] == shape[:3]
-        and dtype.is_floating_point
+        and dtype in FLOATING_DTYPES
         and dtype == key.dtype == value.dtype
         and device == key.device == value.device
     )
@@ -94,12 +94,13 @@ def _fits(query: Tensor, key: Tensor, value: Tensor, mask: str, dropout: float, 
 def _check(query: object, key: object, value: object, mask: str, dropout: float, seed: int | None) -> None:
     require_choice("mask", mask, MASKS)
     query, key, value = require_tensor("query", query), require_tensor("key", key), require_tensor("value", value)
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        require_floating(name, tensor)
     require_shape("query", query, ["B", "heads", "N", "D"])
     require_shape("key", key, query.shape)
     require_shape("value", value, [*query.shape[:3], "E"])
     cast = torch.is_autocast_enabled(query.device.type)
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        require_floating(name, tensor)
         if tensor.device != query.device:
             raise ArgumentError(f"{name}: expected device {query.device} as for query, got {tensor.device}")
         if tensor.dtype != query.dtype and not cast:

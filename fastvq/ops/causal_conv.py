@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from fastvq._check import require_choice, require_floating, require_shape, require_tensor
+from fastvq._check import FLOATING_DTYPES, require_choice, require_floating, require_shape, require_tensor
 from fastvq.errors import ArgumentError, ArgumentTypeError, UnavailableError
 from fastvq.ops import causal_conv_backends as backends
 from fastvq.ops.causal_grid import FORMS, MASKS, PROLOGUES, Form, Mask, Prologue, read_taps
@@ -135,7 +135,7 @@ def _fits(
         and inputs == (channels * 2 if activation == "concat_elu" else channels)
         and 0 < kernel == columns
         and not (gate and outputs % 2)
-        and dtype.is_floating_point
+        and dtype in FLOATING_DTYPES
         and weight.dtype == dtype
         and weight.device == device
         and (bias is None or (bias.shape == (outputs,) and bias.dtype == dtype and bias.device == device))

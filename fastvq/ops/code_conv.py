@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvq._check import require_codes, require_shape
+from fastvq._check import require_codes, require_floating, require_shape
 from fastvq.ops.dispatch import runs_directly
 
 
@@ -25,6 +25,7 @@ def code_conv2d(codes: Tensor, table: Tensor, taps: Sequence[tuple[int, int]], b
     Returns:
         [B, C, H, W]: the sum over t of table[t, codes[b, r + taps[t][0], c + taps[t][1]]].
     """
+    require_floating("table", table)
     require_shape("table", table, [len(taps), "K", "C"])
     num_codes, channels = table.shape[1:]
     codes = require_codes("codes", codes, ["B", "H", "W"], num_codes)

@@ -53,10 +53,12 @@ def runs_directly(*tensors: Tensor, optional: Sequence[Tensor | None] = ()) -> b
     ):
         return False
     for tensor in tensors:
-        if type(tensor) not in _PLAIN or not (tensor.is_cpu or tensor.is_cuda) or tensor.layout is not _strided:
+        if type(tensor) not in _PLAIN or not (tensor.is_cpu or tensor.is_cuda):
+            return False
+        if tensor.layout is not _strided or tensor.is_nested:
             return False
     for extra in optional:
-        if extra is not None and (type(extra) not in _PLAIN or extra.layout is not _strided):
+        if extra is not None and (type(extra) not in _PLAIN or extra.layout is not _strided or extra.is_nested):
             return False
     return True
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastvq import _engine
-from fastvq._check import require_floating, require_integer, require_range, require_shape, require_tensor
+from fastvq._check import require_dense, require_floating, require_integer, require_range, require_shape, require_tensor
 from fastvq._memory import address
 from fastvq.errors import ArgumentError, ArgumentTypeError
 from fastvq.ops.dispatch import draw_backends, select_backend
@@ -212,6 +212,7 @@ def _check(logits: object, uniforms: object, temperature: object, top_k: object,
         raise ArgumentError(f"logits: expected shape [..., K] with K >= 1, got {list(logits.shape)}")
     if uniforms.dtype != torch.float32:
         raise ArgumentTypeError(f"uniforms: expected torch.float32, got {uniforms.dtype}")
+    require_dense("uniforms", uniforms)
     require_shape("uniforms", uniforms, list(logits.shape[:-1]))
     if uniforms.device != logits.device:
         raise ArgumentError(f"uniforms: expected device {logits.device} as for logits, got {uniforms.device}")

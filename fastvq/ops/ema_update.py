@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastvq import _engine
-from fastvq._check import INTEGER_DTYPES, require_floating, require_tensor
+from fastvq._check import INTEGER_DTYPES, require_dense, require_floating, require_tensor
 from fastvq._memory import address
 from fastvq.errors import ArgumentError, ArgumentTypeError
 from fastvq.ops.dispatch import ema_update_backends, select_backend
@@ -75,12 +75,15 @@ def _number(name: str, value: object) -> float:
 
 def _check(counts: object, sums: object, cluster_size: object, embedding_sum: object, embedding: object) -> None:
     embedding = require_tensor("embedding", embedding)
+    require_floating("embedding", embedding)
     if embedding.ndim not in (2, 3):
         raise ArgumentError(f"embedding: expected shape [K, D] or [H, K, D], got {list(embedding.shape)}")
     moved = {"cluster_size": cluster_size, "embedding_sum": embedding_sum, "embedding": embedding}
     for name, value in {"counts": counts, "sums": sums, **moved}.items():
         tensor = require_tensor(name, value)
-        if name != "counts" or tensor.dtype not in INTEGER_DTYPES:
+        if name == "counts" and tensor.dtype in INTEGER_DTYPES:
+            require_dense(name, tensor)
+        else:
             require_floating(name, tensor)
         shape = embedding.shape[:-1] if name in ("counts", "cluster_size") else embedding.shape
         if tensor.shape != shape:

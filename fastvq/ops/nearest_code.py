@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvq._check import require_choice, require_floating, require_tensor
+from fastvq._check import require_choice, require_dense, require_floating, require_tensor
 from fastvq.errors import ArgumentError, ArgumentTypeError
 from fastvq.ops import nearest_code_backends as backends
 
@@ -112,6 +112,7 @@ def nearest_code_statistics(
     if mask is not None:
         if require_tensor("mask", mask).dtype != torch.bool:
             raise ArgumentTypeError(f"mask: expected torch.bool, got {mask.dtype}")
+        require_dense("mask", mask)
         if mask.shape != x.shape[:-1]:
             raise ArgumentError(f"mask: expected shape {list(x.shape[:-1])}, got {list(mask.shape)}")
         if mask.device != x.device:
