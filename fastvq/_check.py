@@ -74,13 +74,23 @@ def require_floating(name: str, value: Tensor) -> None:
 
 
 def require_range(name: str, value: Tensor, count: int) -> None:
-    """Values must lie in [0, count). Reads the tensor, so on a GPU it waits for it."""
-    if value.numel() == 0:
+    """Values must lie in [0, count). Reads the tensor, so on a GPU it waits for it; vmap has none to read."""
+    if value.numel() == 0 or _is_batched(value):
         return
     low, high = (int(v) for v in torch.aminmax(value))
     if low < 0 or high >= count:
         bad = low if low < 0 else high
         raise ArgumentError(f"{name}: values must lie in 0..{count - 1}, got {bad}")
+
+
+def _is_batched(value: Tensor) -> bool:
+    """Whether vmap stands for many values here."""
+    wrapper = torch._C._functorch
+    while wrapper.is_functorch_wrapped_tensor(value):
+        if wrapper.is_batchedtensor(value):
+            return True
+        value = wrapper.get_unwrapped(value)
+    return False
 
 
 def require_codes(name: str, codes: object, shape: Sequence[int | str | None], num_codes: int) -> Tensor:

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastvq.ops.dispatch import is_batched, is_differentiated
+
 CodeGradient = Literal["straight_through", "rotation"]
 CODE_GRADIENTS: tuple[CodeGradient, ...] = ("straight_through", "rotation")
 
@@ -25,8 +27,9 @@ def pass_gradient(x: Tensor, code: Tensor, kind: CodeGradient) -> Tensor:
     its angle to x that of g to q. Where x or q is 0 there is no rotation and g passes unchanged; where they are
     opposite, R is the reflection I - 2 a a'. Computed in float32 at least, without D x D matrices.
     """
-    function = _Rotation if kind == "rotation" else _StraightThrough
-    return function.apply(x, code)
+    if is_batched() or is_differentiated():
+        return (_TransformedRotation if kind == "rotation" else _TransformedStraightThrough).apply(x, code)
+    return (_Rotation if kind == "rotation" else _StraightThrough).apply(x, code)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -59,14 +62,55 @@ class _Rotation(torch.autograd.Function):
         return rotate_back(grads[0], x, code), None
 
 
+class _TransformedStraightThrough(_StraightThrough):
+    """With what torch.func and forward mode ask for, and compilers do not take."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.dtype = inputs[0].dtype
+        ctx.save_for_forward(output)
+
+    @staticmethod
+    def jvp(ctx: Any, of_x: Tensor | None, of_code: Tensor | None) -> Tensor:
+        (output,) = ctx.saved_tensors
+        return torch.zeros_like(output) if of_x is None else of_x.to(output.dtype, copy=True)
+
+
+class _TransformedRotation(_Rotation):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def jvp(ctx: Any, of_x: Tensor | None, of_code: Tensor | None) -> Tensor:
+        x, code = (value.detach() for value in ctx.saved_tensors)
+        return torch.zeros_like(code) if of_x is None else rotate(of_x, x, code)
+
+
+def rotate(tangent: Tensor, x: Tensor, code: Tensor) -> Tensor:
+    """s R t as in `pass_gradient`, in the type of ``code``."""
+    return _turn(tangent, x, code, back=False).to(code.dtype)
+
+
 def rotate_back(grad: Tensor, x: Tensor, code: Tensor) -> Tensor:
     """s R' g as in `pass_gradient`, in the type of ``x``."""
+    return _turn(grad, x, code, back=True).to(x.dtype)
+
+
+def _turn(value: Tensor, x: Tensor, code: Tensor, *, back: bool) -> Tensor:
     wide = torch.promote_types(torch.promote_types(x.dtype, code.dtype), torch.float32)
-    g, u, q = grad.to(wide), x.to(wide), code.to(wide)
+    g, u, q = value.to(wide), x.to(wide), code.to(wide)
     length, code_length = u.norm(dim=-1, keepdim=True), q.norm(dim=-1, keepdim=True)
     possible = (length > 0) & (code_length > 0)
     a, b = u / torch.where(possible, length, 1), q / torch.where(possible, code_length, 1)
     r = F.normalize(a + b, dim=-1, eps=1e-6)
     scale = code_length / torch.where(possible, length, 1)
-    rotated = scale * (g - 2 * r * (r * g).sum(-1, keepdim=True) + 2 * a * (b * g).sum(-1, keepdim=True))
-    return torch.where(possible, rotated, g).to(x.dtype)
+    # R' takes b to a, R takes a to b.
+    onto, along = (a, b) if back else (b, a)
+    rotated = scale * (g - 2 * r * (r * g).sum(-1, keepdim=True) + 2 * onto * (along * g).sum(-1, keepdim=True))
+    return torch.where(possible, rotated, g)

@@ -245,6 +245,11 @@ def _(counts: Tensor, sums: Tensor, vectors: Tensor, mask: Tensor | None, embedd
     return counts.new_empty(counts.shape, dtype=torch.promote_types(embedding.dtype, torch.float32))
 
 
+@torch.library.register_vmap("fastvq::snapshot", lib=_library)
+def _(info: object, axes: tuple[int | None, ...], value: Tensor, moves: bool) -> tuple[Tensor, int | None]:
+    return torch.ops.fastvq.snapshot(value, moves), axes[0]
+
+
 @torch.library.register_fake("fastvq::snapshot", lib=_library)
 def _(value: Tensor, moves: bool) -> Tensor:
     return torch.empty_like(value, memory_format=torch.contiguous_format)

@@ -16,12 +16,13 @@ from fastvq._check import (
     require_integer,
     require_tensor,
 )
-from fastvq.errors import ArgumentError, ArgumentTypeError
+from fastvq.errors import ArgumentError, ArgumentTypeError, UnavailableError
 from fastvq.models.code_gradient import CODE_GRADIENTS, CodeGradient, pass_gradient
 from fastvq.models.codebook import Codebook, require_bool
 from fastvq.models.codebook_update import LEAST_LENGTH
 from fastvq.models.config import CodebookInit
 from fastvq.models.repeated_pass import is_repetition
+from fastvq.ops.dispatch import is_batched
 from fastvq.ops.nearest_code import MODES, CodeStatistics, Metric, Mode, nearest_code, nearest_code_statistics
 
 
@@ -78,7 +79,7 @@ class VectorQuantizer(Codebook):
     A pass inside `torch.utils.checkpoint` (of either kind) is repeated in backward: with the codebook of its first run,
     and without moving it again. Passes in training mode with gradients off, or with hooks for saved tensors, are kept
     for that: each costs a copy of the codes until it was repeated, at most 16, or more if they fit into 64 MiB.
-    Repetitions are told by their input, up to rounding.
+    Repetitions are told by their input, up to rounding. A compiled pass that moves the codebook cannot be repeated.
 
     Args:
         num_codes: K.
@@ -105,7 +106,8 @@ class VectorQuantizer(Codebook):
         check_finite: raise for vectors that are not finite.
 
     Raises:
-        UnavailableError: a pass that moves the codebook runs in backward, and its first run is not known.
+        UnavailableError: a pass that moves the codebook runs in backward, and its first run is not known; or under
+            torch.vmap.
     """
 
     def __init__(
@@ -236,7 +238,12 @@ class VectorQuantizer(Codebook):
 
     def _moves(self, freeze_codebook: bool | None) -> bool:
         """Whether a pass moves the codebook."""
-        return self.training and not (self.freeze_codebook if freeze_codebook is None else freeze_codebook)
+        moves = self.training and not (self.freeze_codebook if freeze_codebook is None else freeze_codebook)
+        if moves and is_batched():
+            raise UnavailableError(
+                "VectorQuantizer: vmap cannot batch a pass that moves the codebook; call eval() or freeze the codebook"
+            )
+        return moves
 
     def _begin(self, x: Tensor, mask: Tensor | None) -> None:
         """Initialise from the vectors of a pass, if that is still to be done."""

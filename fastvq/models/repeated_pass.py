@@ -39,6 +39,7 @@ def may_be_repeated() -> bool:
         not torch.compiler.is_compiling()
         and (not torch.is_grad_enabled() or _saving_hook() is not None)
         and not torch.is_inference_mode_enabled()
+        and not torch._C._are_functorch_transforms_active()
         and not is_repetition()
     )
 

@@ -12,7 +12,8 @@ from fastvq._check import FLOATING_DTYPES, require_choice, require_floating, req
 from fastvq.errors import ArgumentError, ArgumentTypeError, UnavailableError
 from fastvq.ops import causal_attention_backends as backends
 from fastvq.ops.causal_grid import MASKS, Mask
-from fastvq.ops.dispatch import runs_directly
+from fastvq.ops.causal_reference import causal_attention_reference
+from fastvq.ops.dispatch import in_forward_mode, is_differentiated, require_plain, runs_directly
 
 _LARGEST_SEED = 2**63 - 1
 
@@ -44,7 +45,8 @@ def causal_attention(
 
     Memory grows with N, not N^2. What a position gets does not depend on later positions as long as their entries are
     finite; a value of NaN may spoil earlier positions, with ``triton`` only gradients. The gradient has no gradient:
-    differentiating twice raises, except through `causal_attention_reference`.
+    differentiating twice raises, except through `causal_attention_reference`, which is also what forward mode takes
+    and, where PyTorch's own attention does not serve, torch.func: with all N^2 logits, and without dropout.
 
     Raises:
         ArgumentError, ArgumentTypeError: shapes, dtypes, devices or numbers that do not fit.
@@ -58,12 +60,16 @@ def causal_attention(
         dtype = torch.get_autocast_dtype(device)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     learns = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    if not direct and in_forward_mode():
+        return _plain_attention(query, key, value, mask, dropout, backend)
     # On a GPU without Triton the registered operation would do too, but the library's is faster.
     on_library = backend == "torch" or (backend is None and device != "cuda")
     if on_library and not dropout and (device != "cpu" or query.shape[3] == value.shape[3]) and query.shape[2] > 1:
         if direct and learns:
             query, key, value = _Once.apply(query, key, value)
         return backends.library_attention(query, key, value, mask)
+    if not direct and is_differentiated():
+        return _plain_attention(query, key, value, mask, dropout, backend)
     number = None
     if dropout:
         # A tensor, so that a compiled graph draws a seed of its own in every run.
@@ -72,6 +78,19 @@ def causal_attention(
     if not direct:
         return torch.ops.fastvq.causal_attention(*arguments)[0]
     return _Direct.apply(*arguments) if learns else backends.forward(*arguments)[0]
+
+
+def _plain_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Mask, dropout: float, backend: str | None
+) -> Tensor:
+    """For transforms of torch.func and forward mode."""
+    require_plain("causal_attention", backend)
+    if dropout:
+        raise UnavailableError(
+            "dropout: expected 0 where transforms of torch.func or forward mode take derivatives, got "
+            f"{dropout}; call eval() on the model"
+        )
+    return causal_attention_reference(query, key, value, mask=mask)
 
 
 def _fits(query: Tensor, key: Tensor, value: Tensor, mask: str, dropout: float, seed: int | None) -> bool:

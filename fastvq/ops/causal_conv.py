@@ -12,7 +12,8 @@ from fastvq._check import FLOATING_DTYPES, require_choice, require_floating, req
 from fastvq.errors import ArgumentError, ArgumentTypeError, UnavailableError
 from fastvq.ops import causal_conv_backends as backends
 from fastvq.ops.causal_grid import FORMS, MASKS, PROLOGUES, Form, Mask, Prologue, read_taps
-from fastvq.ops.dispatch import runs_directly
+from fastvq.ops.causal_reference import fused_causal_conv2d_reference
+from fastvq.ops.dispatch import is_differentiated, require_plain, runs_directly
 
 
 def causal_conv2d(
@@ -40,7 +41,8 @@ def causal_conv2d(
         [B, O, H, W] in channels-last memory, of x's dtype (that of autocast where it is on).
 
     Only valid taps are multiplied, so that neither a NaN in a masked weight nor one in a later position can leak. The
-    gradient has no gradient: differentiating twice raises, except through `causal_conv2d_reference`.
+    gradient has no gradient: differentiating twice raises, except through `causal_conv2d_reference`, which is also what
+    derivatives of torch.func and forward mode take.
 
     Raises:
         ArgumentError, ArgumentTypeError: shapes, dtypes or devices that do not fit.
@@ -102,6 +104,19 @@ def fused_causal_conv2d(
     )
     arguments = (x, weight, bias, context, residual, mask, form, activation, gate, gate and learns, backend)
     if not direct:
+        if is_differentiated():
+            require_plain("causal_conv2d", backend)
+            return fused_causal_conv2d_reference(
+                x,
+                weight,
+                bias,
+                mask=mask,
+                form=form,
+                activation=activation,
+                context=context,
+                gate=gate,
+                residual=residual,
+            )
         return torch.ops.fastvq.causal_conv2d(*arguments)[0]
     return _Direct.apply(*arguments) if learns else backends.run(*arguments)[0]
 

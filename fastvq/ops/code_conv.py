@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvq._check import require_codes, require_floating, require_shape
-from fastvq.ops.dispatch import runs_directly
+from fastvq.ops.dispatch import in_forward_mode, runs_directly
 
 
 def code_conv2d(codes: Tensor, table: Tensor, taps: Sequence[tuple[int, int]], bias: Tensor | None = None) -> Tensor:
@@ -47,7 +47,12 @@ def code_conv2d(codes: Tensor, table: Tensor, taps: Sequence[tuple[int, int]], b
     nothing = len(taps) * num_codes
     rows = torch.where(shifted < 0, nothing, shifted + offsets).reshape(-1, len(taps))
     flat = torch.cat([table.reshape(nothing, channels), table.new_zeros(1, channels)])
-    return _image(F.embedding_bag(rows, flat, mode="sum", padding_idx=nothing), bias, batch, height, width)
+    if in_forward_mode():
+        # Bags have no derivative there.
+        found = F.embedding(rows, flat, padding_idx=nothing).sum(1)
+    else:
+        found = F.embedding_bag(rows, flat, mode="sum", padding_idx=nothing)
+    return _image(found, bias, batch, height, width)
 
 
 def _image(rows: Tensor, bias: Tensor | None, batch: int, height: int, width: int) -> Tensor:

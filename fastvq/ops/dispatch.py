@@ -35,6 +35,7 @@ _function_modes = torch._C._len_torch_function_stack
 _is_transformed = torch._C._are_functorch_transforms_active
 _tracing_state = torch._C._get_tracing_state
 _strided = torch.strided
+_transform = torch._C._functorch.TransformType
 
 
 def runs_directly(*tensors: Tensor, optional: Sequence[Tensor | None] = ()) -> bool:
@@ -61,6 +62,38 @@ def runs_directly(*tensors: Tensor, optional: Sequence[Tensor | None] = ()) -> b
         if extra is not None and (type(extra) not in _PLAIN or extra.layout is not _strided or extra.is_nested):
             return False
     return True
+
+
+def is_batched() -> bool:
+    """Whether torch.vmap runs the call on a batch of which it sees one sample."""
+    return not _is_compiling() and _is_transformed() and _transform.Vmap in _transforms()
+
+
+def in_forward_mode() -> bool:
+    """Whether derivatives are carried along with values, as torch.func.jvp and torch.autograd.forward_ad do."""
+    return not _is_compiling() and (
+        forward_ad._current_level >= 0 or (_is_transformed() and _transform.Jvp in _transforms())
+    )
+
+
+def is_differentiated() -> bool:
+    """Whether a transform of torch.func or forward mode takes derivatives. Registered operations have none for them:
+    their gradients are for autograd alone, and in forward mode they would count as constants.
+    """
+    return in_forward_mode() or (not _is_compiling() and _is_transformed() and _transform.Grad in _transforms())
+
+
+def _transforms() -> list[Any]:
+    return [one.key() for one in torch._C._functorch.get_interpreter_stack() or ()]
+
+
+def require_plain(op: str, backend: str | None) -> None:
+    """Refuse a backend other than PyTorch's operators, which alone have all derivatives."""
+    if backend not in (None, "torch"):
+        raise UnavailableError(
+            f"backend: {backend!r} was asked for but cannot run {op} here:"
+            " transforms of torch.func and forward mode differentiate plain PyTorch"
+        )
 
 
 def select_backend(op: str, candidates: Sequence[Candidate], backend: str | None) -> str:

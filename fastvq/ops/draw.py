@@ -13,8 +13,8 @@ from torch import Tensor
 from fastvq import _engine
 from fastvq._check import require_dense, require_floating, require_integer, require_range, require_shape, require_tensor
 from fastvq._memory import address
-from fastvq.errors import ArgumentError, ArgumentTypeError
-from fastvq.ops.dispatch import draw_backends, select_backend
+from fastvq.errors import ArgumentError, ArgumentTypeError, UnavailableError
+from fastvq.ops.dispatch import draw_backends, is_batched, select_backend
 
 _FLOAT32 = torch.finfo(torch.float32)
 
@@ -63,6 +63,8 @@ def draw(
     of a boundary, which `draw_margin` certifies.
     """
     options = _check(logits, uniforms, temperature, top_k, top_p)
+    if is_batched():
+        raise UnavailableError("draw: vmap cannot batch it; logits may have any number of leading axes")
     chosen = select_backend("draw", draw_backends(logits), backend)
     return (_draw_cpp if chosen == "cpp" else _draw_torch)(logits, uniforms, options)
 

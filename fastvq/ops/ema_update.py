@@ -10,8 +10,8 @@ from torch import Tensor
 from fastvq import _engine
 from fastvq._check import INTEGER_DTYPES, require_dense, require_floating, require_tensor
 from fastvq._memory import address
-from fastvq.errors import ArgumentError, ArgumentTypeError
-from fastvq.ops.dispatch import ema_update_backends, select_backend
+from fastvq.errors import ArgumentError, ArgumentTypeError, UnavailableError
+from fastvq.ops.dispatch import ema_update_backends, is_batched, select_backend
 from fastvq.ops.ema_update_reference import ema_update_reference
 
 __all__ = ["cpp_ema_update", "ema_update", "ema_update_reference"]
@@ -55,6 +55,8 @@ def ema_update(
     van den Oord et al. 2017, appendix A.1.
     """
     _check(counts, sums, cluster_size, embedding_sum, embedding)
+    if is_batched():
+        raise UnavailableError("ema_update: vmap cannot batch what moves in place; codebooks may have an axis of heads")
     decay, eps = _number("decay", decay), _number("eps", eps)
     if not 0 <= decay <= 1:
         raise ArgumentError(f"decay: must lie in [0, 1], got {decay!r}")

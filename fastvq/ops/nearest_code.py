@@ -5,7 +5,7 @@ No backend ever holds the distances of all vectors to all codes.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from torch import Tensor
 from fastvq._check import require_choice, require_dense, require_floating, require_tensor
 from fastvq.errors import ArgumentError, ArgumentTypeError
 from fastvq.ops import nearest_code_backends as backends
+from fastvq.ops.dispatch import is_batched, is_differentiated
 
 Metric = Literal["euclidean", "cosine"]
 Mode = Literal["exact", "fast"]
@@ -121,7 +122,11 @@ def nearest_code_statistics(
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     vectors, codes = _heads(x, codebook, metric)
-    found = torch.ops.fastvq.nearest_code_statistics(vectors, codes, mask, mode, deterministic, check_finite, backend)
+    arguments = (vectors, codes, mask, mode, deterministic, check_finite, backend)
+    if is_batched() or is_differentiated():
+        found = _Statistics.apply(*arguments)
+    else:
+        found = torch.ops.fastvq.nearest_code_statistics(*arguments)
     error, sums, counts, indices = found if x.ndim == 3 else (value.squeeze(0) for value in found)
     return CodeStatistics(indices, counts, sums, error)
 
@@ -223,3 +228,63 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor | None) -
 torch.library.register_autograd(
     "fastvq::nearest_code_statistics", _backward, setup_context=_keep_for_backward, lib=_library
 )
+
+
+def _folded(value: Tensor, axis: int | None, batch: int) -> Tensor:
+    """[H, ...] with an axis of the batch somewhere, or without, as [batch * H, ...]."""
+    value = value.expand(batch, *value.shape) if axis is None else value.movedim(axis, 0)
+    return value.reshape(-1, *value.shape[2:])
+
+
+@torch.library.register_vmap("fastvq::nearest_code", lib=_library)
+def _(info: Any, axes: tuple[int | None, ...], x: Tensor, codebook: Tensor, *options: Any) -> tuple[Tensor, int]:
+    batch = info.batch_size
+    if axes[0] is not None and axes[1] is None:
+        # One codebook for all: the batch is more vectors, which need no copies of the codes.
+        vectors = x.movedim(axes[0], 1)  # [H, batch, N, D]
+        indices = torch.ops.fastvq.nearest_code(vectors.flatten(1, 2), codebook, *options)
+        return indices.unflatten(1, (batch, -1)) if vectors.shape[2] else indices.new_empty(vectors.shape[:3]), 1
+    indices = torch.ops.fastvq.nearest_code(_folded(x, axes[0], batch), _folded(codebook, axes[1], batch), *options)
+    return indices.unflatten(0, (batch, -1)), 0
+
+
+class _Statistics(torch.autograd.Function):
+    """The registered operation for transforms of torch.func and forward mode, which its own gradient does not serve."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> Any:
+        return torch.ops.fastvq.nearest_code_statistics(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        x, codebook, mask, *_ = inputs
+        _keep_for_backward(ctx, inputs, output)
+        ctx.save_for_forward(x, codebook, mask, output[3])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return _backward(ctx, *grads)
+
+    @staticmethod
+    def jvp(ctx: Any, of_x: Tensor | None, of_codebook: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        x, codebook, mask, indices = ctx.saved_tensors
+        places = indices[..., None].expand(x.shape)
+        wide = backends.wide_dtype(x, codebook)
+        gap, slope = x.to(wide) - codebook.to(wide).gather(1, places), torch.zeros(x.shape, dtype=wide, device=x.device)
+        if of_x is not None:
+            slope = slope + of_x
+        if of_codebook is not None:
+            slope = slope - of_codebook.to(wide).gather(1, places)
+        product = 2 * gap * slope
+        if mask is not None:
+            product = torch.where(mask[..., None], product, 0)
+        return product.sum((1, 2)), None, None, None
+
+    @staticmethod
+    def vmap(info: Any, axes: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], int]:
+        tensors = [
+            None if value is None else _folded(value, axis, info.batch_size)
+            for value, axis in zip(inputs[:3], axes[:3], strict=True)
+        ]
+        found = _Statistics.apply(*tensors, *inputs[3:])
+        return tuple(value.unflatten(0, (info.batch_size, -1)) for value in found), 0
