@@ -1,7 +1,7 @@
-"""Exceptions raised for mistakes that the caller can mend.
+"""Exceptions raised for mistakes that the caller can mend, and warnings.
 
-Each also derives from the built-in exception a caller would expect, so ``except ValueError`` keeps working. The command
-line prints these without a traceback; anything else is a defect and keeps its traceback.
+Each exception also derives from the built-in one a caller would expect, so ``except ValueError`` keeps working. The
+command line prints these without a traceback; anything else is a defect and keeps its traceback.
 """
 
 
@@ -31,3 +31,7 @@ class CorruptFileError(FastvqError, ValueError):
 
 class UnavailableError(FastvqError, RuntimeError):
     """An engine, a backend, the compiled extension or an optional dependency is not available here."""
+
+
+class NaiveEngineWarning(UserWarning):
+    """``engine="auto"`` takes the naive sampler for a prior that differs from one that a cached engine could run."""

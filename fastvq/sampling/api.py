@@ -8,12 +8,12 @@ from tqdm import tqdm
 
 from fastvq._check import require_positive_int
 from fastvq._evaluation import in_evaluation
-from fastvq.errors import ArgumentError, ArgumentTypeError
+from fastvq.errors import ArgumentError
 from fastvq.models.prior import Condition, Prior
 from fastvq.sampling.cost import describe
-from fastvq.sampling.engines import choose_engine, fill
+from fastvq.sampling.engines import choose_engine, fill, warn_slow, why_slow
 from fastvq.sampling.options import EngineOptions, Precision, engine_options
-from fastvq.sampling.request import MICRO_BATCH, Settings, build_request, micro_batches
+from fastvq.sampling.request import MICRO_BATCH, Settings, as_prior, build_request, micro_batches
 
 
 def sample(
@@ -41,7 +41,8 @@ def sample(
 
     Args:
         prior: any prior of :mod:`fastvq.models`, on any device, or a prior of another project that
-            :mod:`fastvq.interop` knows. It is evaluated without dropout.
+            :mod:`fastvq.interop` knows, also inside torch.compile, DataParallel, DistributedDataParallel or
+            AveragedModel. It is evaluated without dropout.
         n: number of samples, 0 or more.
         condition: codes of the levels above, int [n, h, w]; a sequence of them, top first, if there are several.
         label: class of all samples, or int [n]; for class-conditional priors.
@@ -55,8 +56,10 @@ def sample(
             (int [n, H, W]) is kept.
         progress: show a progress bar on stderr.
         engine: ``cuda`` (cached, priors on an NVIDIA GPU; not yet run on one), ``cpu`` (cached, C++), ``torch``
-            (cached, any device), ``naive``, or ``auto`` for the first of these that can run here. All give the same
-            codes, except where a uniform number lies within float32 rounding of a boundary between two codes.
+            (cached, any device), ``naive``, or ``auto`` for the first of these that can run here, with a
+            :class:`fastvq.errors.NaiveEngineWarning` where only ``naive`` can because the prior is a changed PixelSNAIL
+            or GatedPixelCNN. All give the same codes, except where a uniform number lies within float32 rounding of a
+            boundary between two codes.
         start: index of the first sample; sampling 0..9 in one call or in two gives the same codes.
         micro_batch: samples computed together (default: 8), aligned on the sample's index and padded. Codes are
             bit-identical between calls with the same ``micro_batch``, engine and threads; with another one, logits may
@@ -77,8 +80,7 @@ def sample(
     """
     prior = as_prior(prior)
     options = engine_options(precision, options)
-    engine, _ = choose_engine(engine, prior, options.precision)
-    options.check(engine)
+    asked, (engine, _) = engine, choose_engine(engine, prior, options.precision, options)
     micro_batch = choose_micro_batch(prior, engine, micro_batch, memory_limit)
     request = build_request(
         prior,
@@ -92,6 +94,8 @@ def sample(
         mask=mask,
         start=start,
     )
+    slow = why_slow(asked, engine, prior)
+    warn_slow([] if slow is None else [slow], stacklevel=2)
     codes = torch.empty_like(request.init_codes)
     blocks = list(micro_batches(start, n, micro_batch))
     bar = tqdm(total=len(blocks) * prior.config.shape[0], desc="sampling", unit="row", disable=not progress)
@@ -102,22 +106,6 @@ def sample(
             filled = fill(engine, prior, part, bar.update, options, evaluated=evaluated)
             codes[index[new].to(codes.device)] = filled[new]
     return codes
-
-
-def as_prior(prior: object) -> Prior:
-    """The prior itself, or our form of one from another project."""
-    if isinstance(prior, Prior):
-        return prior
-    if isinstance(prior, nn.Module):
-        from fastvq.interop import convert, recognise
-
-        if recognise(prior) == "pixelsnail":
-            converted = convert(prior)
-            assert isinstance(converted, Prior)
-            return converted
-    raise ArgumentTypeError(
-        f"prior: expected a prior of fastvq.models or a layout that fastvq.interop knows, got {type(prior).__name__}"
-    )
 
 
 def choose_micro_batch(prior: Prior, engine: str, micro_batch: int | None, memory_limit: int | None) -> int:

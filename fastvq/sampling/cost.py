@@ -6,10 +6,14 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from fastvq.models.prior import Prior
-from fastvq.sampling.engines import choose_engine, plan_of
+from fastvq.sampling.engines import choose_engine, plan_of, why_not
+from fastvq.sampling.lower import compile_plan
+from fastvq.sampling.options import EngineOptions, Precision, engine_options
 from fastvq.sampling.plan import Op, Plan, Term
+from fastvq.sampling.request import as_prior
 from fastvq.sampling.state import padded, ring_rows
 
 _FLOAT = 4
@@ -20,7 +24,8 @@ class Explanation:
     """Arithmetic and memory of sampling one prior. FLOPs count a multiplication and an addition as two.
 
     Attributes:
-        engine, reason: what ``engine="auto"`` would take, and why.
+        engine, reason: what :func:`fastvq.sample` would take, and why; ``none`` for weights on the meta device, which
+            can be described and not sampled.
         levels: groups of operations per position that wait for each other, the draw included.
         row_ops, left_ops, here_ops: number of operations by what they wait for.
         row_flops, step_flops, setup_flops: per sample, of the row phase, of the step phase, and once beforehand.
@@ -74,14 +79,28 @@ class Explanation:
         return "\n".join(lines)
 
 
-def describe(prior: Prior) -> Explanation:
-    """Arithmetic and memory of sampling a prior.
+def describe(
+    prior: Prior | nn.Module,
+    *,
+    engine: str = "auto",
+    precision: Precision = "float32",
+    options: EngineOptions | None = None,
+) -> Explanation:
+    """Arithmetic and memory of sampling a prior; arguments are those of :func:`fastvq.sample`.
 
     Raises:
-        UnavailableError: no plan is known for this class of prior.
+        ArgumentError, ArgumentTypeError: arguments that :func:`fastvq.sample` refuses.
+        UnavailableError: there is no plan of this prior, or the engine asked for cannot run it here.
     """
-    plan = plan_of(prior)
-    engine, reason = choose_engine("auto", prior)
+    prior = as_prior(prior)
+    options = engine_options(precision, options)
+    reason = why_not("naive", prior)
+    if reason is None:
+        plan = plan_of(prior)
+        engine, reason = choose_engine(engine, prior, options.precision, options)
+    else:
+        # Without values there is nothing to sample, and nothing to keep for later calls.
+        plan, engine = compile_plan(prior), "none"
     height, width = plan.shape
     row_weights = {op.index: _size(plan.row_terms[op.index]) for op in plan.ops if op.kind == "affine"}
     step_weights = {op.index: _size(plan.step_terms[op.index]) for op in plan.ops if op.kind == "affine"}
@@ -116,9 +135,18 @@ def describe(prior: Prior) -> Explanation:
     )
 
 
-def explain(prior: Prior) -> None:
-    """Print what sampling a prior costs: levels per position, FLOPs, weights, memory, and the arithmetic saved."""
-    print(describe(prior))
+def explain(
+    prior: Prior | nn.Module,
+    *,
+    engine: str = "auto",
+    precision: Precision = "float32",
+    options: EngineOptions | None = None,
+) -> None:
+    """Print what sampling a prior costs: engine, levels per position, FLOPs, weights, memory, the arithmetic saved.
+
+    Arguments are those of :func:`fastvq.sample`, and what it would refuse is refused here.
+    """
+    print(describe(prior, engine=engine, precision=precision, options=options))
 
 
 def cache_bytes(plan: Plan, places: int = 1) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastvq import _engine, _nvtx
 from fastvq._memory import array_address
+from fastvq.errors import ArgumentError
 from fastvq.sampling.plan import Plan
 from fastvq.sampling.request import SampleRequest
 from fastvq.sampling.state import CompiledPlan, GridState
@@ -27,6 +28,8 @@ from fastvq.sampling.step_tables import (
 _FLOPS_PER_MEETING = 100_000
 # There is no mask on the columns of views here.
 _CPU_VIEW_FIELDS = 3
+
+_NEEDED = {"avx512": {"avx512f", "avx512bw"}, "avx2": {"avx2", "fma"}}
 
 
 class CpuStep:
@@ -47,6 +50,18 @@ class CpuStep:
         with refused_options():
             self.native = extension.make_step_plan(*self.tables.plan_arguments(batch), bf16, threads, kernels)
         self.tables.release()  # the extension has packed them
+
+
+def require_kernels(name: str) -> None:
+    """
+    Raises:
+        ArgumentError: the processor lacks an instruction set that these kernels need.
+    """
+    if name not in _NEEDED:
+        return
+    missing = _NEEDED[name] - set(_engine.require().build_info()["instruction_sets"])
+    if missing:
+        raise ArgumentError(f"kernels: {name!r} was asked for, but this processor lacks {', '.join(sorted(missing))}")
 
 
 def useful_threads(plan: Plan, batch: int, available: int) -> int:

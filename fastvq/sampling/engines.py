@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -15,15 +16,16 @@ from fastvq._check import require_choice
 from fastvq._evaluation import in_evaluation
 from fastvq._precision import full_float32
 from fastvq._watch import first_elements, gather, unchanged
-from fastvq.errors import ArgumentError, UnavailableError
+from fastvq.errors import ArgumentError, NaiveEngineWarning, UnavailableError
 from fastvq.models.prior import Prior
 from fastvq.sampling.cpu_engine import CpuStep, sample_cpu, useful_threads
 from fastvq.sampling.cuda_engine import CudaStep, sample_cuda, why_no_cuda
 from fastvq.sampling.cuda_graph import GraphedGrid
-from fastvq.sampling.lower import compile_plan, why_no_plan
+from fastvq.sampling.lower import compile_plan
 from fastvq.sampling.naive import sample_naive
 from fastvq.sampling.options import ENGINES, PRECISIONS, EngineOptions, Precision, check_precision
 from fastvq.sampling.plan import Plan
+from fastvq.sampling.recognise import PLANNED, why_no_plan
 from fastvq.sampling.request import SampleRequest
 from fastvq.sampling.state import CompiledPlan, GridState, RowKernel
 from fastvq.sampling.torch_engine import TorchStep, sample_torch
@@ -36,7 +38,9 @@ __all__ = [
     "fill",
     "plan_of",
     "static_inputs",
+    "warn_slow",
     "why_not",
+    "why_slow",
 ]
 
 RowDone = Callable[[], None]
@@ -46,12 +50,16 @@ _WATCHED = 16
 
 def why_not(engine: str, prior: Prior) -> str | None:
     """Why an engine cannot run a prior where it is, or None."""
+    return _why_not(engine, _device(prior), None if engine == "naive" else why_no_plan(prior))
+
+
+def _why_not(engine: str, device: torch.device, no_plan: str | None) -> str | None:
+    if device.type == "meta":
+        return "the weights of the prior are on the meta device, which holds no values"
     if engine == "naive":
         return None
-    reason = why_no_plan(prior)
-    if reason is not None or engine == "torch":
-        return reason
-    device = next(prior.parameters()).device
+    if no_plan is not None or engine == "torch":
+        return no_plan
     if engine == "cuda":
         return why_no_cuda(device)
     if device.type != "cpu":
@@ -59,22 +67,33 @@ def why_not(engine: str, prior: Prior) -> str | None:
     return _engine.why_unavailable()
 
 
-def choose_engine(engine: str, prior: Prior, precision: str = "float32") -> tuple[str, str]:
+def _device(prior: Prior) -> torch.device:
+    first = next(prior.parameters(), None)
+    return torch.device("cpu") if first is None else first.device
+
+
+def choose_engine(
+    engine: str, prior: Prior, precision: str = "float32", options: EngineOptions | None = None
+) -> tuple[str, str]:
     """Name of the engine that would fill this prior's grids, and why that one.
 
     Raises:
-        ArgumentError: there is no engine of that name, or it has no such precision.
-        UnavailableError: the engine asked for cannot run this prior here.
+        ArgumentError: there is no engine of that name, or it does not have the precision or the options.
+        UnavailableError: the engine asked for, or what the options ask of it, cannot run this prior here.
     """
     require_choice("precision", precision, PRECISIONS)
+    device = _device(prior)
     if engine == "auto":
+        no_plan = why_no_plan(prior)
         passed: list[str] = []
         for name in ENGINES:
-            reason = why_not(name, prior)
+            reason = _why_not(name, device, no_plan)
             if reason is None:
                 engine, why = name, "; ".join([*passed, f"{name} is the fastest that runs here"])
                 break
             passed.append(f"{name}: {reason}")
+        else:
+            raise UnavailableError(f"engine: none can run here: {reason}")
     elif engine not in ENGINES:
         raise ArgumentError(f"engine: expected 'auto' or one of {', '.join(map(repr, ENGINES))}, got {engine!r}")
     else:
@@ -83,7 +102,27 @@ def choose_engine(engine: str, prior: Prior, precision: str = "float32") -> tupl
             raise UnavailableError(f"engine: {engine!r} was asked for but cannot run here: {reason}")
         why = "asked for by name"
     check_precision(engine, precision)
+    if options is not None:
+        options.check(engine, device)
     return engine, why
+
+
+def why_slow(asked: str, chosen: str, prior: Prior) -> str | None:
+    """Why the naive engine was taken for a prior of a class that the cached ones run, or None if it was not."""
+    if asked != "auto" or chosen != "naive" or not isinstance(prior, PLANNED):
+        return None
+    return why_no_plan(prior)
+
+
+def warn_slow(reasons: Sequence[str], stacklevel: int) -> None:
+    """One warning for a call that takes the naive engine for these reasons; ``stacklevel`` 1 is the caller's line."""
+    if reasons:
+        text = "; ".join(dict.fromkeys(reasons))
+        warnings.warn(
+            f"sampling without a cache, many times slower: {text}. engine='naive' asks for this and is silent",
+            NaiveEngineWarning,
+            stacklevel=stacklevel + 1,
+        )
 
 
 def fill(
@@ -144,7 +183,7 @@ def plan_of(prior: Prior) -> Plan:
     """The plan of a prior as its weights are now.
 
     Raises:
-        UnavailableError: no plan is known for this class of prior.
+        UnavailableError: there is no plan of this prior.
     """
     return _prepared(prior).compiled.plan
 

@@ -13,6 +13,7 @@ from fastvq.models.pixelcnn import GatedLayer, GatedPixelCNN
 from fastvq.models.pixelsnail import AttentionBlock, PixelBlock, PixelSNAIL
 from fastvq.models.prior import Prior
 from fastvq.sampling.plan import Op, Plan, Tap, Term, schedule
+from fastvq.sampling.recognise import why_no_plan
 
 # A vector that the model concatenates from several is kept as its parts: (operations, in order).
 Parts = tuple[int, ...]
@@ -22,7 +23,7 @@ def compile_plan(prior: Prior) -> Plan:
     """The plan of a prior. Weights are copied in float32 as they are now.
 
     Raises:
-        UnavailableError: no plan is known for this class of prior.
+        UnavailableError: something else than weights decides what this prior computes.
     """
     reason = why_no_plan(prior)
     if reason is not None:
@@ -31,13 +32,6 @@ def compile_plan(prior: Prior) -> Plan:
     with torch.no_grad():
         output = _pixelsnail(graph, prior) if isinstance(prior, PixelSNAIL) else _gated_pixelcnn(graph, prior)
     return schedule(graph.ops, output, prior.config.shape, prior.config.num_codes)
-
-
-def why_no_plan(prior: Prior) -> str | None:
-    """Why a prior cannot be compiled, or None. A subclass may compute anything, so only the classes themselves can."""
-    if type(prior) in (PixelSNAIL, GatedPixelCNN):
-        return None
-    return f"no plan is known for a {type(prior).__name__}, only the naive engine runs it"
 
 
 class _Graph:

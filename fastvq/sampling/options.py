@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from fastvq._check import require_choice, require_positive_int
 from fastvq.errors import ArgumentError, ArgumentTypeError
-from fastvq.sampling.state import ROW_KERNELS, RowKernel
+from fastvq.sampling.cpu_engine import require_kernels
+from fastvq.sampling.state import ROW_KERNELS, RowKernel, require_triton
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -54,11 +57,15 @@ class EngineOptions:
         if not isinstance(self.cuda_graph, bool):
             raise ArgumentTypeError(f"cuda_graph: expected a bool, got {type(self.cuda_graph).__name__}")
 
-    def check(self, engine: str) -> None:
+    def check(self, engine: str, device: torch.device | None = None) -> None:
         """Refuse what an engine does not have and what would change nothing in silence.
+
+        Args:
+            device: of the prior; with it, kernels that are not available there are refused as well.
 
         Raises:
             ArgumentError: there is such an option.
+            UnavailableError: the row kernel cannot run on the device.
         """
         require_choice("engine", engine, ENGINES)
         check_precision(engine, self.precision)
@@ -66,6 +73,10 @@ class EngineOptions:
             raise ArgumentError(f"row_kernel: the naive engine has no row phase, got {self.row_kernel!r}")
         if self.cuda_graph and engine != "cuda":
             raise ArgumentError(f"cuda_graph: only the cuda engine has one, the engine here is {engine!r}")
+        if device is not None and self.row_kernel == "triton":
+            require_triton(device)
+        if device is not None and engine == "cpu":
+            require_kernels(self.kernels)
 
 
 def check_precision(engine: str, precision: str) -> None:

@@ -9,20 +9,21 @@ from pathlib import Path
 from typing import NamedTuple, Self, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fastvq
 from fastvq._check import require_positive_int
 from fastvq._evaluation import in_evaluation
 from fastvq._files import read_json, reading, replacing_folder, require_seal, sealed, write_json
 from fastvq._schema import TEXT, optional, several
+from fastvq._unwrap import require_model
 from fastvq.errors import ArgumentError, ArgumentTypeError, CorruptFileError, MissingFileError
 from fastvq.models.config import MOST_LEVELS
 from fastvq.models.pretrained import load_pretrained
 from fastvq.models.prior import Prior
 from fastvq.models.vqvae import HierarchicalVQVAE
 from fastvq.sampling.api import choose_micro_batch, sample
-from fastvq.sampling.engines import choose_engine
+from fastvq.sampling.engines import choose_engine, warn_slow, why_slow
 from fastvq.sampling.noise import check_seed
 from fastvq.sampling.options import EngineOptions, Precision, engine_options
 from fastvq.sampling.request import Settings, micro_batches
@@ -52,19 +53,27 @@ class Pipeline:
     """An autoencoder and one prior per level, top first.
 
     Args:
-        vqvae: VQVAE or VQVAE2.
+        vqvae: VQVAE or VQVAE2. It and the priors may lie inside torch.compile, DataParallel, DistributedDataParallel
+            or AveragedModel, which are taken off.
         priors: the prior of each level; prior i is conditioned on the codes of levels 0..i-1.
         class_names: a name per label, for class-conditional priors.
 
     Raises:
-        ArgumentError: priors that do not fit the autoencoder or each other.
+        ArgumentError, ArgumentTypeError: priors that do not fit the autoencoder or each other, or are none.
     """
 
     def __init__(
-        self, vqvae: HierarchicalVQVAE, priors: Sequence[Prior], *, class_names: Sequence[str] | None = None
+        self,
+        vqvae: HierarchicalVQVAE | nn.Module,
+        priors: Sequence[Prior | nn.Module],
+        *,
+        class_names: Sequence[str] | None = None,
     ) -> None:
-        self.vqvae = vqvae
-        self.priors = tuple(priors)
+        self.vqvae = require_model("vqvae", vqvae, HierarchicalVQVAE)
+        self.priors = tuple(
+            require_model(f"priors[{i}]", prior, Prior)  # type: ignore[type-abstract]
+            for i, prior in enumerate(priors)
+        )
         self.class_names = None if class_names is None else tuple(class_names)
         self._check()
 
@@ -133,16 +142,18 @@ class Pipeline:
         top_ks = self._per_level("top_k", top_k)
         top_ps = self._per_level("top_p", top_p)
         options = engine_options(precision, options)
-        sizes = []
+        engines, sizes, slow = [], [], []
         for prior, t, k, p in zip(self.priors, temperatures, top_ks, top_ps, strict=True):
             Settings(t, k, p).check(prior.config.num_codes)
-            chosen, _ = choose_engine(engine, prior, options.precision)
-            options.check(chosen)
+            chosen, _ = choose_engine(engine, prior, options.precision, options)
+            engines.append(chosen)
             sizes.append(choose_micro_batch(prior, chosen, micro_batch, memory_limit))
+            slow.append(why_slow(engine, chosen, prior))
+        warn_slow([reason for reason in slow if reason is not None], stacklevel=2)
         size = min(sizes)  # all levels and the decoder work on the same micro-batches
         seed = int(torch.randint(2**63 - 1, ())) if seed is None else check_seed(seed)
         codes: tuple[Tensor, ...] = ()
-        for prior, t, k, p in zip(self.priors, temperatures, top_ks, top_ps, strict=True):
+        for prior, chosen, t, k, p in zip(self.priors, engines, temperatures, top_ks, top_ps, strict=True):
             drawn = sample(
                 prior,
                 n,
@@ -153,7 +164,7 @@ class Pipeline:
                 top_p=p,
                 seed=seed,
                 progress=progress,
-                engine=engine,
+                engine=chosen,
                 start=start,
                 micro_batch=size,
                 options=options,

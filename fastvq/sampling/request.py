@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastvq._check import require_codes, require_integer, require_positive_int, require_shape, require_tensor
+from fastvq._unwrap import unwrap
 from fastvq.errors import ArgumentError, ArgumentTypeError
 from fastvq.models.prior import Condition, Prior, condition_levels
 from fastvq.ops.draw import check_options, draw
@@ -77,6 +78,23 @@ class SampleRequest:
             backend="torch",
         )
         codes[:, row, column] = torch.where(self.known[:, row, column], codes[:, row, column], drawn)
+
+
+def as_prior(prior: object) -> Prior:
+    """The prior itself, without what PyTorch wraps around modules, or our form of one from another project."""
+    prior = unwrap(prior)
+    if isinstance(prior, Prior):
+        return prior
+    if isinstance(prior, nn.Module):
+        from fastvq.interop import convert, recognise
+
+        if recognise(prior) == "pixelsnail":
+            converted = convert(prior)
+            assert isinstance(converted, Prior)
+            return converted
+    raise ArgumentTypeError(
+        f"prior: expected a prior of fastvq.models or a layout that fastvq.interop knows, got {type(prior).__name__}"
+    )
 
 
 def micro_batches(start: int, n: int, size: int) -> Iterator[tuple[Tensor, slice]]:

@@ -116,7 +116,7 @@ class CompiledPlan:
     def __init__(self, plan: Plan, device: torch.device, row_kernel: RowKernel = "library") -> None:
         require_choice("row_kernel", row_kernel, ROW_KERNELS)
         if row_kernel == "triton":
-            _require_triton(device)
+            require_triton(device)
         self.plan, self.device = plan, device
         self.bias = {op.index: op.bias.to(device) for op in plan.ops if op.bias is not None}
         self.convs = {
@@ -126,7 +126,11 @@ class CompiledPlan:
         self.above_tables = {op.index: above for op in plan.ops if (above := _above_table(op, device)) is not None}
 
 
-def _require_triton(device: torch.device) -> None:
+def require_triton(device: torch.device) -> None:
+    """
+    Raises:
+        UnavailableError: the project's row kernel cannot run on a device.
+    """
     reason = triton_reason(torch.empty(0, dtype=torch.float32, device=device))
     if reason is not None:
         raise UnavailableError(f"row_kernel: 'triton' was asked for but cannot run here: {reason}")
