@@ -18,7 +18,7 @@ _INSIDE = {nn.DataParallel: "module", DistributedDataParallel: "module", Average
 _COMPILED = "_orig_mod"
 # AveragedModel counts its updates in a buffer of this name.
 AVERAGED = "n_averaged"
-PREFIXES = tuple(f"{name}." for name in dict.fromkeys([*_INSIDE.values(), _COMPILED]))
+WRAPPERS = tuple(f"{name}." for name in dict.fromkeys([*_INSIDE.values(), _COMPILED]))
 
 
 def unwrap(module: Any) -> Any:

@@ -20,6 +20,7 @@ import fastvq
 from fastvq._check import require_positive_int
 from fastvq._files import read_json, reading, require_seal, sealed, sha256, sync, write_json
 from fastvq._schema import ENTRIES, FLAG, TEXT, integer, named, optional, require_entries, several
+from fastvq._unwrap import unwrap
 from fastvq.data.augment import Augment
 from fastvq.data.base import ImageDataset, require_seed
 from fastvq.errors import ArgumentError, CorruptFileError, FileConflictError, MissingFileError
@@ -78,7 +79,8 @@ def extract_codes(
     reached the disk; once complete, it returns at once.
 
     Args:
-        model: a VQVAE or VQVAE2. It is copied, so it keeps its mode and its device.
+        model: a VQVAE or VQVAE2, also inside torch.compile, DataParallel, DistributedDataParallel or AveragedModel. It
+            is copied, so it keeps its mode and its device.
         indices: images to encode, int [N]; None for all.
         batch_size: images encoded at a time.
         augment: how copies after the first differ from the image.
@@ -94,7 +96,7 @@ def extract_codes(
         FileConflictError: the folder holds something else, or codes of another model, of other data or settings.
         CorruptFileError: files of an earlier, interrupted call are damaged.
     """
-    folder = Path(folder)
+    model, folder = unwrap(model), Path(folder)
     for name, value in (("batch_size", batch_size), ("copies", copies), ("flush_rows", flush_rows)):
         require_positive_int(name, value)
     require_positive_int("num_workers", num_workers, minimum=0)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastvq._check import require_floating, require_positive_int, require_shape, require_tensor
 from fastvq._evaluation import in_evaluation
+from fastvq._unwrap import require_model, unwrap
 from fastvq.data.codes import model_checksum
 from fastvq.errors import ArgumentError, ArgumentTypeError
 from fastvq.models.classifier import Classifier
@@ -102,9 +103,8 @@ class FeatureExtractor(nn.Module):
 class ClassifierFeatures(FeatureExtractor):
     """The vector before a :class:`Classifier`'s last layer, and its logits."""
 
-    def __init__(self, classifier: Classifier, *, name: str | None = None) -> None:
-        if not isinstance(classifier, Classifier):
-            raise ArgumentTypeError(f"classifier: expected a Classifier, got {type(classifier).__name__}")
+    def __init__(self, classifier: Classifier | nn.Module, *, name: str | None = None) -> None:
+        classifier = require_model("classifier", classifier, Classifier)
         config = classifier.config
         super().__init__(
             classifier, name=name or "classifier", num_features=config.features, num_channels=config.in_channels
@@ -122,6 +122,6 @@ def as_extractor(extractor: FeatureExtractor | nn.Module) -> FeatureExtractor:
     """The extractor itself, or one around a module."""
     if isinstance(extractor, FeatureExtractor):
         return extractor
-    if isinstance(extractor, Classifier):
+    if isinstance(unwrap(extractor), Classifier):
         return ClassifierFeatures(extractor)
     return FeatureExtractor(extractor)

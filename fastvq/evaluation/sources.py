@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastvq._check import require_positive_int
 from fastvq._evaluation import in_evaluation
+from fastvq._unwrap import require_model
 from fastvq.data.base import ImageDataset
 from fastvq.data.codes import model_checksum
 from fastvq.errors import ArgumentError
@@ -128,7 +129,8 @@ class Reconstructions:
 
     labels: Tensor | None
 
-    def __init__(self, vqvae: HierarchicalVQVAE, dataset: ImageDataset) -> None:
+    def __init__(self, vqvae: HierarchicalVQVAE | nn.Module, dataset: ImageDataset) -> None:
+        vqvae = require_model("vqvae", vqvae, HierarchicalVQVAE)
         if dataset.channels != vqvae.config.in_channels:
             wanted = vqvae.config.in_channels
             raise ArgumentError(f"dataset: has {dataset.channels} channel(s), the model takes {wanted}")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvq._check import require_tensor
+from fastvq._unwrap import unwrap
 from fastvq.errors import ArgumentError
 from fastvq.interop import snail, vqvae
 from fastvq.interop.state import PREFIXES, WRAPPERS, normalise
@@ -40,8 +41,9 @@ class Options:
 
 def recognise(source: nn.Module | Mapping[str, Tensor]) -> str | None:
     """The layout of a module or state dict: ``"pixelsnail"``, ``"vqvae"``, or None for any other."""
-    live = isinstance(source, nn.Module)
-    tensors = source.state_dict() if isinstance(source, nn.Module) else source
+    inner = unwrap(source)
+    live = isinstance(inner, nn.Module)
+    tensors = inner.state_dict() if isinstance(inner, nn.Module) else source
     if not isinstance(tensors, Mapping) or not all(isinstance(name, str) for name in tensors):
         return None
     try:

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fastvq._unwrap import unwrap
 from fastvq._watch import first_elements, gather, unchanged
 from fastvq.errors import ArgumentError, ArgumentTypeError
 from fastvq.interop.layout import Options, build, require_kind
-from fastvq.interop.state import WRAPPERS, normalise
+from fastvq.interop.state import normalise
 from fastvq.models import VQVAE2, PixelSNAIL
 
 _SAMPLES = 16
@@ -50,8 +51,8 @@ def convert(module: nn.Module, *, legacy: bool | None = None) -> PixelSNAIL | VQ
     """Our model with the present weights of a live module, which is recognised by its state dict.
 
     Args:
-        module: a VQVAE or PixelSNAIL of a known layout, also inside DataParallel, DistributedDataParallel or
-            torch.compile.
+        module: a VQVAE or PixelSNAIL of a known layout, also inside DataParallel, DistributedDataParallel,
+            AveragedModel or torch.compile.
         legacy: whether the activations at the start of its residual blocks work in place. None looks at the modules: if
             they are of type ``nn.ELU`` or ``nn.ReLU`` and in place, it is a legacy model.
 
@@ -70,6 +71,7 @@ def convert(module: nn.Module, *, legacy: bool | None = None) -> PixelSNAIL | VQ
     """
     if not isinstance(module, nn.Module):
         raise ArgumentTypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
+    module = unwrap(module)
     if legacy is not None and not isinstance(legacy, bool):
         raise ArgumentTypeError(f"legacy: expected True, False or None, got {legacy!r}")
     with _lock, torch.no_grad():
@@ -93,21 +95,13 @@ def convert(module: nn.Module, *, legacy: bool | None = None) -> PixelSNAIL | VQ
 def _convert(module: nn.Module, legacy: bool | None) -> PixelSNAIL | VQVAE2:
     tensors = normalise(module.state_dict())
     kind = require_kind(tensors)
-    inner = _unwrap(module)
     options = Options(
-        legacy=_works_in_place(inner, kind) if legacy is None else legacy,
-        heads=_heads(inner),
-        dropout=_dropout(inner),
-        decay=_decay(inner),
+        legacy=_works_in_place(module, kind) if legacy is None else legacy,
+        heads=_heads(module),
+        dropout=_dropout(module),
+        decay=_decay(module),
     )
     return build(tensors, kind, options).to(next(iter(tensors.values())).device)
-
-
-def _unwrap(module: nn.Module) -> nn.Module:
-    for prefix in WRAPPERS * 2:
-        inner = module._modules.get(prefix[:-1])
-        module = module if inner is None else inner
-    return module
 
 
 def _works_in_place(module: nn.Module, kind: str) -> bool:

@@ -11,11 +11,10 @@ from typing import Any
 from torch import Tensor
 
 from fastvq._tensors import read_checkpoint
+from fastvq._unwrap import AVERAGED, WRAPPERS
 from fastvq.errors import ArgumentError, ArgumentTypeError
 
-# What DataParallel, DistributedDataParallel and torch.compile put before every name.
-WRAPPERS = ("module.", "_orig_mod.")
-# What training frameworks put there besides, and under which names they store the state dict.
+# What training frameworks put before every name besides, and under which names they store the state dict.
 PREFIXES = (*WRAPPERS, "model.", "net.")
 CONTAINERS = ("state_dict", "model_state_dict", "model", "module")
 _DEEPEST = 4
@@ -28,7 +27,7 @@ _WEIGHT_NORM = {"parametrizations.weight.original0": "weight_g", "parametrizatio
 
 def normalise(tensors: Mapping[str, Tensor], prefixes: tuple[str, ...] = WRAPPERS) -> dict[str, Tensor]:
     """The same tensors without prefixes of wrappers and with weight norm under its older names."""
-    names = {name: name for name in tensors}
+    names = {name: name for name in tensors if name != AVERAGED}
     for _ in range(2 * len(prefixes)):
         for prefix in prefixes:
             if names and all(name.startswith(prefix) for name in names.values()):
