@@ -91,7 +91,7 @@ def demo(arguments: argparse.Namespace) -> None:
         print(f"     level {level}: validation NLL {bits:.3f} bits per code (all codes alike: {uniform:.0f})")
 
     print(f"4/4  sampling at temperature {TEMPERATURE}")
-    pipeline = project.load_pipeline(device)
+    pipeline = Pipeline.from_pretrained(project.path, device=device)
     _write_pictures(pipeline, dataset, validation, arguments, device)
     pipeline.save_pretrained(project.path / "pipeline", overwrite=True)
     print(f"     {project.path / 'reconstructions.png'}: held-out digits above, what their codes keep below")

@@ -12,13 +12,11 @@ import torch
 from fastvq._files import read_json, write_json
 from fastvq._schema import FLAG, TEXT, integer, number, optional, require_entries, several
 from fastvq.data import Augment
-from fastvq.data.codes import model_checksum
 from fastvq.data.pictures import picture_types
-from fastvq.errors import ArgumentError, CorruptFileError, FileConflictError, MissingFileError
-from fastvq.models import HierarchicalVQVAE, Prior, load_pretrained
-from fastvq.models.pretrained import CONFIG_FILE
+from fastvq.errors import ArgumentError, FileConflictError, MissingFileError
+from fastvq.models import HierarchicalVQVAE
 from fastvq.sampling import Pipeline
-from fastvq.sampling.pipeline import PIPELINE_FILE
+from fastvq.sampling.project import DATA_FILE, load_vqvae, other_autoencoder, prior_run, vqvae_run
 
 _DATA = {
     "data": TEXT,
@@ -45,14 +43,14 @@ class Project:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.data = path / "data.json"
+        self.data = path / DATA_FILE
         self.files = path / "files.json"
-        self.vqvae = path / "vqvae"
+        self.vqvae = vqvae_run(path)
         self.codes = path / "codes" / "train"
         self.validation_codes = path / "codes" / "validation"
 
     def prior(self, level: int) -> Path:
-        return self.path / f"prior{level}"
+        return prior_run(self.path, level)
 
     @property
     def started(self) -> bool:
@@ -84,58 +82,17 @@ class Project:
         Raises:
             FileConflictError: another one than the project's.
         """
-        if recorded is None or recorded == model_checksum(vqvae):
-            return
-        # The checksum covers the names of the settings, so models of versions that knew others do not compare.
-        stored = read_json(self.vqvae / "model" / CONFIG_FILE).get("config")
-        if isinstance(stored, dict) and stored.keys() == vqvae.config.to_dict().keys():
-            raise FileConflictError(
-                f"--run: {what} belongs to another autoencoder than the one in {self.vqvae}; bring that one back, or "
-                f"move {what} elsewhere and make it again"
-            )
+        reason = other_autoencoder(self.path, recorded, vqvae, what)
+        if reason is not None:
+            raise FileConflictError(f"--run: {reason}")
 
     def load_vqvae(self, device: str) -> HierarchicalVQVAE:
-        model = self._trained(self.vqvae, device, "fastvq train-vqvae")
-        if not isinstance(model, HierarchicalVQVAE):
-            raise CorruptFileError(f"{self.vqvae}: expected an autoencoder, found a {type(model).__name__}")
-        return model
-
-    def load_prior(self, level: int, device: str) -> Prior:
-        model = self._trained(self.prior(level), device, f"fastvq train-prior --level {level}")
-        if not isinstance(model, Prior):
-            raise CorruptFileError(f"{self.prior(level)}: expected a prior, found a {type(model).__name__}")
-        return model
-
-    def load_pipeline(self, device: str) -> Pipeline:
-        vqvae = self.load_vqvae(device)
-        priors = [self.load_prior(level, device) for level in range(vqvae.num_levels)]
-        for level in range(vqvae.num_levels):
-            data = read_json(self.prior(level) / "config.json").get("data") or {}
-            self.require_same_autoencoder(data.get("stage1_model"), vqvae, self.prior(level))
-        names = self.read_data()["class_names"] if priors[0].config.num_classes else None
-        return Pipeline(vqvae, priors, class_names=names or None)
-
-    def _trained(self, run: Path, device: str, command: str) -> Any:
-        if not (run / "model").is_dir():
-            state = "has not finished training" if run.is_dir() else "does not exist"
-            raise MissingFileError(f"{run} {state}; run `{command} --run {self.path}`")
-        return load_pretrained(run / "model", device=device)
+        return load_vqvae(self.path, device)
 
 
 def load_pipeline(checkpoint: Path | None, pretrained: str | None, device: str) -> Pipeline:
     """The pipeline that ``--checkpoint`` or ``--pretrained`` names."""
-    if checkpoint is None or (checkpoint / PIPELINE_FILE).is_file():
-        if checkpoint is not None:
-            return Pipeline.from_pretrained(checkpoint.absolute(), device=device)
-        return Pipeline.from_pretrained(str(pretrained), device=device)
-    if not checkpoint.is_dir():
-        raise MissingFileError(f"--checkpoint: no folder {checkpoint}")
-    if not Project(checkpoint).vqvae.is_dir():
-        raise MissingFileError(
-            f"--checkpoint: {checkpoint} is neither a project folder (with vqvae/, prior0/, ...) "
-            f"nor a saved pipeline (with {PIPELINE_FILE})"
-        )
-    return Project(checkpoint).load_pipeline(device)
+    return Pipeline.from_pretrained(pretrained or "" if checkpoint is None else checkpoint, device=device)
 
 
 def augmentation(description: dict[str, Any]) -> Augment | None:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from fastvq._check import require_tensor
-from fastvq._unwrap import unwrap
+from fastvq._unwrap import WRAPPERS, unwrap
 from fastvq.errors import ArgumentError
 from fastvq.interop import snail, vqvae
-from fastvq.interop.state import PREFIXES, WRAPPERS, normalise
+from fastvq.interop.state import PREFIXES, normalise
 from fastvq.models import VQVAE2, PixelSNAIL
 
 # Every model of a layout has names that begin so.

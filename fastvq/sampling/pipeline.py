@@ -26,6 +26,7 @@ from fastvq.sampling.api import choose_micro_batch, sample
 from fastvq.sampling.engines import choose_engine, warn_slow, why_slow
 from fastvq.sampling.noise import check_seed
 from fastvq.sampling.options import EngineOptions, Precision, engine_options
+from fastvq.sampling.project import DATA_FILE, class_names, is_project, load_priors, load_vqvae
 from fastvq.sampling.request import Settings, micro_batches
 
 PIPELINE_FILE = "pipeline.json"
@@ -213,32 +214,58 @@ class Pipeline:
 
     @classmethod
     def from_pretrained(cls, name: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> Self:
-        """A pipeline that ships with the package, by its name, or one saved in a local folder, by its path.
+        """A pipeline that ships with the package, by its name, or one in a local folder, by its path.
+
+        Args:
+            name: name of a shipped pipeline; else a folder that :meth:`save_pretrained` wrote, or the project folder of
+                ``fastvq train-vqvae``, ``fastvq train-prior`` or ``fastvq demo``. A ``Path`` is always a folder.
 
         Raises:
-            MissingFileError: neither.
+            MissingFileError: none of these, or a project in which models are missing; says which.
+            FileConflictError: priors of a project that belong to another autoencoder.
             CorruptFileError: the folder is damaged.
         """
-        folder = shipped().get(str(name), Path(name))
+        folder = Path(name) if isinstance(name, os.PathLike) else shipped().get(name, Path(name))
         if not folder.is_dir():
+            if isinstance(name, os.PathLike):
+                raise MissingFileError(f"name: {str(name)!r} is not a local folder")
             raise MissingFileError(
-                f"name: {str(name)!r} is neither a local folder nor one of the shipped models {sorted(shipped())}"
+                f"name: {name!r} is neither a local folder nor one of the shipped models {sorted(shipped())}"
             )
-        if not (folder / PIPELINE_FILE).is_file():
-            raise MissingFileError(f"name: {folder} holds no {PIPELINE_FILE}, so it is not a saved pipeline")
-        description = read_json(folder / PIPELINE_FILE)
-        levels, names = description.get("levels"), description.get("class_names")
-        if description.get("format") != FORMAT or not isinstance(levels, int) or not 1 <= levels <= MOST_LEVELS:
-            raise CorruptFileError(f"{folder / PIPELINE_FILE}: not a pipeline description of format {FORMAT}")
-        require_seal(folder / PIPELINE_FILE, description)
-        vqvae = load_pretrained(folder / "vqvae", device=device)
-        priors = [load_pretrained(folder / f"prior{level}", device=device) for level in range(levels)]
-        if not isinstance(vqvae, HierarchicalVQVAE) or not all(isinstance(prior, Prior) for prior in priors):
-            raise CorruptFileError(f"{folder}: expected an autoencoder in vqvae/ and priors in prior0/, prior1/, ...")
+        names: object
+        if (folder / PIPELINE_FILE).is_file():
+            vqvae, priors, names = _saved(folder, device)
+        elif is_project(folder):
+            try:
+                vqvae = load_vqvae(folder, device)
+                priors = load_priors(folder, vqvae, device)
+            except MissingFileError as error:
+                raise MissingFileError(f"name: {error}") from error
+            names = class_names(folder) if priors[0].config.num_classes else None
+        else:
+            raise MissingFileError(
+                f"name: {folder} holds no {PIPELINE_FILE}, so it is not a saved pipeline, and neither {DATA_FILE} nor "
+                "a run in vqvae/, so it is neither a project folder"
+            )
         with reading(f"{folder}: the models do not fit together"):
             if not optional(several(TEXT)).test(names):
                 raise ArgumentError(f"class_names: expected a list of names, got {names!r}")
-            return cls(vqvae, [prior for prior in priors if isinstance(prior, Prior)], class_names=names)
+            return cls(vqvae, priors, class_names=names)  # type: ignore[arg-type]
+
+
+def _saved(folder: Path, device: str | torch.device) -> tuple[HierarchicalVQVAE, list[Prior], object]:
+    """Models and class names that :meth:`Pipeline.save_pretrained` wrote."""
+    description = read_json(folder / PIPELINE_FILE)
+    levels = description.get("levels")
+    if description.get("format") != FORMAT or not isinstance(levels, int) or not 1 <= levels <= MOST_LEVELS:
+        raise CorruptFileError(f"{folder / PIPELINE_FILE}: not a pipeline description of format {FORMAT}")
+    require_seal(folder / PIPELINE_FILE, description)
+    vqvae = load_pretrained(folder / "vqvae", device=device)
+    models = [load_pretrained(folder / f"prior{level}", device=device) for level in range(levels)]
+    priors = [model for model in models if isinstance(model, Prior)]
+    if not isinstance(vqvae, HierarchicalVQVAE) or len(priors) < len(models):
+        raise CorruptFileError(f"{folder}: expected an autoencoder in vqvae/ and priors in prior0/, prior1/, ...")
+    return vqvae, priors, description.get("class_names")
 
 
 def shipped() -> dict[str, Path]:

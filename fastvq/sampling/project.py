@@ -1,0 +1,104 @@
+"""A project folder, as training leaves it: a run per model, the codes between them, and the data they came from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from fastvq._files import read_json
+from fastvq.data.codes import model_checksum
+from fastvq.errors import CorruptFileError, FileConflictError, MissingFileError
+from fastvq.models.pretrained import CONFIG_FILE, WEIGHTS_FILE, PretrainedModel, load_pretrained
+from fastvq.models.prior import Prior
+from fastvq.models.vqvae import HierarchicalVQVAE
+
+DATA_FILE = "data.json"
+Device = str | torch.device
+
+
+def vqvae_run(folder: Path) -> Path:
+    return folder / "vqvae"
+
+
+def prior_run(folder: Path, level: int) -> Path:
+    return folder / f"prior{level}"
+
+
+def is_project(folder: Path) -> bool:
+    """Whether training began here. A model itself in ``vqvae`` is part of a saved pipeline, a run holds one deeper."""
+    run = vqvae_run(folder)
+    return (folder / DATA_FILE).is_file() or (run.is_dir() and not (run / WEIGHTS_FILE).is_file())
+
+
+def load_vqvae(folder: Path, device: Device) -> HierarchicalVQVAE:
+    """
+    Raises:
+        MissingFileError: it has not been trained, or not to the end.
+    """
+    run = vqvae_run(folder)
+    missing = why_untrained(run, f"train-vqvae --run {folder}")
+    if missing is not None:
+        raise MissingFileError(missing)
+    model = load_pretrained(run / "model", device=device)
+    if not isinstance(model, HierarchicalVQVAE):
+        raise CorruptFileError(f"{run}: expected an autoencoder, found a {type(model).__name__}")
+    return model
+
+
+def load_priors(folder: Path, vqvae: HierarchicalVQVAE, device: Device) -> list[Prior]:
+    """The priors of all levels, top first.
+
+    Raises:
+        MissingFileError: some have not been trained, or not to the end; names all of them.
+        FileConflictError: one was trained on the codes of another autoencoder.
+    """
+    runs = [prior_run(folder, level) for level in range(vqvae.num_levels)]
+    found = [why_untrained(run, f"train-prior --run {folder} --level {level}") for level, run in enumerate(runs)]
+    missing = [reason for reason in found if reason is not None]
+    if missing:
+        raise MissingFileError("; ".join(missing))
+    models: list[PretrainedModel] = [load_pretrained(run / "model", device=device) for run in runs]
+    priors = [model for model in models if isinstance(model, Prior)]
+    for run, model in zip(runs, models, strict=True):
+        if not isinstance(model, Prior):
+            raise CorruptFileError(f"{run}: expected a prior, found a {type(model).__name__}")
+        record = run / CONFIG_FILE
+        data = (read_json(record).get("data") if record.is_file() else None) or {}
+        reason = other_autoencoder(folder, data.get("stage1_model"), vqvae, run)
+        if reason is not None:
+            raise FileConflictError(reason)
+    return priors
+
+
+def other_autoencoder(folder: Path, recorded: object, vqvae: HierarchicalVQVAE, what: Path) -> str | None:
+    """Why ``what``, codes or a prior over them, does not belong to the project's autoencoder; None if it does.
+
+    Args:
+        recorded: the checksum of the autoencoder that it belongs to; None if that was not recorded.
+    """
+    if recorded is None or recorded == model_checksum(vqvae):
+        return None
+    # The checksum covers the names of the settings, so models of versions that knew others do not compare.
+    stored = read_json(vqvae_run(folder) / "model" / CONFIG_FILE).get("config")
+    if not isinstance(stored, dict) or stored.keys() != vqvae.config.to_dict().keys():
+        return None
+    return (
+        f"{what} belongs to another autoencoder than the one in {vqvae_run(folder)}; bring that one back, or move"
+        f" {what} elsewhere and make it again"
+    )
+
+
+def why_untrained(run: Path, command: str) -> str | None:
+    """What is missing of a run, and the command that makes it; None for a trained one."""
+    if (run / "model").is_dir():
+        return None
+    state = "has not finished training" if run.is_dir() else "does not exist"
+    return f"{run} {state}; run `fastvq {command}`"
+
+
+def class_names(folder: Path) -> list[str] | None:
+    """Names of the classes that the project was trained on; None without classes or without such a record."""
+    path = folder / DATA_FILE
+    names = read_json(path).get("class_names") if path.is_file() else None
+    return names or None
