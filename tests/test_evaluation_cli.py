@@ -190,14 +190,14 @@ def test_a_shipped_model_needs_data_and_takes_any_split(tmp_path: Path, capsys: 
         (["{photos}"], "is neither a project folder"),
         (["{run}", "--classifier", "{photos}"], "--classifier: no trained classifier in"),
         (["{run}", "--classifier", "{run}/vqvae"], "--classifier: .* holds a VQVAE2, expected a classifier"),
-        (["{run}", "--inception", "absent.pth"], "weights: no file absent.pth"),
+        (["{run}", "--inception", "absent.pth"], "--inception: no file absent.pth"),
         (["{run}", "--inception", "a", "--features", "b"], "--inception and --features: expected one of them"),
         (["{run}", "--data", "{photos}/dark", "--changed-data"], "--changed-data: .*classes dark, light and .* none"),
-        (["{run}", "--keep", "0"], r"fractions: expected numbers in \(0, 1\]"),
-        (["{run}", "-n", "0"], "samples: must be at least 1"),
+        (["{run}", "--keep", "0"], r"--keep: expected numbers in \(0, 1\]"),
+        (["{run}", "-n", "0"], "-n: must be at least 1"),
         (["--pretrained", "digits", "--data", "{photos}"], "--data: the priors expect 10 classes, got 2"),
         (["{run}", "--out", "report.png"], "--out: expected the name of a folder, got report.png"),
-        (["--pretrained", "absent", "--data", "digits"], "name: 'absent' is neither a local folder nor"),
+        (["--pretrained", "absent", "--data", "digits"], "--pretrained: 'absent' is neither a local folder nor"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -217,7 +217,7 @@ def test_mistakes_get_one_line(
     [
         (["--data", "{photos}/dark", "--size", "16"], "--data: a classifier learns from labels"),
         ([], "--data: .* holds no data.json that says where the images are"),
-        (["--data", "digits", "--set", "width=3"], "ClassifierConfig: unknown fields"),
+        (["--data", "digits", "--set", "width=3"], "--set width: ClassifierConfig has no such field"),
     ],
     ids=["labels", "no-data", "field"],
 )

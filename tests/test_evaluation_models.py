@@ -20,6 +20,7 @@ from evaluation_helpers import (
     readable_pipeline,
 )
 from helpers import refuses
+from PIL import Image
 from torch import Tensor, nn
 from training_helpers import train_config
 
@@ -42,6 +43,7 @@ from fastvq.evaluation import (
     sample_with_rejection,
     sources,
 )
+from fastvq.evaluation.curves import draw_curve
 from fastvq.evaluation.tables import _trend
 from fastvq.models.classifier import Classifier, ClassifierConfig
 from fastvq.training.classifier import accuracies, train_classifier
@@ -444,3 +446,29 @@ def test_the_trend_of_a_curve_is_said_with_its_exceptions() -> None:
         "As less is kept, precision rises from 0.700 to 0.790 (1 of 2 steps against it, by at most 0.010) and "
         "recall falls from 0.900 to 0.300 (0 of 2 steps against it)."
     )
+
+
+TRENDS: dict[str, tuple[list[float], str]] = {
+    "rises": ([0.7, 0.8, 0.9], "rises from 0.700 to 0.900 (0 of 2 steps against it)"),
+    "falls": ([0.9, 0.95, 0.6], "falls from 0.900 to 0.600 (1 of 2 steps against it, by at most 0.050)"),
+    "back-again": ([1.0, 0.9, 1.0], "is 1.000 in the end as at first (between 0.900 and 1.000)"),
+    "same": ([0.5, 0.5, 0.5], "is 0.500 in the end as at first"),
+    "same-as-written": ([0.5, 0.5001, 0.50004], "is 0.500 in the end as at first"),
+}
+
+
+@pytest.mark.parametrize(("values", "expected"), TRENDS.values(), ids=TRENDS)
+def test_the_trend_follows_the_numbers(values: list[float], expected: str) -> None:
+    """Points may come in any order; the whole set of samples comes first in the sentence."""
+    points = [CurvePoint(keep, 9, 0.0, v, 0.4, 0.0, 0.0, None) for keep, v in zip((1.0, 0.5, 0.1), values, strict=True)]
+    assert _trend(points[::-1]) == f"As less is kept, precision {expected} and recall is 0.400 in the end as at first."
+    swapped = [point._replace(precision=0.4, recall=point.precision) for point in points]
+    assert _trend(swapped) == f"As less is kept, precision is 0.400 in the end as at first and recall {expected}."
+
+
+@pytest.mark.parametrize(("distances", "panels"), [([None, None], 2), ([1.5, None], 3), ([1.5, 1.2], 3)])
+def test_the_picture_has_no_empty_panels(distances: list[float | None], panels: int, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    points = [CurvePoint(keep, 9, 0.0, 0.9, 0.4, 1.0, 0.8, d) for keep, d in zip((1.0, 0.5), distances, strict=True)]
+    draw_curve(points, tmp_path / "curve.png", frechet_name="FID", features="some")
+    assert Image.open(tmp_path / "curve.png").size == (300 * panels, 306)

@@ -97,7 +97,7 @@ def test_models_in_the_wrong_place(project: Path) -> None:
 
 def test_a_path_is_a_folder_and_never_a_shipped_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with refuses(MissingFileError, "name: 'digits' is not a local folder$"):
+    with refuses(MissingFileError, "name: no folder digits$"):
         Pipeline.from_pretrained(Path("digits"))
     (tmp_path / "digits").mkdir()
     with refuses(MissingFileError, "name: digits holds no pipeline.json, .* neither a project folder$"):

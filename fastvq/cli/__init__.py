@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from fastvq.cli.names import as_typed
 from fastvq.cli.parser import build_parser
 from fastvq.errors import FastvqError
 
@@ -26,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (FastvqError, OSError) as error:
         if arguments.debug:
             raise
-        print(f"fastvq: error: {error}", file=sys.stderr)
+        text = as_typed(str(error), arguments.command, arguments, arguments.options)
+        print(f"fastvq: error: {text}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         hint = "; run the same command with --resume to go on" if hasattr(arguments, "resume") else ""

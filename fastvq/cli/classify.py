@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from fastvq.cli.images import open_described
+from fastvq.cli.names import configure
 from fastvq.cli.project import Project, augmentation, choose_device, parse_overrides
 from fastvq.errors import ArgumentError, MissingFileError
 from fastvq.models import load_pretrained
@@ -25,8 +26,8 @@ def train_classifier(arguments: argparse.Namespace) -> None:
     dataset, description, split = open_described(arguments, project)
     if dataset.num_classes is None:
         raise ArgumentError("--data: a classifier learns from labels; put the images of each class in a sub-folder")
-    fields = {"in_channels": dataset.channels, "num_classes": dataset.num_classes, **overrides}
-    model_config = ClassifierConfig.from_dict(fields)
+    template = ClassifierConfig(in_channels=dataset.channels, num_classes=dataset.num_classes)
+    model_config = configure(template, overrides)
     config = TrainConfig(
         steps=arguments.steps,
         batch_size=arguments.batch_size,

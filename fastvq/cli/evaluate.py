@@ -7,7 +7,7 @@ import argparse
 from torch import nn
 
 from fastvq.cli.classify import CLASSIFIER, load_classifier
-from fastvq.cli.images import as_typed, open_described
+from fastvq.cli.images import open_described
 from fastvq.cli.project import Project, augmentation, choose_device, load_pipeline, require_folder_name
 from fastvq.errors import ArgumentError, MissingFileError
 from fastvq.evaluation import (
@@ -53,6 +53,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         size=[side * scale for side in pipeline.priors[0].config.shape],
         channels=pipeline.vqvae.config.in_channels,
     )
+    augment = augmentation(description)
     plan = None
     if arguments.accuracy_steps:
         model = (
@@ -72,23 +73,22 @@ def evaluate(arguments: argparse.Namespace) -> None:
             checkpoint_every=None,
             device=device,
         )
-        plan = AccuracyPlan(model, training_config, augmentation(description))
+        plan = AccuracyPlan(model, training_config, augment)
     cache = arguments.cache
     if cache is None and project is not None and project.data.is_file():
         cache = project.path / "evaluation"
-    with as_typed(dataset="--data"):
-        evaluation = measure(
-            pipeline,
-            dataset,
-            training,
-            validation,
-            config,
-            extractor=extractor,
-            classifier=classifier,
-            accuracy=plan,
-            cache=cache,
-            progress=not arguments.quiet,
-        )
+    evaluation = measure(
+        pipeline,
+        dataset,
+        training,
+        validation,
+        config,
+        extractor=extractor,
+        classifier=classifier,
+        accuracy=plan,
+        cache=cache,
+        progress=not arguments.quiet,
+    )
     for title, text in tables(evaluation):
         print(f"{title}\n\n{text}\n")
     if extractor is None:

@@ -15,7 +15,7 @@ from torch import Tensor
 import fastvq
 from fastvq import _engine
 from fastvq._files import replacing_folder, write_json
-from fastvq.cli.images import as_typed, open_data
+from fastvq.cli.images import open_data
 from fastvq.cli.project import Project, choose_device, load_pipeline
 from fastvq.data import load_images, psnr, save_grid
 from fastvq.data.grid import PICTURES, grid_size, require_picture
@@ -85,8 +85,7 @@ def reconstruct(arguments: argparse.Namespace) -> None:
         leave_out_empty=True,
         quiet=arguments.quiet,
     )
-    with as_typed(image_size="--size", size="--size", images="--size"):
-        model.code_shapes(dataset.size)
+    model.code_shapes(dataset.size)
     count = min(arguments.n, len(dataset))
     require_picture("--out", arguments.out, *grid_size(2 * count, *dataset.size, count)[:2])
     originals = load_images(dataset, range(count))
@@ -105,6 +104,7 @@ def reconstruction(model: HierarchicalVQVAE, originals: Tensor) -> tuple[Tensor,
 
 
 def info(arguments: argparse.Namespace) -> None:
+    choose_device(arguments.device)
     if arguments.checkpoint is None and arguments.pretrained is None:
         _print_installation()
         return

@@ -18,7 +18,7 @@ from fastvq._schema import TEXT, integer, named, optional, require_entries, seve
 from fastvq.cli.project import Project
 from fastvq.data import Digits, ImageDataset, ImageFolder, split_indices
 from fastvq.data.images import ImageFolderWarning
-from fastvq.errors import ArgumentError, FastvqError, FileConflictError, MissingFileError
+from fastvq.errors import ArgumentError, FileConflictError, MissingFileError
 
 DIGITS = "digits"
 # What counted as an image before projects recorded it.
@@ -36,20 +36,6 @@ _DEFAULTS: dict[str, Any] = {
     "validation": 0.1,
     "seed": 0,
 }
-
-
-@contextlib.contextmanager
-def as_typed(**options: str) -> Iterator[None]:
-    """Errors name the options of the command line (values) in place of Python's arguments (names)."""
-    try:
-        yield
-    except FastvqError as error:
-        name, colon, rest = str(error).partition(":")
-        text = f"{options[name]}{colon}{rest}" if name in options else str(error)
-        text = text.replace("skip_broken=True goes on", "--skip-broken goes on")
-        if text == str(error):
-            raise
-        raise type(error)(text) from error
 
 
 def open_data(
@@ -71,23 +57,22 @@ def open_data(
     if size is not None and len(size) > 2:
         raise ArgumentError(f"--size: expected one side, or height and width, got {len(size)} numbers")
     pair = None if size is None else (size[0], size[-1])
-    with as_typed(root="--data", size="--size", channels="--channels"), _warnings_as_lines():
-        if data == DIGITS:
-            if channels != 1:
-                raise ArgumentError(f"--data: the digits have 1 channel, the model takes {channels}")
-            return Digits(pair or 32)
-        if pair is None:
-            raise ArgumentError("--size: images from a folder need a size")
-        return ImageFolder(
-            data,
-            pair,
-            channels=channels,
-            skip_broken=skip_broken,
-            suffixes=suffixes,
-            exclude=exclude,
-            empty_classes="leave out" if leave_out_empty else "refuse",
-            progress=not quiet,
-        )
+    if data == DIGITS:
+        if channels != 1:
+            raise ArgumentError(f"--data: the digits have 1 channel, the model takes {channels}")
+        return Digits(pair or 32)
+    if pair is None:
+        raise ArgumentError("--size: images from a folder need a size")
+    return ImageFolder(
+        data,
+        pair,
+        channels=channels,
+        skip_broken=skip_broken,
+        suffixes=suffixes,
+        exclude=exclude,
+        empty_classes="leave out" if leave_out_empty else "refuse",
+        progress=not quiet,
+    )
 
 
 def open_new_images(
@@ -120,8 +105,7 @@ def start_project(project: Project, data: str, dataset: ImageDataset, settings: 
         FileConflictError: other images or settings than those of the run; says what differs.
     """
     settings = {"size": list(dataset.size), "channels": dataset.channels, **settings}
-    with as_typed(fraction="--validation"):
-        split_indices(len(dataset), settings["validation"], settings["seed"])
+    split_indices(len(dataset), settings["validation"], settings["seed"])
     if not project.started:
         _record(project, settings, data, dataset)
         return
@@ -246,8 +230,7 @@ def open_described(
     else:
         exclude = [] if project is None else [project.path]
         dataset = open_data(description["data"], size, channels, exclude=exclude, **options)
-    with as_typed(fraction="--validation"):
-        return dataset, description, split_indices(len(dataset), description["validation"], description["seed"])
+    return dataset, description, split_indices(len(dataset), description["validation"], description["seed"])
 
 
 def split_images(project: Project, description: dict[str, Any], dataset: ImageDataset) -> tuple[np.ndarray, np.ndarray]:
@@ -258,19 +241,18 @@ def split_images(project: Project, description: dict[str, Any], dataset: ImageDa
     """
     fraction, seed = description["validation"], description["seed"]
     known = _recorded_files(project)
-    with as_typed(fraction="--validation"):
-        if known is None or not isinstance(dataset, ImageFolder):
+    if known is None or not isinstance(dataset, ImageFolder):
+        return split_indices(len(dataset), fraction, seed)
+    held_out = known.get("held_out")
+    if held_out is None:
+        if _same_images(known["fingerprint"], dataset.fingerprint()):
             return split_indices(len(dataset), fraction, seed)
-        held_out = known.get("held_out")
-        if held_out is None:
-            if _same_images(known["fingerprint"], dataset.fingerprint()):
-                return split_indices(len(dataset), fraction, seed)
-            then = list(known["files"])
-            held_out = [then[index] for index in split_indices(len(then), fraction, seed)[1]]
-        names = list(dataset.files)
-        new = [name for name in names if name not in known["files"]]
-        if len(new) > 1:
-            held_out = [*held_out, *(new[index] for index in split_indices(len(new), fraction, seed)[1])]
+        then = list(known["files"])
+        held_out = [then[index] for index in split_indices(len(then), fraction, seed)[1]]
+    names = list(dataset.files)
+    new = [name for name in names if name not in known["files"]]
+    if len(new) > 1:
+        held_out = [*held_out, *(new[index] for index in split_indices(len(new), fraction, seed)[1])]
     aside = set(held_out)
     training = np.array([index for index, name in enumerate(names) if name not in aside], dtype=np.int64)
     validation = np.array([index for index, name in enumerate(names) if name in aside], dtype=np.int64)

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 import fastvq
+from fastvq.cli.names import options_of
 
 _OVERVIEW = """\
 Hierarchical VQ-VAEs and priors over their codes.
@@ -51,6 +52,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_train_classifier(commands)
     _add_evaluate(commands)
     _add_info(commands)
+    for name, command in commands.choices.items():
+        command.set_defaults(command=name, options=options_of(command))
     return parser
 
 

@@ -42,6 +42,8 @@ class Project:
     """Paths inside a project folder."""
 
     def __init__(self, path: Path) -> None:
+        if path.exists() and not path.is_dir():
+            raise FileConflictError(f"--run: {path} is a file, expected a folder")
         self.path = path
         self.data = path / DATA_FILE
         self.files = path / "files.json"
@@ -87,7 +89,10 @@ class Project:
             raise FileConflictError(f"--run: {reason}")
 
     def load_vqvae(self, device: str) -> HierarchicalVQVAE:
-        return load_vqvae(self.path, device)
+        try:
+            return load_vqvae(self.path, device)
+        except MissingFileError as error:
+            raise MissingFileError(f"--run: {error}") from error
 
 
 def load_pipeline(checkpoint: Path | None, pretrained: str | None, device: str) -> Pipeline:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvq.cli.images import as_typed, open_new_images, open_project_images, split_images, start_project
+from fastvq.cli.images import open_new_images, open_project_images, split_images, start_project
+from fastvq.cli.names import configure
 from fastvq.cli.project import Project, augmentation, choose_device, parse_overrides
 from fastvq.data import CodeDataset, extract_codes
 from fastvq.errors import ArgumentError, FileConflictError
@@ -28,11 +29,14 @@ _PICTURES = 16
 def train_vqvae(arguments: argparse.Namespace) -> None:
     device = choose_device(arguments.device)
     overrides = parse_overrides(arguments.set)
-    if arguments.channels is not None:
-        overrides.setdefault("in_channels", arguments.channels)
-    _, model_config = preset(arguments.preset, **overrides)
-    if not isinstance(model_config, VQVAEConfig):
+    typed = {}
+    if arguments.channels is not None and "in_channels" not in overrides:
+        overrides["in_channels"] = arguments.channels
+        typed["in_channels"] = "--channels"
+    _, template = preset(arguments.preset)
+    if not isinstance(template, VQVAEConfig):
         raise ArgumentError(f"--preset: {arguments.preset} is a prior, expected an autoencoder")
+    model_config = configure(template, overrides, typed)
     config = _train_config(arguments, device, validation_fraction=arguments.validation)
     stride = math.prod(model_config.strides)
     if any(side < 1 or side % stride for side in arguments.size or ()):
@@ -93,18 +97,17 @@ def extract(arguments: argparse.Namespace) -> None:
     if len(validation):
         parts.append((validation, project.validation_codes, 1))
     for indices, folder, copies in parts:
-        with as_typed(folder="--run", dataset="--data", batch_size="--batch-size"):
-            extract_codes(
-                model,
-                dataset,
-                indices,
-                folder,
-                batch_size=arguments.batch_size,
-                augment=augment if copies > 1 else None,
-                copies=copies,
-                seed=description["seed"],
-                progress=not arguments.quiet,
-            )
+        extract_codes(
+            model,
+            dataset,
+            indices,
+            folder,
+            batch_size=arguments.batch_size,
+            augment=augment if copies > 1 else None,
+            copies=copies,
+            seed=description["seed"],
+            progress=not arguments.quiet,
+        )
         print(f"codes of {len(indices)} images x {copies} in {folder}")
     print(f"next: fastvq train-prior --run {arguments.run} --level 0 ... {model.num_levels - 1}")
 
@@ -115,9 +118,10 @@ def train_prior(arguments: argparse.Namespace) -> None:
     codes = CodeDataset(project.codes)
     if not 0 <= arguments.level < codes.num_levels:
         raise ArgumentError(f"--level: {project.codes} holds levels 0..{codes.num_levels - 1}, got {arguments.level}")
-    _, template = preset(arguments.preset, **parse_overrides(arguments.set))
+    _, template = preset(arguments.preset)
     if not isinstance(template, PriorConfig):
         raise ArgumentError(f"--preset: {arguments.preset} is an autoencoder, expected a prior")
+    template = configure(template, parse_overrides(arguments.set))
     num_classes = None if arguments.unconditional else codes.num_classes
     model_config = fit_to_codes(template, codes, arguments.level, num_classes)
     config = _train_config(arguments, device)

@@ -185,20 +185,24 @@ def _accuracy(evaluation: Evaluation) -> str:
 
 
 def _trend(points: Sequence[CurvePoint]) -> str:
-    """Whether precision rises and recall falls as less is kept, step by step."""
+    """How precision and recall change as less is kept, and how many steps go the other way."""
     ordered = sorted(points, key=lambda point: -point.keep)
-    steps = list(itertools.pairwise(ordered))
-    parts = []
-    for name, sign in (("precision", 1), ("recall", -1)):
-        first, last = getattr(ordered[0], name), getattr(ordered[-1], name)
-        against = [max(0.0, sign * (getattr(a, name) - getattr(b, name))) for a, b in steps]
-        count = sum(step > 0 for step in against)
-        worst = f", by at most {max(against):.3f}" if count else ""
-        direction = "rises" if sign > 0 else "falls"
-        parts.append(
-            f"{name} {direction} from {first:.3f} to {last:.3f} ({count} of {len(steps)} steps against it{worst})"
-        )
+    parts = [_change(name, [getattr(point, name) for point in ordered]) for name in ("precision", "recall")]
     return f"As less is kept, {' and '.join(parts)}."
+
+
+def _change(name: str, values: Sequence[float]) -> str:
+    first, last = values[0], values[-1]
+    if f"{first:.3f}" == f"{last:.3f}":
+        low, high = min(values), max(values)
+        between = "" if f"{low:.3f}" == f"{high:.3f}" else f" (between {low:.3f} and {high:.3f})"
+        return f"{name} is {last:.3f} in the end as at first{between}"
+    rises = last > first
+    steps = [b - a if rises else a - b for a, b in itertools.pairwise(values)]
+    against = [-step for step in steps if step < 0]
+    worst = f", by at most {max(against):.3f}" if against else ""
+    direction = "rises" if rises else "falls"
+    return f"{name} {direction} from {first:.3f} to {last:.3f} ({len(against)} of {len(steps)} steps against it{worst})"
 
 
 def _curve(evaluation: Evaluation) -> str:

@@ -228,7 +228,7 @@ class Pipeline:
         folder = Path(name) if isinstance(name, os.PathLike) else shipped().get(name, Path(name))
         if not folder.is_dir():
             if isinstance(name, os.PathLike):
-                raise MissingFileError(f"name: {str(name)!r} is not a local folder")
+                raise MissingFileError(f"name: no folder {folder}")
             raise MissingFileError(
                 f"name: {name!r} is neither a local folder nor one of the shipped models {sorted(shipped())}"
             )
