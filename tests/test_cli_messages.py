@@ -109,7 +109,7 @@ BAD: dict[str, list[str]] = {
         "--micro-batch 0",
         "--out my",
     ],
-    "reconstruct": ["--data nowhere", "--size 0", "--size 1 2 3", "-n 0", "--out file.jpg"],
+    "reconstruct": ["--data nowhere", "--size 0", "--size 1 2 3", "-n 0", "--out file.gif"],
     "train-classifier": [
         *TRAINING,
         "--run file",
@@ -158,7 +158,7 @@ WHOLE = {
 }
 # Options of which every value is one, or whose values argparse checks.
 FREE = {"help", "debug", "quiet", "overwrite", "resume", "skip_broken", "flip", "unconditional", "bf16", "compile"}
-FREE |= {"curves", "optimizer", "name", "cache"}
+FREE |= {"curves", "optimizer", "name", "cache", "changed_data"}
 
 
 def blamed(line: str) -> str:

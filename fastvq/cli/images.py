@@ -63,16 +63,17 @@ def open_data(
         return Digits(pair or 32)
     if pair is None:
         raise ArgumentError("--size: images from a folder need a size")
-    return ImageFolder(
-        data,
-        pair,
-        channels=channels,
-        skip_broken=skip_broken,
-        suffixes=suffixes,
-        exclude=exclude,
-        empty_classes="leave out" if leave_out_empty else "refuse",
-        progress=not quiet,
-    )
+    with _warnings_as_lines():
+        return ImageFolder(
+            data,
+            pair,
+            channels=channels,
+            skip_broken=skip_broken,
+            suffixes=suffixes,
+            exclude=exclude,
+            empty_classes="leave out" if leave_out_empty else "refuse",
+            progress=not quiet,
+        )
 
 
 def open_new_images(
@@ -217,7 +218,7 @@ def open_described(
         value = getattr(arguments, name, None)
         if value is not None:
             description[name] = value
-    if description["data"] == DIGITS:
+    if description["data"] == DIGITS and getattr(arguments, "channels", None) is None:
         description["channels"] = 1
     size, channels = size or description["size"], channels or description["channels"]
     options = {"skip_broken": arguments.skip_broken, "quiet": arguments.quiet}
