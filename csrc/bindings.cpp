@@ -14,6 +14,7 @@
 #include <nanobind/stl/unique_ptr.h>
 
 #include "binding_helpers.h"
+#include "cpu/checksum.h"
 #include "cpu/draw.h"
 #include "cpu/ema.h"
 #include "cpu/kernels.h"
@@ -35,7 +36,7 @@ using fastvq::expect;
 using fastvq::pointer;
 
 // Raised together with the number in fastvq/_engine.py when a signature changes.
-constexpr int kInterface = 5;
+constexpr int kInterface = 6;
 
 int64_t draw(uintptr_t logits, uintptr_t uniforms, uintptr_t tokens, int64_t rows, int64_t num_codes,
              float temperature, int64_t top_k, float top_p) {
@@ -119,6 +120,18 @@ void ema_update(uintptr_t counts, bool whole_counts, uintptr_t sums, int64_t num
     task.skip_unusable = skip_unusable;
     nb::gil_scoped_release release;
     fastvq::cpu::ema_update(task, threads);
+}
+
+uint64_t checksum(uintptr_t blocks, int64_t count) {
+    expect(count >= 0 && count < fastvq::kTableLimit, "count", "0 to 2^24");
+    const auto* data = pointer<const int64_t>("blocks", blocks, count);
+    std::vector<fastvq::cpu::Bytes> list;
+    for (int64_t i = 0; i < count; ++i, data += 2) {
+        expect(data[1] >= 0, "bytes", "a count");
+        list.push_back({pointer<const unsigned char>("block", data[0], data[1]), data[1]});
+    }
+    nb::gil_scoped_release release;
+    return fastvq::cpu::checksum(list.data(), count);
 }
 
 constexpr int64_t kViewFields = 3;
@@ -251,6 +264,8 @@ NB_MODULE(_ext, m) {
           nb::arg("depth"), nb::arg("cluster_size"), nb::arg("embedding_sum"), nb::arg("embedding"), nb::arg("decay"),
           nb::arg("eps"), nb::arg("skip_unusable"), nb::arg("threads"),
           "Moving averages of a codebook and its codes, in place; arrays by address, counts int64 or float.");
+    m.def("checksum", &checksum, nb::arg("blocks"), nb::arg("count"),
+          "Position-dependent checksum of memory; a table of addresses and bytes by address.");
     nb::class_<fastvq::cpu::StepPlan>(m, "StepPlan")
         .def_prop_ro("weight_bytes", &fastvq::cpu::StepPlan::weight_bytes)
         .def_prop_ro("kernels", &fastvq::cpu::StepPlan::kernels_name)

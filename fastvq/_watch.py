@@ -1,25 +1,88 @@
-"""Noticing that tensors have changed where their version counters do not say so."""
+"""Noticing that tensors have changed, also where their version counters do not say so."""
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Callable, Iterable
+
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from fastvq import _engine
+from fastvq.ops.dispatch import why_no_triton
 
 
-def first_elements(tensor: Tensor, count: int) -> Tensor:
-    """A view of up to ``count`` elements. Flattening another memory format would copy."""
-    tensor = tensor.detach()
-    return (tensor.reshape(-1) if tensor.is_contiguous() else tensor[(0,) * (tensor.ndim - 1)])[:count]
+def modules_of(module: nn.Module) -> list[nn.Module]:
+    """A module and all inside it, shared ones once for each place.
+
+    nn.Module's own iterators would take longer than reading a small model's weights.
+    """
+    found = [module]
+    for part in found:
+        found.extend([inner for inner in part._modules.values() if inner is not None])
+    return found
 
 
-def gather(views: list[Tensor]) -> list[Tensor]:
-    """Copies of the views, joined by device and type so that comparing takes few operations."""
-    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for view in views:
-        groups.setdefault((view.device, view.dtype), []).append(view)
-    return [torch.cat(group) for group in groups.values()]
+def tensors_of(modules: Iterable[nn.Module]) -> list[Tensor]:
+    """Parameters and buffers of the modules themselves."""
+    tensors: list[Tensor | None] = []
+    for module in modules:
+        tensors.extend(module._parameters.values())
+        tensors.extend(module._buffers.values())
+    return [tensor for tensor in tensors if tensor is not None]
 
 
-def unchanged(views: list[Tensor], seen: list[Tensor]) -> bool:
-    """Whether the views still hold what :func:`gather` found in them."""
-    return all(map(torch.equal, gather(views), seen))
+class Snapshot:
+    """Where tensors lie in memory, and a checksum of what is there.
+
+    Operations on ``tensor.data``, those on tensors made in inference mode and those of NumPy leave no trace but the
+    values. The memory is kept alive, so that an address cannot come to belong to another tensor.
+    """
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self._layout = _layout(tensors)
+        blocks: dict[torch.device, list[Tensor]] = {}
+        for tensor in tensors:
+            if tensor.numel() and not tensor.is_meta:
+                blocks.setdefault(tensor.device, []).append(_block(tensor))
+        self._blocks = blocks
+        self._readers = [_reader(device, found) for device, found in blocks.items()]
+        self._checksums = self._read()
+
+    def matches(self, tensors: list[Tensor]) -> bool:
+        """Whether these are the tensors, with the values that they had."""
+        return _layout(tensors) == self._layout and self._read() == self._checksums
+
+    def _read(self) -> list[int]:
+        return [reader() for reader in self._readers]
+
+
+def _layout(tensors: list[Tensor]) -> list[object]:
+    return [(tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors]
+
+
+def _block(tensor: Tensor) -> Tensor:
+    """The bytes from a tensor's first element to its last, in the order of memory."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.detach().as_strided((last + 1,), (1,)).view(torch.uint8)
+
+
+def _reader(device: torch.device, blocks: list[Tensor]) -> Callable[[], int]:
+    """What computes the checksum of blocks on one device, anew at every call."""
+    if device.type == "cpu" and _engine.available():
+        checksum = _engine.require().checksum
+        table = np.array([(block.data_ptr(), block.numel()) for block in blocks], dtype=np.int64)
+        return lambda: checksum(table.ctypes.data, len(table))
+    if device.type == "cuda" and why_no_triton() is None:
+        from fastvq.kernels.checksum import Checksum
+
+        return Checksum(blocks)
+    return lambda: _crc(blocks)
+
+
+def _crc(blocks: list[Tensor]) -> int:
+    value = 0
+    for block in blocks:
+        value = zlib.crc32(block.cpu().numpy().data, value)
+    return value

@@ -7,15 +7,16 @@ import time
 import weakref
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
-from foreign_models import ForeignVQVAE, direction, randomise
+from foreign_models import Causal2d, ForeignVQVAE, direction, randomise
 from helpers import refuses
 from interop_helpers import foreign_codes, foreign_prior, require_same_prior, require_same_vqvae
 from torch import nn
 
 from fastvq.errors import ArgumentError, ArgumentTypeError
-from fastvq.interop import convert
+from fastvq.interop import convert, live
 
 pytestmark = [
     pytest.mark.usefixtures("steady"),
@@ -78,6 +79,52 @@ def test_follows_every_tensor_changed_through_data() -> None:
         before = convert(theirs)
         parameter.data.add_(0.01)
         assert convert(theirs) is not before, name
+
+
+@pytest.mark.parametrize("spelling", ["old", "new"])
+@pytest.mark.parametrize("place", ["first", "middle", "last"])
+def test_follows_an_edit_of_one_element(place: str, spelling: str) -> None:
+    theirs = foreign_prior("conditioned-attention", spelling=spelling)
+    for name, parameter in theirs.named_parameters():
+        before = convert(theirs)
+        # The first row of a causal kernel has no masked entries.
+        values = parameter.data[:, :, 0] if parameter.ndim == 4 else parameter.data
+        index = {"first": 0, "middle": values.numel() // 2, "last": values.numel() - 1}[place]
+        values[tuple(np.unravel_index(index, values.shape))] += 0.1
+        assert convert(theirs) is not before, name
+    require_same_prior(convert(theirs), theirs)
+
+
+def test_follows_elements_that_trade_places() -> None:
+    theirs = foreign_prior()
+    values = theirs.out[-1].conv.bias.detach().numpy()
+    convert(theirs)
+    values[[0, -1]] = values[[-1, 0]]
+    require_same_prior(convert(theirs), theirs)
+
+
+def test_masked_entries_are_no_weights() -> None:
+    theirs = foreign_prior()
+    causal = next(m for m in theirs.modules() if isinstance(m, Causal2d) and m.masked is not None)
+    row = direction(causal.conv.conv).data[:, :, -1]
+    ours = convert(theirs)
+    for _ in range(2):
+        row[:, :, causal.masked :] += 1
+        assert convert(theirs) is ours
+    row[0, 0, causal.masked - 1] += 1
+    assert convert(theirs) is not ours
+    require_same_prior(convert(theirs), theirs)
+
+
+def test_converts_once_for_masked_entries(monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = foreign_prior()
+    calls = []
+    build = live.build
+    monkeypatch.setattr(live, "build", lambda *args: calls.append(args) or build(*args))
+    for _ in range(4):
+        convert(theirs)
+        theirs(foreign_codes(theirs)[0])
+    assert len(calls) == 2
 
 
 def test_follows_tensors_in_another_memory_format() -> None:

@@ -7,40 +7,27 @@ import weakref
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastvq._unwrap import unwrap
-from fastvq._watch import first_elements, gather, unchanged
+from fastvq._watch import Snapshot, modules_of, tensors_of
 from fastvq.errors import ArgumentError, ArgumentTypeError
 from fastvq.interop.layout import Options, build, require_kind
 from fastvq.interop.state import normalise
 from fastvq.models import VQVAE2, PixelSNAIL
 
-_SAMPLES = 16
-
-
-@dataclass(frozen=True)
-class _Marks:
-    """What changes when a module does: addresses and versions of tensors, settings of activations."""
-
-    addresses: list[int]
-    versions: list[int]
-    settings: list[bool]
-
 
 @dataclass(frozen=True)
 class _Entry:
-    """A conversion and what it was made from.
+    """A conversion and what it was made from: weights, which activations work in place, the argument."""
 
-    ``views`` are some elements of each tensor, by which changes that leave no other trace are noticed. They also keep
-    the memory alive, so that an address among the marks cannot come to belong to another tensor.
-    """
-
-    marks: _Marks
-    views: list[Tensor]
-    seen: list[Tensor]
+    weights: Snapshot
+    settings: list[bool]
     legacy: bool | None
     model: PixelSNAIL | VQVAE2
+
+    def made_with(self, settings: list[bool], legacy: bool | None) -> bool:
+        return self.settings == settings and self.legacy == legacy
 
 
 _cache: weakref.WeakKeyDictionary[nn.Module, _Entry] = weakref.WeakKeyDictionary()
@@ -64,44 +51,57 @@ def convert(module: nn.Module, *, legacy: bool | None = None) -> PixelSNAIL | VQ
         ArgumentError, ArgumentTypeError: not a module, not one of the known layouts, or one that is changed in a way
             that ours does not have.
 
-    A change is noticed if it is an in-place operation (an optimiser's step, ``load_state_dict``), replaces a tensor or
-    a module, or moves the module. Operations on ``tensor.data`` leave no trace; they are noticed by comparing up to 16
-    of the first elements of every tensor, so that one that changes only others is not. Attributes of modules other than
-    ``inplace``, such as the number of heads, are read at the first conversion only.
+    Every change of a parameter or buffer is noticed, also one through ``tensor.data`` or NumPy, and so is a tensor or a
+    module that is replaced, or a module that is moved. Attributes of modules other than ``inplace``, such as the number
+    of heads, are read again with such a change only.
     """
     if not isinstance(module, nn.Module):
         raise ArgumentTypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
     module = unwrap(module)
     if legacy is not None and not isinstance(legacy, bool):
         raise ArgumentTypeError(f"legacy: expected True, False or None, got {legacy!r}")
-    with _lock, torch.no_grad():
+    with torch.no_grad():
+        modules = modules_of(module)
+        tensors = tensors_of(modules)
+        settings = [bool(part.__dict__["inplace"]) for part in modules if "inplace" in part.__dict__]
         entry = _cache.get(module)
-        tensors, settings = _contents(module)
-        marks = _marks(tensors, settings)
-        if entry is not None and entry.legacy == legacy and entry.marks == marks and unchanged(entry.views, entry.seen):
+        # Reading all weights takes a while, in which other threads need not wait.
+        if entry is not None and entry.made_with(settings, legacy) and entry.weights.matches(tensors):
             return entry.model
-        # The marks were taken first: what is changed by another thread meanwhile is noticed the next time.
-        views = [_view(tensor) for tensor in tensors]
-        seen = gather(views)
-        try:
+        with _lock:
+            # The snapshot is older than the model: what is changed between the two is noticed the next time.
+            weights = Snapshot(tensors)
             model = _convert(module, legacy)
-        except ArgumentError as error:
-            # What reads state dicts names the argument of load.
-            raise ArgumentError(str(error).replace("source:", "module:", 1)) from error
-        _cache[module] = _Entry(marks, views, seen, legacy, model)
-        return model
+            entry = _cache.get(module)
+            # Causal kernels zero masked entries in every pass, and another thread may have been here first.
+            if entry is not None and entry.made_with(settings, legacy) and _same(model, entry.model):
+                model = entry.model
+            _cache[module] = _Entry(weights, settings, legacy, model)
+            return model
+
+
+def _same(one: PixelSNAIL | VQVAE2, other: PixelSNAIL | VQVAE2) -> bool:
+    """Whether two models have the same settings, and the same weights in the same place."""
+    if one.config != other.config:
+        return False
+    pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    return all(a.device == b.device and a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
 
 
 def _convert(module: nn.Module, legacy: bool | None) -> PixelSNAIL | VQVAE2:
-    tensors = normalise(module.state_dict())
-    kind = require_kind(tensors)
-    options = Options(
-        legacy=_works_in_place(module, kind) if legacy is None else legacy,
-        heads=_heads(module),
-        dropout=_dropout(module),
-        decay=_decay(module),
-    )
-    return build(tensors, kind, options).to(next(iter(tensors.values())).device)
+    try:
+        tensors = normalise(module.state_dict())
+        kind = require_kind(tensors)
+        options = Options(
+            legacy=_works_in_place(module, kind) if legacy is None else legacy,
+            heads=_heads(module),
+            dropout=_dropout(module),
+            decay=_decay(module),
+        )
+        return build(tensors, kind, options).to(next(iter(tensors.values())).device)
+    except ArgumentError as error:
+        # What reads state dicts names the argument of load.
+        raise ArgumentError(str(error).replace("source:", "module:", 1)) from error
 
 
 def _works_in_place(module: nn.Module, kind: str) -> bool:
@@ -141,37 +141,3 @@ def _dropout(module: nn.Module) -> float | None:
 def _decay(module: nn.Module) -> float | None:
     decay = getattr(module._modules.get("quantize_t"), "decay", None)
     return decay if isinstance(decay, float) else None
-
-
-def _contents(module: nn.Module) -> tuple[list[Tensor], list[bool]]:
-    """Parameters and buffers, and which activations work in place.
-
-    nn.Module's own iterators would take longer than everything else that is done for a conversion at hand.
-    """
-    tensors: list[Tensor | None] = []
-    settings: list[bool] = []
-    waiting: list[nn.Module | None] = [module]
-    while waiting:
-        part = waiting.pop()
-        if part is not None:
-            tensors.extend(part._parameters.values())
-            tensors.extend(part._buffers.values())
-            waiting.extend(part._modules.values())
-            if "inplace" in part.__dict__:
-                settings.append(bool(part.__dict__["inplace"]))
-    return [tensor for tensor in tensors if tensor is not None], settings
-
-
-def _marks(tensors: list[Tensor], settings: list[bool]) -> _Marks:
-    # Tensors made in inference mode have no version; their elements are compared like those of all others.
-    versions = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
-    return _Marks([tensor.data_ptr() for tensor in tensors], versions, settings)
-
-
-def _view(tensor: Tensor) -> Tensor:
-    """The first elements of a tensor."""
-    count = _SAMPLES
-    if tensor.ndim == 4 and tensor.shape[2] > 1:
-        # Causal kernels zero masked entries of their last row in every pass, which changes nothing: stay above it.
-        count = min(count, (tensor.shape[2] - 1) * tensor.shape[3])
-    return first_elements(tensor, count)

@@ -15,7 +15,7 @@ from fastvq import _engine
 from fastvq._check import require_choice
 from fastvq._evaluation import in_evaluation
 from fastvq._precision import full_float32
-from fastvq._watch import first_elements, gather, unchanged
+from fastvq._watch import Snapshot, modules_of, tensors_of
 from fastvq.errors import ArgumentError, NaiveEngineWarning, UnavailableError
 from fastvq.models.prior import Prior
 from fastvq.sampling.cpu_engine import CpuStep, sample_cpu, useful_threads
@@ -44,8 +44,6 @@ __all__ = [
 ]
 
 RowDone = Callable[[], None]
-# Elements of every tensor that are compared to notice changes.
-_WATCHED = 16
 
 
 def why_not(engine: str, prior: Prior) -> str | None:
@@ -202,13 +200,10 @@ def static_inputs(prior: Prior, request: SampleRequest) -> dict[str, Tensor]:
 
 
 class _Prepared:
-    """A compiled plan and the weights packed for it. Everything in it is read-only once made.
+    """A compiled plan and the weights packed for it. Everything in it is read-only once made."""
 
-    The views keep the memory of the weights alive, so that an address cannot come to belong to another tensor.
-    """
-
-    def __init__(self, prior: Prior, versions: object, views: list[Tensor], seen: list[Tensor]) -> None:
-        self.versions, self.views, self.seen = versions, views, seen
+    def __init__(self, prior: Prior, weights: Snapshot) -> None:
+        self.weights = weights
         self.compiled = CompiledPlan(compile_plan(prior), next(prior.parameters()).device)
         self._lock = threading.Lock()
         self._triton: CompiledPlan | None = None
@@ -267,18 +262,16 @@ _PREPARED: weakref.WeakKeyDictionary[Prior, _Prepared] = weakref.WeakKeyDictiona
 
 @torch.no_grad()
 def _prepared(prior: Prior) -> _Prepared:
-    """The compiled form of a prior, made again when its weights have changed.
-
-    Operations on ``tensor.data``, and those on tensors made in inference mode, leave no trace. They are noticed by
-    comparing the first elements of every tensor.
-    """
-    tensors = [*prior.parameters(), *prior.buffers()]
-    versions = tuple(
-        (tensor.data_ptr(), None if tensor.is_inference() else tensor._version, tensor.device) for tensor in tensors
-    )
-    with _LOCK:
-        found = _PREPARED.get(prior)
-        if found is None or found.versions != versions or not unchanged(found.views, found.seen):
-            views = [first_elements(tensor, _WATCHED) for tensor in tensors]
-            found = _PREPARED[prior] = _Prepared(prior, versions, views, gather(views))
+    """The compiled form of a prior, made again when any of its weights has changed, in whatever way."""
+    tensors = tensors_of(modules_of(prior))
+    found = _PREPARED.get(prior)
+    # Reading all weights takes a while, in which other threads need not wait.
+    if found is not None and found.weights.matches(tensors):
         return found
+    with _LOCK:
+        made = _PREPARED.get(prior)
+        # Another thread may have been here first.
+        if made is None or made is found or not made.weights.matches(tensors):
+            # The snapshot is older than the plan: what is changed between the two is noticed the next time.
+            made = _PREPARED[prior] = _Prepared(prior, Snapshot(tensors))
+        return made

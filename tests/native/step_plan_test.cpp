@@ -361,6 +361,7 @@ int run(uint64_t num_plans) {
         }
     };
     test("cases", [&] { test_every_kind_comes_up(num_plans); });
+    test("checksum", test_checksum);
     test("draw", test_draw);
     test("programs of the CUDA engine", [&] { test_programs(num_plans); });
     for (const Kernels* kernels : kernels_here()) {

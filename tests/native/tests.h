@@ -7,6 +7,7 @@
 
 namespace fastvq::cpu::testing {
 
+void test_checksum();
 void test_kernels(const Kernels& kernels);
 void test_draw();
 void test_nearest(const Kernels& kernels);
