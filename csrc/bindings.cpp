@@ -277,6 +277,8 @@ NB_MODULE(_ext, m) {
           nb::arg("num_terms"), nb::arg("output"), nb::arg("batch"), nb::arg("width"), nb::arg("positions"),
           nb::arg("num_codes"), nb::arg("key_stride"), nb::arg("bf16"), nb::arg("threads"), nb::arg("kernels"),
           "Packs the weights of a plan's step phase; tables by address.");
+    m.def("leave_thread_pool", &fastvq::cpu::leave_loaded_pool,
+          "From now on work runs on threads of its own, not on those of the framework.");
     m.def("build_info", &build_info,
           "Compiler, language standard, instruction sets of this machine, and the thread pool that is shared, if any.");
 }

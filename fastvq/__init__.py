@@ -8,6 +8,9 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+# It has to be there to see the process fork.
+from fastvq import _engine as _engine
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:

@@ -7,6 +7,7 @@ it. Importing this module loads neither the extension nor PyTorch.
 from __future__ import annotations
 
 import functools
+import os
 from types import ModuleType
 
 from fastvq.errors import UnavailableError
@@ -30,7 +31,33 @@ def _load() -> tuple[ModuleType | None, str | None]:
     found = getattr(_ext, "INTERFACE", None)
     if found != _INTERFACE:
         return None, f"the compiled extension has interface {found}, this fastvq needs {_INTERFACE}: it is out of date"
+    if _forked:
+        _leave_thread_pool(_ext)
     return _ext, None
+
+
+_forked = False
+
+
+def _leave_thread_pool(extension: ModuleType) -> None:
+    extension.leave_thread_pool()
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+    extension = _load()[0] if _load.cache_info().currsize else None
+    if extension is not None:
+        _leave_thread_pool(extension)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def forked() -> bool:
+    """Whether this process is a child of fork, where PyTorch waits for threads that only its parent has."""
+    return _forked
 
 
 def available() -> bool:

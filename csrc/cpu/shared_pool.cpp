@@ -83,13 +83,17 @@ const Pool& loaded_pool() {
     return pool;
 }
 
+std::atomic<bool> left_pool{false};
+
 }  // namespace
 
 const std::string& loaded_pool_path() { return loaded_pool().path; }
 
+void leave_loaded_pool() { left_pool.store(true); }
+
 bool run_on_loaded_pool(int64_t threads, void (*work)(void*, int64_t), void* data) {
     const Pool& pool = loaded_pool();
-    if (pool.parallel == nullptr) return false;
+    if (pool.parallel == nullptr || left_pool.load()) return false;
     Region region{pool, threads, work, data};
     pool.parallel(enter, &region, static_cast<unsigned>(threads), 0);
     return !region.refused.load();

@@ -9,8 +9,12 @@
 namespace fastvq::cpu {
 
 // Calls work(data, thread) for thread 0 .. threads - 1 on the pool that a framework in this process uses, thread 0 being
-// the caller. False, and nothing has been called, if there is no such pool or it does not give so many threads.
+// the caller. False, and nothing has been called, if there is no such pool, it was left, or it does not give so many
+// threads.
 bool run_on_loaded_pool(int64_t threads, void (*work)(void*, int64_t), void* data);
+
+// Never runs on that pool again. For children of fork, where the runtime would wait for threads that only the parent has.
+void leave_loaded_pool();
 
 // File of the runtime that owns the pool; empty if there is none.
 const std::string& loaded_pool_path();

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fastvq import _engine
 from fastvq._check import require_positive_int
 from fastvq._evaluation import in_evaluation
 from fastvq.errors import ArgumentError
@@ -16,6 +17,21 @@ from fastvq.sampling.options import EngineOptions, Precision, engine_options
 from fastvq.sampling.request import MICRO_BATCH, Settings, as_prior, build_request, micro_batches
 
 
+@contextlib.contextmanager
+def living_threads() -> Iterator[None]:
+    """In a child of fork one thread of PyTorch: it would wait forever for the others, which only the parent has."""
+    if not _engine.forked():
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@living_threads()
 def sample(
     prior: Prior | nn.Module,
     n: int,

@@ -22,7 +22,7 @@ from fastvq.models.config import MOST_LEVELS
 from fastvq.models.pretrained import load_pretrained
 from fastvq.models.prior import Prior
 from fastvq.models.vqvae import HierarchicalVQVAE
-from fastvq.sampling.api import choose_micro_batch, sample
+from fastvq.sampling.api import choose_micro_batch, living_threads, sample
 from fastvq.sampling.engines import choose_engine, warn_slow, why_slow
 from fastvq.sampling.noise import check_seed
 from fastvq.sampling.options import EngineOptions, Precision, engine_options
@@ -116,6 +116,7 @@ class Pipeline:
             model.to(device)
         return self
 
+    @living_threads()
     def sample(
         self,
         n: int,
