@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -13,24 +13,23 @@ from fastvq import _engine
 from fastvq.ops.dispatch import why_no_triton
 
 
-def modules_of(module: nn.Module) -> list[nn.Module]:
-    """A module and all inside it, shared ones once for each place.
+def contents_of(module: nn.Module) -> tuple[list[nn.Module], list[Tensor]]:
+    """A module and all inside it, and their parameters and buffers; what is shared comes once for each place.
 
     nn.Module's own iterators would take longer than reading a small model's weights.
     """
-    found = [module]
-    for part in found:
-        found.extend([inner for inner in part._modules.values() if inner is not None])
-    return found
-
-
-def tensors_of(modules: Iterable[nn.Module]) -> list[Tensor]:
-    """Parameters and buffers of the modules themselves."""
+    modules: list[nn.Module | None] = [module]
     tensors: list[Tensor | None] = []
-    for module in modules:
-        tensors.extend(module._parameters.values())
-        tensors.extend(module._buffers.values())
-    return [tensor for tensor in tensors if tensor is not None]
+    for part in modules:
+        if part is None:
+            continue
+        if inner := part._modules:
+            modules.extend(inner.values())
+        if parameters := part._parameters:
+            tensors.extend(parameters.values())
+        if buffers := part._buffers:
+            tensors.extend(buffers.values())
+    return [found for found in modules if found is not None], [found for found in tensors if found is not None]
 
 
 class Snapshot:
@@ -73,7 +72,8 @@ def _reader(device: torch.device, blocks: list[Tensor]) -> Callable[[], int]:
     if device.type == "cpu" and _engine.available():
         checksum = _engine.require().checksum
         table = np.array([(block.data_ptr(), block.numel()) for block in blocks], dtype=np.int64)
-        return lambda: checksum(table.ctypes.data, len(table))
+        address = table.ctypes.data
+        return lambda: checksum(address, len(table))
     if device.type == "cuda" and why_no_triton() is None:
         from fastvq.kernels.checksum import Checksum
 

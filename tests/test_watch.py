@@ -12,7 +12,7 @@ from helpers import pixelcnn, snail
 from torch import Tensor, nn
 
 from fastvq import _engine
-from fastvq._watch import Snapshot, modules_of, tensors_of
+from fastvq._watch import Snapshot, contents_of
 from fastvq.models import Prior
 from fastvq.sampling import engines, sample
 from fastvq.sampling.engines import plan_of
@@ -132,10 +132,11 @@ def test_equal_bytes_at_other_addresses() -> None:
 
 def test_modules_and_tensors_are_those_of_pytorch() -> None:
     prior = snail(num_classes=3, condition_shapes=((3, 2),), condition_num_codes=(4,))
-    assert modules_of(prior)[0] is prior
-    assert set(map(id, modules_of(prior))) == set(map(id, prior.modules()))
+    modules, tensors = contents_of(prior)
+    assert modules[0] is prior
+    assert set(map(id, modules)) == set(map(id, prior.modules()))
     wanted = {id(tensor) for tensor in (*prior.parameters(), *prior.buffers())}
-    assert {id(tensor) for tensor in tensors_of(modules_of(prior))} == wanted
+    assert set(map(id, tensors)) == wanted
 
 
 def add_to_last(tensor: Tensor) -> None:

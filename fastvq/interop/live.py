@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fastvq._unwrap import unwrap
-from fastvq._watch import Snapshot, modules_of, tensors_of
+from fastvq._watch import Snapshot, contents_of
 from fastvq.errors import ArgumentError, ArgumentTypeError
 from fastvq.interop.layout import Options, build, require_kind
 from fastvq.interop.state import normalise
@@ -61,8 +61,7 @@ def convert(module: nn.Module, *, legacy: bool | None = None) -> PixelSNAIL | VQ
     if legacy is not None and not isinstance(legacy, bool):
         raise ArgumentTypeError(f"legacy: expected True, False or None, got {legacy!r}")
     with torch.no_grad():
-        modules = modules_of(module)
-        tensors = tensors_of(modules)
+        modules, tensors = contents_of(module)
         settings = [bool(part.__dict__["inplace"]) for part in modules if "inplace" in part.__dict__]
         entry = _cache.get(module)
         # Reading all weights takes a while, in which other threads need not wait.

@@ -15,7 +15,7 @@ from fastvq import _engine
 from fastvq._check import require_choice
 from fastvq._evaluation import in_evaluation
 from fastvq._precision import full_float32
-from fastvq._watch import Snapshot, modules_of, tensors_of
+from fastvq._watch import Snapshot, contents_of
 from fastvq.errors import ArgumentError, NaiveEngineWarning, UnavailableError
 from fastvq.models.prior import Prior
 from fastvq.sampling.cpu_engine import CpuStep, sample_cpu, useful_threads
@@ -260,10 +260,9 @@ _LOCK = threading.Lock()
 _PREPARED: weakref.WeakKeyDictionary[Prior, _Prepared] = weakref.WeakKeyDictionary()
 
 
-@torch.no_grad()
 def _prepared(prior: Prior) -> _Prepared:
     """The compiled form of a prior, made again when any of its weights has changed, in whatever way."""
-    tensors = tensors_of(modules_of(prior))
+    _, tensors = contents_of(prior)
     found = _PREPARED.get(prior)
     # Reading all weights takes a while, in which other threads need not wait.
     if found is not None and found.weights.matches(tensors):
@@ -273,5 +272,6 @@ def _prepared(prior: Prior) -> _Prepared:
         # Another thread may have been here first.
         if made is None or made is found or not made.weights.matches(tensors):
             # The snapshot is older than the plan: what is changed between the two is noticed the next time.
-            made = _PREPARED[prior] = _Prepared(prior, Snapshot(tensors))
+            with torch.no_grad():
+                made = _PREPARED[prior] = _Prepared(prior, Snapshot(tensors))
         return made
