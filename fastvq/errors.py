@@ -29,9 +29,17 @@ class CorruptFileError(FastvqError, ValueError):
     """A file is there but its contents are damaged or not what they should be."""
 
 
+class DiskFullError(FastvqError, OSError):
+    """There is no room for a file; what stood in its place before still does."""
+
+
 class UnavailableError(FastvqError, RuntimeError):
     """An engine, a backend, the compiled extension or an optional dependency is not available here."""
 
 
 class NaiveEngineWarning(UserWarning):
     """``engine="auto"`` takes the naive sampler for a prior that differs from one that a cached engine could run."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM asked the process to end. It unwinds as Ctrl-C does."""

@@ -464,7 +464,7 @@ class Interruption(BaseException):
     """Like KeyboardInterrupt, no Exception."""
 
 
-@pytest.mark.parametrize("point", ["save_file", "sha256", "write_json", "sync"])
+@pytest.mark.parametrize("point", ["save_tensors", "sha256", "write_json", "sync"])
 @pytest.mark.parametrize("there", [False, True], ids=["new", "overwrite"])
 def test_an_interrupted_save_leaves_what_was_there(
     point: str, there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -475,7 +475,7 @@ def test_an_interrupted_save_leaves_what_was_there(
     before = contents(tmp_path)
 
     def interrupted(*args: Any, **kwargs: Any) -> None:
-        if point == "save_file":
+        if point == "save_tensors":
             Path(args[1]).write_bytes(b"half of the wei")
         raise Interruption
 

@@ -37,6 +37,7 @@ from fastvq.errors import (
     CorruptFileError,
     FileConflictError,
     MissingFileError,
+    Terminated,
 )
 from fastvq.models import VQVAE2, Prior
 from fastvq.training import TrainConfig, WeightAverage, train_vqvae
@@ -110,7 +111,7 @@ KILLS = {
     "between checkpoints, mid-epoch": kill_at_step(6),
     "at an epoch boundary": kill_at_step(10),
     "inside a step": kill_in_update(9),
-    "in a checkpoint, before its tensors": kill_in_checkpoint("save_file", 1),
+    "in a checkpoint, before its tensors": kill_in_checkpoint("save_tensors", 1),
     "in a checkpoint, before its description": kill_in_checkpoint("write_json", 1),
     "in a checkpoint, before the rename": kill_before_rename,
     "while old checkpoints are removed": kill_in_pruning,
@@ -197,14 +198,19 @@ stage1(sys.argv[1], dataset=Slow())
     assert state_tensors(tmp_path) == state_tensors(uninterrupted["stage1"])
 
 
+@pytest.mark.parametrize(
+    ("number", "kind"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)], ids=["Ctrl-C", "SIGTERM"]
+)
 def test_interrupt_ends_after_the_step_with_a_checkpoint(
-    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    number: int, kind: type[BaseException], train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        update = before(WeightAverage.update, 5, lambda: signal.raise_signal(signal.SIGINT))
+        update = before(WeightAverage.update, 5, lambda: signal.raise_signal(number))
         patch.setattr(WeightAverage, "update", update)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt) as caught:
             train(tmp_path / "interrupted")
+    assert caught.type is kind
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert checkpoint_module.checkpoints(tmp_path / "interrupted" / "checkpoints")[-1].name == "step_00000006"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     train(tmp_path / "interrupted", resume=True)
@@ -224,6 +230,35 @@ def test_second_interrupt_stops_at_once(tmp_path: Path, monkeypatch: pytest.Monk
         stage1(tmp_path)
     assert checkpoint_module.checkpoints(tmp_path / "checkpoints")[-1].name == "step_00000004"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+class Vanishing(Noise):
+    """An image that cannot be read from some call on."""
+
+    def __init__(self, calls: int) -> None:
+        super().__init__()
+        self.calls = calls
+
+    def image(self, index: int) -> torch.Tensor:
+        self.calls -= 1
+        if self.calls < 0:
+            raise CorruptFileError("photos/7.png: No such file or directory")
+        return super().image(index)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_data_that_break_leave_the_finished_steps(workers: int, tmp_path: Path, uninterrupted: dict[str, Path]) -> None:
+    config = train_config(checkpoint_every=None, num_workers=workers)
+    # Seven batches of eight images and two validations of two.
+    with pytest.raises(CorruptFileError, match=r"photos/7.png: No such file") as caught:
+        stage1(tmp_path, config, dataset=Vanishing(56 + (4 if workers == 0 else 0)))
+    newest = checkpoint_module.checkpoints(tmp_path / "checkpoints")[-1]
+    assert newest.name == "step_00000007"
+    assert f"The 7 finished steps are in {newest}" in caught.value.__notes__[0]
+    stage1(tmp_path, resume=True)
+    name = "model/model.safetensors"
+    assert files(tmp_path)[name] == files(uninterrupted["stage1"])[name]
+    assert metrics(tmp_path) == metrics(uninterrupted["stage1"])
 
 
 def test_runs_outside_the_main_thread(tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fastvq._files import remove_leftovers
+from fastvq._lock import locked
 from fastvq.cli.generate import reconstruction
 from fastvq.cli.images import DIGITS, start_project
 from fastvq.cli.project import Project, augmentation, choose_device, require_folder_name
@@ -20,6 +22,7 @@ from fastvq.models import PriorConfig, VQVAEConfig, preset
 from fastvq.sampling import Pipeline
 from fastvq.training import TrainConfig, train_prior, train_vqvae
 from fastvq.training.log import last_validation
+from fastvq.training.run import CONFIG
 
 TEMPERATURE = 0.9
 _STEPS = {"vqvae": 900, "prior0": 600, "prior1": 1000}
@@ -41,15 +44,17 @@ def demo(arguments: argparse.Namespace) -> None:
     settings = {"skip_broken": False, "flip": False, "shift": _SHIFT, "validation": 0.1, "seed": arguments.seed}
     augment = augmentation(settings)
     training, validation = split_indices(len(dataset), 0.1, arguments.seed)
-    project.require_free(resume=arguments.resume)
-    start_project(project, DIGITS, dataset, settings)
-
     print(f"1/4  training the autoencoder on {len(training)} digits of 32 x 32 pixels")
     _, vqvae_config = preset("digits")
     assert isinstance(vqvae_config, VQVAEConfig)
     config = _config(arguments, "vqvae", device)
-    resume = arguments.resume and project.vqvae.is_dir()
-    vqvae = train_vqvae(dataset, vqvae_config, config, project.vqvae, augment=augment, resume=resume, progress=progress)
+    with locked(project.vqvae):
+        project.require_free(resume=arguments.resume)
+        start_project(project, DIGITS, dataset, settings)
+        resume = arguments.resume and (project.vqvae / CONFIG).is_file()
+        vqvae = train_vqvae(
+            dataset, vqvae_config, config, project.vqvae, augment=augment, resume=resume, progress=progress
+        )
     metrics = _validation_metrics(project.vqvae, "mse", "psnr")
     print(
         f"     each digit is now {_grids(vqvae.code_shapes(dataset.size))} codes of {vqvae_config.num_codes}; "
@@ -82,7 +87,7 @@ def demo(arguments: argparse.Namespace) -> None:
             _config(arguments, f"prior{level}", device),
             run,
             validation_folder=project.validation_codes,
-            resume=arguments.resume and run.is_dir(),
+            resume=arguments.resume and (run / CONFIG).is_file(),
             progress=progress,
             sample_images=preview_of(vqvae, codes, level),
         )
@@ -92,6 +97,8 @@ def demo(arguments: argparse.Namespace) -> None:
 
     print(f"4/4  sampling at temperature {TEMPERATURE}")
     pipeline = Pipeline.from_pretrained(project.path, device=device)
+    for name in ("reconstructions.png", "samples.png", "pipeline"):
+        remove_leftovers(project.path / name)
     _write_pictures(pipeline, dataset, validation, arguments, device)
     pipeline.save_pretrained(project.path / "pipeline", overwrite=True)
     print(f"     {project.path / 'reconstructions.png'}: held-out digits above, what their codes keep below")

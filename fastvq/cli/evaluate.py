@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
 
 from torch import nn
 
+from fastvq._files import sweep
+from fastvq._lock import locked
 from fastvq.cli.classify import CLASSIFIER, load_classifier
 from fastvq.cli.images import open_described
 from fastvq.cli.project import Project, augmentation, choose_device, load_pipeline, require_folder_name
@@ -77,18 +82,19 @@ def evaluate(arguments: argparse.Namespace) -> None:
     cache = arguments.cache
     if cache is None and project is not None and project.data.is_file():
         cache = project.path / "evaluation"
-    evaluation = measure(
-        pipeline,
-        dataset,
-        training,
-        validation,
-        config,
-        extractor=extractor,
-        classifier=classifier,
-        accuracy=plan,
-        cache=cache,
-        progress=not arguments.quiet,
-    )
+    with contextlib.nullcontext() if cache is None else _own_cache(cache):
+        evaluation = measure(
+            pipeline,
+            dataset,
+            training,
+            validation,
+            config,
+            extractor=extractor,
+            classifier=classifier,
+            accuracy=plan,
+            cache=cache,
+            progress=not arguments.quiet,
+        )
     for title, text in tables(evaluation):
         print(f"{title}\n\n{text}\n")
     if extractor is None:
@@ -108,6 +114,13 @@ def evaluate(arguments: argparse.Namespace) -> None:
             overwrite=arguments.overwrite,
         )
         print(f"report in {arguments.out}")
+
+
+@contextlib.contextmanager
+def _own_cache(folder: Path) -> Iterator[None]:
+    with locked(folder):
+        sweep(folder)
+        yield
 
 
 def _networks(arguments: argparse.Namespace, device: str) -> tuple[FeatureExtractor | None, nn.Module | None]:

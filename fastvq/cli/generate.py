@@ -14,7 +14,7 @@ from torch import Tensor
 
 import fastvq
 from fastvq import _engine
-from fastvq._files import replacing_folder, write_json
+from fastvq._files import remove_leftovers, replacing_folder, save_tensors, write_json
 from fastvq.cli.images import open_data
 from fastvq.cli.project import Project, choose_device, load_pipeline
 from fastvq.data import load_images, psnr, save_grid
@@ -203,6 +203,7 @@ def _is_picture(out: Path) -> bool:
 
 def _check_free(out: Path, overwrite: bool, picture: bool) -> None:
     """Find out that the result cannot be written before computing it."""
+    remove_leftovers(out)
     taken = out.exists() and (picture or not out.is_dir() or any(out.iterdir()))
     if taken and not overwrite:
         raise FileConflictError(f"--out: {out} exists already; pass --overwrite or another name")
@@ -213,11 +214,9 @@ def _check_free(out: Path, overwrite: bool, picture: bool) -> None:
 
 
 def _write_folder(out: Path, samples: Samples, settings: dict[str, object], overwrite: bool) -> None:
-    from safetensors.torch import save_file
-
     with replacing_folder(out, overwrite=overwrite) as folder:
         for index, image in enumerate(samples.images):
             save_grid(folder / f"{index:06d}.png", image[None], padding=0)
         codes = {f"level{level}": grid.cpu().contiguous() for level, grid in enumerate(samples.codes)}
-        save_file(codes, folder / "codes.safetensors")
+        save_tensors(codes, folder / "codes.safetensors")
         write_json(folder / "samples.json", settings)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fastvq._files import read_json, write_json
+from fastvq._files import read_json, remove_leftovers, write_json
 from fastvq._schema import FLAG, TEXT, integer, number, optional, require_entries, several
 from fastvq.data import Augment
 from fastvq.data.pictures import picture_types
@@ -57,7 +57,7 @@ class Project:
     @property
     def started(self) -> bool:
         """Whether stage 1 has begun."""
-        return self.vqvae.is_dir() and any(self.vqvae.iterdir())
+        return self.vqvae.is_dir() and any(not entry.name.startswith(".") for entry in self.vqvae.iterdir())
 
     def require_free(self, *, resume: bool) -> None:
         """Find out that a run of stage 1 would meet another before opening any image."""
@@ -65,9 +65,11 @@ class Project:
             raise FileConflictError(f"--run: {self.vqvae} holds a run; go on with --resume or choose another folder")
 
     def write_data(self, description: dict[str, Any]) -> None:
+        remove_leftovers(self.data)
         write_json(self.data, description)
 
     def write_files(self, description: dict[str, Any]) -> None:
+        remove_leftovers(self.files)
         write_json(self.files, description)
 
     def read_data(self) -> dict[str, Any]:

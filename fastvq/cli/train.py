@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastvq._lock import locked
 from fastvq.cli.images import open_new_images, open_project_images, split_images, start_project
 from fastvq.cli.names import configure
 from fastvq.cli.project import Project, augmentation, choose_device, parse_overrides
@@ -61,16 +62,18 @@ def train_vqvae(arguments: argparse.Namespace) -> None:
         "seed": arguments.seed,
     }
     augment = augmentation(settings)
-    start_project(project, arguments.data, dataset, settings)
-    train_vqvae_on_images(
-        dataset,
-        model_config,
-        config,
-        project.vqvae,
-        augment=augment,
-        resume=arguments.resume,
-        progress=not arguments.quiet,
-    )
+    with locked(project.vqvae):
+        project.require_free(resume=arguments.resume)
+        start_project(project, arguments.data, dataset, settings)
+        train_vqvae_on_images(
+            dataset,
+            model_config,
+            config,
+            project.vqvae,
+            augment=augment,
+            resume=arguments.resume,
+            progress=not arguments.quiet,
+        )
     print(f"autoencoder in {project.vqvae / 'model'}; next: fastvq extract --run {arguments.run}")
 
 

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 import fastvq
 from fastvq._check import require_positive_int
-from fastvq._files import read_json, reading, require_seal, sealed, sha256, sync, write_json
+from fastvq._files import new_array, read_json, reading, require_seal, reserve, sealed, sha256, sweep, sync, write_json
+from fastvq._lock import locked
 from fastvq._schema import ENTRIES, FLAG, TEXT, integer, named, optional, require_entries, several
 from fastvq._unwrap import unwrap
 from fastvq.data.augment import Augment
 from fastvq.data.base import ImageDataset, require_seed
-from fastvq.errors import ArgumentError, CorruptFileError, FileConflictError, MissingFileError
+from fastvq.errors import ArgumentError, CorruptFileError, DiskFullError, FileConflictError, MissingFileError
 
 FORMAT = 1
 DESCRIPTION = "codes.json"
@@ -95,6 +96,7 @@ def extract_codes(
         ArgumentError: an index out of range, no index, copies without augmentation, channels that do not fit.
         FileConflictError: the folder holds something else, or codes of another model, of other data or settings.
         CorruptFileError: files of an earlier, interrupted call are damaged.
+        DiskFullError: there is no room for all codes; found out before anything is encoded, and nothing is left behind.
     """
     model, folder = unwrap(model), Path(folder)
     for name, value in (("batch_size", batch_size), ("copies", copies), ("flush_rows", flush_rows)):
@@ -130,10 +132,34 @@ def extract_codes(
         "rows_done": 0,
         "complete": False,
     }
+    if folder.exists() and not folder.is_dir():
+        raise FileConflictError(f"folder: {folder} is a file; nothing was written")
+    with locked(folder):
+        sweep(folder)
+        _extract(
+            model, dataset, rows, folder, description, batch_size, augment, device, num_workers, flush_rows, progress
+        )
+    return folder
+
+
+def _extract(
+    model: Any,
+    dataset: ImageDataset,
+    rows: np.ndarray,
+    folder: Path,
+    description: dict[str, Any],
+    batch_size: int,
+    augment: Augment | None,
+    device: str | torch.device | None,
+    num_workers: int,
+    flush_rows: int,
+    progress: bool,
+) -> None:
+    total, seed = description["rows"], description["arguments"]["seed"]
     done = _resume_point(folder, description)
     if done == total:
         CodeDataset(folder)  # the files may have been damaged since
-        return folder
+        return
     arrays = _open_arrays(folder, description, dataset, rows, create=done == 0)
     description["rows_done"] = done
 
@@ -165,7 +191,6 @@ def extract_codes(
             if unflushed >= flush_rows or done == total:
                 _flush(folder, arrays, {**description, "rows_done": done, "complete": done == total})
                 unflushed = 0
-    return folder
 
 
 def _checked_indices(indices: np.ndarray | Tensor | list[int] | None, count: int) -> np.ndarray:
@@ -180,8 +205,6 @@ def _checked_indices(indices: np.ndarray | Tensor | list[int] | None, count: int
 
 def _resume_point(folder: Path, description: dict[str, Any]) -> int:
     """How many rows an earlier call with the same arguments finished; 0 also for an empty folder."""
-    if folder.exists() and not folder.is_dir():
-        raise FileConflictError(f"folder: {folder} is a file; nothing was written")
     # An interruption of the very first write leaves nothing but a temporary file, whose name begins with a dot.
     if not folder.exists() or all(path.name.startswith(".") for path in folder.iterdir()):
         return 0
@@ -221,21 +244,27 @@ def _open_arrays(
 ) -> list[np.ndarray]:
     """Writable memory maps, one per level. The description is written first: it claims the folder."""
     if not create:
+        for level, (shape, dtype) in enumerate(_specs(description)):
+            _mapped(folder / level_file(level), shape, dtype)
+            reserve(folder / level_file(level), (folder / level_file(level)).stat().st_size)
         return [
             _mapped(folder / level_file(level), *spec, writable=True) for level, spec in enumerate(_specs(description))
         ]
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / DESCRIPTION, sealed(description))
     copies = description["arguments"]["copies"]
-    np.save(folder / SOURCE, np.tile(rows, copies))
-    sync(folder / SOURCE)
+    vectors = {SOURCE: np.tile(rows, copies)}
     if dataset.labels is not None:
-        np.save(folder / LABELS, np.tile(dataset.labels.cpu().numpy()[rows].astype(np.int64), copies))
-        sync(folder / LABELS)
-    return [
-        np.lib.format.open_memmap(folder / level_file(level), mode="w+", dtype=dtype, shape=shape)
-        for level, (shape, dtype) in enumerate(_specs(description))
-    ]
+        vectors[LABELS] = np.tile(dataset.labels.cpu().numpy()[rows].astype(np.int64), copies)
+    try:
+        write_json(folder / DESCRIPTION, sealed(description))
+        for name, vector in vectors.items():
+            new_array(folder / name, vector.shape, vector.dtype)[:] = vector
+            sync(folder / name)
+        return [new_array(folder / level_file(level), *spec) for level, spec in enumerate(_specs(description))]
+    except DiskFullError:
+        for name in (*vectors, *map(level_file, range(len(description["shapes"]))), DESCRIPTION):
+            (folder / name).unlink(missing_ok=True)
+        raise
 
 
 def _flush(folder: Path, arrays: list[np.ndarray], description: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 from pathlib import Path
@@ -90,6 +91,7 @@ def save_grid(
     Raises:
         FileConflictError: the file exists and ``overwrite`` is False.
         ArgumentError: the name ends in something else, or the images do not fit.
+        DiskFullError: there is no room; the file is as it was.
     """
     from PIL import Image
 
@@ -99,6 +101,9 @@ def save_grid(
         raise FileConflictError(f"path: {path} exists already; nothing was written")
     picture = Image.fromarray(image_grid(images, columns, padding))
     kind, options = require_picture("path", path, picture.height, picture.width)
+    # Through memory: Pillow writes JPEG past Python's file, and takes no notice when a full disk cuts it short.
+    written = io.BytesIO()
+    picture.save(written, format=kind, **options)
     with replacing_file(path) as temporary:
-        picture.save(temporary, format=kind, **options)
+        temporary.write_bytes(written.getvalue())
     return path

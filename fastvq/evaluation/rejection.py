@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastvq._check import require_integer, require_positive_int, require_shape, require_tensor
 from fastvq._evaluation import in_evaluation
+from fastvq._files import new_array
 from fastvq.data.base import random_words
 from fastvq.errors import ArgumentError, ArgumentTypeError
 from fastvq.evaluation.features import FeatureExtractor
@@ -290,7 +291,7 @@ def rejection_curve(
         )
     scores = torch.empty(len(samples), dtype=torch.float64)
     size = (len(samples), real.gaussian.num_features)
-    vectors = np.lib.format.open_memmap(samples.folder / "features.npy", mode="w+", dtype=np.float32, shape=size)
+    vectors = new_array(samples.folder / "features.npy", size, np.float32)
     every = np.arange(len(samples))
     done = 0
     for images in image_batches(samples, every, batch_size, "scores of samples", progress=progress):

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import fastvq
-from fastvq._files import replacing_folder, write_json
+from fastvq._files import remove_leftovers, replacing_folder, write_json
 from fastvq.data.grid import save_grid
 from fastvq.errors import FileConflictError
 from fastvq.evaluation.curves import draw_curve, require_matplotlib
@@ -29,6 +29,7 @@ def check_report(folder: str | os.PathLike[str], *, overwrite: bool = False, cur
         UnavailableError: ``curves`` without matplotlib.
     """
     folder = Path(folder)
+    remove_leftovers(folder)
     if folder.exists() and not folder.is_dir():
         raise FileConflictError(f"out: {folder} is a file and stays as it is")
     if folder.is_dir() and any(folder.iterdir()):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastvq._check import require_positive_int
 from fastvq._evaluation import in_evaluation
+from fastvq._files import new_array
 from fastvq._unwrap import require_model
 from fastvq.data.base import ImageDataset
 from fastvq.data.codes import model_checksum
@@ -105,11 +106,10 @@ def draw_samples(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     arrays = [
-        np.lib.format.open_memmap(
+        new_array(
             folder / f"level{level}.npy",
-            mode="w+",
-            dtype=np.uint8 if prior.config.num_codes <= 256 else np.int32,
-            shape=(n, *prior.config.shape),
+            (n, *prior.config.shape),
+            np.uint8 if prior.config.num_codes <= 256 else np.int32,
         )
         for level, prior in enumerate(pipeline.priors)
     ]

@@ -14,11 +14,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fastvq._check import require_positive_int
-from fastvq._files import reading, replacing_file
+from fastvq._files import reading, replacing_file, save_tensors
 from fastvq._tensors import read_safetensors
 from fastvq.data.base import ImageDataset, random_words, require_seed
 from fastvq.errors import ArgumentError, CorruptFileError
@@ -175,7 +174,7 @@ def _save(path: Path, statistics: FeatureStatistics) -> None:
     metadata = {name: str(value) for name, value in entries.items()}
     metadata[_CHECKSUM] = _checksum(metadata, tensors)
     with replacing_file(path) as temporary:
-        save_file(
+        save_tensors(
             {name: tensor.contiguous() for name, tensor in tensors.items()},
             temporary,
             metadata=metadata,

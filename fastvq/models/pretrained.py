@@ -9,11 +9,20 @@ from typing import Any, ClassVar, Self
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import fastvq
-from fastvq._files import first_line, read_json, reading, replacing_folder, require_seal, sealed, sha256, write_json
+from fastvq._files import (
+    first_line,
+    read_json,
+    reading,
+    replacing_folder,
+    require_seal,
+    save_tensors,
+    sealed,
+    sha256,
+    write_json,
+)
 from fastvq._tensors import read_safetensors
 from fastvq.errors import ArgumentError, CorruptFileError, FastvqError, MissingFileError
 from fastvq.models.config import Config
@@ -63,12 +72,13 @@ class PretrainedModel(nn.Module):
         Raises:
             FileConflictError: the folder holds something and ``overwrite`` is False.
             ArgumentError: the model could not be loaded again.
+            DiskFullError: there is no room; what was there is as it was.
         """
         folder = Path(folder)
         tensors = _require_loadable(self)
         with replacing_folder(folder, overwrite=overwrite) as temporary:
             weights = temporary / WEIGHTS_FILE
-            save_file(tensors, weights)
+            save_tensors(tensors, weights)
             description = {
                 "format": FORMAT,
                 "model": type(self).__name__,

@@ -60,7 +60,7 @@ class StepBatches(Dataset[Any]):
             sampler=steps,
             num_workers=num_workers,
             pin_memory=pin_memory,
-            worker_init_fn=_ignore_interrupt,
+            worker_init_fn=_own_signals,
             # Without its own generator the loader would draw from the one that dropout uses.
             generator=torch.Generator().manual_seed(0),
         )
@@ -83,6 +83,7 @@ class _Guarded(Dataset[Any]):
             return error
 
 
-def _ignore_interrupt(worker: int) -> None:
+def _own_signals(worker: int) -> None:
     """Ctrl-C reaches all processes of a terminal; the training process ends the workers when it is done with them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastvq._files import read_json, reading, replacing_folder, require_seal, sealed, sha256, write_json
+from fastvq._files import read_json, reading, replacing_folder, require_seal, save_tensors, sealed, sha256, write_json
 from fastvq._schema import ENTRIES, TEXT, Kind, integer, named, require_entries, several
 from fastvq._tensors import read_safetensors
 from fastvq.errors import CorruptFileError, MissingFileError
@@ -57,12 +56,16 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def save_checkpoint(folder: Path, state: TrainingState, *, keep: int, versions: Mapping[str, str]) -> Path:
-    """Write ``step_XXXXXXXX`` into a folder, then remove all but the newest ``keep`` checkpoints there."""
+    """Write ``step_XXXXXXXX`` into a folder, then remove all but the newest ``keep`` checkpoints there.
+
+    Raises:
+        DiskFullError: there is no room; the earlier checkpoints are as they were.
+    """
     path = folder / f"step_{state.step:08d}"
     if not path.exists():
         tensors, optimizer = _tensors(state)
         with replacing_folder(path) as temporary:
-            save_file(tensors, temporary / TENSORS)
+            save_tensors(tensors, temporary / TENSORS)
             description = {
                 "format": FORMAT,
                 "step": state.step,

@@ -86,9 +86,9 @@ def train_classifier(
             "augment": None if augment is None else dataclasses.asdict(augment),
         },
     }
-    run = open_run(Path(run_dir), description, resume=resume)
     task = _Classification(dataset, indices, validation, config, augment)
-    model = train(lambda: Classifier(model_config), task, config, run, progress=progress)
+    with open_run(Path(run_dir), description, resume=resume) as run:
+        model = train(lambda: Classifier(model_config), task, config, run, progress=progress)
     assert isinstance(model, Classifier)
     return model
 

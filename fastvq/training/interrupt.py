@@ -1,4 +1,4 @@
-"""Ctrl-C between two steps rather than in the middle of one."""
+"""Ctrl-C and SIGTERM between two steps rather than in the middle of one."""
 
 from __future__ import annotations
 
@@ -8,30 +8,38 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+from fastvq.errors import Terminated
+
 
 class DeferredInterrupt:
-    """While active, the first Ctrl-C sets ``requested``; the second one interrupts at once.
+    """While active, the first Ctrl-C or SIGTERM sets ``requested``; the second one interrupts at once.
 
     In any other thread than the main one, where signals do not arrive, it does nothing.
+
+    Attributes:
+        requested: what to raise after the current step, or None.
     """
 
     def __init__(self) -> None:
-        self.requested = False
-        self._previous: Any = None
+        self.requested: type[KeyboardInterrupt] | None = None
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGINT, self._on_signal)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._on_signal)
         return self
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        kind = Terminated if number == signal.SIGTERM else KeyboardInterrupt
         if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-        print("\nstopping after this step; press Ctrl-C again to stop at once", file=sys.stderr)
+            raise kind
+        self.requested = kind
+        again = "another SIGTERM stops" if kind is Terminated else "press Ctrl-C again to stop"
+        print(f"\nstopping after this step; {again} at once", file=sys.stderr)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
+        for number, previous in self._previous.items():
+            signal.signal(number, previous)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from fastvq._files import reading, replacing_file, sync
+from fastvq._files import full_disk_named, reading, replacing_file, sync
 from fastvq._schema import ENTRIES, TEXT, integer, number, require_entries
 
 METRICS = "metrics.jsonl"
@@ -36,14 +38,28 @@ class MetricLog:
                 stacklevel=2,
             )
         else:
-            self._board = SummaryWriter(str(folder), purge_step=step + 1)
+            with self._board_optional():
+                self._board = SummaryWriter(str(folder), purge_step=step + 1)
 
     def write(self, step: int, split: str, values: dict[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
-        self._file.flush()
+        with full_disk_named(self._path):
+            self._file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
+            self._file.flush()
         if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(f"{split}/{name}", value, step)
+            with self._board_optional():
+                for name, value in values.items():
+                    self._board.add_scalar(f"{split}/{name}", value, step)
+
+    @contextlib.contextmanager
+    def _board_optional(self) -> Iterator[None]:
+        """The numbers are in ``metrics.jsonl``: training goes on where TensorBoard's files cannot be written."""
+        try:
+            yield
+        except OSError as error:
+            self._board = None
+            warnings.warn(
+                f"TensorBoard's files cannot be written ({error}); metrics go to {METRICS} alone", stacklevel=3
+            )
 
     def sync(self) -> None:
         """Put what was written on disk: a checkpoint must not outlive the lines before it."""
@@ -55,10 +71,13 @@ class MetricLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
-        sync(self._path)
+        # What could not be written when it was due is tried again here, while that error is on its way already.
+        with contextlib.nullcontext() if error is None else contextlib.suppress(OSError):
+            self._file.close()
+            sync(self._path)
         if self._board is not None:
-            self._board.close()
+            with self._board_optional():
+                self._board.close()
 
 
 def _lines_until(path: Path, step: int) -> list[str]:

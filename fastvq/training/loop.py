@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -67,8 +68,8 @@ def train(
 ) -> PretrainedModel:
     """Train to the end, from the newest checkpoint in the run folder if there is one.
 
-    Everything random comes from ``config.seed``; the caller's generators are left as they are. Ctrl-C ends training
-    after the current step with a checkpoint.
+    Everything random comes from ``config.seed``; the caller's generators are left as they are. Ctrl-C or
+    SIGTERM ends training after the current step with a checkpoint, and so does data that cannot be read.
 
     Returns:
         The averaged weights (the weights themselves if ``ema_decay`` is None), in evaluation mode.
@@ -77,7 +78,7 @@ def train(
         DivergedError: the loss is not finite; no checkpoint of that step is written.
         CorruptFileError: the newest checkpoint is damaged.
         UnavailableError: there is no such device.
-        KeyboardInterrupt: after Ctrl-C.
+        KeyboardInterrupt: after Ctrl-C; Terminated, a kind of it, after SIGTERM.
     """
     device = resolve_device(config.device)
     with _own_generators(device, config.seed):
@@ -115,8 +116,16 @@ def _steps(state: TrainingState, task: Task, config: TrainConfig, run: RunFolder
         MetricLog(run.logs, state.step) as log,
         tqdm(total=config.steps, initial=state.step, disable=not progress, file=sys.stderr) as bar,
     ):
+
+        def checkpoint() -> Path:
+            log.sync()
+            return save_checkpoint(run.checkpoints, state, keep=config.keep_checkpoints, versions=versions())
+
         remaining = range(state.step, config.steps)
-        for batch in batches.iterate(remaining, num_workers=config.num_workers, pin_memory=cuda):
+        stream = batches.iterate(remaining, num_workers=config.num_workers, pin_memory=cuda)
+        while state.step < config.steps:
+            with _kept(state, checkpoint):
+                batch = next(stream)
             rate = learning_rate(state.step, config)
             for group in state.optimizer.param_groups:
                 group["lr"] = rate
@@ -148,11 +157,21 @@ def _steps(state: TrainingState, task: Task, config: TrainConfig, run: RunFolder
                     path = run.images / f"{picture.name}_{state.step:08d}.png"
                     save_grid(path, picture.images, picture.columns, overwrite=True)
             if last or interrupt.requested or _due(state.step, config.checkpoint_every):
-                log.sync()
-                save_checkpoint(run.checkpoints, state, keep=config.keep_checkpoints, versions=versions())
+                checkpoint()
             bar.update()
             if interrupt.requested:
-                raise KeyboardInterrupt
+                raise interrupt.requested
+
+
+@contextlib.contextmanager
+def _kept(state: TrainingState, checkpoint: Callable[[], Path]) -> Iterator[None]:
+    """Where data cannot be read inside the block, the steps finished before are kept, and the error says so."""
+    try:
+        yield
+    except Exception as error:
+        if state.step:
+            error.add_note(f"The {state.step} finished steps are in {checkpoint()}; mend the data and resume.")
+        raise
 
 
 def _gradients(

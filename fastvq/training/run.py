@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ import safetensors
 import torch
 
 import fastvq
-from fastvq._files import read_json, write_json
+from fastvq._files import read_json, sweep, write_json
+from fastvq._lock import locked
 from fastvq.errors import FileConflictError, MissingFileError
 from fastvq.training.config import NEUTRAL_FIELDS
 
@@ -45,38 +48,46 @@ class RunFolder:
         return self.model.is_dir()
 
 
-def open_run(path: Path, description: dict[str, Any], *, resume: bool) -> RunFolder:
-    """Claim a folder for a new run, or check that the run in it is the one described.
+@contextlib.contextmanager
+def open_run(path: Path, description: dict[str, Any], *, resume: bool) -> Iterator[RunFolder]:
+    """Claim a folder for a new run, or check that the run in it is the one described; have it alone inside the block.
 
     Args:
         description: what the run is; its entry ``train`` holds the fields of a TrainConfig.
 
     Raises:
-        FileConflictError: the folder is not empty, or, with ``resume``, holds another run.
+        FileConflictError: the folder is not empty, or, with ``resume``, holds another run; or another process has it.
         MissingFileError: with ``resume``: there is no run in the folder.
     """
     run = RunFolder(path)
     if path.exists() and not path.is_dir():
         raise FileConflictError(f"run_dir: {path} is a file, expected a folder")
     config = path / CONFIG
-    if not resume:
-        # An interruption of the very first write leaves nothing but a temporary file, whose name begins with a dot.
-        if path.exists() and any(not entry.name.startswith(".") for entry in path.iterdir()):
-            hint = "resume it, or choose another folder" if config.is_file() else "choose another folder"
-            raise FileConflictError(f"run_dir: {path} is not empty; {hint}. Nothing was changed.")
-        write_json(config, {**description, "versions": versions()})
-        return run
-    if not config.is_file():
+    if resume and not config.is_file():
         raise MissingFileError(f"run_dir: nothing to resume, {path} holds no {CONFIG}; start without resume")
-    differences = _differences(read_json(config), json.loads(json.dumps(description)))
+    with locked(path):
+        if resume:
+            _check_same(path, description)
+            sweep(path)
+            if run.checkpoints.is_dir():
+                for leftover in run.checkpoints.glob(".step_*"):
+                    shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            # An interruption of the very first write leaves nothing but a temporary file, whose name begins with a dot.
+            if any(not entry.name.startswith(".") for entry in path.iterdir()):
+                hint = "resume it, or choose another folder" if config.is_file() else "choose another folder"
+                raise FileConflictError(f"run_dir: {path} is not empty; {hint}. Nothing was changed.")
+            sweep(path)
+            write_json(config, {**description, "versions": versions()})
+        yield run
+
+
+def _check_same(path: Path, description: dict[str, Any]) -> None:
+    differences = _differences(read_json(path / CONFIG), json.loads(json.dumps(description)))
     if differences:
         raise FileConflictError(
             f"run_dir: the run in {path} differs from the one to resume in\n  " + "\n  ".join(differences)
         )
-    if run.checkpoints.is_dir():
-        for leftover in run.checkpoints.glob(".step_*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-    return run
 
 
 def _differences(there: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -55,7 +55,7 @@ def train_vqvae(
 
     Raises:
         ArgumentError: data, model and settings do not fit together.
-        FileConflictError: ``run_dir`` is not empty, or holds a run with other settings.
+        FileConflictError: ``run_dir`` is not empty, holds a run with other settings, or is in use by another process.
         MissingFileError: ``resume`` without a run to resume.
         CorruptFileError: the newest checkpoint is damaged.
         DivergedError: the loss is not finite.
@@ -80,9 +80,9 @@ def train_vqvae(
             "augment": None if augment is None else dataclasses.asdict(augment),
         },
     }
-    run = open_run(Path(run_dir), description, resume=resume)
     task = _Reconstruction(dataset, training, validation, config, augment)
-    model = train(lambda: build(model_config), task, config, run, progress=progress)
+    with open_run(Path(run_dir), description, resume=resume) as run:
+        model = train(lambda: build(model_config), task, config, run, progress=progress)
     assert isinstance(model, HierarchicalVQVAE)
     return model
 

@@ -86,9 +86,9 @@ def train_prior(
             "stage1_model": codes.model,
         },
     }
-    run = open_run(Path(run_dir), description, resume=resume)
     task = _Likelihood(codes, validation, level, model_config, config, sample_images)
-    prior = train(lambda: build(model_config), task, config, run, progress=progress)
+    with open_run(Path(run_dir), description, resume=resume) as run:
+        prior = train(lambda: build(model_config), task, config, run, progress=progress)
     assert isinstance(prior, Prior)
     return prior
 
