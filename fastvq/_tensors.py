@@ -17,14 +17,18 @@ from fastvq.errors import CorruptFileError, MissingFileError
 _ZIP = b"PK\x03\x04"
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
+def read_safetensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
     """The tensors of a safetensors file, in memory of their own: the file's would change with the file.
+
+    Args:
+        prefix: only tensors whose names begin so are read; their names lose it.
 
     Raises:
         CorruptFileError: not a whole safetensors file.
     """
     with reading(f"{path}: not a whole safetensors file"):
-        return {name: tensor.clone() for name, tensor in load_file(path).items()}
+        stored = load_file(path)
+        return {name.removeprefix(prefix): stored[name].clone() for name in stored if name.startswith(prefix)}
 
 
 def read_checkpoint(argument: str, path: Path, *allowed: type) -> Any:

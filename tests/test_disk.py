@@ -25,6 +25,7 @@ from fastvq.errors import DiskFullError
 from fastvq.models import build
 from fastvq.training import loop as loop_module
 
+pytestmark = pytest.mark.usefixtures("steady")
 MEGABYTE = 1 << 20
 
 

@@ -20,6 +20,7 @@ from fastvq.data import extract_codes
 from fastvq.errors import FileConflictError
 from fastvq.models import load_pretrained
 
+pytestmark = pytest.mark.usefixtures("steady")
 HOLD = """
 import sys, time
 from pathlib import Path

@@ -363,7 +363,7 @@ def test_nothing_to_resume(train: Train, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"steps": 14}, r"train.steps: 13 there, 14 now"),
+        ({"grad_clip": 2.0}, r"train.grad_clip: 1.0 there, 2.0 now"),
         ({"learning_rate": 0.5, "seed": 1}, r"(?s)learning_rate.*seed"),
     ],
 )

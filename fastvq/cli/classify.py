@@ -4,47 +4,47 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
-from fastvq.cli.images import open_described
+from fastvq.cli.images import described, open_described
 from fastvq.cli.names import configure
 from fastvq.cli.project import Project, augmentation, choose_device, parse_overrides
+from fastvq.cli.resume import recorded, recorded_config, train_config
 from fastvq.errors import ArgumentError, MissingFileError
 from fastvq.models import load_pretrained
 from fastvq.models.classifier import Classifier, ClassifierConfig
 from fastvq.models.pretrained import CONFIG_FILE, WEIGHTS_FILE
-from fastvq.training import TrainConfig
+from fastvq.training import load_weights
 from fastvq.training.classifier import train_classifier as train_on_images
 from fastvq.training.log import last_validation
+from fastvq.training.run import CONFIG
 
 CLASSIFIER = "classifier"
 
 
 def train_classifier(arguments: argparse.Namespace) -> None:
     device = choose_device(arguments.device)
-    overrides = parse_overrides(arguments.set)
-    project = Project(arguments.run)
-    dataset, description, split = open_described(arguments, project)
+    project, run = Project(arguments.run), arguments.run / arguments.name
+    record = recorded(arguments, run)
+    there = None if record is None else described(record, run / CONFIG)
+    dataset, description, split = open_described(arguments, project, there=there)
     if dataset.num_classes is None:
         raise ArgumentError("--data: a classifier learns from labels; put the images of each class in a sub-folder")
-    template = ClassifierConfig(in_channels=dataset.channels, num_classes=dataset.num_classes)
-    model_config = configure(template, overrides)
-    config = TrainConfig(
-        steps=arguments.steps,
-        batch_size=arguments.batch_size,
-        learning_rate=arguments.lr,
-        weight_decay=arguments.weight_decay,
-        warmup_steps=arguments.warmup,
-        ema_decay=arguments.ema or None,
-        # The images held out of the autoencoder are those held out here.
+    fields: dict[str, Any] = {"in_channels": dataset.channels, "num_classes": dataset.num_classes}
+    if record is not None:
+        fields = recorded_config(record, run).to_dict()
+    elif arguments.init_from is not None:
+        fields = load_weights(arguments.init_from).config.to_dict() | fields
+    model_config = configure(ClassifierConfig.from_dict(fields), parse_overrides(arguments.set))
+    # The images held out of the autoencoder are those held out here.
+    config = train_config(
+        arguments,
+        run,
+        device,
         validation_fraction=description["validation"],
-        seed=description["seed"] if arguments.seed is None else arguments.seed,
-        log_every=arguments.log_every,
+        seed=description["seed"],
         image_every=None,
-        checkpoint_every=arguments.checkpoint_every,
-        num_workers=arguments.workers,
-        device=device,
     )
-    run = arguments.run / arguments.name
     train_on_images(
         dataset,
         model_config,
@@ -54,6 +54,8 @@ def train_classifier(arguments: argparse.Namespace) -> None:
         validation=(dataset, split[1]),
         augment=augmentation(description),
         resume=arguments.resume,
+        init_from=arguments.init_from,
+        notes={"data": description},
         progress=not arguments.quiet,
     )
     values = last_validation(run, "top1")

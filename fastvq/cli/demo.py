@@ -6,23 +6,25 @@ import argparse
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from fastvq._files import remove_leftovers
 from fastvq._lock import locked
+from fastvq._schema import number, require_entries
 from fastvq.cli.generate import reconstruction
 from fastvq.cli.images import DIGITS, start_project
 from fastvq.cli.project import Project, augmentation, choose_device, require_folder_name
 from fastvq.cli.train import fit_to_codes, preview_of
 from fastvq.data import CodeDataset, Digits, extract_codes, load_images, save_grid, split_indices
-from fastvq.errors import ArgumentError, CorruptFileError
+from fastvq.errors import ArgumentError, CorruptFileError, FileConflictError
 from fastvq.models import PriorConfig, VQVAEConfig, preset
 from fastvq.sampling import Pipeline
 from fastvq.training import TrainConfig, train_prior, train_vqvae
 from fastvq.training.log import last_validation
-from fastvq.training.run import CONFIG
+from fastvq.training.run import CONFIG, RunFolder
 
 TEMPERATURE = 0.9
 _STEPS = {"vqvae": 900, "prior0": 600, "prior1": 1000}
@@ -34,6 +36,7 @@ _PER_CLASS = 10
 def demo(arguments: argparse.Namespace) -> None:
     began = time.perf_counter()
     device = choose_device(arguments.device)
+    _fill_in(arguments)
     if not (math.isfinite(arguments.effort) and arguments.effort > 0):
         raise ArgumentError(f"--effort: must be positive, got {arguments.effort}")
     if arguments.label is not None and not 0 <= arguments.label < Digits.num_classes:
@@ -53,7 +56,14 @@ def demo(arguments: argparse.Namespace) -> None:
         start_project(project, DIGITS, dataset, settings)
         resume = arguments.resume and (project.vqvae / CONFIG).is_file()
         vqvae = train_vqvae(
-            dataset, vqvae_config, config, project.vqvae, augment=augment, resume=resume, progress=progress
+            dataset,
+            vqvae_config,
+            config,
+            project.vqvae,
+            augment=augment,
+            resume=resume,
+            notes={"effort": arguments.effort},
+            progress=progress,
         )
     metrics = _validation_metrics(project.vqvae, "mse", "psnr")
     print(
@@ -104,6 +114,26 @@ def demo(arguments: argparse.Namespace) -> None:
     print(f"     {project.path / 'reconstructions.png'}: held-out digits above, what their codes keep below")
     print(f"     {project.path / 'samples.png'}: new digits, " + _asked(arguments.label))
     print(f"done in {time.perf_counter() - began:.0f} s; more: fastvq sample --checkpoint {project.path} --label 7")
+
+
+def _fill_in(arguments: argparse.Namespace) -> None:
+    """Seed and effort where they are not typed: the defaults, or with ``--resume`` those of the demo there."""
+    project = Project(arguments.out)
+    there: dict[str, Any] = {"seed": 0, "effort": 1.0}
+    if arguments.resume and project.data.is_file():
+        there["seed"] = project.read_data()["seed"]
+        run = RunFolder(project.vqvae)
+        if run.config.is_file():
+            notes = run.record().get("notes", {})
+            require_entries(run.config, notes, {"effort": number()}, absent=True)
+            there["effort"] = notes.get("effort", there["effort"])
+            if arguments.effort not in (None, there["effort"]):
+                raise FileConflictError(
+                    f"--effort: {project.path} was started with {there['effort']}, got {arguments.effort}"
+                )
+    for name, value in there.items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
 
 
 def _config(arguments: argparse.Namespace, name: str, device: str) -> TrainConfig:

@@ -48,7 +48,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     if arguments.out is not None:
         require_folder_name(arguments.out)
         check_report(arguments.out, overwrite=arguments.overwrite, curves=arguments.curves)
-    pipeline = load_pipeline(arguments.run, arguments.pretrained, device)
+    pipeline = load_pipeline(arguments.run, arguments.pretrained, device, arguments.weights)
     extractor, classifier = _networks(arguments, device)
     project = None if arguments.run is None else Project(arguments.run)
     scale = pipeline.vqvae.total_stride

@@ -21,10 +21,13 @@ from fastvq.data import load_images, psnr, save_grid
 from fastvq.data.grid import PICTURES, grid_size, require_picture
 from fastvq.data.pictures import picture_types
 from fastvq.errors import ArgumentError, FileConflictError
-from fastvq.models import PRESETS, HierarchicalVQVAE, Prior, load_pretrained
+from fastvq.models import PRESETS, HierarchicalVQVAE, Prior
 from fastvq.models.pretrained import CONFIG_FILE
 from fastvq.sampling import ENGINES, Pipeline, Samples, shipped
 from fastvq.sampling.cuda_engine import cuda_summary
+from fastvq.training import load_weights
+from fastvq.training.checkpoint import DESCRIPTION as CHECKPOINT_FILE
+from fastvq.training.run import RunFolder
 
 
 def sample(arguments: argparse.Namespace) -> None:
@@ -32,7 +35,9 @@ def sample(arguments: argparse.Namespace) -> None:
     _check_free(arguments.out, arguments.overwrite, picture)
     if arguments.n < 1:
         raise ArgumentError(f"-n: must be at least 1, got {arguments.n}")
-    pipeline = load_pipeline(arguments.checkpoint, arguments.pretrained, choose_device(arguments.device))
+    pipeline = load_pipeline(
+        arguments.checkpoint, arguments.pretrained, choose_device(arguments.device), arguments.weights
+    )
     if picture:
         height, width = (side * pipeline.vqvae.total_stride for side in pipeline.priors[0].config.shape)
         require_picture("--out", arguments.out, *grid_size(arguments.n, height, width)[:2])
@@ -108,11 +113,25 @@ def info(arguments: argparse.Namespace) -> None:
     if arguments.checkpoint is None and arguments.pretrained is None:
         _print_installation()
         return
-    if arguments.checkpoint is not None and (arguments.checkpoint / CONFIG_FILE).is_file():
-        model = load_pretrained(arguments.checkpoint)
+    if arguments.checkpoint is not None and _is_one_model(arguments.checkpoint):
+        if (arguments.checkpoint / "checkpoints").is_dir():
+            print(f"run         {Project(arguments.checkpoint.parent).state(arguments.checkpoint)}")
+        model = load_weights(arguments.checkpoint, weights=arguments.weights)
         _print_model(type(model).__name__, model)
         return
-    pipeline = load_pipeline(arguments.checkpoint, arguments.pretrained, "cpu")
+    if arguments.checkpoint is not None and Project(arguments.checkpoint).vqvae.is_dir():
+        project = Project(arguments.checkpoint)
+        states = project.stages()
+        for name, state in states.items():
+            print(f"{name:11} {state}")
+        begun = [name for name in states if _has_weights(project.path / name)]
+        if len(begun) < len(states) or not (project.vqvae / "model").is_dir():
+            for name in begun:
+                _print_model(name, load_weights(project.path / name))
+            return
+        pipeline = load_pipeline(arguments.checkpoint, None, "cpu", arguments.weights)
+    else:
+        pipeline = load_pipeline(arguments.checkpoint, arguments.pretrained, "cpu", arguments.weights)
     scale = pipeline.vqvae.total_stride
     height, width = (side * scale for side in pipeline.priors[0].config.shape)
     grids = [prior.config.shape for prior in pipeline.priors]
@@ -127,6 +146,15 @@ def info(arguments: argparse.Namespace) -> None:
     _print_model("vqvae", pipeline.vqvae)
     for level, prior in enumerate(pipeline.priors):
         _print_model(f"prior {level}", prior)
+
+
+def _is_one_model(folder: Path) -> bool:
+    """A saved model, a run or a checkpoint."""
+    return any((folder / name).is_file() for name in (CONFIG_FILE, CHECKPOINT_FILE))
+
+
+def _has_weights(run: Path) -> bool:
+    return (run / CONFIG_FILE).is_file() and RunFolder(run).done > 0
 
 
 def _print_model(title: str, model: HierarchicalVQVAE | Prior | torch.nn.Module) -> None:
@@ -171,15 +199,15 @@ def _labels(pipeline: Pipeline, text: str | None, n: int) -> Tensor | None:
 def _autoencoder(arguments: argparse.Namespace, device: str) -> tuple[HierarchicalVQVAE, dict[str, Any]]:
     """The model, and what is known of the images it was trained on: ``size`` (perhaps None) and ``skip_broken``."""
     checkpoint = arguments.checkpoint
-    if checkpoint is not None and (checkpoint / CONFIG_FILE).is_file():
-        model = load_pretrained(checkpoint, device=device)
+    if checkpoint is not None and _is_one_model(checkpoint):
+        model = load_weights(checkpoint, weights=arguments.weights, device=device)
         if not isinstance(model, HierarchicalVQVAE):
             raise ArgumentError(f"--checkpoint: {checkpoint} holds a {type(model).__name__}, expected an autoencoder")
         return model, {"size": None, "skip_broken": False}
     if checkpoint is not None and Project(checkpoint).vqvae.is_dir():
         project = Project(checkpoint)
         return project.load_vqvae(device), project.read_data()
-    pipeline = load_pipeline(checkpoint, arguments.pretrained, device)
+    pipeline = load_pipeline(checkpoint, arguments.pretrained, device, arguments.weights)
     size = [side * pipeline.vqvae.total_stride for side in pipeline.priors[0].config.shape]
     return pipeline.vqvae, {"size": size, "skip_broken": False}
 

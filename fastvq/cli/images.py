@@ -14,8 +14,8 @@ from typing import Any, TextIO
 import numpy as np
 
 from fastvq._files import read_json
-from fastvq._schema import TEXT, integer, named, optional, require_entries, several
-from fastvq.cli.project import Project
+from fastvq._schema import ENTRIES, FLAG, TEXT, integer, named, optional, require_entries, several
+from fastvq.cli.project import DATA, Project
 from fastvq.data import Digits, ImageDataset, ImageFolder, split_indices
 from fastvq.data.images import ImageFolderWarning
 from fastvq.errors import ArgumentError, FileConflictError, MissingFileError
@@ -29,13 +29,14 @@ _DEFAULTS: dict[str, Any] = {
     "data": None,
     "size": None,
     "channels": 3,
-    "class_names": [],
     "skip_broken": False,
     "flip": False,
     "shift": 0,
     "validation": 0.1,
     "seed": 0,
+    "changed_data": False,
 }
+_DESCRIPTION = {name: DATA.get(name, FLAG) for name in _DEFAULTS}
 
 
 def open_data(
@@ -156,7 +157,7 @@ def open_project_images(
         FileConflictError: other images and not ``changed``; or what was made from the images before is in the way.
     """
     description = project.read_data()
-    data = data or _recorded_folder(project, description)
+    data = data or recorded_folder(project, description)
     dataset = open_data(
         data,
         size or description["size"],
@@ -199,39 +200,56 @@ def open_described(
     arguments: argparse.Namespace,
     project: Project | None,
     *,
+    there: dict[str, Any] | None = None,
     size: Sequence[int] | None = None,
     channels: int | None = None,
 ) -> tuple[ImageDataset, dict[str, Any], tuple[np.ndarray, np.ndarray]]:
     """Images, their description and their split: the project's, unless the command line says otherwise.
 
     Args:
+        there: the description that a run which goes on was started with; it comes before the project's.
         size, channels: those of a model, which count before any others.
     """
-    description = dict(_DEFAULTS)
-    recorded = project is not None and project.data.is_file()
-    if project is not None and recorded:
-        description |= project.read_data()
-    elif arguments.data is None:
+    recorded = project.read_data() if project is not None and project.data.is_file() else None
+    if recorded is None and there is None and arguments.data is None:
         where = "a shipped model" if project is None else project.path
         raise MissingFileError(f"--data: {where} holds no data.json that says where the images are; pass --data")
+    description = {name: (recorded or {}).get(name, value) for name, value in _DEFAULTS.items()} | (there or {})
     for name in ("data", "size", "channels", "flip", "shift", "validation"):
         value = getattr(arguments, name, None)
         if value is not None:
             description[name] = value
+    for name in ("skip_broken", "changed_data"):
+        description[name] = description[name] or bool(getattr(arguments, name))
     if description["data"] == DIGITS and getattr(arguments, "channels", None) is None:
         description["channels"] = 1
     size, channels = size or description["size"], channels or description["channels"]
-    options = {"skip_broken": arguments.skip_broken, "quiet": arguments.quiet}
-    if project is not None and recorded:
+    options = {"skip_broken": description["skip_broken"], "quiet": arguments.quiet}
+    if project is not None and recorded is not None:
+        # Where its images lie now the project knows better than a run that took them from it.
+        data = there["data"] if arguments.data is None and there and there["changed_data"] else arguments.data
         dataset = open_project_images(
-            project, arguments.data, size=size, channels=channels, changed=arguments.changed_data, **options
+            project, data, size=size, channels=channels, changed=description["changed_data"], **options
         )
-        if arguments.validation is None:
-            return dataset, description, split_images(project, description, dataset)
     else:
         exclude = [] if project is None else [project.path]
         dataset = open_data(description["data"], size, channels, exclude=exclude, **options)
+        project = None
+    if description["data"] != DIGITS:
+        description["data"] = os.path.abspath(description["data"])
+    description |= {"size": list(dataset.size), "channels": dataset.channels}
+    if project is not None and recorded is not None and description["validation"] == recorded["validation"]:
+        return dataset, description, split_images(project, recorded, dataset)
     return dataset, description, split_indices(len(dataset), description["validation"], description["seed"])
+
+
+def described(record: dict[str, Any], path: Path) -> dict[str, Any] | None:
+    """The description that a run kept of what it was started with, if it did; ``path`` is its file's."""
+    found: dict[str, Any] | None = record.get("notes", {}).get("data")
+    if found is not None:
+        require_entries(path, {"data": found}, {"data": ENTRIES})
+        require_entries(path, found, _DESCRIPTION)
+    return found
 
 
 def split_images(project: Project, description: dict[str, Any], dataset: ImageDataset) -> tuple[np.ndarray, np.ndarray]:
@@ -299,7 +317,12 @@ def _relative(data: str, run: Path) -> str:
     return Path(os.path.relpath(os.path.abspath(data), os.path.abspath(run))).as_posix()
 
 
-def _recorded_folder(project: Project, description: dict[str, Any]) -> str:
+def recorded_folder(project: Project, description: dict[str, Any]) -> str:
+    """Where a project's images lie, as far as it knows; as :func:`open_data` takes it.
+
+    Raises:
+        MissingFileError: they are not there.
+    """
     data = str(description["data"])
     if data == DIGITS:
         return data

@@ -83,10 +83,8 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     )
     parser.add_argument("--out", type=Path, default=Path("fastvq-demo"), help="project folder (default: fastvq-demo)")
     parser.add_argument("--label", type=int, help="sample only this digit (default: a row of each)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of training and sampling (default: 0)")
-    parser.add_argument(
-        "--effort", type=float, default=1.0, help="multiplies the number of training steps (default: 1)"
-    )
+    parser.add_argument("--seed", type=int, help="seed of training and sampling (default: 0)")
+    parser.add_argument("--effort", type=float, help="multiplies the number of training steps (default: 1)")
     _add_resume(parser)
 
 
@@ -100,16 +98,14 @@ def _add_train_vqvae(commands: argparse._SubParsersAction[argparse.ArgumentParse
         "at the end, model/.",
     )
     _add_run(parser)
-    parser.add_argument("--data", required=True, help="a folder of images (labels from sub-folders), or 'digits'")
+    parser.add_argument("--data", help="a folder of images (labels from sub-folders), or 'digits'")
     parser.add_argument("--size", type=int, nargs="+", metavar="N", help="image size: one side, or height and width")
     parser.add_argument("--channels", type=int, choices=(1, 3), help="image channels (default: the preset's)")
     _add_skip_broken(parser)
-    parser.add_argument("--flip", action="store_true", help="augmentation: mirror images at random")
-    parser.add_argument("--shift", type=int, default=0, metavar="PIXELS", help="augmentation: shift images at random")
+    parser.add_argument("--flip", action="store_true", default=None, help="augmentation: mirror images at random")
+    parser.add_argument("--shift", type=int, metavar="PIXELS", help="augmentation: shift images at random")
     _add_training(parser, preset="imagenet256", kind="autoencoder", learning_rate=3e-4, batch_size=128)
-    parser.add_argument(
-        "--validation", type=float, default=0.1, metavar="FRACTION", help="share held out (default: 0.1)"
-    )
+    parser.add_argument("--validation", type=float, metavar="FRACTION", help="share held out (default: 0.1)")
 
 
 def _add_extract(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -148,7 +144,7 @@ def _add_train_prior(commands: argparse._SubParsersAction[argparse.ArgumentParse
     )
     _add_run(parser)
     parser.add_argument("--level", type=int, required=True, help="0 is the top (coarsest) level")
-    parser.add_argument("--unconditional", action="store_true", help="ignore the labels")
+    parser.add_argument("--unconditional", action="store_true", default=None, help="ignore the labels")
     _add_training(parser, preset=None, kind="prior", learning_rate=3e-4, batch_size=32)
 
 
@@ -225,16 +221,8 @@ def _add_train_classifier(commands: argparse._SubParsersAction[argparse.Argument
     parser.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="channels=(32,64,128), features=64, dropout=0"
     )
-    parser.add_argument("--steps", type=int, required=True, help="optimiser steps")
-    parser.add_argument("--batch-size", type=int, default=64, help="images per step (default: 64)")
-    parser.add_argument("--lr", type=float, default=2e-3, help="learning rate (default: 0.002)")
-    parser.add_argument("--weight-decay", type=float, default=0.01, help="(default: 0.01)")
-    parser.add_argument("--warmup", type=int, default=0, metavar="STEPS", help="linear warm-up, then cosine decay")
-    parser.add_argument("--ema", type=float, default=0.99, metavar="DECAY", help="weight averaging; 0: off")
-    parser.add_argument("--workers", type=int, default=0, help="processes that load data (default: 0)")
+    _add_schedule(parser, learning_rate=2e-3, batch_size=64, weight_decay=0.01, ema=0.99)
     parser.add_argument("--seed", type=int, help="(default: the project's)")
-    parser.add_argument("--log-every", type=int, default=50, metavar="STEPS")
-    parser.add_argument("--checkpoint-every", type=int, default=1000, metavar="STEPS")
     _add_resume(parser)
 
 
@@ -250,6 +238,7 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     )
     parser.add_argument("run", type=Path, nargs="?", metavar="RUN", help="a project folder or a saved pipeline")
     parser.add_argument("--pretrained", metavar="NAME", help="a model that ships with fastvq, such as digits")
+    _add_weights(parser)
     _add_data(parser)
     parser.add_argument("-n", type=int, default=10_000, help="samples for the metrics (default: 10000)")
     parser.add_argument(
@@ -299,7 +288,10 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 
 def _add_skip_broken(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--skip-broken", action="store_true", help="leave out images that cannot be read (a project remembers it)"
+        "--skip-broken",
+        action="store_true",
+        default=None,
+        help="leave out images that cannot be read (a project remembers it)",
     )
 
 
@@ -319,16 +311,33 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_resume(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--resume", action="store_true", help="go on exactly where an earlier run was stopped")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on exactly where an earlier run was stopped; its record has all other settings",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
 def _add_model(parser: argparse.ArgumentParser, required: bool = True) -> None:
     group = parser.add_mutually_exclusive_group(required=required)
     group.add_argument(
-        "--checkpoint", type=Path, metavar="FOLDER", help="a project folder or a saved pipeline or model"
+        "--checkpoint",
+        type=Path,
+        metavar="FOLDER",
+        help="a project, saved pipeline, model, run or checkpoint",
     )
     group.add_argument("--pretrained", metavar="NAME", help="a model that ships with fastvq, such as digits")
+    _add_weights(parser)
+
+
+def _add_weights(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--weights",
+        choices=("last", "best"),
+        default="last",
+        help="of a project's priors, or of a run: those of the last step, or of the best validation (default: last)",
+    )
 
 
 def _add_output(parser: argparse.ArgumentParser, default: str) -> None:
@@ -342,27 +351,61 @@ def _add_training(
 ) -> None:
     parser.add_argument(
         "--preset",
-        default=preset,
-        required=preset is None,
         help=f"architecture of the {kind}; `fastvq info` lists them" + (f" (default: {preset})" if preset else ""),
     )
     parser.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="change a field of the preset; repeatable"
     )
-    parser.add_argument("--steps", type=int, required=True, help="optimiser steps")
-    parser.add_argument("--batch-size", type=int, default=batch_size, help=f"images per step (default: {batch_size})")
-    parser.add_argument("--lr", type=float, default=learning_rate, help=f"learning rate (default: {learning_rate})")
-    parser.add_argument("--optimizer", choices=("adamw", "adam"), default="adamw", help="(default: adamw)")
-    parser.add_argument("--weight-decay", type=float, default=0.0, help="(default: 0)")
-    parser.add_argument("--warmup", type=int, default=0, metavar="STEPS", help="linear warm-up, then cosine decay")
+    parser.set_defaults(default_preset=preset)
+    _add_schedule(
+        parser, learning_rate=learning_rate, batch_size=batch_size, weight_decay=0.0, ema=0.999, grad_clip=None
+    )
+    parser.add_argument("--optimizer", choices=("adamw", "adam"), help="(default: adamw)")
     parser.add_argument("--grad-clip", type=float, help="clip the gradient's norm")
-    parser.add_argument("--ema", type=float, default=0.999, metavar="DECAY", help="weight averaging; 0: off")
-    parser.add_argument("--accumulate", type=int, default=1, metavar="PARTS", help="compute each step in parts")
-    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the model")
-    parser.add_argument("--workers", type=int, default=0, help="processes that load data (default: 0)")
-    parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
-    parser.add_argument("--log-every", type=int, default=50, metavar="STEPS")
-    parser.add_argument("--image-every", type=int, default=1000, metavar="STEPS")
-    parser.add_argument("--checkpoint-every", type=int, default=1000, metavar="STEPS")
+    parser.add_argument("--accumulate", type=int, metavar="PARTS", help="compute each step in parts (default: 1)")
+    parser.add_argument("--bf16", action="store_true", default=None, help="bfloat16 autocast")
+    parser.add_argument("--compile", action="store_true", default=None, help="torch.compile the model")
+    parser.add_argument("--seed", type=int, help="(default: 0)")
+    parser.add_argument("--image-every", type=int, metavar="STEPS", help="(default: 1000)")
     _add_resume(parser)
+
+
+def _add_schedule(
+    parser: argparse.ArgumentParser,
+    *,
+    learning_rate: float,
+    batch_size: int,
+    weight_decay: float,
+    ema: float,
+    **more: float | None,
+) -> None:
+    """Options without a default of argparse's: a run that goes on takes from its record what is not typed."""
+    defaults = {
+        "batch_size": batch_size,
+        "lr": learning_rate,
+        "weight_decay": weight_decay,
+        "ema": ema,
+        "log_every": 50,
+        "checkpoint_every": 1000,
+        **more,
+    }
+    parser.set_defaults(defaults=defaults)
+    parser.add_argument(
+        "--steps",
+        type=int,
+        help="optimiser steps; with --resume a new number of them, with which the run ends",
+    )
+    parser.add_argument("--batch-size", type=int, help=f"images per step (default: {batch_size})")
+    parser.add_argument("--lr", type=float, help=f"learning rate (default: {learning_rate})")
+    parser.add_argument("--weight-decay", type=float, help=f"(default: {weight_decay:g})")
+    parser.add_argument("--warmup", type=int, metavar="STEPS", help="linear warm-up, then cosine decay (default: 0)")
+    parser.add_argument("--ema", type=float, metavar="DECAY", help=f"weight averaging; 0: off (default: {ema})")
+    parser.add_argument("--workers", type=int, help="processes that load data (default: 0)")
+    parser.add_argument("--log-every", type=int, metavar="STEPS", help="(default: 50)")
+    parser.add_argument("--checkpoint-every", type=int, metavar="STEPS", help="(default: 1000)")
+    parser.add_argument(
+        "--init-from",
+        type=Path,
+        metavar="FOLDER",
+        help="start from the weights of a saved model, a run or a checkpoint, whose architecture is the default then",
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,13 @@ from fastvq.data import Augment
 from fastvq.data.pictures import picture_types
 from fastvq.errors import ArgumentError, FileConflictError, MissingFileError
 from fastvq.models import HierarchicalVQVAE
+from fastvq.models.config import MOST_LEVELS
 from fastvq.sampling import Pipeline
-from fastvq.sampling.project import DATA_FILE, load_vqvae, other_autoencoder, prior_run, vqvae_run
+from fastvq.sampling.project import DATA_FILE, is_project, load_vqvae, other_autoencoder, prior_run, vqvae_run
+from fastvq.training.run import CONFIG, RunFolder
+from fastvq.training.weights import best_validation
 
-_DATA = {
+DATA = {
     "data": TEXT,
     "size": several(integer(1, 2**20), least=2, most=2),
     "channels": integer(1, 2**20),
@@ -76,7 +80,7 @@ class Project:
         if not self.data.is_file():
             raise MissingFileError(f"--run: {self.path} holds no {self.data.name}; run `fastvq train-vqvae` first")
         description = read_json(self.data)
-        require_entries(self.data, description, _DATA)
+        require_entries(self.data, description, DATA)
         require_entries(self.data, description, _LATER, absent=True)
         return description
 
@@ -96,10 +100,37 @@ class Project:
         except MissingFileError as error:
             raise MissingFileError(f"--run: {error}") from error
 
+    def stages(self) -> dict[str, str]:
+        """The state of each run by its name."""
+        folder = RunFolder(self.vqvae)
+        model = folder.record()["model"] if folder.config.is_file() else {}
+        require_entries(folder.config, model, {"strides": several(integer(1), most=MOST_LEVELS)}, absent=True)
+        runs = [self.vqvae, *map(self.prior, range(len(model.get("strides", ()))))]
+        return {run.name: self.state(run) for run in runs}
 
-def load_pipeline(checkpoint: Path | None, pretrained: str | None, device: str) -> Pipeline:
-    """The pipeline that ``--checkpoint`` or ``--pretrained`` names."""
-    return Pipeline.from_pretrained(pretrained or "" if checkpoint is None else checkpoint, device=device)
+    def state(self, run: Path) -> str:
+        """How far a run is, in words."""
+        if not (run / CONFIG).is_file():
+            return "has not begun"
+        folder = RunFolder(run)
+        best = best_validation(run)
+        found = "" if best is None else f"; best validation {best['metric']} {best['value']:.4g} at step {best['step']}"
+        if folder.finished:
+            return f"finished, {folder.steps} steps{found}"
+        return f"unfinished, step {folder.done} of {folder.steps}{found}"
+
+
+def load_pipeline(checkpoint: Path | None, pretrained: str | None, device: str, weights: str = "last") -> Pipeline:
+    """The pipeline that ``--checkpoint`` or ``--pretrained`` names; says on stderr what of it is unfinished."""
+    if checkpoint is None or not is_project(checkpoint):
+        if weights != "last":
+            raise ArgumentError(f"--weights: a saved pipeline has no {weights} weights, only those saved")
+        return Pipeline.from_pretrained(pretrained or "" if checkpoint is None else checkpoint, device=device)
+    pipeline = Pipeline.from_pretrained(checkpoint, device=device, weights=weights)
+    for name, state in Project(checkpoint).stages().items():
+        if state.startswith("unfinished"):
+            print(f"fastvq: note: {checkpoint / name} is {state}", file=sys.stderr)
+    return pipeline
 
 
 def augmentation(description: dict[str, Any]) -> Augment | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,65 +12,75 @@ import torch
 from torch import Tensor
 
 from fastvq._lock import locked
-from fastvq.cli.images import open_new_images, open_project_images, split_images, start_project
-from fastvq.cli.names import configure
-from fastvq.cli.project import Project, augmentation, choose_device, parse_overrides
+from fastvq.cli.images import (
+    open_new_images,
+    open_project_images,
+    recorded_folder,
+    split_images,
+    start_project,
+)
+from fastvq.cli.project import Project, augmentation, choose_device
+from fastvq.cli.resume import model_config, notes, train_config
 from fastvq.data import CodeDataset, extract_codes
 from fastvq.errors import ArgumentError, FileConflictError
-from fastvq.models import HierarchicalVQVAE, Prior, PriorConfig, VQVAEConfig, preset
+from fastvq.models import HierarchicalVQVAE, Prior, PriorConfig, VQVAEConfig, build
 from fastvq.sampling import sample
-from fastvq.training import TrainConfig
 from fastvq.training import train_prior as train_prior_on_codes
 from fastvq.training import train_vqvae as train_vqvae_on_images
+from fastvq.training.weights import describe_start
 
 _PICTURES = 16
 
 
 def train_vqvae(arguments: argparse.Namespace) -> None:
     device = choose_device(arguments.device)
-    overrides = parse_overrides(arguments.set)
-    typed = {}
-    if arguments.channels is not None and "in_channels" not in overrides:
-        overrides["in_channels"] = arguments.channels
-        typed["in_channels"] = "--channels"
-    _, template = preset(arguments.preset)
-    if not isinstance(template, VQVAEConfig):
-        raise ArgumentError(f"--preset: {arguments.preset} is a prior, expected an autoencoder")
-    model_config = configure(template, overrides, typed)
-    config = _train_config(arguments, device, validation_fraction=arguments.validation)
-    stride = math.prod(model_config.strides)
+    project = Project(arguments.run)
+    overrides = {} if arguments.channels is None else {"in_channels": arguments.channels}
+    model = model_config(arguments, project.vqvae, VQVAEConfig, **overrides)
+    config = train_config(arguments, project.vqvae, device, validation_fraction=0.1)
+    stride = math.prod(model.strides)
     if any(side < 1 or side % stride for side in arguments.size or ()):
         raise ArgumentError(
             f"--size: expected positive multiples of {stride}, got {' '.join(map(str, arguments.size))}"
         )
-    project = Project(arguments.run)
     project.require_free(resume=arguments.resume)
-    dataset = open_new_images(
-        project,
-        arguments.data,
-        arguments.size,
-        model_config.in_channels,
-        skip_broken=arguments.skip_broken,
-        quiet=arguments.quiet,
+    there: dict[str, Any] = (
+        project.read_data() if arguments.resume else {"skip_broken": False, "flip": False, "shift": 0}
     )
     settings = {
-        "skip_broken": arguments.skip_broken,
-        "flip": arguments.flip,
-        "shift": arguments.shift,
-        "validation": arguments.validation,
-        "seed": arguments.seed,
+        name: there[name] if getattr(arguments, name) is None else getattr(arguments, name)
+        for name in ("skip_broken", "flip", "shift")
     }
+    settings |= {"validation": config.validation_fraction, "seed": config.seed}
     augment = augmentation(settings)
+    data = arguments.data
+    if data is None:
+        if not arguments.resume:
+            raise ArgumentError("--data: a new run needs a folder of images, or 'digits'")
+        data = recorded_folder(project, there)
+    dataset = open_new_images(
+        project,
+        data,
+        arguments.size or there.get("size"),
+        model.in_channels,
+        skip_broken=settings["skip_broken"],
+        quiet=arguments.quiet,
+    )
+    # Before anything is written.
+    kind = type(build(model)).__name__
+    describe_start(arguments.init_from, {"class": kind, **model.to_dict()}, resume=arguments.resume)
     with locked(project.vqvae):
         project.require_free(resume=arguments.resume)
-        start_project(project, arguments.data, dataset, settings)
+        start_project(project, data, dataset, settings)
         train_vqvae_on_images(
             dataset,
-            model_config,
+            model,
             config,
             project.vqvae,
             augment=augment,
             resume=arguments.resume,
+            init_from=arguments.init_from,
+            notes=notes(arguments),
             progress=not arguments.quiet,
         )
     print(f"autoencoder in {project.vqvae / 'model'}; next: fastvq extract --run {arguments.run}")
@@ -121,13 +130,13 @@ def train_prior(arguments: argparse.Namespace) -> None:
     codes = CodeDataset(project.codes)
     if not 0 <= arguments.level < codes.num_levels:
         raise ArgumentError(f"--level: {project.codes} holds levels 0..{codes.num_levels - 1}, got {arguments.level}")
-    _, template = preset(arguments.preset)
-    if not isinstance(template, PriorConfig):
-        raise ArgumentError(f"--preset: {arguments.preset} is an autoencoder, expected a prior")
-    template = configure(template, parse_overrides(arguments.set))
-    num_classes = None if arguments.unconditional else codes.num_classes
-    model_config = fit_to_codes(template, codes, arguments.level, num_classes)
-    config = _train_config(arguments, device)
+    run = project.prior(arguments.level)
+    template = model_config(arguments, run, PriorConfig)
+    classes = template.num_classes is not None if arguments.resume else not arguments.unconditional
+    if classes and arguments.unconditional:
+        raise FileConflictError(f"--unconditional: the prior in {run} was started with classes")
+    fitted = fit_to_codes(template, codes, arguments.level, codes.num_classes if classes else None)
+    config = train_config(arguments, run, device)
     vqvae = project.load_vqvae(device) if project.vqvae.is_dir() else None
     if vqvae is not None:
         project.require_same_autoencoder(codes.model, vqvae, project.codes)
@@ -140,15 +149,17 @@ def train_prior(arguments: argparse.Namespace) -> None:
     train_prior_on_codes(
         project.codes,
         arguments.level,
-        model_config,
+        fitted,
         config,
-        project.prior(arguments.level),
+        run,
         validation_folder=project.validation_codes if project.validation_codes.is_dir() else None,
         resume=arguments.resume,
+        init_from=arguments.init_from,
+        notes=notes(arguments),
         progress=not arguments.quiet,
         sample_images=None if vqvae is None else preview_of(vqvae, codes, arguments.level),
     )
-    print(f"prior in {project.prior(arguments.level) / 'model'}")
+    print(f"prior in {run / 'model'}")
     print(f"once all levels have one: fastvq sample --checkpoint {arguments.run}")
 
 
@@ -178,31 +189,3 @@ def preview_of(vqvae: HierarchicalVQVAE, codes: CodeDataset, level: int) -> Call
         return vqvae.preview([*(upper.to(drawn.device) for upper in above), drawn])
 
     return draw
-
-
-def _train_config(arguments: argparse.Namespace, device: str, **more: Any) -> TrainConfig:
-    if arguments.quiet is False and arguments.steps > arguments.checkpoint_every:
-        print(
-            f"checkpoints every {arguments.checkpoint_every} steps; stop with Ctrl-C, go on with --resume",
-            file=sys.stderr,
-        )
-    return TrainConfig(
-        steps=arguments.steps,
-        batch_size=arguments.batch_size,
-        learning_rate=arguments.lr,
-        optimizer=arguments.optimizer,
-        weight_decay=arguments.weight_decay,
-        warmup_steps=arguments.warmup,
-        grad_clip=arguments.grad_clip,
-        ema_decay=arguments.ema or None,
-        bf16=arguments.bf16,
-        compile=arguments.compile,
-        accumulate=arguments.accumulate,
-        seed=arguments.seed,
-        log_every=arguments.log_every,
-        image_every=arguments.image_every,
-        checkpoint_every=arguments.checkpoint_every,
-        num_workers=arguments.workers,
-        device=device,
-        **more,
-    )

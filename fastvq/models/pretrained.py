@@ -129,20 +129,32 @@ def load_pretrained(folder: str | os.PathLike[str], *, device: str | torch.devic
         )
     if sha256(folder / WEIGHTS_FILE) != description.get("sha256"):
         raise CorruptFileError(f"{folder / WEIGHTS_FILE}: checksum differs from the one in {CONFIG_FILE}")
-    return _load(model_class, description, folder).to(device).eval()
-
-
-def _load(model_class: type[PretrainedModel], description: dict[str, Any], folder: Path) -> PretrainedModel:
-    """The model, built only once its names and shapes are known to be those of the weights."""
     misfit = f"{folder}: weights and configuration do not fit together"
-    with reading(misfit), safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    with reading(misfit):
         config = model_class.config_class.from_dict(description.get("config"))  # type: ignore[arg-type]
+    return load_stored(model_class, config, folder / WEIGHTS_FILE, misfit).to(device).eval()
+
+
+def load_stored(
+    model_class: type[PretrainedModel], config: Config, path: Path, misfit: str, prefix: str = ""
+) -> PretrainedModel:
+    """The model of a file of tensors, built only once its names and shapes are known to be those of the weights.
+
+    Args:
+        misfit: what an error says that the file does not do.
+        prefix: of the names of the model's tensors in the file.
+
+    Raises:
+        CorruptFileError: the file is damaged, or holds tensors of another model.
+    """
+    with reading(misfit), safe_open(path, framework="pt") as file:
+        names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
+        shapes = {name.removeprefix(prefix): tuple(file.get_slice(name).get_shape()) for name in names}
         if config.least_tensors > len(shapes):
             raise ArgumentError(f"{len(shapes)} tensors, expected {config.least_tensors} at least")
-        model = _built(model_class, config)
+        model = skeleton(model_class, config)
         _require_same(model, shapes)
-    tensors = read_safetensors(folder / WEIGHTS_FILE)
+    tensors = read_safetensors(path, prefix)
     with reading(misfit):
         if _is_ours(model_class):
             assign(model, tensors)
@@ -156,7 +168,7 @@ def _is_ours(model_class: type) -> bool:
     return model_class.__module__.partition(".")[0] == "fastvq"
 
 
-def _built(model_class: type[PretrainedModel], config: Config) -> PretrainedModel:
+def skeleton(model_class: type[PretrainedModel], config: Config) -> PretrainedModel:
     """An outline of a class of this package; any other is built whole, for it may compute with its initial values."""
     if _is_ours(model_class):
         return outline(lambda: model_class(config))
@@ -184,7 +196,7 @@ def _require_loadable(model: PretrainedModel) -> dict[str, Tensor]:
         if config != model.config:
             raise ArgumentError(f"its configuration would come back as {config}, not as {model.config}")
         state = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
-        _require_same(_built(model_class, config), {key: tuple(tensor.shape) for key, tensor in state.items()})
+        _require_same(skeleton(model_class, config), {key: tuple(tensor.shape) for key, tensor in state.items()})
     except (FastvqError, AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise ArgumentError(f"save_pretrained: a {name} could not be loaded again: {first_line(error)}") from error
     seen: set[int] = set()

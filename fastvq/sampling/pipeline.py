@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fastvq
-from fastvq._check import require_positive_int
+from fastvq._check import require_choice, require_positive_int
 from fastvq._evaluation import in_evaluation
 from fastvq._files import read_json, reading, replacing_folder, require_seal, sealed, write_json
 from fastvq._schema import TEXT, optional, several
@@ -214,12 +214,16 @@ class Pipeline:
         return folder
 
     @classmethod
-    def from_pretrained(cls, name: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> Self:
+    def from_pretrained(
+        cls, name: str | os.PathLike[str], *, device: str | torch.device = "cpu", weights: str = "last"
+    ) -> Self:
         """A pipeline that ships with the package, by its name, or one in a local folder, by its path.
 
         Args:
             name: name of a shipped pipeline; else a folder that :meth:`save_pretrained` wrote, or the project folder of
                 ``fastvq train-vqvae``, ``fastvq train-prior`` or ``fastvq demo``. A ``Path`` is always a folder.
+            weights: of the priors of a project: ``last``, or ``best``, those with the lowest validation loss. Priors in
+                training give those of their newest checkpoint.
 
         Raises:
             MissingFileError: none of these, or a project in which models are missing; says which.
@@ -234,12 +238,15 @@ class Pipeline:
                 f"name: {name!r} is neither a local folder nor one of the shipped models {sorted(shipped())}"
             )
         names: object
+        require_choice("weights", weights, ("last", "best"))
+        if weights != "last" and not is_project(folder):
+            raise ArgumentError(f"weights: a saved pipeline has no {weights} weights, only those saved")
         if (folder / PIPELINE_FILE).is_file():
             vqvae, priors, names = _saved(folder, device)
         elif is_project(folder):
             try:
                 vqvae = load_vqvae(folder, device)
-                priors = load_priors(folder, vqvae, device)
+                priors = load_priors(folder, vqvae, device, weights)
             except MissingFileError as error:
                 raise MissingFileError(f"name: {error}") from error
             names = class_names(folder) if priors[0].config.num_classes else None

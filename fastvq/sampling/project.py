@@ -9,7 +9,7 @@ import torch
 from fastvq._files import read_json
 from fastvq.data.codes import model_checksum
 from fastvq.errors import CorruptFileError, FileConflictError, MissingFileError
-from fastvq.models.pretrained import CONFIG_FILE, WEIGHTS_FILE, PretrainedModel, load_pretrained
+from fastvq.models.pretrained import CONFIG_FILE, WEIGHTS_FILE, load_pretrained
 from fastvq.models.prior import Prior
 from fastvq.models.vqvae import HierarchicalVQVAE
 
@@ -46,28 +46,36 @@ def load_vqvae(folder: Path, device: Device) -> HierarchicalVQVAE:
     return model
 
 
-def load_priors(folder: Path, vqvae: HierarchicalVQVAE, device: Device) -> list[Prior]:
-    """The priors of all levels, top first.
+def load_priors(folder: Path, vqvae: HierarchicalVQVAE, device: Device, weights: str = "last") -> list[Prior]:
+    """The priors of all levels, top first, trained or in training.
+
+    Args:
+        weights: ``last`` or ``best``, as of :func:`fastvq.training.weights.load_weights`.
 
     Raises:
-        MissingFileError: some have not been trained, or not to the end; names all of them.
+        MissingFileError: the training of some has not begun; names all of them.
         FileConflictError: one was trained on the codes of another autoencoder.
     """
+    from fastvq.training.run import RunFolder
+    from fastvq.training.weights import load_weights
+
     runs = [prior_run(folder, level) for level in range(vqvae.num_levels)]
-    found = [why_untrained(run, f"train-prior --run {folder} --level {level}") for level, run in enumerate(runs)]
-    missing = [reason for reason in found if reason is not None]
+    missing = [
+        f"{run} has not begun; run `fastvq train-prior --run {folder} --level {level}`"
+        for level, run in enumerate(runs)
+        if not (run / CONFIG_FILE).is_file()
+    ]
     if missing:
         raise MissingFileError("; ".join(missing))
-    models: list[PretrainedModel] = [load_pretrained(run / "model", device=device) for run in runs]
-    priors = [model for model in models if isinstance(model, Prior)]
-    for run, model in zip(runs, models, strict=True):
+    priors = []
+    for run in runs:
+        model = load_weights(run, weights=weights, device=device)
         if not isinstance(model, Prior):
             raise CorruptFileError(f"{run}: expected a prior, found a {type(model).__name__}")
-        record = run / CONFIG_FILE
-        data = (read_json(record).get("data") if record.is_file() else None) or {}
-        reason = other_autoencoder(folder, data.get("stage1_model"), vqvae, run)
+        reason = other_autoencoder(folder, RunFolder(run).record()["data"].get("stage1_model"), vqvae, run)
         if reason is not None:
             raise FileConflictError(reason)
+        priors.append(model)
     return priors
 
 
@@ -84,8 +92,8 @@ def other_autoencoder(folder: Path, recorded: object, vqvae: HierarchicalVQVAE, 
     if not isinstance(stored, dict) or stored.keys() != vqvae.config.to_dict().keys():
         return None
     return (
-        f"{what} belongs to another autoencoder than the one in {vqvae_run(folder)}; bring that one back, or move"
-        f" {what} elsewhere and make it again"
+        f"{what} belongs to another autoencoder than the one in {vqvae_run(folder)}, which was perhaps trained"
+        f" further; bring that one back, or move {what} elsewhere and make it again"
     )
 
 

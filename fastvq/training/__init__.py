@@ -5,5 +5,14 @@ from fastvq.training.ema import WeightAverage
 from fastvq.training.loop import DivergedError
 from fastvq.training.stage1 import train_vqvae
 from fastvq.training.stage2 import train_prior
+from fastvq.training.weights import load_weights
 
-__all__ = ["DivergedError", "TrainConfig", "WeightAverage", "learning_rate", "train_prior", "train_vqvae"]
+__all__ = [
+    "DivergedError",
+    "TrainConfig",
+    "WeightAverage",
+    "learning_rate",
+    "load_weights",
+    "train_prior",
+    "train_vqvae",
+]

@@ -85,6 +85,27 @@ def save_checkpoint(folder: Path, state: TrainingState, *, keep: int, versions: 
     return path
 
 
+def read_description(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself, its files having been compared with it.
+
+    Raises:
+        CorruptFileError, MissingFileError: a file is missing or damaged.
+    """
+    description = read_json(path / DESCRIPTION)
+    if description.get("format") != FORMAT:
+        raise CorruptFileError(f"{path / DESCRIPTION}: format {description.get('format')!r}, expected {FORMAT}")
+    require_entries(path / DESCRIPTION, description, _ENTRIES)
+    require_entries(path / DESCRIPTION, description["optimizer"], {"param_groups": several(ENTRIES, least=1)})
+    require_seal(path / DESCRIPTION, description)
+    if path.name != f"step_{description['step']:08d}":
+        raise CorruptFileError(f"{path / DESCRIPTION}: step {description['step']}, but the folder is {path.name}")
+    if not (path / TENSORS).is_file():
+        raise CorruptFileError(f"{path / TENSORS}: no such file")
+    if sha256(path / TENSORS) != description["sha256"]:
+        raise CorruptFileError(f"{path / TENSORS}: checksum differs from the one in {DESCRIPTION}")
+    return description
+
+
 def load_checkpoint(path: Path, state: TrainingState) -> None:
     """Bring ``state`` and PyTorch's generators to where a checkpoint was written.
 
@@ -92,18 +113,7 @@ def load_checkpoint(path: Path, state: TrainingState) -> None:
         CorruptFileError: a file is missing, damaged or does not fit the model; says how to go on without it.
     """
     try:
-        description = read_json(path / DESCRIPTION)
-        if description.get("format") != FORMAT:
-            raise CorruptFileError(f"{path / DESCRIPTION}: format {description.get('format')!r}, expected {FORMAT}")
-        require_entries(path / DESCRIPTION, description, _ENTRIES)
-        require_entries(path / DESCRIPTION, description["optimizer"], {"param_groups": several(ENTRIES, least=1)})
-        require_seal(path / DESCRIPTION, description)
-        if description["step"] != int(path.name.removeprefix("step_")):
-            raise CorruptFileError(f"{path / DESCRIPTION}: step {description['step']}, but the folder is {path.name}")
-        if not (path / TENSORS).is_file():
-            raise CorruptFileError(f"{path / TENSORS}: no such file")
-        if sha256(path / TENSORS) != description["sha256"]:
-            raise CorruptFileError(f"{path / TENSORS}: checksum differs from the one in {DESCRIPTION}")
+        description = read_description(path)
         tensors = read_safetensors(path / TENSORS)
         with reading(f"{path}: does not fit this run"):
             _restore(tensors, description, state)

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from fastvq.training.batches import Batch
 from fastvq.training.config import TrainConfig
 from fastvq.training.loop import Picture, resolve_device, train
 from fastvq.training.run import open_run
+from fastvq.training.weights import describe_start
 
 _TOP = 5
 
@@ -39,6 +40,8 @@ def train_classifier(
     split_seed: int | None = None,
     augment: Augment | None = None,
     resume: bool = False,
+    init_from: str | os.PathLike[str] | None = None,
+    notes: Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> Classifier:
     """Train a classifier on labelled images, minimising the cross entropy.
@@ -51,7 +54,10 @@ def train_classifier(
         validation: data and indices to validate on; by default the images held out. Must be given with ``indices``.
         split_seed: of the images held out, where several classifiers share them; by default ``config.seed``.
         augment: changes of the training images, drawn anew each epoch.
-        resume: go on with the run in ``run_dir`` from its newest checkpoint; a finished run returns its model at once.
+        resume: go on with the run in ``run_dir`` from its newest checkpoint, to ``config.steps``; a run that has them
+            (or more) and its model returns that at once.
+        init_from: start from the weights of a saved model, a run or a checkpoint (:func:`load_weights`).
+        notes: anything JSON can hold, to be kept in ``config.json``.
         progress: show a progress bar on stderr.
 
     Returns:
@@ -72,7 +78,7 @@ def train_classifier(
         _check_data(name, data, model_config)
     if len(indices) == 0:
         raise ArgumentError("indices: expected at least one image to train on, got none")
-    description = {
+    description: dict[str, Any] = {
         "format": 1,
         "stage": "classifier",
         "model": {"class": Classifier.__name__, **model_config.to_dict()},
@@ -87,7 +93,8 @@ def train_classifier(
         },
     }
     task = _Classification(dataset, indices, validation, config, augment)
-    with open_run(Path(run_dir), description, resume=resume) as run:
+    init = describe_start(init_from, description["model"], resume=resume)
+    with open_run(Path(run_dir), description, resume=resume, init=init, notes=notes) as run:
         model = train(lambda: Classifier(model_config), task, config, run, progress=progress)
     assert isinstance(model, Classifier)
     return model
@@ -135,6 +142,8 @@ def _check_data(name: str, dataset: ImageDataset, config: ClassifierConfig) -> N
 
 
 class _Classification:
+    criterion = "nll"
+
     def __init__(
         self,
         dataset: ImageDataset,

@@ -25,7 +25,8 @@ class TrainConfig:
     """How a model is trained.
 
     Args:
-        steps: optimiser steps.
+        steps: optimiser steps. A run that goes on may be given another number; from there on the learning rate is that
+            of a run of this length.
         batch_size: images (stage 1) or rows of codes (stage 2) per optimiser step, however many parts it is cut into.
         learning_rate: at its peak.
         optimizer: ``adamw`` (decoupled weight decay) or ``adam`` (weight decay as an L2 term in the gradient).

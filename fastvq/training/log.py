@@ -41,6 +41,11 @@ class MetricLog:
             with self._board_optional():
                 self._board = SummaryWriter(str(folder), purge_step=step + 1)
 
+    def has(self, step: int, split: str) -> bool:
+        """Whether the log holds a line of a step."""
+        entries = map(_entry, _lines_until(self._path, step))
+        return any(entry and entry["step"] == step and entry["split"] == split for entry in entries)
+
     def write(self, step: int, split: str, values: dict[str, float]) -> None:
         with full_disk_named(self._path):
             self._file.write(json.dumps({"step": step, "split": split, **values}) + "\n")

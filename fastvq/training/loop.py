@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from fastvq._evaluation import in_evaluation
 from fastvq.data.grid import save_grid
-from fastvq.errors import ArgumentError, FastvqError, UnavailableError
+from fastvq.errors import ArgumentError, DiskFullError, FastvqError, UnavailableError
 from fastvq.models import PretrainedModel, load_pretrained
 from fastvq.training.batches import Batch, StepBatches
 from fastvq.training.checkpoint import TrainingState, checkpoints, load_checkpoint, save_checkpoint
@@ -25,6 +26,7 @@ from fastvq.training.ema import WeightAverage
 from fastvq.training.interrupt import DeferredInterrupt
 from fastvq.training.log import MetricLog
 from fastvq.training.run import RunFolder, versions
+from fastvq.training.weights import best_validation, recorded_start
 
 
 class DivergedError(FastvqError, ArithmeticError):
@@ -44,9 +46,11 @@ class Task(Protocol):
 
     Attributes:
         rows: number of training items.
+        criterion: the validation metric by which the best weights are chosen, lower is better.
     """
 
     rows: int
+    criterion: str
 
     def load(self, rows: np.ndarray, epochs: np.ndarray) -> Batch:
         """Tensors [B, ...] of some training items, each in the given epoch (from 0)."""
@@ -84,7 +88,12 @@ def train(
     with _own_generators(device, config.seed):
         if run.finished:
             return load_pretrained(run.model, device=device)
+        config = dataclasses.replace(config, steps=run.steps)
+        newest = checkpoints(run.checkpoints)[-1:]
+        start = None if newest else recorded_start(run.path, run.record())
         model = build().to(device).train()
+        if start is not None:
+            model.load_state_dict(start)
         state = TrainingState(
             model=model,
             average=None if config.ema_decay is None else WeightAverage(model, config.ema_decay),
@@ -94,13 +103,12 @@ def train(
             totals={},
             totals_steps=0,
         )
-        newest = checkpoints(run.checkpoints)[-1:]
         if newest:
             load_checkpoint(newest[0], state)
         _steps(state, task, config, run, progress)
         averaged = model if state.average is None else state.average.model
         assert isinstance(averaged, PretrainedModel)
-        averaged.save_pretrained(run.model)
+        run.finish(averaged)
         return load_pretrained(run.model, device=device)
 
 
@@ -109,7 +117,6 @@ def _steps(state: TrainingState, task: Task, config: TrainConfig, run: RunFolder
 
     forward = torch.compile(state.model) if config.compile else state.model
     batches = StepBatches(task.load, task.rows, config.batch_size, config.seed)
-    evaluated = state.model if state.average is None else state.average.model
     cuda = state.device.type == "cuda"
     with (
         DeferredInterrupt() as interrupt,
@@ -121,14 +128,16 @@ def _steps(state: TrainingState, task: Task, config: TrainConfig, run: RunFolder
             log.sync()
             return save_checkpoint(run.checkpoints, state, keep=config.keep_checkpoints, versions=versions())
 
+        reports = _Reports(state, task, config, run, log, batches)
+        with _kept(state, checkpoint):
+            reports.before_first_step()
         remaining = range(state.step, config.steps)
         stream = batches.iterate(remaining, num_workers=config.num_workers, pin_memory=cuda)
         while state.step < config.steps:
             with _kept(state, checkpoint):
                 batch = next(stream)
-            rate = learning_rate(state.step, config)
             for group in state.optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = learning_rate(state.step, config)
             metrics = _gradients(state, forward, task, config, batch)
             _check_finite(metrics, state.step, run)
             state.optimizer.step()
@@ -138,29 +147,85 @@ def _steps(state: TrainingState, task: Task, config: TrainConfig, run: RunFolder
             state.totals = {name: state.totals.get(name, 0.0) + value for name, value in metrics.items()}
             state.totals_steps += 1
             last = state.step == config.steps
-
-            if last or state.step % config.log_every == 0:
-                means = {name: total / state.totals_steps for name, total in state.totals.items()}
-                log.write(state.step, "train", {**means, "learning_rate": rate})
-                bar.set_postfix({"loss": f"{means['loss']:.4f}"}, refresh=False)
-                state.totals, state.totals_steps = {}, 0
-            epoch = batches.epoch(state.step)
-            if last or epoch > batches.epoch(state.step - 1):
-                with _evaluation(evaluated) as model:
-                    values = task.validate(model, state.device)
-                if values:
-                    log.write(state.step, "validation", {"epoch": epoch, **values})
-            if last or _due(state.step, config.image_every):
-                with _evaluation(evaluated) as model:
-                    picture = task.picture(model, state.device, state.step)
-                if picture is not None:
-                    path = run.images / f"{picture.name}_{state.step:08d}.png"
-                    save_grid(path, picture.images, picture.columns, overwrite=True)
+            with _kept(state, checkpoint):
+                reports.after_step(last=last)
             if last or interrupt.requested or _due(state.step, config.checkpoint_every):
                 checkpoint()
+            bar.set_postfix({"loss": f"{metrics['loss']:.4f}"}, refresh=False)
             bar.update()
             if interrupt.requested:
                 raise interrupt.requested
+
+
+class _Reports:
+    """What a run writes beside its weights: metrics, pictures, and the best weights."""
+
+    def __init__(
+        self,
+        state: TrainingState,
+        task: Task,
+        config: TrainConfig,
+        run: RunFolder,
+        log: MetricLog,
+        batches: StepBatches,
+    ) -> None:
+        self._state, self._task, self._config, self._run = state, task, config, run
+        self._log, self._batches = log, batches
+        model = state.model if state.average is None else state.average.model
+        assert isinstance(model, PretrainedModel)
+        self._evaluated = model
+
+    def before_first_step(self) -> None:
+        """Make up for what an error or a shorter run left out after the step that the checkpoint is of."""
+        state = self._state
+        if state.step == 0:
+            return
+        last = state.step == self._config.steps
+        unlogged = last and state.totals_steps > 0 and not self._log.has(state.step, "train")
+        unvalidated = (last or self._epoch_ends()) and not self._log.has(state.step, "validation")
+        if unlogged:
+            self._training()
+        if unvalidated:
+            self._validation()
+        if last and (unlogged or unvalidated):
+            self._picture()
+
+    def after_step(self, *, last: bool) -> None:
+        if last or self._state.step % self._config.log_every == 0:
+            self._training()
+        if last or self._epoch_ends():
+            self._validation()
+        if last or _due(self._state.step, self._config.image_every):
+            self._picture()
+
+    def _epoch_ends(self) -> bool:
+        return self._batches.epoch(self._state.step) > self._batches.epoch(self._state.step - 1)
+
+    def _training(self) -> None:
+        state = self._state
+        means = {name: total / state.totals_steps for name, total in state.totals.items()}
+        rate = state.optimizer.param_groups[0]["lr"]
+        self._log.write(state.step, "train", {**means, "learning_rate": rate})
+        state.totals, state.totals_steps = {}, 0
+
+    def _validation(self) -> None:
+        state, criterion = self._state, self._task.criterion
+        with _evaluation(self._evaluated) as model:
+            values = self._task.validate(model, state.device)
+        if not values:
+            return
+        best, value = best_validation(self._run.path), values[criterion]
+        if not math.isnan(value) and (best is None or value < best["value"]):
+            self._run.keep_best(self._evaluated, state.step, criterion, value)
+        self._log.write(state.step, "validation", {"epoch": self._batches.epoch(state.step), **values})
+
+    def _picture(self) -> None:
+        state = self._state
+        with _evaluation(self._evaluated) as model:
+            picture = self._task.picture(model, state.device, state.step)
+        if picture is not None:
+            path = self._run.images / f"{picture.name}_{state.step:08d}.png"
+            save_grid(path, picture.images, picture.columns, overwrite=True)
 
 
 @contextlib.contextmanager
@@ -169,7 +234,7 @@ def _kept(state: TrainingState, checkpoint: Callable[[], Path]) -> Iterator[None
     try:
         yield
     except Exception as error:
-        if state.step:
+        if state.step and not isinstance(error, DiskFullError):
             error.add_note(f"The {state.step} finished steps are in {checkpoint()}; mend the data and resume.")
         raise
 

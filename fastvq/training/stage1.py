@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from fastvq.training.batches import Batch
 from fastvq.training.config import TrainConfig
 from fastvq.training.loop import Picture, resolve_device, train
 from fastvq.training.run import open_run
+from fastvq.training.weights import describe_start
 
 _PICTURES = 8
 
@@ -35,19 +36,25 @@ def train_vqvae(
     *,
     augment: Augment | None = None,
     resume: bool = False,
+    init_from: str | os.PathLike[str] | None = None,
+    notes: Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> HierarchicalVQVAE:
     """Train an autoencoder on images, minimising the mean squared error plus the commitment loss.
 
     ``run_dir`` receives ``config.json``, ``checkpoints/``, ``logs/metrics.jsonl`` (and TensorBoard's files),
-    ``images/reconstructions_*.png`` (originals above, reconstructions below) and, at the end, ``model/``. Validation,
+    ``images/reconstructions_*.png`` (originals above, reconstructions below), ``best/`` (the model whose validation
+    ``mse`` was lowest, and in ``validation.json`` when that was) and, at the end, ``model/``. Validation,
     after every epoch and at the end: ``mse`` (images in [-1, 1]), ``psnr`` in dB, ``commitment``, and for each level
     (0 = top) the ``perplexity`` of the codes of the whole validation set and their ``usage``, the share of the codebook
     that occurs.
 
     Args:
         augment: changes of the training images, drawn anew each epoch.
-        resume: go on with the run in ``run_dir`` from its newest checkpoint; a finished run returns its model at once.
+        resume: go on with the run in ``run_dir`` from its newest checkpoint, to ``config.steps``; a run that has them
+            (or more) and its model returns that at once.
+        init_from: start from the weights of a saved model, a run or a checkpoint (:func:`load_weights`).
+        notes: anything JSON can hold, to be kept in ``config.json``.
         progress: show a progress bar on stderr.
 
     Returns:
@@ -68,7 +75,7 @@ def train_vqvae(
         probe = build(model_config)
     assert isinstance(probe, HierarchicalVQVAE)
     probe.code_shapes(dataset.size)  # raises if the size cannot be divided
-    description = {
+    description: dict[str, Any] = {
         "format": 1,
         "stage": 1,
         "model": {"class": type(probe).__name__, **model_config.to_dict()},
@@ -81,13 +88,16 @@ def train_vqvae(
         },
     }
     task = _Reconstruction(dataset, training, validation, config, augment)
-    with open_run(Path(run_dir), description, resume=resume) as run:
+    init = describe_start(init_from, description["model"], resume=resume)
+    with open_run(Path(run_dir), description, resume=resume, init=init, notes=notes) as run:
         model = train(lambda: build(model_config), task, config, run, progress=progress)
     assert isinstance(model, HierarchicalVQVAE)
     return model
 
 
 class _Reconstruction:
+    criterion = "mse"
+
     def __init__(
         self,
         dataset: ImageDataset,

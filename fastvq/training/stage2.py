@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from fastvq.training.batches import Batch
 from fastvq.training.config import TrainConfig
 from fastvq.training.loop import Picture, resolve_device, train
 from fastvq.training.run import open_run
+from fastvq.training.weights import describe_start
 
 
 def train_prior(
@@ -33,6 +34,8 @@ def train_prior(
     *,
     validation_folder: str | os.PathLike[str] | None = None,
     resume: bool = False,
+    init_from: str | os.PathLike[str] | None = None,
+    notes: Mapping[str, Any] | None = None,
     progress: bool = False,
     sample_images: Callable[[Prior, int], Tensor] | None = None,
 ) -> Prior:
@@ -46,7 +49,10 @@ def train_prior(
         codes_folder: written by :func:`fastvq.data.extract_codes`.
         level: 0 for the top.
         validation_folder: codes of held-out images, of the same stage-1 model; None: no validation.
-        resume: go on with the run in ``run_dir`` from its newest checkpoint; a finished run returns its model at once.
+        resume: go on with the run in ``run_dir`` from its newest checkpoint, to ``config.steps``; a run that has them
+            (or more) and its model returns that at once.
+        init_from: start from the weights of a saved model, a run or a checkpoint (:func:`load_weights`).
+        notes: anything JSON can hold, to be kept in ``config.json``.
         progress: show a progress bar on stderr.
         sample_images: given the prior with averaged weights and the step, returns images [N, C, H, W] in [-1, 1], which
             are written to ``images/samples_*.png`` every ``config.image_every`` steps.
@@ -73,7 +79,7 @@ def train_prior(
     for stored in (codes, validation):
         if stored is not None:
             stored.verify()
-    description = {
+    description: dict[str, Any] = {
         "format": 1,
         "stage": 2,
         "level": level,
@@ -87,7 +93,8 @@ def train_prior(
         },
     }
     task = _Likelihood(codes, validation, level, model_config, config, sample_images)
-    with open_run(Path(run_dir), description, resume=resume) as run:
+    init = describe_start(init_from, description["model"], resume=resume)
+    with open_run(Path(run_dir), description, resume=resume, init=init, notes=notes) as run:
         prior = train(lambda: build(model_config), task, config, run, progress=progress)
     assert isinstance(prior, Prior)
     return prior
@@ -117,6 +124,8 @@ def _check_fit(name: str, codes: CodeDataset, level: int, config: PriorConfig) -
 
 
 class _Likelihood:
+    criterion = "nll"
+
     def __init__(
         self,
         codes: CodeDataset,

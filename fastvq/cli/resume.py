@@ -1,0 +1,168 @@
+"""Settings of a run from the command line, and from the run's own record where it goes on."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from fastvq._files import reading
+from fastvq.cli.names import configure
+from fastvq.cli.project import parse_overrides
+from fastvq.errors import ArgumentError, FileConflictError, MissingFileError
+from fastvq.models import PriorConfig, preset
+from fastvq.models.config import Config
+from fastvq.training import TrainConfig
+from fastvq.training.config import NEUTRAL_FIELDS
+from fastvq.training.run import CONFIG, RunFolder
+from fastvq.training.weights import described_model, load_weights
+
+C = TypeVar("C", bound=Config)
+
+# Options of training commands and the fields of TrainConfig that they set.
+_FIELDS = {
+    "steps": "steps",
+    "batch_size": "batch_size",
+    "lr": "learning_rate",
+    "optimizer": "optimizer",
+    "weight_decay": "weight_decay",
+    "warmup": "warmup_steps",
+    "grad_clip": "grad_clip",
+    "ema": "ema_decay",
+    "bf16": "bf16",
+    "compile": "compile",
+    "accumulate": "accumulate",
+    "validation": "validation_fraction",
+    "seed": "seed",
+    "log_every": "log_every",
+    "image_every": "image_every",
+    "checkpoint_every": "checkpoint_every",
+    "workers": "num_workers",
+}
+
+
+def recorded(arguments: argparse.Namespace, run: Path) -> dict[str, Any] | None:
+    """The record of the run to go on with, or None for a new one.
+
+    Raises:
+        MissingFileError: there is none to go on with.
+    """
+    if not arguments.resume:
+        return None
+    if not (run / CONFIG).is_file():
+        raise MissingFileError(f"--resume: nothing to resume, {run} holds no {CONFIG}; start without --resume")
+    return RunFolder(run).record()
+
+
+def recorded_config(record: dict[str, Any], run: Path) -> Config:
+    """The architecture in the record of a run.
+
+    Raises:
+        CorruptFileError: there is none that is known.
+    """
+    with reading(f"{run / CONFIG}: does not say what model was trained"):
+        return described_model(record["model"])[1]
+
+
+def train_config(arguments: argparse.Namespace, run: Path, device: str, **defaults: Any) -> TrainConfig:
+    """What the options say; of a run that goes on, what its record says, and the options that may change.
+
+    Args:
+        defaults: fields, where no option says otherwise.
+
+    Raises:
+        ArgumentError: ``--steps`` is missing, or a value does not fit.
+        FileConflictError: an option differs from the record.
+    """
+    typed: dict[str, Any] = {
+        field: value or None if option == "ema" else value
+        for option, field in _FIELDS.items()
+        if (value := getattr(arguments, option, None)) is not None
+    }
+    record = recorded(arguments, run)
+    if record is None:
+        if "steps" not in typed:
+            raise ArgumentError("--steps: a new run needs the number of its optimiser steps")
+        values = {_FIELDS[option]: value for option, value in arguments.defaults.items()} | defaults | typed
+        config = TrainConfig(**{**values, "device": device})
+        if not arguments.quiet and config.checkpoint_every and config.steps > config.checkpoint_every:
+            every = config.checkpoint_every
+            print(f"checkpoints every {every} steps; stop with Ctrl-C, go on with --resume", file=sys.stderr)
+        return config
+    there = record["train"]
+    may_change = NEUTRAL_FIELDS | {"steps"}
+    for option, field in _FIELDS.items():
+        if field in typed and field not in may_change and typed[field] != there.get(field):
+            _refuse(f"--{option.replace('_', '-')}", run, there.get(field), typed[field])
+    with reading(f"{run / CONFIG}: its settings of training do not fit"):
+        config = TrainConfig.from_dict({**there, "device": device})
+    return dataclasses.replace(config, **typed)
+
+
+def model_config(arguments: argparse.Namespace, run: Path, kind: type[C], **overrides: Any) -> C:
+    """The architecture: of ``--preset`` and ``--set``, of the model to start from, or of the run that goes on.
+
+    Args:
+        kind: of configuration that is expected.
+        overrides: fields that other options set.
+
+    Raises:
+        ArgumentError: there is none, or one of another kind.
+        FileConflictError: an option differs from the record.
+    """
+    record = recorded(arguments, run)
+    config: Config
+    settings = parse_overrides(arguments.set)
+    typed = {"in_channels": "--channels"} if "in_channels" in overrides and "in_channels" not in settings else {}
+    overrides = {**overrides, **settings}
+    if record is not None:
+        config = recorded_config(record, run)
+        noted = record.get("notes", {}).get("preset")
+        if arguments.preset not in (None, noted):
+            _, other = preset(arguments.preset, **overrides)
+            wanted = {name: value for name, value in other.to_dict().items() if name in config.to_dict()}
+            # What the codes and the classes of the data decide is no matter of the preset.
+            fitted = ("level", "shape", "num_codes", "num_classes", "condition_shapes", "condition_num_codes")
+            ignored = fitted if isinstance(other, PriorConfig) else ()
+            overrides = {name: value for name, value in wanted.items() if name not in ignored}
+            if type(other) is not type(config):
+                _refuse("--preset", run, type(config).__name__, type(other).__name__)
+        stored = config.to_dict()
+        for name, value in overrides.items():
+            if name not in stored:
+                configure(config, {name: value})  # which says what fields there are
+            if _plain(stored[name]) != _plain(value):
+                option = "--channels" if name == "in_channels" and arguments.channels else f"--set {name}"
+                _refuse(option if arguments.preset in (None, noted) else f"--preset ({name})", run, stored[name], value)
+    elif arguments.init_from is not None and arguments.preset is None:
+        source = load_weights(arguments.init_from).config
+        config = configure(source, overrides, typed)
+    else:
+        name = arguments.preset or arguments.default_preset
+        if name is None:
+            raise ArgumentError("--preset: a new run needs an architecture; `fastvq info` lists them")
+        _, config = preset(name)
+        if isinstance(config, kind):
+            config = configure(config, overrides, typed)
+    if not isinstance(config, kind):
+        expected, got = ("a prior", "an autoencoder") if kind is PriorConfig else ("an autoencoder", "a prior")
+        raise ArgumentError(f"--preset: {arguments.preset or config} is {got}, expected {expected}")
+    return config
+
+
+def notes(arguments: argparse.Namespace, **more: Any) -> dict[str, Any]:
+    """What of the command line a run's record keeps beside its settings."""
+    return {"preset": arguments.preset or arguments.default_preset, "set": arguments.set, **more}
+
+
+def _plain(value: Any) -> Any:
+    return list(map(_plain, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _refuse(option: str, run: Path, there: object, now: object) -> NoReturn:
+    raise FileConflictError(
+        f"{option}: the run in {run} has {there!r}, got {now!r}; --resume needs no settings, and can change --steps, "
+        "--device, --workers and how often something is written"
+    )
