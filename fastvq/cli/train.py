@@ -44,9 +44,9 @@ def train_vqvae(arguments: argparse.Namespace) -> None:
             f"--size: expected positive multiples of {stride}, got {' '.join(map(str, arguments.size))}"
         )
     project.require_free(resume=arguments.resume)
-    there: dict[str, Any] = (
-        project.read_data() if arguments.resume else {"skip_broken": False, "flip": False, "shift": 0}
-    )
+    there: dict[str, Any] = {"size": None, "skip_broken": False, "flip": False, "shift": 0}
+    if arguments.resume:
+        there = project.read_data()
     settings = {
         name: there[name] if getattr(arguments, name) is None else getattr(arguments, name)
         for name in ("skip_broken", "flip", "shift")
@@ -61,14 +61,14 @@ def train_vqvae(arguments: argparse.Namespace) -> None:
     dataset = open_new_images(
         project,
         data,
-        arguments.size or there.get("size"),
+        arguments.size or there["size"],
         model.in_channels,
         skip_broken=settings["skip_broken"],
         quiet=arguments.quiet,
     )
-    # Before anything is written.
-    kind = type(build(model)).__name__
-    describe_start(arguments.init_from, {"class": kind, **model.to_dict()}, resume=arguments.resume)
+    if arguments.init_from is not None:  # before anything is written
+        kind = type(build(model)).__name__
+        describe_start(arguments.init_from, {"class": kind, **model.to_dict()}, resume=arguments.resume)
     with locked(project.vqvae):
         project.require_free(resume=arguments.resume)
         start_project(project, data, dataset, settings)
