@@ -149,7 +149,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def newest(path: Path) -> str:
     runs = next(parent for parent in path.parents if parent.name == "checkpoints")
-    return max(entry.name for entry in runs.iterdir() if entry.name.startswith("step_"))
+    return max((entry.name for entry in runs.iterdir() if entry.name.startswith("step_")), default="step")
 
 
 def temporary(folder: Path) -> list[str]:
