@@ -224,6 +224,13 @@ def test_manifold_scores_of_constructed_sets() -> None:
     assert manifold_scores(real, half_wrong, neighbours=3).precision == 0.5
 
 
+def test_distant_vectors_widen_no_ball_but_their_own() -> None:
+    distant = torch.tensor([[1e8, 0.0], [1e8 + 100, 0.0]])
+    real = torch.cat([gaussian(60, 2), distant])
+    scores = manifold_scores(real, gaussian(40, 2, seed=1) + 20, neighbours=1)
+    assert (scores.precision, scores.density, scores.coverage) == (0, 0, 0)
+
+
 def test_an_outlier_inflates_recall_but_not_coverage() -> None:
     real = gaussian(60, 2)
     fake = torch.cat([gaussian(8, 2, seed=1, scale=0.05) + 6, torch.tensor([[-300.0, 0.0]])])

@@ -68,21 +68,22 @@ def squared_distances(x: Tensor, codebook: Tensor) -> Tensor:
     return torch.cat([(part[:, None] - codebook.double()).square().sum(-1) for part in parts])
 
 
-def rounding(x: Tensor, codebook: Tensor) -> Tensor:
-    """[N]: how much farther than the nearest a code may be."""
-    constant = 16 * max(1.0, math.sqrt(x.shape[1] / 256))
-    return constant * UNIT * (x.double().norm(dim=1) + codebook.double().norm(dim=1).amax()) ** 2
-
-
 def assert_nearest(x: Tensor, codebook: Tensor, found: Tensor) -> float:
     """Asserts the accuracy that is promised; returns the share of vectors too close to call."""
-    distances, bound = squared_distances(x, codebook), rounding(x, codebook)
+    distances, lengths = squared_distances(x, codebook), codebook.double().norm(dim=1)
     two = distances.topk(min(2, codebook.shape[0]), largest=False)
-    assert (distances.gather(1, found[:, None])[:, 0] - two.values[:, 0] <= bound).all()
+    constant = 16 * max(1.0, math.sqrt(x.shape[1] / 256)) * UNIT
+
+    def rounding(*codes: Tensor) -> Tensor:
+        """[N]: by how much one of these codes may be mistaken for another."""
+        return constant * (x.double().norm(dim=1) + lengths[torch.stack(codes)].amax(0)) ** 2
+
+    excess = distances.gather(1, found[:, None])[:, 0] - two.values[:, 0]
+    assert (excess <= rounding(found, two.indices[:, 0])).all()
     if codebook.shape[0] == 1:
         assert (found == 0).all()
         return 0.0
-    clear = two.values[:, 1] - two.values[:, 0] > bound
+    clear = two.values[:, 1] - two.values[:, 0] > rounding(two.indices[:, 0], two.indices[:, 1])
     assert torch.equal(found[clear], two.indices[clear, 0])
     return 1 - float(clear.double().mean())
 
@@ -100,6 +101,47 @@ def near_ties(rows: int, codes: int, width: int) -> tuple[Tensor, Tensor]:
     return (codebook[first] + codebook[second]) / 2, codebook
 
 
+def far(share: float, length: float) -> Callable[[int, int, int], tuple[Tensor, Tensor]]:
+    """Some codes so many times as long as the others, at least one."""
+
+    def data(rows: int, codes: int, width: int) -> tuple[Tensor, Tensor]:
+        codebook = normal(codes, width, seed=1)
+        codebook[codes // 2 :: max(1, round(1 / share))] *= length
+        return normal(rows, width), codebook
+
+    return data
+
+
+def offset_but(value: float, count: int) -> Callable[[int, int, int], tuple[Tensor, Tensor]]:
+    """All far from the origin, but for the last codes."""
+
+    def data(rows: int, codes: int, width: int) -> tuple[Tensor, Tensor]:
+        codebook = 10 + normal(codes, width, seed=1)
+        codebook[max(1, codes - count) :] = value
+        return 10 + normal(rows, width), codebook
+
+    return data
+
+
+def heavy_tailed(rows: int, codes: int, width: int) -> tuple[Tensor, Tensor]:
+    lengths, code_lengths = normal(rows, 1, seed=2), normal(codes, 1, seed=3)
+    return normal(rows, width) * (2 * lengths).exp(), normal(codes, width, seed=1) * (2 * code_lengths).exp()
+
+
+def sphere(length: float, crowd: float) -> Callable[[int, int, int], tuple[Tensor, Tensor]]:
+    """Vectors near the origin and a few codes of length 1 on the other side of it from all others, a crowd."""
+
+    def data(rows: int, codes: int, width: int) -> tuple[Tensor, Tensor]:
+        axis = torch.full((width,), width**-0.5)
+        few = normal(min(codes, 60), width, seed=1)
+        few = few * torch.where(few @ axis > 0, -1.0, 1.0)[:, None]
+        few = few / few.norm(dim=1, keepdim=True)
+        others = crowd * (axis + 0.001 * normal(max(0, codes - 60), width, seed=2))
+        return length * normal(rows, width) / width**0.5, torch.cat([few, others])
+
+    return data
+
+
 DATA: dict[str, Callable[[int, int, int], tuple[Tensor, Tensor]]] = {
     "random": lambda n, k, d: (normal(n, d), normal(k, d, seed=1)),
     "clustered": clustered,
@@ -110,6 +152,18 @@ DATA: dict[str, Callable[[int, int, int], tuple[Tensor, Tensor]]] = {
     "near-ties": near_ties,
     "tiny": lambda n, k, d: (1e-12 * normal(n, d), 1e-12 * normal(k, d, seed=1)),
     "huge": lambda n, k, d: (1e12 * normal(n, d), 1e12 * normal(k, d, seed=1)),
+    "one-far": far(1e-9, 1e6),
+    "half-far-1e3": far(0.5, 1e3),
+    "half-far-1e5": far(0.5, 1e5),
+    "half-far-1e6": far(0.5, 1e6),
+    "offset-but-one-far": offset_but(1e6, 1),
+    "offset-but-a-zero": offset_but(0.0, 1),
+    "offset-but-two-zeros": offset_but(0.0, 2),
+    "offset-but-one-opposed": offset_but(-10.0, 1),
+    "heavy-tailed": heavy_tailed,
+    "sphere": sphere(1e-4, 1.0),
+    "sphere-and-crowd": sphere(1e-5, 1.9),
+    "sphere-and-distant-crowd": sphere(1e-5, 4.0),
 }
 SHAPES = [(1, 1, 1), (7, 2, 3), (33, 13, 16), (257, 33, 64), (300, 511, 17), (129, 70, 300), (65, 24, 512)]
 # So many for so few codes that they are added up in parts.
@@ -122,13 +176,13 @@ MANY_VECTORS = (36_011, 29, 33)
 def test_accuracy(implementation: str, data: str, shape: tuple[int, int, int]) -> None:
     x, codebook = DATA[data](*shape)
     unclear = assert_nearest(x, codebook, indices_of(implementation, x, codebook))
-    if data in ("random", "clustered"):
+    if data in ("random", "clustered", "one-far", "half-far-1e6"):
         assert unclear <= 0.01
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("data", ["random", "offset-10", "near-ties"])
+@pytest.mark.parametrize("data", ["random", "offset-10", "near-ties", "half-far-1e3", "offset-but-a-zero"])
 @pytest.mark.parametrize("shape", [(257, 33, 64), (40, 50, 19)], ids=str)
 def test_accuracy_of_half_precision(
     implementation: str, dtype: torch.dtype, data: str, shape: tuple[int, int, int]
@@ -151,7 +205,7 @@ def test_every_value_of_half_precision_is_read(implementation: str, dtype: torch
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("data", ["random", "fresh", "offset-10"])
+@pytest.mark.parametrize("data", ["random", "fresh", "offset-10", "one-far", "half-far-1e5", "offset-but-one-far"])
 def test_no_more_mismatches_than_the_plain_formula(implementation: str, data: str) -> None:
     rows, codes, width = 20000, 512, 64
     x, codebook = DATA[data](rows, codes, width)
@@ -162,6 +216,29 @@ def test_no_more_mismatches_than_the_plain_formula(implementation: str, data: st
     mismatches = int((indices_of(implementation, x, codebook) != exact).sum())
     assert mismatches <= int((plain.argmin(1) != exact).sum())
     assert mismatches <= 2e-4 * rows
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("length", [1e-18, 1e18])
+def test_longest_and_shortest_vectors(implementation: str, length: float) -> None:
+    """Squares of these lengths are the last that float32 holds."""
+    x, codebook = (length * 48**-0.5 * vectors for vectors in (normal(200, 48), normal(50, 48, seed=1)))
+    found = indices_of(implementation, x, codebook)
+    assert assert_nearest(x, codebook, found) <= 0.01
+    assert torch.equal(found, squared_distances(x, codebook).argmin(1))
+    codebook[7] = 1e18 if length > 1 else 0
+    assert torch.equal(indices_of(implementation, x, codebook), squared_distances(x, codebook).argmin(1))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("length", [1e-24, 1e20])
+def test_lengths_beyond_those_of_float32(implementation: str, length: float) -> None:
+    x, codebook = length * normal(50, 48), length * normal(20, 48, seed=1)
+    assert (indices_of(implementation, x, codebook) == 0).all()
+    # Codes that are too long are as good as none.
+    codebook = torch.cat([codebook, normal(20, 48, seed=2)]) if length > 1 else normal(20, 48, seed=2)
+    x = normal(50, 48)
+    assert torch.equal(indices_of(implementation, x, codebook), squared_distances(x, codebook).argmin(1))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -322,6 +399,17 @@ def test_memory_of_any_layout(backend: str | None) -> None:
 
 
 @pytest.mark.parametrize("backend", [None, "torch"])
+def test_a_far_code_of_one_head_is_of_no_concern_to_another(backend: str | None) -> None:
+    x, codebook = 10 + normal(2, 300, 16), 10 + normal(2, 40, 16, seed=1)
+    near = nearest_code(x, codebook, backend=backend)
+    codebook[1, 20] = -1e6
+    codebook[1, 21] = 1e6
+    found = nearest_code(x, codebook, backend=backend)
+    assert torch.equal(found[0], near[0])
+    assert torch.equal(found[1], squared_distances(x[1], codebook[1]).argmin(1))
+
+
+@pytest.mark.parametrize("backend", [None, "torch"])
 def test_cosine(backend: str | None) -> None:
     x, codebook = normal(200, 12) * torch.rand(200, 1) * 50, normal(30, 12, seed=1) * (0.1 + torch.rand(30, 1))
     exact = torch.nn.functional.cosine_similarity(x.double()[:, None], codebook.double()[None], dim=-1)
@@ -348,6 +436,8 @@ def test_float64_is_computed_in_float64() -> None:
     assert torch.equal(found.indices, squared_distances(x, codebook).argmin(1))
     assert found.sums.dtype == found.squared_error.dtype == torch.float64
     assert "float64" in explain_backend("nearest_code", x, codebook)
+    codebook[5] = 1e14
+    assert torch.equal(nearest_code(x, codebook), squared_distances(x, codebook).argmin(1))
 
 
 def test_reference_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -178,14 +178,31 @@ def test_preview_puts_the_mean_in_place_of_missing_levels() -> None:
         for given in (1, 2):
             plain = vqvae.preview(codes[:given])
             assert plain.shape == (2, 2, 16, 24)
-            # The same when the missing levels' codebooks hold nothing but their mean.
+            # The same when the missing levels' codebooks hold nothing but their mean by use.
             kept = [quantizer.embedding.clone() for quantizer in vqvae.quantizers]
             for quantizer in vqvae.quantizers[given:]:
-                quantizer.embedding.copy_(quantizer.embedding.mean(0).expand_as(quantizer.embedding))
+                share = quantizer.cluster_size / quantizer.cluster_size.sum()
+                quantizer.embedding.copy_((share @ quantizer.embedding).expand_as(quantizer.embedding))
             torch.testing.assert_close(plain, vqvae.decode(codes), rtol=1e-5, atol=1e-5)
             for quantizer, embedding in zip(vqvae.quantizers, kept, strict=True):
                 quantizer.embedding.copy_(embedding)
             assert not torch.allclose(plain, vqvae.decode(codes), atol=1e-4)
+
+
+def test_preview_leaves_out_codes_that_are_never_used() -> None:
+    vqvae = spread_out(model((2, 2)))
+    codes = vqvae.encode(some_images(vqvae))[:1]
+    with torch.no_grad():
+        vqvae.quantizers[1].cluster_size[3] = 0
+        plain = vqvae.preview(codes)
+        vqvae.quantizers[1].embedding[3] = 1e6
+        assert torch.equal(vqvae.preview(codes), plain)
+        # Where no use is known every code counts alike.
+        vqvae.quantizers[1].embedding[3] = 0
+        vqvae.quantizers[1].cluster_size.fill_(2)
+        plain = vqvae.preview(codes)
+        vqvae.quantizers[1].cluster_size.fill_(0)
+        torch.testing.assert_close(vqvae.preview(codes), plain)
 
 
 def test_encoding_keeps_no_graph_and_decoding_does() -> None:

@@ -86,6 +86,8 @@ struct NearestKernels {
                          int64_t depth, int64_t pitch, double* sums, int64_t* counts);
     // sums[d] += x[d].
     void (*add)(const void* x, Element element, int64_t depth, double* sums);
+    // squares[k] = |code k - shift|^2, of differences in float.
+    void (*squares)(const float* codes, int64_t count, int64_t depth, const float* shift, double* squares);
 };
 
 struct Kernels {

@@ -9,7 +9,6 @@
 #include <vector>
 
 #include "cpu/barrier.h"
-#include "cpu/finite.h"
 #include "cpu/shared_pool.h"
 
 namespace fastvq::cpu {
@@ -33,6 +32,8 @@ constexpr int64_t kMostScattered = 1 << 14;
 constexpr int64_t kPartRows = 4096;
 constexpr int64_t kLeastParts = 8;
 constexpr int64_t kMostParts = 32;
+// Of codes that can be told from others: float32 holds their half norm.
+constexpr double kLargestSquare = std::numeric_limits<float>::max();
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -49,7 +50,7 @@ struct Search {
         kernels.panel_rows;
     int64_t num_blocks = ceil_div(task.rows, block_rows);
 
-    std::vector<float> mean = std::vector<float>(task.depth);
+    std::vector<float> centre = std::vector<float>(task.depth);
     std::unique_ptr<float[]> tiles{new float[num_tiles * kernels.tile_codes * task.depth]};
     std::unique_ptr<float[]> half_norms{new float[num_tiles * kernels.tile_codes]};
     // The code that a vector counts for, or -1.
@@ -74,17 +75,46 @@ struct Search {
     std::atomic<int64_t> next_block{0}, next_part{0};
     Barrier barrier{threads};
 
-    void find_mean() {
-        std::vector<double> total(task.depth);
-        int64_t count = 0;
-        for (int64_t k = 0; k < task.num_codes; ++k) {
-            const float* code = task.codebook + k * task.depth;
-            if (!all_finite(code, task.depth)) continue;
-            ++count;
-            kernels.add(code, Element::kFloat32, task.depth, total.data());
+    // The mean m of the codes that are not longer than 2 r, r being the length of the second shortest code; zeros if that
+    // would cost accuracy. An error matters between two codes only, and the longer of any two has at least length r, so
+    // everything is measured by max(|c|, r), and longer codes have no say. The error of a score is that of its product,
+    // some u |x - m| |c - m|, and without a centre at most u (|x| + |c|)^2 / 4. If |m| |c - m| <= max(|c|, r)^2 / 4 for
+    // all codes, a centre leaves it about there. Of the shortest code that is not asked if |c| <= r / 4: vectors half-way
+    // to another one are too far from the origin to be harmed.
+    void find_centre() {
+        const int64_t size = task.num_codes;
+        std::vector<double> squares(size), centred(size), total(task.depth);
+        kernels.squares(task.codebook, size, task.depth, centre.data(), squares.data());
+        double least = kLargestSquare, second = kLargestSquare;
+        int64_t shortest = -1;
+        for (int64_t k = 0; k < size; ++k) {
+            if (!(squares[k] < second)) continue;
+            second = std::max(least, squares[k]);
+            if (squares[k] < least) {
+                least = squares[k];
+                shortest = k;
+            }
         }
+        const double limit = std::min(4 * second, kLargestSquare);
+        int64_t count = 0;
+        for (int64_t k = 0; k < size; ++k) {
+            if (!(squares[k] <= limit)) continue;
+            ++count;
+            kernels.add(task.codebook + k * task.depth, Element::kFloat32, task.depth, total.data());
+        }
+        double square = 0.0;
         for (int64_t d = 0; d < task.depth; ++d) {
-            mean[d] = static_cast<float>(total[d] / static_cast<double>(std::max<int64_t>(count, 1)));
+            centre[d] = static_cast<float>(total[d] / static_cast<double>(std::max<int64_t>(count, 1)));
+            square += static_cast<double>(centre[d]) * centre[d];
+        }
+        kernels.squares(task.codebook, size, task.depth, centre.data(), centred.data());
+        for (int64_t k = 0; k < size; ++k) {
+            if (!(squares[k] <= kLargestSquare) || (k == shortest && 16 * least <= second)) continue;
+            const double length = std::max(squares[k], second);
+            if (16 * square * centred[k] > length * length) {
+                std::fill(centre.begin(), centre.end(), 0.0f);
+                return;
+            }
         }
     }
 
@@ -95,7 +125,7 @@ struct Search {
         for (int64_t t = num_tiles * thread / threads; t < num_tiles * (thread + 1) / threads; ++t) {
             const int64_t first = t * width, present = std::min(width, task.num_codes - first);
             float* norms = half_norms.get() + first;
-            kernels.pack_codes(task.codebook + first * task.depth, present, task.depth, mean.data(),
+            kernels.pack_codes(task.codebook + first * task.depth, present, task.depth, centre.data(),
                                tiles.get() + first * task.depth, norms);
             std::fill(norms + present, norms + width, std::numeric_limits<float>::infinity());
         }
@@ -115,7 +145,7 @@ struct Search {
         std::fill(best, best + used * width, std::numeric_limits<float>::infinity());
         std::fill(index, index + used * width, -1);
         for (int64_t p = 0; p < used; ++p) {
-            kernels.pack_rows(row(first + p * width), task.element, task.stride, rows - p * width, task.depth, mean.data(),
+            kernels.pack_rows(row(first + p * width), task.element, task.stride, rows - p * width, task.depth, centre.data(),
                          panels + p * width * task.depth);
         }
         const int64_t step = std::max<int64_t>(1, kCodeBytes / (tile_size * static_cast<int64_t>(sizeof(float))));
@@ -254,7 +284,7 @@ void nearest_codes(const NearestTask& task, int64_t threads, const Kernels& kern
     const double products = static_cast<double>(task.rows) * task.num_codes * task.depth;
     threads = std::clamp<int64_t>(static_cast<int64_t>(products / kLeastWork), 1, threads);
     Search search{task, kernels.nearest, threads};
-    search.find_mean();
+    search.find_centre();
     // Made before any thread is: memory may run out, and nothing may throw in a thread.
     std::vector<std::unique_ptr<float[]>> panels(threads);
     for (auto& own : panels) own.reset(new float[search.block_rows * task.depth]);

@@ -153,10 +153,7 @@ void scan(const float* panel, const float* tiles, const float* start, int64_t de
     std::memcpy(where, index, sizeof(where));
     const float* code = tiles;
     for (int64_t t = 0; t < num_tiles; ++t, start += kTileRows, first += kTileRows) {
-        Vector sums[kTileRows][kTileVectors];
-        for (int c = 0; c < kTileRows; ++c) {
-            for (int v = 0; v < kTileVectors; ++v) sums[c][v] = broadcast(start[c]);
-        }
+        Vector sums[kTileRows][kTileVectors] = {};
         const float* row = panel;
         for (int64_t d = 0; d < depth; ++d, row += kTileColumns, code += kTileRows) {
             Vector x[kTileVectors];
@@ -167,7 +164,10 @@ void scan(const float* panel, const float* tiles, const float* start, int64_t de
             }
         }
         for (int c = 0; c < kTileRows; ++c) {
+            // Added last: errors of the sum then are those of the product, which is small for vectors near the origin.
+            const Vector from = broadcast(start[c]);
             for (int v = 0; v < kTileVectors; ++v) {
+                sums[c][v] += from;
                 const IntVector less = sums[c][v] < least[v];
                 least[v] = less ? sums[c][v] : least[v];
                 where[v] = less ? IntVector{} + (first + c) : where[v];
@@ -299,10 +299,25 @@ void add(const void* x, Element element, int64_t depth, double* sums) {
     with_element(element, x, [&](auto* data) { add_row(data, depth, sums); });
 }
 
+void squares(const float* codes, int64_t count, int64_t depth, const float* shift, double* squares) {
+    for (int64_t k = 0; k < count; ++k, codes += depth) {
+        HalfDoubles sums[2] = {};
+        for (int64_t d = 0; d < depth; d += kLanes) {
+            const Vector gap = load_up_to(codes + d, depth - d) - load_up_to(shift + d, depth - d);
+            HalfDoubles wide[2] = {};
+            add_wide(gap, wide);
+            for (int i = 0; i < 2; ++i) sums[i] += wide[i] * wide[i];
+        }
+        const HalfDoubles both = sums[0] + sums[1];
+        squares[k] = 0.0;
+        for (int i = 0; i < kLanes / 2; ++i) squares[k] += both[i];
+    }
+}
+
 static_assert(kTileColumns <= kMostPanelRows, "blocks have room for panels of this size");
 
 constexpr NearestKernels kNearestKernels = {kTileColumns,      kTileRows, pack_rows,    pack_codes, scan,
-                                            squared_distances, sum_rows,  scatter_rows, add};
+                                            squared_distances, sum_rows,  scatter_rows, add,        squares};
 
 }  // namespace
 }  // namespace fastvq::cpu

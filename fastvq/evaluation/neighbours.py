@@ -118,7 +118,8 @@ def _reach(vectors: Tensor, neighbours: int) -> Tensor:
     """Squared distance of each vector to its k-th nearest other one, [N], and a hair more.
 
     A vector exactly at that distance (the k-th neighbour itself, or a copy of it) must be inside, whichever way the
-    same distance is rounded the next time it is computed.
+    same distance is rounded the next time it is computed. The hair is by the lengths of these two alone, so that no
+    other vector, however long, widens a ball.
     """
     first, reaches = 0, []
     for part, _ in _blocks(vectors, vectors.shape[0]):
@@ -127,4 +128,6 @@ def _reach(vectors: Tensor, neighbours: int) -> Tensor:
         distance[rows, rows + first] = torch.inf
         reaches.append(distance.kthvalue(neighbours, dim=1).values)
         first += len(part)
-    return torch.cat(reaches) + _HAIR * float((vectors * vectors).sum(1).amax())
+    reach = torch.cat(reaches)
+    # The other vector is at most as long as this one and the distance together.
+    return reach + _HAIR * ((vectors * vectors).sum(1) + reach)

@@ -168,7 +168,7 @@ class HierarchicalVQVAE(PretrainedModel):
         return self.preview(codes)
 
     def preview(self, codes: Sequence[Tensor]) -> Tensor:
-        """What the upper levels alone say: :meth:`decode` with each missing lower level at its codebook's mean."""
+        """What the upper levels alone say: :meth:`decode` with each missing lower level at its mean vector."""
         if isinstance(codes, Tensor) or not 1 <= len(codes) <= self.num_levels:
             raise ArgumentError(f"codes: expected a sequence of 1 to {self.num_levels} levels, top first")
         top = require_tensor("codes[0]", codes[0])
@@ -185,7 +185,7 @@ class HierarchicalVQVAE(PretrainedModel):
             if level < len(codes):
                 vectors = quantizer.lookup(require_codes(f"codes[{level}]", codes[level], grid, self.config.num_codes))
             else:
-                vectors = quantizer.embedding.mean(0)[None, :, None, None].expand(grid[0], -1, *shape)
+                vectors = _mean_vector(quantizer)[None, :, None, None].expand(grid[0], -1, *shape)
             context = self._extend(level, context, vectors)
         return self.decoder(context)
 
@@ -218,6 +218,13 @@ class HierarchicalVQVAE(PretrainedModel):
         if context is None:
             return vectors
         return torch.cat([self.upsamplers[level - 1](context), vectors], dim=1)
+
+
+def _mean_vector(quantizer: VectorQuantizer) -> Tensor:
+    """[D]: the codes' mean by their use. A code that is never used may lie anywhere, and has no say."""
+    size = quantizer.cluster_size.float()
+    weights = torch.where(size.sum() > 0, size / size.sum(), 1 / quantizer.num_codes)
+    return (weights[:, None] * quantizer.embedding).sum(0).to(quantizer.embedding.dtype)
 
 
 def _upsampler(channels: int, stride: int) -> nn.Module:

@@ -62,11 +62,16 @@ def nearest_code(
 
     Returns:
         int64 [N] or [H, N]: argmin over k of |x - codebook[k]|^2. Computed in float32 (float64 for float64 input) as
-        |c|^2 / 2 - x.c with both sides shifted by the codebook's mean, so the distance of the code found exceeds the
-        least one by rounding alone: with u = 2^-24, at most 16 u (|x| + max|c|)^2 for D <= 256, and sqrt(D) in place
-        of 16 beyond, since errors of D products add up like a random walk. Among equal codes the one of lowest index
-        (``torch`` may return another copy). Codes that are not finite are never chosen. A vector
-        for which no code has a finite score (NaN, infinite, beyond about 1e18) has index 0.
+        |c|^2 / 2 - x.c, with both sides shifted by a centre of the codes where that helps. The distance of the code
+        found exceeds the least one by rounding alone: with u = 2^-24 at most 16 u (|x| + |c|)^2 for D <= 256, c being
+        the farther from the origin of the code found and the nearest, whatever the other codes are. Beyond D = 256,
+        sqrt(D) in place of 16, since errors of D products add up like a random walk. Among equal codes the one of
+        lowest index (``torch`` may return another copy). Codes that are not finite are never chosen. A vector for which
+        no code has a finite score (NaN, infinite, too long) has index 0.
+
+        All this holds for lengths of vectors and codes from about 1e-18 to 1e18, whose squares are normal float32
+        numbers. Codes longer than about 1e19 are never chosen, and where everything is shorter than about 1e-19 all
+        codes are the same and the index may be 0.
 
     Raises:
         ArgumentError, ArgumentTypeError: shapes, dtypes or devices that do not fit; values that are not finite.

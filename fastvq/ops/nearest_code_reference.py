@@ -17,7 +17,7 @@ def indices_reference(x: Tensor, codebook: Tensor) -> Tensor:
     """x [H, N, D], codebook [H, K, D] to int64 [H, N]; -1 where no code has a finite score.
 
     The score is |c|^2 / 2 - x.c: |x|^2 is the same for every code and would only add rounding error. Both sides are
-    shifted by the codebook's mean, which keeps the score accurate for data far from the origin.
+    shifted by a centre of the codes where that keeps the score accurate for data far from the origin.
     """
     with full_float32(x.device):
         found = [_indices(part, codes) for part, codes in zip(x, codebook, strict=True)]
@@ -28,17 +28,39 @@ def _indices(x: Tensor, codebook: Tensor) -> Tensor:
     dtype = wide_dtype(x, codebook)
     codes = codebook.to(dtype)
     finite = codes.isfinite().all(1)
-    mean = torch.where(finite[:, None], codes, 0).sum(0) / finite.sum().clamp(min=1)
+    centre = _centre(codes)
     # A code that is not finite must not be chosen, and its products must not be NaN.
-    codes = torch.where(finite[:, None], codes - mean, 0)
+    codes = torch.where(finite[:, None], codes - centre, 0)
     half_norms = torch.where(finite, codes.square().sum(1) / 2, torch.inf)
     rows = max(1, _CHUNK_SCORES // codes.shape[0])
     indices = torch.empty(x.shape[0], dtype=torch.int64, device=x.device)
     for start in range(0, x.shape[0], rows):
-        part = x[start : start + rows].to(dtype) - mean
+        part = x[start : start + rows].to(dtype) - centre
         least, index = torch.addmm(half_norms, part, codes.T, alpha=-1).min(1)
         indices[start : start + rows] = torch.where(least.isfinite(), index, -1)
     return indices
+
+
+def _centre(codes: Tensor) -> Tensor:
+    """The mean m [D] of the codes [K, D] that are not longer than 2 r, r being the length of the second shortest code;
+    zeros if that would cost accuracy.
+
+    An error matters between two codes only, and the longer of any two has at least length r, so everything is measured
+    by max(|c|, r), and longer codes have no say. The error of a score is that of its product, some u |x - m| |c - m|,
+    and without a centre at most u (|x| + |c|)^2 / 4. If |m| |c - m| <= max(|c|, r)^2 / 4 for all codes, a centre leaves
+    it about there. Of the shortest code that is not asked if |c| <= r / 4: vectors half-way to another one are too far
+    from the origin to be harmed.
+    """
+    squares = codes.square().sum(1)
+    usable = squares.isfinite()
+    squares = torch.where(usable, squares, torch.inf)
+    shortest = squares.topk(min(2, codes.shape[0]), largest=False).values
+    least, second = shortest[0], shortest[-1]
+    near = usable & (squares <= 4 * second)
+    centre = torch.where(near[:, None], codes, 0).sum(0) / near.sum().clamp(min=1)
+    harmless = 4 * centre.norm() * (codes - centre).norm(dim=1) <= squares.clamp(min=second)
+    harmless |= ~usable | ((squares == least) & (16 * least <= second))
+    return torch.where(harmless.all(), centre, 0)
 
 
 def statistics_reference(

@@ -99,6 +99,11 @@ Problem random_problem(Size size_class, Random& random) {
     }
     p.codebook.resize(p.num_codes * p.depth);
     for (float& c : p.codebook) c = random.symmetric(8.0f);
+    const int far = random.pick<int>({0, 0, 5, 50});  // in percent
+    for (int64_t k = 0; k < p.num_codes; ++k) {
+        if (!random.chance(far)) continue;
+        for (int64_t d = 0; d < p.depth; ++d) p.codebook[k * p.depth + d] *= 1e5f;
+    }
     if (random.chance(50)) {
         p.mask.resize(p.rows);
         for (uint8_t& m : p.mask) m = random.chance(70);
@@ -109,21 +114,28 @@ Problem random_problem(Size size_class, Random& random) {
 void check_problem(const Problem& p, const Kernels& kernels) {
     const Result result = p.solve(1, kernels, true);
     std::vector<int64_t> counts(p.num_codes);
-    std::vector<double> sums(p.num_codes * p.depth);
+    std::vector<double> sums(p.num_codes * p.depth), lengths(p.num_codes);
+    for (int64_t k = 0; k < p.num_codes; ++k) {
+        for (int64_t d = 0; d < p.depth; ++d) lengths[k] += std::pow(p.codebook[k * p.depth + d], 2.0);
+        lengths[k] = std::sqrt(lengths[k]);
+    }
     double error = 0.0;
     for (int64_t n = 0; n < p.rows; ++n) {
         const int64_t found = result.indices[n];
         expect(found >= 0 && found < p.num_codes, "index ", found, " of ", p.num_codes);
         const double distance = p.squared_distance(n, found);
-        double least = std::numeric_limits<double>::infinity(), length = 0.0, longest = 0.0;
+        double least = std::numeric_limits<double>::infinity(), length = 0.0;
+        int64_t nearest = 0;
         for (int64_t k = 0; k < p.num_codes; ++k) {
-            least = std::min(least, p.squared_distance(n, k));
-            double square = 0.0;
-            for (int64_t d = 0; d < p.depth; ++d) square += std::pow(p.codebook[k * p.depth + d], 2.0);
-            longest = std::max(longest, std::sqrt(square));
+            const double other = p.squared_distance(n, k);
+            if (other < least) {
+                least = other;
+                nearest = k;
+            }
         }
         for (int64_t d = 0; d < p.depth; ++d) length += std::pow(p.values[n * p.depth + d], 2.0);
-        const double bound = 16 * 0x1p-24 * std::pow(std::sqrt(length) + longest, 2.0);
+        const double longer = std::max(lengths[found], lengths[nearest]);
+        const double bound = 16 * 0x1p-24 * std::pow(std::sqrt(length) + longer, 2.0);
         expect(distance - least <= bound, "vector ", n, ": ", distance, " instead of ", least);
         if (!p.mask.empty() && !p.mask[n]) continue;
         ++counts[found];
