@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvq import _engine
+from fastvq._memory import address, array_address
 from fastvq.ops.dispatch import why_no_triton
 
 
@@ -71,9 +72,10 @@ def _reader(device: torch.device, blocks: list[Tensor]) -> Callable[[], int]:
     """What computes the checksum of blocks on one device, anew at every call."""
     if device.type == "cpu" and _engine.available():
         checksum = _engine.require().checksum
-        table = np.array([(block.data_ptr(), block.numel()) for block in blocks], dtype=np.int64)
-        address = table.ctypes.data
-        return lambda: checksum(address, len(table))
+        sizes = [block.numel() for block in blocks]
+        places = [address("block", block, torch.uint8, size) for block, size in zip(blocks, sizes, strict=True)]
+        table = np.array([places, sizes], dtype=np.int64).T.copy()
+        return lambda: checksum(array_address("table", table, np.int64, 2 * len(table)), len(table))
     if device.type == "cuda" and why_no_triton() is None:
         from fastvq.kernels.checksum import Checksum
 
