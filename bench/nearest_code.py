@@ -38,7 +38,8 @@ from bench.nearest_code_contender import (
 from bench.nearest_code_peers import Compiled, factories
 
 U = 2.0**-24
-# How much farther than the nearest a chosen code may be, in units of u (|x| + max|c|)^2: the bound of
+# How much farther than the nearest a chosen code may be, in units of u (|x| + |c|)^2, c being the
+# longer of it and the nearest: the bound of
 # fastvq.ops.nearest_code for widths up to 256, which grows with the square root beyond.
 GAP = 16.0
 _GAP_WIDTH = 256
@@ -127,12 +128,12 @@ def _warm(contender: Contender, *, quick: bool) -> tuple[float, str | None]:
 
 @dataclass
 class Checked:
-    """Some rows of an x [N, D], with the least scores of each in float64."""
+    """Some rows of an x [N, D], with the least scores and lengths of each in float64, centred."""
 
     rows: Tensor
     least: Tensor
     nearest: Tensor
-    scale: Tensor
+    lengths: Tensor
 
 
 class Reference:
@@ -157,8 +158,8 @@ def _checked(x: Tensor, codebook: Tensor) -> Checked:
     half_norms = codes.square().sum(1) / 2
     chunks = part.split(max(1, _CHECKED_SCORES // len(codes)))
     found = [torch.addmm(half_norms, chunk, codes.T, alpha=-1).min(1) for chunk in chunks]
-    scale = (part.square().sum(1).sqrt() + codes.square().sum(1).max().sqrt()).square()
-    return Checked(rows, torch.cat([f.values for f in found]), torch.cat([f.indices for f in found]), scale)
+    nearest = torch.cat([f.indices for f in found])
+    return Checked(rows, torch.cat([f.values for f in found]), nearest, part.norm(dim=1))
 
 
 @torch.no_grad()
@@ -173,7 +174,8 @@ def check_case(reference: Reference, contender: Contender, indices: Tensor) -> C
     mean = codes.mean(0)
     chosen = codes[indices[exact.rows]] - mean
     scores = (chosen / 2 - (x.cpu()[exact.rows].double() - mean)).mul_(chosen).sum(1)
-    gap = float((2 * (scores - exact.least) / (U * exact.scale)).max())
+    longer = torch.maximum(chosen.norm(dim=1), (codes[exact.nearest] - mean).norm(dim=1))
+    gap = float((2 * (scores - exact.least) / (U * (exact.lengths + longer).square())).max())
     wrong = int((indices[exact.rows] != exact.nearest).sum())
     rows, limit = len(exact.rows), GAP * max(1.0, x.shape[1] / _GAP_WIDTH) ** 0.5
     facts = {"rows": rows, "differ": wrong, "differ_per_million": wrong / rows * 1e6, "worst_gap": gap}

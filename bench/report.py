@@ -35,7 +35,8 @@ _LEGENDS = {
     "nearest code": [
         "nearest code: batch is the number N of vectors; the floor is 2 N K D operations, nothing else.",
         "Check, in float64, of a sample of rows: no chosen code is farther than the nearest one by more than",
-        "16 u (|x| + max|c|)^2, u = 2^-24 (for D > 256 sqrt(D / 256) times that); with EMA also the averages of all.",
+        "16 u (|x| + |c|)^2, u = 2^-24, c the longer of the two (for D > 256 sqrt(D / 256) times that); with EMA also",
+        "the averages of all.",
         "time/gemm only: the product alone, written to memory in full where that is less than 3 GB.",
         "With EMA fastvq and vector-quantize-pytorch work out the commitment loss too, the latter the chosen vectors.",
         "All threads. Memory: beyond inputs and codebook.",

@@ -1,10 +1,12 @@
 """Nearest code on a GPU: tensor-core scores of half precision, and float32 scores where those cannot decide.
 
-Each head's codebook is prepared once (`scale_codes`): centred on its mean, scaled by a power of two, and rounded to
-float16. The search (`_search_kernel`) keeps a block of vectors on chip, likewise centred,
-scaled and rounded, and passes over the codes with a running minimum. In ``exact`` mode it also keeps the second
-smallest score, lists the vectors whose two smallest scores are nearer than the error bound below, and
-`_rescore_kernel` scores again, in float32, the codes that the bound leaves as candidates for them.
+Each head's codebook is prepared once (`scale_codes`): centred, scaled by a power of two, and rounded to float16, but
+for codes far beyond the reach of nearly all vectors. The search (`_search_kernel`) keeps a block of vectors on chip,
+likewise centred, scaled and rounded, and passes over the codes with a running minimum. In ``exact`` mode it also keeps
+the second smallest score, lists the vectors whose two smallest scores are nearer than the error bound below, and
+`_rescore_kernel` scores again, in float32, the codes that the bound leaves as candidates for them. A vector that may
+have a code beyond reach as its nearest is listed in either mode, and all those codes are candidates for it: a far code
+costs the others neither accuracy nor time.
 
 Float16 rather than bfloat16 or TF32: Hopper multiplies float16 as fast as bfloat16 and twice as fast as TF32; it has
 TF32's 11 significant bits, and scaling by powers of two, one per vector and one per codebook, makes up for its range.
@@ -20,8 +22,11 @@ Error bound, for x and c as float32 after centring and scaling, x = xh + xl and 
                                                     terms when aligning them, and truncate the sum
     packing the column: (BLOCK_K + 4) 2^-23 score   the lowest bits of a score hold its column
 
-With E their sum, the nearest code's computed score is at most 2 E above the smallest. Half norms carry no error of
-their own, since both passes use the same ones. What remains of a candidate's error is that of float32 arithmetic.
+With E their sum, |c| being the largest within reach, the nearest code's computed score is at most 2 E above the
+smallest. The score of a code of at least length F, F > |x|, is at least F^2 / 2 - |x| F: a vector whose least score and
+E are together below that need not look beyond reach. What remains of a candidate's error is that of float32 arithmetic:
+about u |x| |c|, c being the candidate, which keeps the distance of the code found within 16 u (|x| + |c|)^2, u = 2^-24,
+of the least one, c being the farther of the code found and the nearest.
 """
 
 from __future__ import annotations
@@ -36,7 +41,7 @@ from torch import Tensor
 from fastvq.errors import UnavailableError
 from fastvq.kernels.code_statistics import assignment_statistics
 from fastvq.kernels.launch import hardware, on_device
-from fastvq.kernels.scaled_codes import FUSE, UNUSABLE, power_of_two, scale_codes, scale_exponent
+from fastvq.kernels.scaled_codes import BEYOND, FUSE, NOTHING, power_of_two, scale_codes, scale_exponent
 
 __all__ = ["nearest_code", "nearest_code_statistics"]
 
@@ -160,7 +165,7 @@ def _search_kernel(
     mean += head * padded
     codes16 += head * num_blocks * BLOCK_K * padded
     halves += head * num_blocks * BLOCK_K
-    code_exponent = tl.load(exponents + head)
+    code_exponent = tl.load(exponents + head * 2)
     code_norm = tl.load(bounds + head * 2)
 
     exponent, factor_exponent = _row_exponent(x, places, inside, mean, code_exponent, width, BLOCK_D, CHUNKS)
@@ -170,6 +175,17 @@ def _search_kernel(
     # Makes every score at least 1: then the order of scores is that of their bits, and among equal scores packing
     # the column into the lowest bits makes the first the smallest. 1.01 covers the rounding of norms and products.
     shift = 1.01 * factor * norm * code_norm + 1
+    # Few numbers for each vector, since they stay in registers while codes pass by.
+    code_residual = tl.load(bounds + head * 2 + 1)
+    error = residual_norm * code_norm + norm * (code_residual + padded * (2.0**-22) * code_norm)
+    error = 1.01 * factor * error
+    # Below it no score is that of a code beyond reach. 1.01 and 0.99 cover the rounding of lengths. A lesser `far`
+    # claims less, and its square stays in range.
+    far_exponent = tl.load(exponents + head * 2 + 1)
+    far = 0.99 * power_of_two(tl.minimum(far_exponent + code_exponent, 60))
+    far = tl.where(far_exponent < NOTHING, far, float("inf"))
+    length = 1.01 * factor * (norm + residual_norm)
+    horizon = tl.where(far > length, far * (far / 2 - length), -float("inf"))
 
     cols = tl.arange(0, BLOCK_K)
     low: tl.constexpr = BLOCK_K - 1
@@ -201,17 +217,20 @@ def _search_kernel(
     unscale = -(code_exponent + exponent + factor_exponent)
     half = unscale >> 1
     score = (least - shift) * power_of_two(half) * power_of_two(unscale - half)
-    finite = (least < UNUSABLE / 2) & (tl.abs(score) < float("inf"))
+    finite = (least < BEYOND / 2) & (tl.abs(score) < float("inf"))
     tl.store(indices + head * num_rows + rows, tl.where(finite, found, none).to(tl.int64), mask=inside)
+    error += 1.01 * (BLOCK_K + 4) * (2.0**-23) * least
+    beyond = (least - shift + error < horizon) == 0
+    unsure = beyond
     if EXACT:
-        code_residual = tl.load(bounds + head * 2 + 1)
-        error = residual_norm * code_norm + norm * (code_residual + padded * (2.0**-22) * code_norm)
-        error = 1.01 * (factor * error + (BLOCK_K + 4) * (2.0**-23) * least)
-        unsure = inside & finite & ((second > least + 2 * error) == 0)
-        tl.store(limits + head * num_rows + rows, least - shift + 2 * error, mask=unsure)
-        marks = unsure.to(tl.int32)
-        slots = tl.atomic_add(num_undecided + head, tl.sum(marks, axis=0)) + tl.cumsum(marks, axis=0) - marks
-        tl.store(undecided + head * num_rows + slots, rows.to(tl.int32), mask=unsure)
+        unsure = unsure | ((second > least + 2 * error) == 0)
+    unsure = unsure & inside & finite
+    tl.store(limits + head * num_rows + rows, least - shift + 2 * error, mask=unsure)
+    marks = unsure.to(tl.int32)
+    slots = tl.atomic_add(num_undecided + head, tl.sum(marks, axis=0)) + tl.cumsum(marks, axis=0) - marks
+    # Negative where codes beyond reach are candidates too.
+    listed = tl.where(beyond, -1 - rows, rows).to(tl.int32)
+    tl.store(undecided + head * num_rows + slots, listed, mask=unsure)
 
 
 @triton.jit
@@ -220,19 +239,23 @@ def _rescore_kernel(
     num_rows, width, padded, num_blocks, num_padded_codes,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """Float32 scores of the candidates of the listed vectors: codes whose float16 score is within the limit."""
+    """Float32 scores of the candidates of the listed vectors: codes whose float16 score is within the limit, and those
+    beyond reach where the list says so.
+    """
     head = tl.program_id(1).to(tl.int64)
     mean += head * padded
     codes16 += head * num_padded_codes * padded
     codes32 += head * num_padded_codes * padded
     halves += head * num_padded_codes
-    code_exponent = tl.load(exponents + head)
+    code_exponent = tl.load(exponents + head * 2)
     cols = tl.arange(0, BLOCK_K)
     number = tl.load(num_undecided + head)
     for first in range(tl.program_id(0) * BLOCK_N, number, tl.num_programs(0) * BLOCK_N):
         slots = first + tl.arange(0, BLOCK_N)
         inside = slots < number
-        rows = tl.load(undecided + head * num_rows + slots, mask=inside, other=0).to(tl.int64)
+        listed = tl.load(undecided + head * num_rows + slots, mask=inside, other=0)
+        beyond = listed < 0
+        rows = tl.where(beyond, -1 - listed, listed).to(tl.int64)
         places = head * stride_h + rows * stride_n
         exponent, factor_exponent = _row_exponent(x, places, inside, mean, code_exponent, width, BLOCK_D, CHUNKS)
         factor = power_of_two(factor_exponent)
@@ -244,8 +267,10 @@ def _rescore_kernel(
         for block in range(num_blocks):
             codes = block * BLOCK_K + cols
             acc = _products(chunks, codes16, codes, padded, BLOCK_D, CHUNKS)
-            scores = tl.load(halves + codes)[None, :] - acc * factor[:, None]
-            left = tl.where((scores <= limit[:, None]) & inside[:, None], cols[None, :], BLOCK_K)
+            half = tl.load(halves + codes)
+            scores = half[None, :] - acc * factor[:, None]
+            candidate = (scores <= limit[:, None]) | (beyond[:, None] & (half == BEYOND)[None, :])
+            left = tl.where(candidate & inside[:, None], cols[None, :], BLOCK_K)
             rounds = tl.max(tl.sum((left < BLOCK_K).to(tl.int32), axis=1), axis=0)
             for _step in range(rounds):
                 column = tl.min(left, axis=1)
@@ -253,12 +278,16 @@ def _rescore_kernel(
                 has = column < BLOCK_K
                 code = block * BLOCK_K + tl.where(has, column, 0)
                 product = tl.zeros([BLOCK_N], tl.float32)
+                square = tl.zeros([BLOCK_N], tl.float32)
                 for chunk in range(CHUNKS):
                     d = chunk * BLOCK_D + tl.arange(0, BLOCK_D)
                     values = _scaled(x, places, has, mean, scale, d, width)
                     other = tl.load(codes32 + code[:, None] * padded + d[None, :], mask=has[:, None], other=0.0)
+                    # By the vector's scale: codes beyond reach have none.
+                    other = other * scale[:, None]
                     product += tl.sum(values * other, axis=1)
-                score = tl.load(halves + code, mask=has, other=0.0) - product * factor
+                    square += tl.sum(other * other, axis=1)
+                score = square / 2 - product
                 better = has & (score < least)
                 least = tl.where(better, score, least)
                 found = tl.where(better, code, found)
@@ -272,9 +301,10 @@ def nearest_code(x: Tensor, codebook: Tensor, *, mode: str) -> Tensor:
     Args:
         x: [H, N, D], float32, bfloat16 or float16, any strides; D <= 512.
         codebook: [H, K, D], any of these types, on the same device.
-        mode: ``exact``, or ``fast``: no score is computed again in float32. The squared distance of the code found
-            exceeds the least by at most 4 E of the module's bound, which is below 2^-7 |x| max|c| + 2^-14 max|c|^2 for
-            x and c as centred.
+        mode: ``exact``, or ``fast``: no score is computed again in float32 but for codes beyond reach. The squared
+            distance of the code found exceeds the least by at most 4 E of the module's bound, which is below
+            2^-7 |x| max|c| + 2^-14 max|c|^2 for x and c as centred and codes within reach: up to 8 to 16 times as long
+            as nearly all vectors or the shortest code.
 
     Returns:
         int64 [H, N]; 0 where no code has a finite score.
@@ -318,9 +348,9 @@ def _search(x: Tensor, codebook: Tensor, exact: bool, none: int) -> Tensor:
     padded = chunks * tiles.block_d
     rows = max(tiles.block_k, again.block_k)
     padded_codes = triton.cdiv(num_codes, rows) * rows
-    codes = scale_codes(codebook, padded_codes, padded, exact)
-    kept = (heads, num_rows) if exact else (0, 0)
-    limits, undecided = x.new_empty(kept, dtype=torch.float32), x.new_empty(kept, dtype=torch.int32)
+    codes = scale_codes(codebook, x, padded_codes, padded)
+    limits = x.new_empty((heads, num_rows), dtype=torch.float32)
+    undecided = x.new_empty((heads, num_rows), dtype=torch.int32)
     num_undecided = x.new_zeros(heads, dtype=torch.int32)
     _search_kernel[(triton.cdiv(num_rows, tiles.block_n), heads)](
         x, x.stride(0), x.stride(1), codes.mean, codes.exponents, codes.bounds, codes.halves, codes.codes16,
@@ -328,16 +358,15 @@ def _search(x: Tensor, codebook: Tensor, exact: bool, none: int) -> Tensor:
         BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, BLOCK_D=tiles.block_d, CHUNKS=chunks, EXACT=exact,
         num_warps=tiles.warps, num_stages=tiles.stages, **FUSE,
     )  # fmt: skip
-    if exact:
-        # How many vectors are listed only the device knows: a fixed grid strides over them.
-        programs = min(triton.cdiv(num_rows, again.block_n), 2 * processors)
-        _rescore_kernel[(programs, heads)](
-            x, x.stride(0), x.stride(1), codes.mean, codes.exponents, codes.halves, codes.codes16, codes.codes32,
-            indices, limits, undecided, num_undecided, num_rows, width, padded, padded_codes // again.block_k,
-            padded_codes,
-            BLOCK_N=again.block_n, BLOCK_K=again.block_k, BLOCK_D=again.block_d, CHUNKS=chunks,
-            num_warps=again.warps, num_stages=again.stages, **FUSE,
-        )  # fmt: skip
+    # How many vectors are listed only the device knows: a fixed grid strides over them.
+    programs = min(triton.cdiv(num_rows, again.block_n), 2 * processors)
+    _rescore_kernel[(programs, heads)](
+        x, x.stride(0), x.stride(1), codes.mean, codes.exponents, codes.halves, codes.codes16, codes.codes32,
+        indices, limits, undecided, num_undecided, num_rows, width, padded, padded_codes // again.block_k,
+        padded_codes,
+        BLOCK_N=again.block_n, BLOCK_K=again.block_k, BLOCK_D=again.block_d, CHUNKS=chunks,
+        num_warps=again.warps, num_stages=again.stages, **FUSE,
+    )  # fmt: skip
     return indices
 
 

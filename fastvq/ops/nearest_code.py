@@ -54,7 +54,8 @@ def nearest_code(
         codebook: codes [K, D], or [H, K, D], a codebook per head; floating point, K >= 1, on the same device.
         metric: ``euclidean``, or ``cosine``: both sides are scaled to unit length first.
         mode: ``exact`` gives the float32 result everywhere. ``fast`` allows scores of bfloat16 products where that is
-            faster (GPU): the chosen code may be farther than the nearest by about 2^-7 |x| max|c|.
+            faster (GPU): the chosen code may be farther than the nearest by about 2^-7 |x| max|c|, where codes
+            count that are up to some 10 times as long as the vectors or the shortest code.
         check_finite: raise for a vector that is not finite, instead of giving it index 0. Reads x once more, and waits
             for a GPU.
         backend: None for the first that can run, ``"cpp"`` (CPU), ``"triton"`` (GPU) or ``"torch"``; see
