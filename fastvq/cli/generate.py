@@ -109,7 +109,7 @@ def reconstruction(model: HierarchicalVQVAE, originals: Tensor) -> tuple[Tensor,
 
 
 def info(arguments: argparse.Namespace) -> None:
-    choose_device(arguments.device)
+    choose_device(getattr(arguments, "device", None))
     if arguments.checkpoint is None and arguments.pretrained is None:
         _print_installation()
         return
