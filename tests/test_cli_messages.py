@@ -59,7 +59,7 @@ COMMANDS = {
 }
 TRAINING = ["--steps 0", "--batch-size 0", "--batch-size -3", "--lr 0", "--lr nan", "--weight-decay -1", "--warmup -1"]
 TRAINING += ["--warmup 3", "--ema 1", "--ema -0.5", "--workers -1", "--seed -1", "--log-every 0"]
-TRAINING += ["--checkpoint-every 0", "--seed 9223372036854775808"]
+TRAINING += ["--init-from nowhere", "--checkpoint-every 0", "--seed 9223372036854775808"]
 BOTH_STAGES = [*TRAINING, "--grad-clip 0", "--accumulate 0", "--accumulate 3", "--image-every 0", "--preset absent"]
 BOTH_STAGES += ["--set num_codes=0", "--set dropout", "--set chanels=3"]
 # The end of a command line; the option whose value is bad is the first one.
@@ -158,7 +158,7 @@ WHOLE = {
 }
 # Options of which every value is one, or whose values argparse checks.
 FREE = {"help", "debug", "quiet", "overwrite", "resume", "skip_broken", "flip", "unconditional", "bf16", "compile"}
-FREE |= {"curves", "optimizer", "name", "cache", "changed_data"}
+FREE |= {"curves", "optimizer", "name", "cache", "changed_data", "weights"}
 
 
 def blamed(line: str) -> str:

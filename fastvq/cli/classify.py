@@ -9,12 +9,11 @@ from typing import Any
 from fastvq.cli.images import described, open_described
 from fastvq.cli.names import configure
 from fastvq.cli.project import Project, augmentation, choose_device, parse_overrides
-from fastvq.cli.resume import recorded, recorded_config, train_config
+from fastvq.cli.resume import recorded, recorded_config, starting_config, train_config
 from fastvq.errors import ArgumentError, MissingFileError
 from fastvq.models import load_pretrained
 from fastvq.models.classifier import Classifier, ClassifierConfig
 from fastvq.models.pretrained import CONFIG_FILE, WEIGHTS_FILE
-from fastvq.training import load_weights
 from fastvq.training.classifier import train_classifier as train_on_images
 from fastvq.training.log import last_validation
 from fastvq.training.run import CONFIG
@@ -34,7 +33,7 @@ def train_classifier(arguments: argparse.Namespace) -> None:
     if record is not None:
         fields = recorded_config(record, run).to_dict()
     elif arguments.init_from is not None:
-        fields = load_weights(arguments.init_from).config.to_dict() | fields
+        fields = starting_config(arguments.init_from).to_dict() | fields
     model_config = configure(ClassifierConfig.from_dict(fields), parse_overrides(arguments.set))
     # The images held out of the autoencoder are those held out here.
     config = train_config(

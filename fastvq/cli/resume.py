@@ -17,7 +17,7 @@ from fastvq.models.config import Config
 from fastvq.training import TrainConfig
 from fastvq.training.config import NEUTRAL_FIELDS
 from fastvq.training.run import CONFIG, RunFolder
-from fastvq.training.weights import described_model, load_weights
+from fastvq.training.weights import called, described_model, load_weights
 
 C = TypeVar("C", bound=Config)
 
@@ -54,6 +54,13 @@ def recorded(arguments: argparse.Namespace, run: Path) -> dict[str, Any] | None:
     if not (run / CONFIG).is_file():
         raise MissingFileError(f"--resume: nothing to resume, {run} holds no {CONFIG}; start without --resume")
     return RunFolder(run).record()
+
+
+def starting_config(folder: Path) -> Config:
+    """The architecture of the model that ``--init-from`` names."""
+    with called("--init-from"):
+        config: Config = load_weights(folder).config
+    return config
 
 
 def recorded_config(record: dict[str, Any], run: Path) -> Config:
@@ -137,7 +144,7 @@ def model_config(arguments: argparse.Namespace, run: Path, kind: type[C], **over
                 option = "--channels" if name == "in_channels" and arguments.channels else f"--set {name}"
                 _refuse(option if arguments.preset in (None, noted) else f"--preset ({name})", run, stored[name], value)
     elif arguments.init_from is not None and arguments.preset is None:
-        source = load_weights(arguments.init_from).config
+        source = starting_config(arguments.init_from)
         config = configure(source, overrides, typed)
     else:
         name = arguments.preset or arguments.default_preset

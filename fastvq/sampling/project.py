@@ -63,16 +63,18 @@ def load_priors(folder: Path, vqvae: HierarchicalVQVAE, device: Device, weights:
     missing = [
         f"{run} has not begun; run `fastvq train-prior --run {folder} --level {level}`"
         for level, run in enumerate(runs)
-        if not (run / CONFIG_FILE).is_file()
+        if not (run / CONFIG_FILE).is_file() and not (run / "model").is_dir()
     ]
     if missing:
         raise MissingFileError("; ".join(missing))
     priors = []
     for run in runs:
-        model = load_weights(run, weights=weights, device=device)
+        described = (run / CONFIG_FILE).is_file()
+        model = load_weights(run if described else run / "model", weights=weights, device=device)
         if not isinstance(model, Prior):
             raise CorruptFileError(f"{run}: expected a prior, found a {type(model).__name__}")
-        reason = other_autoencoder(folder, RunFolder(run).record()["data"].get("stage1_model"), vqvae, run)
+        learned = RunFolder(run).record()["data"].get("stage1_model") if described else None
+        reason = other_autoencoder(folder, learned, vqvae, run)
         if reason is not None:
             raise FileConflictError(reason)
         priors.append(model)

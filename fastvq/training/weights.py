@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,24 @@ from fastvq._check import require_choice
 from fastvq._files import read_json, reading, require_seal
 from fastvq._schema import TEXT, integer, number, require_entries
 from fastvq.data.codes import model_checksum
-from fastvq.errors import ArgumentError, FileConflictError, MissingFileError
+from fastvq.errors import ArgumentError, FastvqError, FileConflictError, MissingFileError
 from fastvq.models import MODEL_CLASSES, PretrainedModel, load_pretrained
 from fastvq.models.config import Config
 from fastvq.models.pretrained import WEIGHTS_FILE, load_stored, skeleton
 from fastvq.training import checkpoint
 from fastvq.training.run import BEST, CONFIG, RunFolder
+
+
+@contextlib.contextmanager
+def called(name: str) -> Iterator[None]:
+    """Errors about a ``folder`` name the argument of another name that it came by."""
+    try:
+        yield
+    except FastvqError as error:
+        head, colon, rest = str(error).partition(":")
+        if head != "folder":
+            raise
+        raise type(error)(f"{name}{colon}{rest}") from error
 
 
 def load_weights(
@@ -91,7 +104,8 @@ def starting_weights(folder: str | os.PathLike[str], description: Mapping[str, A
     Raises:
         ArgumentError: another class of model, or parameters of other shapes; names them.
     """
-    source = load_weights(folder)
+    with called("init_from"):
+        source = load_weights(folder)
     model_class, config = described_model(description)
     if type(source) is not model_class:
         raise ArgumentError(
