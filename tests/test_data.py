@@ -465,11 +465,12 @@ def test_grid_file_is_not_overwritten(tmp_path: Path, monkeypatch: pytest.Monkey
     second = path.read_bytes()
     assert second != first
 
-    def fail(self: Image.Image, target: Path, **options: Any) -> None:
-        target.write_bytes(b"half")
+    def fail(self: Path, data: bytes) -> None:
+        with self.open("wb") as file:
+            file.write(data[:4])
         raise OSError("disk full")
 
-    monkeypatch.setattr(Image.Image, "save", fail)
+    monkeypatch.setattr(Path, "write_bytes", fail)
     with pytest.raises(OSError, match="disk full"):
         save_grid(path, torch.zeros(1, 3, 4, 4), overwrite=True)
     assert path.read_bytes() == second
