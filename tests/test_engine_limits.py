@@ -167,9 +167,9 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Sizes of the micro-batches that were filled."""
     sizes: list[int] = []
 
-    def counted(engine: str, prior: Prior, request: Any, *rest: Any) -> Any:
+    def counted(engine: str, prior: Prior, request: Any, *rest: Any, **named: Any) -> Any:
         sizes.append(len(request.noise))
-        return fill(engine, prior, request, *rest)
+        return fill(engine, prior, request, *rest, **named)
 
     monkeypatch.setattr(api_module, "fill", counted)
     return sizes
