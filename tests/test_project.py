@@ -57,14 +57,14 @@ def test_without_data_json_classes_have_no_names(project: Path) -> None:
 UNFINISHED: dict[str, tuple[list[str], str]] = {
     "nothing-trained": (
         ["vqvae", "prior0", "prior1"],
-        r"{my}/vqvae does not exist; run `fastvq train-vqvae --run {my}`",
+        r"{my}/vqvae has not begun; run `fastvq train-vqvae --run {my}`",
     ),
-    "vqvae-stopped": (["vqvae/model"], r"{my}/vqvae has not finished training; run `fastvq train-vqvae --run {my}`"),
-    "one-prior": (["prior1"], r"{my}/prior1 does not exist; run `fastvq train-prior --run {my} --level 1`"),
+    "vqvae-empty": (["vqvae/model"], r"{my}/vqvae has not begun; run `fastvq train-vqvae --run {my}`"),
+    "one-prior": (["prior1"], r"{my}/prior1 has not begun; run `fastvq train-prior --run {my} --level 1`"),
     "both-priors": (
         ["prior0/model", "prior1"],
-        r"{my}/prior0 has not finished training; run `fastvq train-prior --run {my} --level 0`; "
-        r"{my}/prior1 does not exist; run `fastvq train-prior --run {my} --level 1`",
+        r"{my}/prior0 has not begun; run `fastvq train-prior --run {my} --level 0`; "
+        r"{my}/prior1 has not begun; run `fastvq train-prior --run {my} --level 1`",
     ),
 }
 
@@ -80,7 +80,7 @@ def test_half_finished_projects_say_what_is_missing(
     with pytest.raises(MissingFileError) as refused:
         Pipeline.from_pretrained(project)
     assert str(refused.value) == f"name: {expected}"
-    assert main(["info", "--checkpoint", str(project)]) == 1
+    assert main(["sample", "--checkpoint", str(project), "-n", "1", "--out", str(project / "new.png")]) == 1
     assert expected in capsys.readouterr().err
 
 

@@ -56,7 +56,7 @@ class SharpForward(GatedPixelCNN):
         return 2 * super().forward(*args, **kwargs)
 
 
-class Shifted(PixelSNAIL):
+class Moved(PixelSNAIL):
     def check_codes(self, codes: Tensor) -> Tensor:
         return (super().check_codes(codes) + 1) % self.config.num_codes
 
@@ -109,7 +109,7 @@ def widen(prior: Any) -> None:
 CHANGED: dict[str, tuple[Callable[[], Any], str]] = {
     "logits": (lambda: like(Sharp, spread(snail())), "the Sharp has its own logits"),
     "forward": (lambda: like(SharpForward, spread(pixelcnn())), "the SharpForward has its own forward"),
-    "check_codes": (lambda: like(Shifted, spread(snail())), "the Shifted has its own check_codes"),
+    "check_codes": (lambda: like(Moved, spread(snail())), "the Moved has its own check_codes"),
     "context": (lambda: like(Told, spread(snail())), "the Told has its own context"),
     "own-logits-of-an-object": (
         lambda: changed(lambda p: setattr(p, "logits", lambda *a: 2 * PixelSNAIL.logits(p, *a))),

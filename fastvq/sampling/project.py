@@ -37,9 +37,9 @@ def load_vqvae(folder: Path, device: Device) -> HierarchicalVQVAE:
         MissingFileError: it has not been trained, or not to the end.
     """
     run = vqvae_run(folder)
-    missing = why_untrained(run, f"train-vqvae --run {folder}")
-    if missing is not None:
-        raise MissingFileError(missing)
+    if not (run / "model").is_dir():
+        state = "has not finished training" if (run / CONFIG_FILE).is_file() else "has not begun"
+        raise MissingFileError(f"{run} {state}; run `fastvq train-vqvae --run {folder}`")
     model = load_pretrained(run / "model", device=device)
     if not isinstance(model, HierarchicalVQVAE):
         raise CorruptFileError(f"{run}: expected an autoencoder, found a {type(model).__name__}")
@@ -97,14 +97,6 @@ def other_autoencoder(folder: Path, recorded: object, vqvae: HierarchicalVQVAE, 
         f"{what} belongs to another autoencoder than the one in {vqvae_run(folder)}, which was perhaps trained"
         f" further; bring that one back, or move {what} elsewhere and make it again"
     )
-
-
-def why_untrained(run: Path, command: str) -> str | None:
-    """What is missing of a run, and the command that makes it; None for a trained one."""
-    if (run / "model").is_dir():
-        return None
-    state = "has not finished training" if run.is_dir() else "does not exist"
-    return f"{run} {state}; run `fastvq {command}`"
 
 
 def class_names(folder: Path) -> list[str] | None:
