@@ -307,7 +307,7 @@ def test_unfinished_stages_are_used_and_named(copy: Path, capsys: pytest.Capture
     assert main(["info", "--checkpoint", str(copy)]) == 0
     assert "prior1      has not begun" in capsys.readouterr().out
     assert main(["sample", "--checkpoint", str(copy), "-n", "2", "--out", str(copy.parent / "b.png")]) == 1
-    assert "prior1 has not begun; run `fastvq train-prior --level 1" in capsys.readouterr().err
+    assert "prior1 has not begun; run `fastvq train-prior --run" in capsys.readouterr().err
 
 
 def test_best_weights_of_the_priors(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
