@@ -114,7 +114,7 @@ def sample(
         start=start,
     )
     slow = why_slow(asked, engine, prior)
-    warn_slow([] if slow is None else [slow], stacklevel=2)
+    warn_slow([] if slow is None else [slow], stacklevel=3)  # past the decorator
     codes = torch.empty_like(request.init_codes)
     blocks = list(micro_batches(start, n, micro_batch))
     bar = tqdm(total=len(blocks) * prior.config.shape[0], desc="sampling", unit="row", disable=not progress)

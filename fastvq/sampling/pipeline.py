@@ -151,7 +151,7 @@ class Pipeline:
             engines.append(chosen)
             sizes.append(choose_micro_batch(prior, chosen, micro_batch, memory_limit))
             slow.append(why_slow(engine, chosen, prior))
-        warn_slow([reason for reason in slow if reason is not None], stacklevel=2)
+        warn_slow([reason for reason in slow if reason is not None], stacklevel=3)  # past the decorator
         size = min(sizes)  # all levels and the decoder work on the same micro-batches
         seed = int(torch.randint(2**63 - 1, ())) if seed is None else check_seed(seed)
         codes: tuple[Tensor, ...] = ()
