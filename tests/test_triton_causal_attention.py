@@ -104,12 +104,31 @@ def magnitudes(tensors: list[Tensor], mask: str, keep: Tensor | None = None, dro
     return [float(product.max()) for product in products]
 
 
+def scaled_logits(
+    tensors: list[Tensor], out: Tensor, mask: str, keep: Tensor | None = None, dropout: float = 0.0
+) -> float:
+    """How far logits that are off by a unit of float32, half for the factor and half for the product, move the output:
+    at most that times sum_j p_j |v_j - out|, largest over positions.
+    """
+    query, key, value = (tensor.detach().cpu().double() for tensor in tensors[:3])
+    identity = torch.eye(query.shape[2], dtype=torch.float64).expand(*query.shape[:2], -1, -1)
+    weights = plain(query, key, identity, mask, keep, dropout)
+    logits = query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5
+    if keep is not None and dropout < 1:
+        logits = logits / (1 - dropout)
+    largest = torch.where(weights > 0, logits.abs(), 0).amax(-1, keepdim=True)
+    gaps = (value[:, :, None] - out[:, :, :, None]).abs()  # [B, heads, N, N, E]
+    moved = (weights[..., None] * gaps).sum(-2)
+    return torch.finfo(torch.float32).eps * float((largest * moved).max())
+
+
 def assert_accurate(tensors: list[Tensor], found: list[Tensor], *settings: Any) -> str:
     """Errors at most twice those of `plain` in the same type, plus what the kernels round where it may not.
 
     `plain` errs by nothing at all where few positions are seen or a weight is 1. The output is a sum of weighted values
     divided by the sum of weights: half a unit of float32 for the product and half a unit for the quotient, or two units
-    where a GPU divides approximately, and half a unit of a shorter type when it is stored. Gradients: a float32 unit of
+    where a GPU divides approximately, and half a unit of a shorter type when it is stored; and what two more roundings
+    of the logits, in base 2, do to it where weights are not 0 or 1 (`scaled_logits`). Gradients: a float32 unit of
     the terms added up, times the largest lse beyond 1, for the two rounded sums, dp and delta, and for weights that are
     recomputed from a rounded lse.
     """
@@ -121,6 +140,7 @@ def assert_accurate(tensors: list[Tensor], found: list[Tensor], *settings: Any) 
     rounding = [float(want.abs().max()) * half for want in exact]
     divided = (0.5 + (2.0 if found[0].is_cuda else 0.5)) * unit32
     rounding[0] = float(exact[0].abs().max()) * (divided if dtype == torch.float32 else divided + half)
+    rounding[0] += scaled_logits(tensors, exact[0], *settings)
     for i, terms in enumerate(magnitudes(tensors, *settings), start=1):
         rounding[i] += growth * terms
     said = []
