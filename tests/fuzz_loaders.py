@@ -54,6 +54,7 @@ from fastvq.training.ema import WeightAverage
 from fastvq.training.log import MetricLog, last_validation
 from fastvq.training.loop import _optimizer
 from fastvq.training.run import open_run
+from fastvq.training.weights import best_validation, load_weights
 
 SECONDS = 10
 MEMORY = 2**31
@@ -166,14 +167,15 @@ def load_state(folder: Path) -> object:
 RUN: dict[str, Any] = {
     "format": 1,
     "stage": 1,
-    "model": {"channels": 4},
+    "model": {"class": "VQVAE2", **VQVAE_CONFIG.to_dict()},
     "train": {"steps": 3},
     "data": {"size": [4, 4]},
 }
 
 
 def make_run(folder: Path) -> None:
-    open_run(folder / "run", RUN, resume=False)
+    with open_run(folder / "run", RUN, resume=False, notes={"preset": "tiny"}) as run:
+        run.keep_best(build(VQVAE_CONFIG), 2, "mse", 0.25)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with MetricLog(folder / "run" / "logs", 0) as log:
@@ -188,9 +190,19 @@ def make_run(folder: Path) -> None:
 
 
 def load_run(folder: Path) -> object:
-    open_run(folder / "run", RUN, resume=True)
+    with open_run(folder / "run", RUN, resume=True) as run:
+        found = [run.record(), run.done, best_validation(run.path), last_validation(run.path, "mse")]
     description = Project(folder).read_data()
-    return [last_validation(folder / "run", "mse"), description, augmentation(description)]
+    return [*found, description, augmentation(description), load_weights(folder / "run", weights="best")]
+
+
+def make_unfinished(folder: Path) -> None:
+    model = build(VQVAE_CONFIG)
+    with open_run(folder / "run", RUN, resume=False) as run:
+        state = TrainingState(
+            model, None, _optimizer(model, train_config(steps=3)), torch.device("cpu"), 2, {"loss": 1.5}, 2
+        )
+        save_checkpoint(run.checkpoints, state, keep=1, versions={"torch": "2"})
 
 
 def make_foreign(folder: Path, suffix: str = "pt", zipped: bool = True) -> None:
@@ -265,6 +277,7 @@ LOADERS = [
     Loader("statistics", make_statistics, load_statistics),
     Loader("foreign .pt", make_foreign, load_foreign),
     Loader("run and project", make_run, load_run, guarded=False),
+    Loader("unfinished run", make_unfinished, lambda folder: load_weights(folder / "run"), guarded=False),
     Loader("foreign old .pt", lambda folder: make_foreign(folder, zipped=False), load_foreign, guarded=False),
     Loader("foreign .safetensors", lambda folder: make_foreign(folder, "safetensors"), load_foreign, guarded=False),
     Loader("images", make_images, load_images, guarded=False),

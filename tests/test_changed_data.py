@@ -239,6 +239,60 @@ def test_another_set_for_one_command(here: Path, capsys: pytest.CaptureFixture[s
     assert contents() == before
 
 
+# ---- Going on without naming the images
+
+
+def steps_of(run: str) -> int:
+    return json.loads(Path(f"my/{run}/config.json").read_text())["train"]["steps"]
+
+
+@pytest.mark.parametrize("run", ["vqvae", "classifier"])
+def test_a_run_finds_its_images_itself(
+    run: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train-vqvae" if run == "vqvae" else "train-classifier", "--run", str(here / "my"), *QUIET, "--resume"]
+    if run == "classifier":
+        assert main([*command[:-1], "--steps", "2", "--batch-size", "4", "--shift", "1"]) == 0
+    (here / "sub").mkdir()
+    monkeypatch.chdir(here / "sub")
+    assert main([*command, "--steps", "3"]) == 0
+    monkeypatch.chdir(here)
+    Path("photos").rename("pictures")
+    assert main([*command, "--steps", "4"]) == 1
+    assert "no longer in" in capsys.readouterr().err
+    assert main([*command, "--steps", "4", "--data", "pictures"]) == 0
+    assert described()["data"] == str(here / "pictures")
+    assert main([*command, "--steps", "5"]) == 0
+    assert steps_of(run) == 5
+    add(Path("pictures/cat/new.png"))
+    before = contents()
+    assert main([*command, "--steps", "6"]) == 1
+    assert "images added: cat/new.png (1)" in capsys.readouterr().err
+    assert contents() == before
+
+
+def test_a_classifier_goes_on_with_the_set_and_the_split_that_it_was_started_with(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree("photos", "more")
+    add(Path("more/cat/new.png"))
+    command = ["train-classifier", "--run", "my", *QUIET]
+    start = ["--data", "more", "--changed-data", "--validation", "0.5", "--steps", "1", "--batch-size", "4"]
+    assert main([*command, *start]) == 0
+    record = json.loads(Path("my/classifier/config.json").read_text())
+    assert record["notes"]["data"]["data"] == str(here / "more")
+    assert record["train"]["validation_fraction"] == 0.5
+    assert main([*command, "--resume", "--steps", "2"]) == 0
+    assert steps_of("classifier") == 2
+    assert main([*command, "--resume", "--steps", "3", "--data", "photos"]) == 1
+    assert "data.fingerprint" in capsys.readouterr().err
+    assert steps_of("classifier") == 2
+    record["notes"]["data"]["size"] = "large"
+    Path("my/classifier/config.json").write_text(json.dumps(record))
+    assert main([*command, "--resume"]) == 1
+    assert "my/classifier/config.json: missing or wrong entry: size is" in capsys.readouterr().err
+
+
 # ---- Codes and priors of another autoencoder
 
 

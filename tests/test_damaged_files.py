@@ -22,6 +22,7 @@ from fastvq.errors import CorruptFileError
 from fastvq.evaluation import statistics
 from fastvq.training.checkpoint import checkpoints
 from fastvq.training.log import MetricLog, last_validation
+from fastvq.training.weights import best_validation, load_weights
 
 pytestmark = pytest.mark.usefixtures("steady")
 
@@ -80,6 +81,62 @@ def test_a_changed_entry_of_a_checkpoint_is_found(interrupted: Path, tmp_path: P
     del content[SEAL]
     path.write_text(json.dumps(content))
     assert not stage1(run, train_config(steps=2), resume=True).training
+
+
+RECORD: dict[str, tuple[dict[str, Any], str]] = {
+    "no-model": ({"model": None}, "config.json: missing or wrong entry: model is null, expected an object"),
+    "no-train": ({"train": []}, r"config.json: missing or wrong entry: train is \[\], expected an object"),
+    "steps-text": ({"train": {"steps": "2"}}, 'config.json: missing or wrong entry: steps is "2", expected an integer'),
+    "other-class": ({"model": {"class": "Other"}}, r"does not fit the run it lies in \(class: expected one of"),
+    "other-field": ({"model": {"class": "VQVAE2", "other": 3}}, "does not fit the run it lies in"),
+    "init": ({"init": {"from": "x"}}, "config.json: missing or wrong entry: no weights, expected text"),
+    "notes": ({"notes": 3}, "config.json: missing or wrong entry: notes is 3, expected an object"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), RECORD.values(), ids=RECORD.keys())
+def test_wrong_entries_of_the_record_of_a_run(
+    changes: dict[str, Any], message: str, interrupted: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(interrupted, run)
+    rewrite(run / "config.json", False, **changes)
+    with pytest.raises(CorruptFileError, match=message):
+        load_weights(run)
+
+
+def test_a_changed_checkpoint_of_an_unfinished_run(interrupted: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(interrupted, run)
+    newest = checkpoints(run / "checkpoints")[-1]
+    flip(newest / "state.safetensors")
+    with pytest.raises(CorruptFileError, match="state.safetensors: checksum differs from the one in state.json"):
+        load_weights(run)
+    newest.rename(run / "checkpoints" / "step_00000003")
+    with pytest.raises(CorruptFileError, match="state.json: step 2, but the folder is step_00000003"):
+        load_weights(run)
+
+
+@pytest.mark.parametrize(
+    ("seal", "changes", "message"),
+    [
+        (False, {"value": 0.0}, "its entries do not fit the checksum among them"),
+        (True, {"value": "low"}, 'missing or wrong entry: value is "low", expected a number'),
+        (True, {"step": -1}, "missing or wrong entry: step is -1"),
+    ],
+    ids=["changed", "text", "negative"],
+)
+def test_a_damaged_note_of_the_best_validation(
+    seal: bool, changes: dict[str, Any], message: str, interrupted: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(interrupted, run)
+    assert best_validation(run) is not None
+    path = run / "best" / "validation.json"
+    content = json.loads(path.read_text())
+    rewrite(path, False, **sealed({**content, **changes}) if seal else changes)
+    with pytest.raises(CorruptFileError, match=f"validation.json: {message}"):
+        best_validation(run)
 
 
 DATA: dict[str, Any] = {
@@ -195,7 +252,7 @@ def test_files_that_are_no_json(content: bytes, tmp_path: Path) -> None:
 def test_files_changed_at_random(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        faults = list(fuzz_loaders.run(320, 0, tmp_path))
+        faults = list(fuzz_loaders.run(340, 0, tmp_path))
     assert faults == []
     for loader in fuzz_loaders.LOADERS:
         assert sum(loader.counts.values()) == 20
