@@ -32,15 +32,12 @@ def _load() -> tuple[ModuleType | None, str | None]:
     if found != _INTERFACE:
         return None, f"the compiled extension has interface {found}, this fastvq needs {_INTERFACE}: it is out of date"
     if _forked:
-        _leave_thread_pool(_ext)
+        extension: ModuleType = _ext
+        extension.leave_thread_pool()
     return _ext, None
 
 
 _forked = False
-
-
-def _leave_thread_pool(extension: ModuleType) -> None:
-    extension.leave_thread_pool()
 
 
 def _after_fork() -> None:
@@ -48,7 +45,7 @@ def _after_fork() -> None:
     _forked = True
     extension = _load()[0] if _load.cache_info().currsize else None
     if extension is not None:
-        _leave_thread_pool(extension)
+        extension.leave_thread_pool()
 
 
 if hasattr(os, "register_at_fork"):

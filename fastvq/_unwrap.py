@@ -15,10 +15,10 @@ T = TypeVar("T")
 # The name of the one module inside, which is also what stands before every name of a state dict.
 _INSIDE = {nn.DataParallel: "module", DistributedDataParallel: "module", AveragedModel: "module"}
 # torch.compile's class is not imported: that takes a second, and what it wraps lies under a name of its own.
-_COMPILED = "_orig_mod"
+COMPILED = "_orig_mod"
 # AveragedModel counts its updates in a buffer of this name.
 AVERAGED = "n_averaged"
-WRAPPERS = tuple(f"{name}." for name in dict.fromkeys([*_INSIDE.values(), _COMPILED]))
+WRAPPERS = tuple(f"{name}." for name in dict.fromkeys([*_INSIDE.values(), COMPILED]))
 
 
 def unwrap(module: Any) -> Any:
@@ -27,7 +27,7 @@ def unwrap(module: Any) -> Any:
     Anything else comes back as it is.
     """
     while isinstance(module, nn.Module):
-        name = next((name for cls, name in _INSIDE.items() if isinstance(module, cls)), _COMPILED)
+        name = next((name for cls, name in _INSIDE.items() if isinstance(module, cls)), COMPILED)
         inner = module._modules.get(name)
         if inner is None:
             break

@@ -12,8 +12,10 @@ from helpers import random_codes
 from torch import Tensor, nn
 
 from fastvq import _engine
+from fastvq.errors import ArgumentError
 from fastvq.models import Prior
 from fastvq.ops.draw import draw_margin
+from fastvq.sampling import cpu_engine
 from fastvq.sampling.cpu_engine import CpuStep, sample_cpu
 from fastvq.sampling.engines import static_inputs
 from fastvq.sampling.lower import compile_plan
@@ -29,14 +31,13 @@ CACHED = ("torch", "cpu")
 
 needs_extension = pytest.mark.skipif(not _engine.available(), reason="the compiled extension is not built")
 
-_WANTED = {"avx512": {"avx512f", "avx512bw"}, "avx2": {"avx2", "fma"}, "baseline": set[str]()}
-
 
 def require_kernels(name: str) -> None:
     """Skips where the processor has no such kernels."""
-    missing = _WANTED[name] - set(_engine.require().build_info()["instruction_sets"])
-    if missing:
-        pytest.skip(f"this processor lacks {', '.join(sorted(missing))}")
+    try:
+        cpu_engine.require_kernels(name)
+    except ArgumentError as error:
+        pytest.skip(str(error))
 
 
 @torch.no_grad()

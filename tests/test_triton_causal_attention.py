@@ -16,11 +16,9 @@ from triton_helpers import (
     Check,
     Resources,
     assert_fits,
-    assert_interpreted,
+    checked_in_both,
     compile_kernel,
-    names,
     needs_compiler,
-    needs_gpu,
     needs_triton,
     serve,
 )
@@ -413,17 +411,7 @@ GROUPS: dict[str, dict[str, Check]] = {
 }
 
 
-@needs_triton
-@pytest.mark.parametrize(("group", "name"), names(GROUPS))
-def test_interpreted(group: str, name: str) -> None:
-    assert_interpreted(__file__, group, name)
-
-
-@needs_triton
-@needs_gpu()
-@pytest.mark.parametrize(("group", "name"), names(GROUPS))
-def test_on_a_gpu(group: str, name: str) -> None:
-    GROUPS[group][name]("cuda")
+test_interpreted, test_on_a_gpu = checked_in_both(__file__, GROUPS)
 
 
 def test_generator_of_this_file_is_philox() -> None:

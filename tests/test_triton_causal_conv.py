@@ -8,17 +8,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-import pytest
 import torch
 import torch.nn.functional as F
 from helpers import refuses
 from torch import Tensor
 from triton_helpers import (
     Check,
-    assert_interpreted,
-    names,
-    needs_gpu,
-    needs_triton,
+    checked_in_both,
     serve,
 )
 
@@ -505,17 +501,7 @@ MEMORY: dict[str, Check] = {
 GROUPS = {"taps": TAPS, "types": TYPES, "epilogues": EPILOGUES, "memory": MEMORY}
 
 
-@needs_triton
-@pytest.mark.parametrize(("group", "name"), names(GROUPS))
-def test_interpreted(group: str, name: str) -> None:
-    assert_interpreted(__file__, group, name)
-
-
-@needs_triton
-@needs_gpu()
-@pytest.mark.parametrize(("group", "name"), names(GROUPS))
-def test_on_a_gpu(group: str, name: str) -> None:
-    print(GROUPS[group][name]("cuda"))
+test_interpreted, test_on_a_gpu = checked_in_both(__file__, GROUPS)
 
 
 if __name__ == "__main__":

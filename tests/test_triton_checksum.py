@@ -7,11 +7,9 @@ import torch
 from triton_helpers import (
     Check,
     assert_fits,
-    assert_interpreted,
+    checked_in_both,
     compile_kernel,
-    names,
     needs_compiler,
-    needs_gpu,
     needs_triton,
     serve,
 )
@@ -92,17 +90,7 @@ GROUPS: dict[str, dict[str, Check]] = {
 }
 
 
-@needs_triton
-@pytest.mark.parametrize(("group", "name"), names(GROUPS))
-def test_interpreted(group: str, name: str) -> None:
-    assert_interpreted(__file__, group, name)
-
-
-@needs_triton
-@needs_gpu()
-@pytest.mark.parametrize(("group", "name"), names(GROUPS))
-def test_on_a_gpu(group: str, name: str) -> None:
-    GROUPS[group][name]("cuda")
+test_interpreted, test_on_a_gpu = checked_in_both(__file__, GROUPS)
 
 
 @needs_triton

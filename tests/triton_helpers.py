@@ -60,6 +60,26 @@ def assert_interpreted(file: str, group: str, name: str) -> None:
         print(result["said"])
 
 
+def checked_in_both(file: str, groups: Groups) -> tuple[Callable[[str, str], None], Callable[[str, str], None]]:
+    """What a test file calls ``test_interpreted`` and ``test_on_a_gpu``: every check of its groups, in both places."""
+    every = pytest.mark.parametrize(("group", "name"), names(groups))
+
+    @needs_triton
+    @every
+    def test_interpreted(group: str, name: str) -> None:
+        assert_interpreted(file, group, name)
+
+    @needs_triton
+    @needs_gpu()
+    @every
+    def test_on_a_gpu(group: str, name: str) -> None:
+        said = groups[group][name]("cuda")
+        if said:
+            print(said)
+
+    return test_interpreted, test_on_a_gpu
+
+
 @functools.cache
 def _interpreted(file: str, group: str) -> dict[str, dict[str, str | None]]:
     # One thread: products this small only wait for each other.

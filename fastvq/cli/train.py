@@ -24,6 +24,7 @@ from fastvq.cli.resume import model_config, notes, train_config
 from fastvq.data import CodeDataset, extract_codes
 from fastvq.errors import ArgumentError, FileConflictError
 from fastvq.models import HierarchicalVQVAE, Prior, PriorConfig, VQVAEConfig, build
+from fastvq.models.stored import outline
 from fastvq.sampling import sample
 from fastvq.training import train_prior as train_prior_on_codes
 from fastvq.training import train_vqvae as train_vqvae_on_images
@@ -67,7 +68,7 @@ def train_vqvae(arguments: argparse.Namespace) -> None:
         quiet=arguments.quiet,
     )
     if arguments.init_from is not None:  # before anything is written
-        kind = type(build(model)).__name__
+        kind = type(outline(lambda: build(model))).__name__
         describe_start(arguments.init_from, {"class": kind, **model.to_dict()}, resume=arguments.resume)
     with locked(project.vqvae):
         project.require_free(resume=arguments.resume)

@@ -11,11 +11,10 @@ from tqdm import tqdm
 
 from fastvq import _engine
 from fastvq._check import require_positive_int
-from fastvq._evaluation import in_evaluation
 from fastvq.errors import ArgumentError
 from fastvq.models.prior import Condition, Prior
 from fastvq.sampling.cost import describe
-from fastvq.sampling.engines import choose_engine, fill, warn_slow, why_slow
+from fastvq.sampling.engines import choose_engine, evaluated_for, fill, warn_slow, why_slow
 from fastvq.sampling.options import EngineOptions, Precision, engine_options
 from fastvq.sampling.request import MICRO_BATCH, Settings, as_prior, build_request, micro_batches
 
@@ -118,7 +117,7 @@ def sample(
     codes = torch.empty_like(request.init_codes)
     blocks = list(micro_batches(start, n, micro_batch))
     bar = tqdm(total=len(blocks) * prior.config.shape[0], desc="sampling", unit="row", disable=not progress)
-    evaluated = in_evaluation(prior)
+    evaluated = evaluated_for(engine, prior)
     with bar:
         for index, new in blocks:
             part = request.rows(index.to(codes.device))

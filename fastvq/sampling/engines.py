@@ -35,6 +35,7 @@ __all__ = [
     "EngineOptions",
     "Precision",
     "choose_engine",
+    "evaluated_for",
     "fill",
     "plan_of",
     "static_inputs",
@@ -123,6 +124,11 @@ def warn_slow(reasons: Sequence[str], stacklevel: int) -> None:
         )
 
 
+def evaluated_for(engine: str, prior: Prior) -> Prior:
+    """The prior in evaluation mode, as far as an engine runs its modules: cached ones have all else in the plan."""
+    return in_evaluation(prior, only=None if engine == "naive" else "context_encoder")
+
+
 def fill(
     engine: str,
     prior: Prior,
@@ -134,14 +140,14 @@ def fill(
 ) -> Tensor:
     """Fill the grids of one micro-batch with a chosen engine: int64 [n, H, W].
 
-    ``evaluated`` is the prior in evaluation mode, for callers that fill several.
+    ``evaluated`` is what :func:`evaluated_for` gives, for callers that fill several.
 
     Raises:
         ArgumentError: options that this engine does not have, weights or logits that are not finite.
     """
     options = options or EngineOptions()
     options.check(engine)
-    evaluated = in_evaluation(prior) if evaluated is None else evaluated
+    evaluated = evaluated_for(engine, prior) if evaluated is None else evaluated
     device = request.noise.device
     with torch.inference_mode(), full_float32(device), _repeatable(device):
         if engine == "naive":

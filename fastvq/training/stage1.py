@@ -19,6 +19,7 @@ from fastvq.data.base import ImageDataset, load_images, psnr, split_indices
 from fastvq.errors import ArgumentError
 from fastvq.models import HierarchicalVQVAE, VectorQuantizer, VQVAEConfig, build
 from fastvq.models.repeated_pass import is_repetition
+from fastvq.models.stored import outline
 from fastvq.training.batches import Batch
 from fastvq.training.config import TrainConfig
 from fastvq.training.loop import Picture, resolve_device, train
@@ -71,8 +72,7 @@ def train_vqvae(
     if model_config.in_channels != dataset.channels:
         raise ArgumentError(f"model_config.in_channels: {model_config.in_channels}, the data have {dataset.channels}")
     training, validation = split_indices(len(dataset), config.validation_fraction, config.seed)
-    with torch.random.fork_rng([]):
-        probe = build(model_config)
+    probe = outline(lambda: build(model_config))
     assert isinstance(probe, HierarchicalVQVAE)
     probe.code_shapes(dataset.size)  # raises if the size cannot be divided
     description: dict[str, Any] = {
