@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Sequence
 
 import torch
@@ -20,6 +22,7 @@ INTEGER_DTYPES = (
     torch.int64,
 )
 _LARGEST = torch.iinfo(torch.int64).max
+_LARGEST_FLOAT = torch.finfo(torch.float32).max
 FLOATING_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _STRIDED = torch.strided
 
@@ -110,6 +113,66 @@ def require_positive_int(name: str, value: object, minimum: int = 1, maximum: in
     if maximum is not None and value > maximum:
         raise ArgumentError(f"{name}: must be at most {maximum}, got {value}")
     return value
+
+
+def require_seed(name: str, value: object, bits: int = 63) -> int:
+    """A seed of so many bits; those of 63 fit a signed and an unsigned 64-bit integer alike."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ArgumentTypeError(f"{name}: expected an int, got {type(value).__name__} {value!r}")
+    if not 0 <= value < 1 << bits:
+        raise ArgumentError(f"{name}: must lie in 0..2**{bits}-1, got {value}")
+    return value
+
+
+def require_bool(name: str, value: object, *, optional: bool = False) -> None:
+    if not isinstance(value, bool) and not (optional and value is None):
+        expected = "a bool or None" if optional else "a bool"
+        raise ArgumentTypeError(f"{name}: expected {expected}, got {type(value).__name__} {value!r}")
+
+
+def require_real(name: str, value: object) -> float:
+    """A number of any size, NaN included; what exceeds all floats becomes infinite."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ArgumentTypeError(f"{name}: expected a number, got {type(value).__name__} {value!r}")
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
+def require_number(
+    name: str,
+    value: object,
+    *,
+    least: float = -math.inf,
+    above: float = -math.inf,
+    most: float = math.inf,
+    below: float = math.inf,
+) -> float:
+    """A number that is finite as float32 and within bounds, which ``least`` and ``most`` may reach, the others not."""
+    number = require_real(name, value)
+    if abs(number) <= _LARGEST_FLOAT and least <= number <= most and above < number < below:
+        return number
+    low, high = max(least, above), min(most, below)
+    if math.isfinite(low) and math.isfinite(high):
+        wanted = f"lie in {'(' if above == low else '['}{low:g}, {high:g}{')' if below == high else ']'}"
+    elif low == least == 0:
+        wanted = "not be negative, and finite"
+    else:
+        bounds = {"at least": least, "above": above, "at most": most, "below": below}
+        words = [f"{word} {bound:g}" for word, bound in bounds.items() if math.isfinite(bound)]
+        wanted = f"be {' and '.join([*words, 'finite'])}"
+    raise ArgumentError(f"{name}: must {wanted}, got {value!r}")
+
+
+def require_odd(name: str, value: object, minimum: int, maximum: int) -> None:
+    if require_positive_int(name, value, minimum, maximum) % 2 == 0:
+        raise ArgumentError(f"{name}: must be odd, got {value}")
+
+
+def require_tuple(name: str, value: object) -> None:
+    if not isinstance(value, tuple):
+        raise ArgumentTypeError(f"{name}: expected a tuple, got {value!r}")
 
 
 def require_choice(name: str, value: object, choices: Sequence[str]) -> None:

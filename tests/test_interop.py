@@ -296,7 +296,7 @@ def test_configurations_saved_before_the_field_load() -> None:
     assert not PixelSNAILConfig.from_dict(fields).legacy_skip
     with refuses(ArgumentError, "legacy_skip: expected activation 'elu'"):
         PixelSNAILConfig(shape=(2, 2), num_codes=3, legacy_skip=True, activation="concat_elu")
-    with refuses(ArgumentTypeError, "legacy_skip: expected True or False, got 1"):
+    with refuses(ArgumentTypeError, "legacy_skip: expected a bool, got int 1"):
         VQVAEConfig(legacy_skip=1)  # type: ignore[arg-type]
 
 

@@ -196,7 +196,7 @@ def test_does_not_keep_modules_alive() -> None:
 def test_errors() -> None:
     with refuses(ArgumentTypeError, "module: expected a torch.nn.Module, got dict"):
         convert({})  # type: ignore[arg-type]
-    with refuses(ArgumentTypeError, "legacy: expected True, False or None, got 'yes'"):
+    with refuses(ArgumentTypeError, "legacy: expected a bool or None, got str 'yes'"):
         convert(foreign_prior(), legacy="yes")  # type: ignore[arg-type]
     with refuses(ArgumentError, "module: unknown layout"):
         convert(nn.Linear(2, 2))

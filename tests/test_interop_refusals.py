@@ -113,7 +113,7 @@ def test_unfit_arguments() -> None:
         load({"epoch": 3})
     with refuses(ArgumentError, "source: expected a state dict of named tensors, got none"):
         load({})
-    with refuses(ArgumentTypeError, "legacy: expected True or False, got None"):
+    with refuses(ArgumentTypeError, "legacy: expected a bool, got NoneType None"):
         load(state, legacy=None)  # type: ignore[arg-type]
     with refuses(ArgumentError, r"shape: expected \(height, width\), got 4"):
         load(state, shape=4)  # type: ignore[arg-type]

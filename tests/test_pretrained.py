@@ -173,7 +173,7 @@ BAD_FIELDS: list[tuple[type[Config], dict[str, Any], type[Exception], str]] = [
     (PixelSNAILConfig, {"form": "square"}, ArgumentError, "form: expected one of"),
     (PixelSNAILConfig, {"mask": None}, ArgumentError, "mask: expected one of"),
     (PixelSNAILConfig, {"activation": "relu"}, ArgumentError, "activation: expected one of"),
-    (PixelSNAILConfig, {"attention": "no"}, ArgumentTypeError, "attention: expected True or False, got 'no'"),
+    (PixelSNAILConfig, {"attention": "no"}, ArgumentTypeError, "attention: expected a bool, got str 'no'"),
     (PixelSNAILConfig, {"attention_heads": 0}, ArgumentError, f"attention_heads: {POSITIVE}"),
     (PixelSNAILConfig, {"attention_channels": 0}, ArgumentError, f"attention_channels: {POSITIVE}"),
     (

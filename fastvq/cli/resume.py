@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from fastvq._config import Config
 from fastvq._files import reading
 from fastvq.cli.names import configure
 from fastvq.cli.project import parse_overrides
 from fastvq.errors import ArgumentError, FileConflictError, MissingFileError
 from fastvq.models import PriorConfig, preset
-from fastvq.models.config import Config
 from fastvq.training import TrainConfig
 from fastvq.training.config import NEUTRAL_FIELDS
 from fastvq.training.run import CONFIG, RunFolder

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastvq._check import require_positive_int, require_shape
+from fastvq._check import require_bool, require_positive_int, require_shape
 from fastvq.data.base import DOMAIN_AUGMENT, random_words
-from fastvq.errors import ArgumentError, ArgumentTypeError
+from fastvq.errors import ArgumentError
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,7 @@ class Augment:
 
     def __post_init__(self) -> None:
         require_positive_int("max_shift", self.max_shift, minimum=0)
-        if not isinstance(self.horizontal_flip, bool):
-            raise ArgumentTypeError(f"horizontal_flip: expected a bool, got {self.horizontal_flip!r}")
+        require_bool("horizontal_flip", self.horizontal_flip)
 
     def __call__(self, image: Tensor, *, seed: int, index: int, variant: int) -> Tensor:
         """A variant of one image [C, H, W], a function of (seed, index, variant) alone."""

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastvq._check import require_positive_int
+from fastvq._check import require_positive_int, require_seed
 from fastvq.errors import ArgumentError, ArgumentTypeError
 
 # Domains of the counter-based generator: the same seed never gives the same words for two purposes.
@@ -85,15 +85,6 @@ def split_indices(n: int, fraction: float, seed: int) -> tuple[np.ndarray, np.nd
         raise ArgumentError(f"fraction: {fraction} of {n} items leaves nothing to train on")
     order = permutation(n, seed, 0, DOMAIN_SPLIT)
     return np.sort(order[held_out:]), np.sort(order[:held_out])
-
-
-def require_seed(name: str, seed: object) -> int:
-    """Seeds are 63-bit: they fit a signed and an unsigned 64-bit integer alike."""
-    require_positive_int(name, seed, minimum=0)
-    assert isinstance(seed, int)
-    if seed >= 2**63:
-        raise ArgumentError(f"{name}: must be below 2**63, got {seed}")
-    return seed
 
 
 def require_size(name: str, size: object) -> tuple[int, int]:

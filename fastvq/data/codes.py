@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 import fastvq
-from fastvq._check import require_positive_int
+from fastvq._check import require_positive_int, require_seed
 from fastvq._files import new_array, read_json, reading, require_seal, reserve, sealed, sha256, sweep, sync, write_json
 from fastvq._lock import locked
 from fastvq._schema import ENTRIES, FLAG, TEXT, integer, named, optional, require_entries, several
 from fastvq._unwrap import unwrap
 from fastvq.data.augment import Augment
-from fastvq.data.base import ImageDataset, require_seed
+from fastvq.data.base import ImageDataset
 from fastvq.errors import ArgumentError, CorruptFileError, DiskFullError, FileConflictError, MissingFileError
 
 FORMAT = 1

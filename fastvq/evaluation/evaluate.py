@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastvq._check import require_positive_int
+from fastvq._check import require_positive_int, require_seed
 from fastvq.data.augment import Augment
-from fastvq.data.base import ImageDataset, load_images, require_seed
+from fastvq.data.base import ImageDataset, load_images
 from fastvq.errors import ArgumentError
 from fastvq.evaluation.accuracy import classification_accuracy
 from fastvq.evaluation.features import FeatureExtractor, as_extractor

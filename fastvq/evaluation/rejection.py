@@ -11,7 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastvq._check import require_integer, require_positive_int, require_shape, require_tensor
+from fastvq._check import (
+    require_integer,
+    require_number,
+    require_positive_int,
+    require_seed,
+    require_shape,
+    require_tensor,
+)
 from fastvq._evaluation import in_evaluation
 from fastvq._files import new_array
 from fastvq.data.base import random_words
@@ -22,7 +29,7 @@ from fastvq.evaluation.neighbours import manifold_scores
 from fastvq.evaluation.sources import DrawnSamples
 from fastvq.evaluation.statistics import DOMAIN_KEPT, FeatureStatistics, image_batches
 from fastvq.sampling import Pipeline
-from fastvq.sampling.noise import check_seed
+from fastvq.sampling.noise import SEED_BITS
 
 _CHUNK = 512
 _LEAST_RATE = 0.02
@@ -82,7 +89,7 @@ def sample_with_rejection(
     """
     wanted = _wanted(pipeline, n, label)
     _check_choice(keep, threshold)
-    seed = int(torch.randint(2**63 - 1, ())) if seed is None else check_seed(seed)
+    seed = int(torch.randint(2**63 - 1, ())) if seed is None else require_seed("seed", seed, SEED_BITS)
     limit = 100 * n if max_drawn is None else require_positive_int("max_drawn", max_drawn)
     rows, columns = pipeline.priors[0].config.shape
     scale = pipeline.vqvae.total_stride
@@ -140,13 +147,10 @@ def _wanted(pipeline: Pipeline, n: int, label: int | Tensor | None) -> dict[int,
 def _check_choice(keep: float | None, threshold: float | None) -> None:
     if (keep is None) == (threshold is None):
         raise ArgumentError("keep and threshold: expected exactly one of them")
-    for name, value in (("keep", keep), ("threshold", threshold)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-            raise ArgumentTypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if keep is not None and not 0 < keep <= 1:
-        raise ArgumentError(f"keep: must lie in (0, 1], got {keep}")
-    if threshold is not None and not 0 <= threshold < 1:
-        raise ArgumentError(f"threshold: must lie in [0, 1), got {threshold}")
+    if keep is not None:
+        require_number("keep", keep, above=0, most=1)
+    if threshold is not None:
+        require_number("threshold", threshold, least=0, below=1)
 
 
 class _Pool:

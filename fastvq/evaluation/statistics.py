@@ -16,10 +16,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from fastvq._check import require_positive_int
+from fastvq._check import require_positive_int, require_seed
 from fastvq._files import reading, replacing_file, save_tensors
 from fastvq._tensors import read_safetensors
-from fastvq.data.base import ImageDataset, random_words, require_seed
+from fastvq.data.base import ImageDataset, random_words
 from fastvq.errors import ArgumentError, CorruptFileError
 from fastvq.evaluation.features import FeatureExtractor, Features
 from fastvq.evaluation.gaussian import GaussianStatistics, frechet_distance

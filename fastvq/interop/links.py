@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fastvq._config import Config
 from fastvq.errors import ArgumentError
 from fastvq.models.blocks import causal_taps
-from fastvq.models.config import Config
 from fastvq.models.stored import assign
 
 Shape = Sequence[int]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from fastvq._check import require_bool
 from fastvq._unwrap import unwrap
 from fastvq._watch import Snapshot, contents_of
 from fastvq.errors import ArgumentError, ArgumentTypeError
@@ -58,8 +59,7 @@ def convert(module: nn.Module, *, legacy: bool | None = None) -> PixelSNAIL | VQ
     if not isinstance(module, nn.Module):
         raise ArgumentTypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
     module = unwrap(module)
-    if legacy is not None and not isinstance(legacy, bool):
-        raise ArgumentTypeError(f"legacy: expected True, False or None, got {legacy!r}")
+    require_bool("legacy", legacy, optional=True)
     with torch.no_grad():
         modules, tensors = contents_of(module)
         settings = [bool(part.__dict__["inplace"]) for part in modules if "inplace" in part.__dict__]

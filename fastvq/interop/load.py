@@ -6,8 +6,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from fastvq._check import require_choice, require_positive_int
-from fastvq.errors import ArgumentError, ArgumentTypeError
+from fastvq._check import require_bool, require_choice, require_positive_int
+from fastvq.errors import ArgumentError
 from fastvq.interop.layout import KINDS, Options, build, require_kind
 from fastvq.interop.state import read
 from fastvq.models import VQVAE2, PixelSNAIL
@@ -46,8 +46,7 @@ def load(
     """
     if kind is not None:
         require_choice("kind", kind, KINDS)
-    if not isinstance(legacy, bool):
-        raise ArgumentTypeError(f"legacy: expected True or False, got {legacy!r}")
+    require_bool("legacy", legacy)
     require_positive_int("heads", heads)
     tensors, arguments = read(source)
     found = require_kind(tensors, kind)

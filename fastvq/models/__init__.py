@@ -1,7 +1,8 @@
 """Plain PyTorch models: quantiser, autoencoders, priors; their configurations and presets."""
 
+from fastvq._config import Config
 from fastvq.models.classifier import Classifier, ClassifierConfig
-from fastvq.models.config import Config, GatedPixelCNNConfig, PixelSNAILConfig, PriorConfig, VQVAEConfig
+from fastvq.models.config import GatedPixelCNNConfig, PixelSNAILConfig, PriorConfig, VQVAEConfig
 from fastvq.models.pixelcnn import GatedPixelCNN
 from fastvq.models.pixelsnail import PixelSNAIL
 from fastvq.models.presets import PRESETS, build, preset

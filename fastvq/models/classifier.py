@@ -9,9 +9,17 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvq._check import require_floating, require_positive_int, require_shape, require_tensor
+from fastvq._check import (
+    require_floating,
+    require_number,
+    require_positive_int,
+    require_shape,
+    require_tensor,
+    require_tuple,
+)
+from fastvq._config import Config
 from fastvq.errors import ArgumentError
-from fastvq.models.config import LARGEST, MOST_LAYERS, Config
+from fastvq.models.config import LARGEST, MOST_LAYERS
 from fastvq.models.pretrained import PretrainedModel
 
 
@@ -35,9 +43,9 @@ class ClassifierConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require_positive("in_channels", "num_classes", "features")
-        self._require_numbers("dropout", below=1)
-        self._require_tuples("channels")
+        self._require(require_positive_int, "in_channels", "num_classes", "features", maximum=LARGEST)
+        self._require(require_number, "dropout", least=0, below=1)
+        self._require(require_tuple, "channels")
         if not self.channels:
             raise ArgumentError("channels: expected the width of one stage or more, got none")
         if len(self.channels) > MOST_LAYERS:

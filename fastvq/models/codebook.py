@@ -9,19 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvq._check import require_choice, require_positive_int
-from fastvq.errors import ArgumentError, ArgumentTypeError
+from fastvq._check import require_bool, require_choice, require_positive_int
+from fastvq.errors import ArgumentError
 from fastvq.models import codebook_update  # noqa: F401  (registers the operations)
 from fastvq.models.code_gradient import pass_gradient
 from fastvq.models.config import CODEBOOK_INITS, CodebookInit
 from fastvq.models.repeated_pass import Pass, PassMemory, is_repetition, may_be_repeated, refuse_repetition
 from fastvq.ops.nearest_code import METRICS, Metric
-
-
-def require_bool(name: str, value: object, *, optional: bool = False) -> None:
-    if not isinstance(value, bool) and not (optional and value is None):
-        expected = "a bool or None" if optional else "a bool"
-        raise ArgumentTypeError(f"{name}: expected {expected}, got {type(value).__name__} {value!r}")
 
 
 def _wide_default() -> torch.dtype:

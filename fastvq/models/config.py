@@ -1,18 +1,21 @@
-"""Frozen configurations of every model: plain data, checked when made, stored as JSON beside the weights."""
+"""Frozen configurations of the models, stored as JSON beside the weights."""
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Literal
 
-import torch
-
-from fastvq._check import require_positive_int
-from fastvq.errors import ArgumentError, ArgumentTypeError
+from fastvq._check import (
+    require_bool,
+    require_choice,
+    require_number,
+    require_odd,
+    require_positive_int,
+    require_tuple,
+)
+from fastvq._config import Config
+from fastvq.errors import ArgumentError
 from fastvq.ops.causal import FORMS, MASKS, Form, Mask
 
 CodebookInit = Literal["normal", "data", "kmeans"]
@@ -26,73 +29,6 @@ LARGEST_KERNEL = 255
 MOST_LAYERS = 10_000
 MOST_LEVELS = 16
 MOST_POSITIONS = 2**22
-
-
-_LARGEST_FLOAT = torch.finfo(torch.float32).max
-
-
-class Config:
-    """Base of the frozen dataclasses below."""
-
-    def __post_init__(self) -> None:
-        # JSON and command lines know lists only; tuples keep the configuration hashable and comparable.
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            object.__setattr__(self, field.name, _tuples(getattr(self, field.name)))
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)  # type: ignore[call-overload]
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The configuration stored by :meth:`to_dict`; unknown or missing fields are an error."""
-        if not isinstance(values, Mapping):
-            raise ArgumentTypeError(f"{cls.__name__}: expected a mapping of fields, got {type(values).__name__}")
-        fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        unknown = sorted(set(values) - set(fields))
-        required = {n for n, f in fields.items() if f.default is dataclasses.MISSING}
-        missing = sorted(required - set(values))
-        if unknown or missing:
-            raise ArgumentError(f"{cls.__name__}: unknown fields {unknown}, missing fields {missing}")
-        return cls(**values)
-
-    @property
-    def least_tensors(self) -> int:
-        """A number of tensors that a model has at least, found without building it."""
-        return 0
-
-    def _require_positive(self, *names: str, minimum: int = 1, maximum: int = LARGEST) -> None:
-        for name in names:
-            require_positive_int(name, getattr(self, name), minimum, maximum)
-
-    def _require_choice(self, name: str, choices: tuple[str, ...]) -> None:
-        if getattr(self, name) not in choices:
-            raise ArgumentError(f"{name}: expected one of {choices}, got {getattr(self, name)!r}")
-
-    def _require_odd(self, name: str, minimum: int) -> None:
-        if require_positive_int(name, getattr(self, name), minimum, LARGEST_KERNEL) % 2 == 0:
-            raise ArgumentError(f"{name}: must be odd, got {getattr(self, name)}")
-
-    def _require_numbers(self, *names: str, below: float) -> None:
-        for name in names:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise ArgumentTypeError(f"{name}: expected a number, got {type(value).__name__} {value!r}")
-            if not 0 <= value < min(below, _LARGEST_FLOAT):
-                wanted = "not be negative, and finite" if below == math.inf else f"lie in [0, {below:g})"
-                raise ArgumentError(f"{name}: must {wanted}, got {value!r}")
-
-    def _require_bool(self, name: str) -> None:
-        if not isinstance(getattr(self, name), bool):
-            raise ArgumentTypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
-
-    def _require_tuples(self, *names: str) -> None:
-        for name in names:
-            if not isinstance(getattr(self, name), tuple):
-                raise ArgumentTypeError(f"{name}: expected a tuple, got {getattr(self, name)!r}")
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,13 +65,21 @@ class VQVAEConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require_positive("in_channels", "channels", "residual_channels", "num_codes", "code_dim")
-        self._require_positive("residual_layers", minimum=0, maximum=MOST_LAYERS)
-        self._require_numbers("decay", below=1)
-        self._require_numbers("commitment", "revive_below", below=math.inf)
-        self._require_choice("codebook_init", CODEBOOK_INITS)
-        self._require_bool("legacy_skip")
-        self._require_tuples("strides")
+        self._require(
+            require_positive_int,
+            "in_channels",
+            "channels",
+            "residual_channels",
+            "num_codes",
+            "code_dim",
+            maximum=LARGEST,
+        )
+        self._require(require_positive_int, "residual_layers", minimum=0, maximum=MOST_LAYERS)
+        self._require(require_number, "decay", least=0, below=1)
+        self._require(require_number, "commitment", "revive_below", least=0)
+        self._require(require_choice, "codebook_init", choices=CODEBOOK_INITS)
+        self._require(require_bool, "legacy_skip")
+        self._require(require_tuple, "strides")
         if not self.strides or any(not isinstance(s, int) or s < 2 or s & (s - 1) for s in self.strides):
             raise ArgumentError(f"strides: expected powers of two from 2, finest level first, got {self.strides!r}")
         if len(self.strides) > MOST_LEVELS or max(self.strides) > LARGEST:
@@ -177,14 +121,13 @@ class PriorConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require_positive("num_codes", "condition_channels")
-        self._require_positive("level", minimum=0)
-        self._require_positive("condition_blocks", minimum=0, maximum=MOST_LAYERS)
-        self._require_numbers("dropout", below=1)
-        self._require_odd("condition_kernel", minimum=1)
-        self._require_tuples("shape", "condition_shapes", "condition_num_codes")
-        if self.num_classes is not None:
-            self._require_positive("num_classes")
+        self._require(require_positive_int, "num_codes", "condition_channels", maximum=LARGEST)
+        self._require(require_positive_int, "level", minimum=0, maximum=LARGEST)
+        self._require(require_positive_int, "condition_blocks", minimum=0, maximum=MOST_LAYERS)
+        self._require(require_number, "dropout", least=0, below=1)
+        self._require(require_odd, "condition_kernel", minimum=1, maximum=LARGEST_KERNEL)
+        self._require(require_tuple, "shape", "condition_shapes", "condition_num_codes")
+        self._require(require_positive_int, "num_classes", optional=True, maximum=LARGEST)
         if len(self.condition_shapes) != len(self.condition_num_codes):
             raise ArgumentError(
                 f"condition_num_codes: expected one size per condition shape {self.condition_shapes}, "
@@ -252,20 +195,19 @@ class PixelSNAILConfig(PriorConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require_positive("channels", "residual_channels", "attention_heads")
-        self._require_positive("blocks", maximum=MOST_LAYERS)
-        self._require_positive("layers_per_block", "output_blocks", minimum=0, maximum=MOST_LAYERS)
-        self._require_positive("kernel_size", minimum=2, maximum=LARGEST_KERNEL)
-        self._require_choice("form", FORMS)
-        self._require_choice("mask", MASKS)
-        self._require_choice("activation", ACTIVATIONS)
-        self._require_numbers("attention_dropout", below=1)
-        self._require_bool("attention")
-        self._require_bool("legacy_skip")
+        self._require(require_positive_int, "channels", "residual_channels", "attention_heads", maximum=LARGEST)
+        self._require(require_positive_int, "blocks", maximum=MOST_LAYERS)
+        self._require(require_positive_int, "layers_per_block", "output_blocks", minimum=0, maximum=MOST_LAYERS)
+        self._require(require_positive_int, "kernel_size", minimum=2, maximum=LARGEST_KERNEL)
+        self._require(require_choice, "form", choices=FORMS)
+        self._require(require_choice, "mask", choices=MASKS)
+        self._require(require_choice, "activation", choices=ACTIVATIONS)
+        self._require(require_number, "attention_dropout", least=0, below=1)
+        self._require(require_bool, "attention")
+        self._require(require_bool, "legacy_skip")
         if self.legacy_skip and self.activation != "elu":
             raise ArgumentError(f"legacy_skip: expected activation 'elu' with it, got {self.activation!r}")
-        if self.attention_channels is not None:
-            self._require_positive("attention_channels")
+        self._require(require_positive_int, "attention_channels", optional=True, maximum=LARGEST)
         if self.attention and (self.attention_width < 1 or self.attention_width % self.attention_heads):
             raise ArgumentError(
                 f"attention_channels: {self.attention_width} is not a multiple of {self.attention_heads} heads"
@@ -299,9 +241,9 @@ class GatedPixelCNNConfig(PriorConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require_positive("channels", "output_channels")
-        self._require_positive("layers", minimum=0, maximum=MOST_LAYERS)
-        self._require_odd("kernel_size", minimum=3)
+        self._require(require_positive_int, "channels", "output_channels", maximum=LARGEST)
+        self._require(require_positive_int, "layers", minimum=0, maximum=MOST_LAYERS)
+        self._require(require_odd, "kernel_size", minimum=3, maximum=LARGEST_KERNEL)
 
     @property
     def least_tensors(self) -> int:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from fastvq._config import Config
 from fastvq.errors import ArgumentError
-from fastvq.models.config import Config, GatedPixelCNNConfig, PixelSNAILConfig, VQVAEConfig
+from fastvq.models.config import GatedPixelCNNConfig, PixelSNAILConfig, VQVAEConfig
 from fastvq.models.pixelcnn import GatedPixelCNN
 from fastvq.models.pixelsnail import PixelSNAIL
 from fastvq.models.pretrained import PretrainedModel

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import fastvq
+from fastvq._config import Config
 from fastvq._files import (
     first_line,
     read_json,
@@ -25,7 +26,6 @@ from fastvq._files import (
 )
 from fastvq._tensors import read_safetensors
 from fastvq.errors import ArgumentError, CorruptFileError, FastvqError, MissingFileError
-from fastvq.models.config import Config
 from fastvq.models.stored import assign, differences, load_in_place, outline
 
 FORMAT = 1

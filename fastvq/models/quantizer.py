@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvq._check import (
+    require_bool,
     require_choice,
     require_codes,
     require_dense,
@@ -18,7 +19,7 @@ from fastvq._check import (
 )
 from fastvq.errors import ArgumentError, ArgumentTypeError, UnavailableError
 from fastvq.models.code_gradient import CODE_GRADIENTS, CodeGradient, pass_gradient
-from fastvq.models.codebook import Codebook, require_bool
+from fastvq.models.codebook import Codebook
 from fastvq.models.codebook_update import LEAST_LENGTH
 from fastvq.models.config import CodebookInit
 from fastvq.models.repeated_pass import is_repetition

@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastvq._check import require_choice, require_floating, require_positive_int, require_tensor
+from fastvq._check import require_bool, require_choice, require_floating, require_positive_int, require_tensor
 from fastvq.errors import ArgumentError
 from fastvq.models.code_gradient import CODE_GRADIENTS, CodeGradient, pass_gradient
-from fastvq.models.codebook import require_bool
 from fastvq.models.quantizer import QuantizerOutput, VectorQuantizer, perplexity
 
 

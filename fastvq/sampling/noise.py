@@ -6,17 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastvq.errors import ArgumentError, ArgumentTypeError
+from fastvq._check import require_seed
 
-SEED_LIMIT = 1 << 64
-
-
-def check_seed(seed: int) -> int:
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise ArgumentTypeError(f"seed: expected an int, got {type(seed).__name__} {seed!r}")
-    if not 0 <= seed < SEED_LIMIT:
-        raise ArgumentError(f"seed: must lie in 0..2**64-1, got {seed}")
-    return seed
+# A word of the generator's key.
+SEED_BITS = 64
 
 
 def uniforms(seed: int, start: int, count: int, shape: tuple[int, int], *, level: int = 0) -> Tensor:
@@ -25,7 +18,7 @@ def uniforms(seed: int, start: int, count: int, shape: tuple[int, int], *, level
     Each sample has its own stream of the counter-based generator Philox (Salmon et al. 2011), keyed by (seed, level)
     with the sample's index in the counter, so its numbers depend on (seed, index, level) alone.
     """
-    check_seed(seed)
+    require_seed("seed", seed, SEED_BITS)
     positions = shape[0] * shape[1]
     words = np.empty((count, positions), dtype=np.uint64)
     key = np.array([seed, level], dtype=np.uint64)

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from fastvq._check import require_choice, require_positive_int
+from fastvq._check import require_bool, require_choice, require_positive_int
 from fastvq.errors import ArgumentError, ArgumentTypeError
 from fastvq.sampling.cpu_engine import require_kernels
 from fastvq.sampling.state import ROW_KERNELS, RowKernel, require_triton
@@ -52,10 +52,9 @@ class EngineOptions:
         require_choice("precision", self.precision, PRECISIONS)
         require_choice("kernels", self.kernels, KERNELS)
         require_choice("row_kernel", self.row_kernel, ROW_KERNELS)
-        if self.threads is not None and require_positive_int("threads", self.threads) > _MOST_THREADS:
-            raise ArgumentError(f"threads: must be at most {_MOST_THREADS}, got {self.threads}")
-        if not isinstance(self.cuda_graph, bool):
-            raise ArgumentTypeError(f"cuda_graph: expected a bool, got {type(self.cuda_graph).__name__}")
+        if self.threads is not None:
+            require_positive_int("threads", self.threads, maximum=_MOST_THREADS)
+        require_bool("cuda_graph", self.cuda_graph)
 
     def check(self, engine: str, device: torch.device | None = None) -> None:
         """Refuse what an engine does not have and what would change nothing in silence.

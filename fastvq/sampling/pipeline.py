@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fastvq
-from fastvq._check import require_choice, require_positive_int
+from fastvq._check import require_choice, require_positive_int, require_seed
 from fastvq._evaluation import in_evaluation
 from fastvq._files import read_json, reading, replacing_folder, require_seal, sealed, write_json
 from fastvq._schema import TEXT, optional, several
@@ -24,7 +24,7 @@ from fastvq.models.prior import Prior
 from fastvq.models.vqvae import HierarchicalVQVAE
 from fastvq.sampling.api import choose_micro_batch, living_threads, sample
 from fastvq.sampling.engines import choose_engine, warn_slow, why_slow
-from fastvq.sampling.noise import check_seed
+from fastvq.sampling.noise import SEED_BITS
 from fastvq.sampling.options import EngineOptions, Precision, engine_options
 from fastvq.sampling.project import DATA_FILE, class_names, is_project, load_priors, load_vqvae
 from fastvq.sampling.request import Settings, micro_batches
@@ -153,7 +153,7 @@ class Pipeline:
             slow.append(why_slow(engine, chosen, prior))
         warn_slow([reason for reason in slow if reason is not None], stacklevel=3)  # past the decorator
         size = min(sizes)  # all levels and the decoder work on the same micro-batches
-        seed = int(torch.randint(2**63 - 1, ())) if seed is None else check_seed(seed)
+        seed = int(torch.randint(2**63 - 1, ())) if seed is None else require_seed("seed", seed, SEED_BITS)
         codes: tuple[Tensor, ...] = ()
         for prior, chosen, t, k, p in zip(self.priors, engines, temperatures, top_ks, top_ps, strict=True):
             drawn = sample(

@@ -9,12 +9,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fastvq._check import require_codes, require_integer, require_positive_int, require_shape, require_tensor
+from fastvq._check import (
+    require_codes,
+    require_integer,
+    require_positive_int,
+    require_seed,
+    require_shape,
+    require_tensor,
+)
 from fastvq._unwrap import unwrap
 from fastvq.errors import ArgumentError, ArgumentTypeError
 from fastvq.models.prior import Condition, Prior, condition_levels
 from fastvq.ops.draw import check_options, draw
-from fastvq.sampling.noise import check_seed, uniforms
+from fastvq.sampling.noise import SEED_BITS, uniforms
 
 MICRO_BATCH = 8
 INDEX_LIMIT = 1 << 62
@@ -145,7 +152,7 @@ def build_request(
     checked = prior.check_condition(on_cpu, n)
     label = prior.check_label(None if label is None else label.cpu(), n)
     if noise is None:
-        seed = int(torch.randint(2**63 - 1, ())) if seed is None else check_seed(seed)
+        seed = int(torch.randint(2**63 - 1, ())) if seed is None else require_seed("seed", seed, SEED_BITS)
         noise = uniforms(seed, start, n, config.shape, level=config.level)
     elif seed is not None:
         raise ArgumentError("noise and seed: give one or the other, got both")

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Literal
 
 import torch
 
-from fastvq._check import require_choice, require_positive_int
-from fastvq.data.base import require_seed
+from fastvq._check import require_bool, require_choice, require_number, require_positive_int, require_seed
+from fastvq._config import Config
 from fastvq.errors import ArgumentError, ArgumentTypeError
 
 # A run may go on with other values of these: they change neither the weights nor the values in the log.
@@ -21,7 +19,7 @@ NEUTRAL_FIELDS = frozenset(
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(Config):
     """How a model is trained.
 
     Args:
@@ -76,31 +74,23 @@ class TrainConfig:
     device: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "log_every", "keep_checkpoints"):
-            require_positive_int(name, getattr(self, name))
-        for name in ("image_every", "checkpoint_every"):
-            if getattr(self, name) is not None:
-                require_positive_int(name, getattr(self, name))
-        require_positive_int("warmup_steps", self.warmup_steps, minimum=0)
-        require_positive_int("num_workers", self.num_workers, minimum=0)
-        require_seed("seed", self.seed)
-        require_choice("optimizer", self.optimizer, ("adamw", "adam"))
-        for name in ("bf16", "compile"):
-            if not isinstance(getattr(self, name), bool):
-                raise ArgumentTypeError(f"{name}: expected a bool, got {getattr(self, name)!r}")
-        if not isinstance(self.betas, (tuple, list)) or len(self.betas) != 2:
+        super().__post_init__()
+        self._require(require_positive_int, "steps", "batch_size", "accumulate", "log_every", "keep_checkpoints")
+        self._require(require_positive_int, "image_every", "checkpoint_every", optional=True)
+        self._require(require_positive_int, "warmup_steps", "num_workers", minimum=0)
+        self._require(require_seed, "seed")
+        self._require(require_choice, "optimizer", choices=("adamw", "adam"))
+        self._require(require_bool, "bf16", "compile")
+        self._require(require_number, "learning_rate", above=0)
+        self._require(require_number, "weight_decay", least=0)
+        self._require(require_number, "final_lr_fraction", least=0, most=1)
+        self._require(require_number, "validation_fraction", least=0, below=1)
+        if not isinstance(self.betas, tuple) or len(self.betas) != 2:
             raise ArgumentTypeError(f"betas: expected a pair of numbers, got {self.betas!r}")
-        object.__setattr__(self, "betas", tuple(self.betas))
-        self._require_number("learning_rate", self.learning_rate, above=0.0)
-        self._require_number("weight_decay", self.weight_decay, least=0.0)
-        self._require_number("final_lr_fraction", self.final_lr_fraction, least=0.0, most=1.0)
-        self._require_number("validation_fraction", self.validation_fraction, least=0.0, below=1.0)
         for beta in self.betas:
-            self._require_number("betas", beta, least=0.0, below=1.0)
-        if self.grad_clip is not None:
-            self._require_number("grad_clip", self.grad_clip, above=0.0)
-        if self.ema_decay is not None:
-            self._require_number("ema_decay", self.ema_decay, least=0.0, below=1.0)
+            require_number("betas", beta, least=0, below=1)
+        self._require(require_number, "grad_clip", optional=True, above=0)
+        self._require(require_number, "ema_decay", optional=True, least=0, below=1)
         if self.warmup_steps > self.steps:
             raise ArgumentError(f"warmup_steps: {self.warmup_steps} is more than the {self.steps} steps of the run")
         if self.batch_size % self.accumulate:
@@ -114,44 +104,6 @@ class TrainConfig:
                 raise ArgumentError(
                     f"device: expected a name such as 'cpu' or 'cuda:0', got {self.device!r}"
                 ) from error
-
-    def _require_number(
-        self,
-        name: str,
-        value: object,
-        *,
-        least: float = -math.inf,
-        above: float = -math.inf,
-        most: float = math.inf,
-        below: float = math.inf,
-    ) -> None:
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ArgumentTypeError(f"{name}: expected a number, got {value!r}")
-        if not (math.isfinite(value) and least <= value <= most and above < value < below):
-            bounds = [
-                text
-                for bound, text in (
-                    (least, f"at least {least}"),
-                    (above, f"above {above}"),
-                    (most, f"at most {most}"),
-                    (below, f"below {below}"),
-                )
-                if math.isfinite(bound)
-            ]
-            raise ArgumentError(f"{name}: must be finite, {' and '.join(bounds)}, got {value!r}")
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The settings stored by :meth:`to_dict`; unknown or missing fields are an error."""
-        fields = dataclasses.fields(cls)
-        unknown = sorted(set(values) - {field.name for field in fields})
-        missing = sorted({f.name for f in fields if f.default is dataclasses.MISSING} - set(values))
-        if unknown or missing:
-            raise ArgumentError(f"{cls.__name__}: unknown fields {unknown}, missing fields {missing}")
-        return cls(**values)
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

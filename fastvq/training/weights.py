@@ -13,12 +13,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 from fastvq._check import require_choice
+from fastvq._config import Config
 from fastvq._files import read_json, reading, require_seal
 from fastvq._schema import TEXT, integer, number, require_entries
 from fastvq.data.codes import model_checksum
 from fastvq.errors import ArgumentError, FastvqError, FileConflictError, MissingFileError
 from fastvq.models import MODEL_CLASSES, PretrainedModel, load_pretrained
-from fastvq.models.config import Config
 from fastvq.models.pretrained import WEIGHTS_FILE, load_stored, skeleton
 from fastvq.training import checkpoint
 from fastvq.training.run import BEST, CONFIG, RunFolder
