@@ -4,7 +4,8 @@ Environment variables:
     FASTVQ_REQUIRE_EXT=1: fail when the extension cannot be built. By default the installation goes on without it,
         because everything that has a PyTorch path works without.
     CXX, CXXFLAGS, CUDACXX, CMAKE_ARGS: as CMake reads them. CMAKE_ARGS=-DFASTVQ_CUDA=OFF leaves the CUDA engine out,
-        which is otherwise part of the extension where there is a CUDA compiler.
+        which is otherwise part of the extension where there is a CUDA compiler; CMAKE_ARGS=-DFASTVQ_PROBES=ON adds the
+        module fastvq._probes, which benchmarks of GPUs measure floors with.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 REQUIRE_EXTENSION = os.environ.get("FASTVQ_REQUIRE_EXT", "0") not in ("", "0")
+PROBES = "-DFASTVQ_PROBES=ON" in os.environ.get("CMAKE_ARGS", "")
 
 
 def version() -> str:
@@ -62,6 +64,8 @@ class CMakeBuild(build_ext):
     """
 
     def build_extension(self, ext: Extension) -> None:
+        if ext.name == "fastvq._probes":
+            return  # comes with the other, where there is a CUDA compiler
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         try:
             try:
@@ -135,7 +139,8 @@ setup(
             sources=sources("*.cpp"),
             depends=["CMakeLists.txt", *sources("*.h", "*.cu", "*.cuh")],
             optional=not REQUIRE_EXTENSION,
-        )
+        ),
+        *([Extension("fastvq._probes", sources=[], optional=True)] if PROBES else []),
     ],
     cmdclass={"build": Build, "build_ext": CMakeBuild},
     zip_safe=False,

@@ -24,7 +24,6 @@
 
 #if defined(FASTVQ_WITH_CUDA)
 #include "cuda/bindings.h"
-#include "cuda/probes_bindings.h"
 #endif
 
 namespace nb = nanobind;
@@ -249,7 +248,6 @@ NB_MODULE(_ext, m) {
 #if defined(FASTVQ_WITH_CUDA)
     m.attr("CUDA") = true;
     bind_cuda(m);
-    bind_probes(m);
 #else
     m.attr("CUDA") = false;
 #endif

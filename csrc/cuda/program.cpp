@@ -75,7 +75,7 @@ class Planner {
     Program run() {
         emit();
         add_waits();
-        WeightPacker(ops_, terms_, shape_).pack(program_, options_.shared_limit);
+        pack_weights(program_, ops_, terms_, shape_, options_.shared_limit);
         return std::move(program_);
     }
 

@@ -1,5 +1,4 @@
-#include "cuda/probes_bindings.h"
-
+// A module of its own, for benchmarks: built with -DFASTVQ_PROBES=ON.
 #include <cstdint>
 
 #include <nanobind/nanobind.h>
@@ -8,9 +7,9 @@
 
 namespace nb = nanobind;
 
-void bind_probes(nb::module_& m) {
+NB_MODULE(_probes, m) {
     m.def(
-        "probe_barrier",
+        "barrier",
         [](int blocks, int64_t rounds, int device) {
             nb::gil_scoped_release release;
             return fastvq::cuda::barrier_microseconds(blocks, rounds, device);
@@ -18,14 +17,14 @@ void bind_probes(nb::module_& m) {
         nb::arg("blocks"), nb::arg("rounds"), nb::arg("device"),
         "Microseconds that all blocks of a launch take to meet; 0 blocks: one for each multiprocessor.");
     m.def(
-        "probe_flag_hop",
+        "flag_hop",
         [](int64_t rounds, int device) {
             nb::gil_scoped_release release;
             return fastvq::cuda::flag_hop_microseconds(rounds, device);
         },
         nb::arg("rounds"), nb::arg("device"), "Microseconds from a block raising a counter to another having seen it.");
     m.def(
-        "probe_launch",
+        "launch",
         [](int64_t count, int device) {
             fastvq::cuda::LaunchGap gap{};
             {
