@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -130,14 +131,14 @@ def require_bool(name: str, value: object, *, optional: bool = False) -> None:
         raise ArgumentTypeError(f"{name}: expected {expected}, got {type(value).__name__} {value!r}")
 
 
-def require_real(name: str, value: object) -> float:
+def require_real(name: str, value: Any) -> float:
     """A number of any size, NaN included; what exceeds all floats becomes infinite."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ArgumentTypeError(f"{name}: expected a number, got {type(value).__name__} {value!r}")
     try:
         return float(value)
     except OverflowError:
-        return math.inf if value > 0 else -math.inf
+        return math.copysign(math.inf, value // abs(value))
 
 
 def require_number(

@@ -1,56 +1,68 @@
-"""Named ranges in the timelines of NVIDIA's profilers: off unless asked for, and then the package ``nvtx`` is needed.
+"""Named ranges in the timelines of NVIDIA's profilers, in a domain of our own.
 
-They are on from the start where the environment says ``FASTVQ_NVTX=1``.
+Where no such tool listens, or without the package ``nvtx``, they are nothing: a decorated function is the function.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
 
-from fastvq.errors import UnavailableError
+import torch
+
+try:
+    import nvtx
+except ImportError:
+    nvtx = None
 
 DOMAIN = "fastvq"
 
-_NOTHING = contextlib.nullcontext()
-_wanted = os.environ.get("FASTVQ_NVTX", "0") not in ("", "0")
-_annotate: Any = None
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def span(name: str) -> contextlib.AbstractContextManager[object]:
-    """A range of that name around a block.
+class Range(Protocol):
+    """A decorator, and a context that can be entered again and again."""
 
-    Raises:
-        UnavailableError: ranges are wanted and the package ``nvtx`` is not installed.
-    """
-    if not _wanted:
-        return _NOTHING
-    found: contextlib.AbstractContextManager[object] = _load()(name, domain=DOMAIN)
-    return found
+    def __call__(self, function: Function) -> Function: ...
+
+    def __enter__(self) -> object: ...
+
+    def __exit__(self, *error: object) -> bool | None: ...
 
 
-def switch(on: bool) -> None:
-    """Ranges on or off, from now on and for the whole process.
+class _Nothing:
+    def __call__(self, function: Function) -> Function:
+        return function
 
-    Raises:
-        UnavailableError: the package ``nvtx`` is not installed; ranges stay off.
-    """
-    global _wanted
-    if on:
-        _load()
-    _wanted = on
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *error: object) -> None: ...
 
 
-def _load() -> Any:
-    global _annotate
-    if _annotate is None:
-        try:
-            import nvtx
-        except ImportError as error:
-            raise UnavailableError(
-                f"nvtx: ranges were asked for but the package is not installed ({error}); pip install nvtx, or unset"
-                " FASTVQ_NVTX"
-            ) from error
-        _annotate = nvtx.annotate
-    return _annotate
+class _Listened:
+    def __init__(self, name: str) -> None:
+        self._range = nvtx.annotate(name, domain=DOMAIN)
+
+    def __call__(self, function: Function) -> Function:
+        annotated = self._range(function)
+
+        @functools.wraps(function)
+        def inner(*args: Any, **kwargs: Any) -> Any:
+            # A compiler could not see through the range, and it would tell of the compilation alone.
+            return (function if torch.compiler.is_compiling() else annotated)(*args, **kwargs)
+
+        return inner  # type: ignore[return-value]
+
+    def __enter__(self) -> object:
+        return self._range.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self._range.__exit__(*error)
+
+
+@functools.cache
+def annotate(name: str) -> Range:
+    """The range of a name, around a block or every call of a function."""
+    listens = nvtx is not None and isinstance(nvtx.get_domain(DOMAIN), nvtx.Domain)
+    return _Listened(name) if listens else _Nothing()

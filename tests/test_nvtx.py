@@ -1,88 +1,98 @@
-"""Named ranges for profilers: what is inside what, and that they are off unless asked for."""
+"""Named ranges for profilers: what is inside what to a tool that listens, and nothing where none does."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import shutil
 import subprocess
 import sys
-import types
+from pathlib import Path
 
 import pytest
-import torch
-from cuda_stand_in import Job
-from engine_helpers import (
-    needs_extension,
-    spread,
-)
-from helpers import refuses, snail
 
 from fastvq import _nvtx
-from fastvq.errors import UnavailableError
 
-pytestmark = pytest.mark.usefixtures("steady")
-
-
-@pytest.fixture
-def ranges(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Ranges that a stand-in for the package opens and closes."""
-    seen: list[str] = []
-
-    class Annotate:
-        def __init__(self, message: str, *, domain: str) -> None:
-            assert domain == "fastvq"
-            self.message = message
-
-        def __enter__(self) -> None:
-            seen.append(f"+{self.message}")
-
-        def __exit__(self, *_: object) -> None:
-            seen.append(f"-{self.message}")
-
-    package = types.ModuleType("nvtx")
-    package.annotate = Annotate  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "nvtx", package)
-    monkeypatch.setattr(_nvtx, "_annotate", None)
-    monkeypatch.setattr(_nvtx, "_wanted", False)
-    return seen
+HERE = Path(__file__).parent
+needs_listener = pytest.mark.skipif(
+    shutil.which("nvcc") is None or importlib.util.find_spec("nvtx") is None,
+    reason="nvcc, which comes with the headers of NVTX, or the package nvtx is missing",
+)
 
 
-@needs_extension
-def test_ranges(ranges: list[str]) -> None:
-    wanted = Job(spread(snail(shape=(2, 3)))).run()
-    assert ranges == []
-    _nvtx.switch(True)
-    assert torch.equal(Job(spread(snail(shape=(2, 3)))).run(), wanted)
-    row = ["+row", "+row phase", "-row phase", "+step phase", "-step phase", "-row"]
-    assert ranges == ["+grid", *row, *row, "-grid"]
-    _nvtx.switch(False)
-    ranges.clear()
-    Job(spread(snail(shape=(2, 3)))).run()
-    assert ranges == []
+@pytest.fixture(scope="module")
+def listener(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    library = tmp_path_factory.mktemp("nvtx") / "listener.so"
+    options = ["-shared", "-cudart=none", "-Xcompiler=-fPIC"]
+    subprocess.run(["nvcc", *options, str(HERE / "nvtx_listener.cpp"), "-o", str(library)], check=True)
+    return library
 
 
-def test_ranges_that_are_off_are_one_object() -> None:
-    assert _nvtx.span("a") is _nvtx.span("b")
+def ranges(listener: Path, folder: Path, code: str) -> list[str]:
+    """Ranges of our domain, each by its path from the outermost, in the order in which they open; repeats once."""
+    environment = {**os.environ, "NVTX_INJECTION64_PATH": str(listener), "NVTX_SEEN": str(folder / "seen")}
+    subprocess.run([sys.executable, "-c", code], env=environment, cwd=folder, check=True)
+    opened: list[str] = []
+    paths: dict[str, None] = {}
+    for line in (folder / "seen").read_text().splitlines():
+        if not line[1:].startswith("fastvq"):
+            continue
+        if line[0] == "-":
+            opened.pop()
+        else:
+            opened.append(line.removeprefix("+fastvq:"))
+            paths["/".join(opened)] = None
+    assert opened == []
+    return list(paths)
 
 
-def test_ranges_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "nvtx", None)
-    monkeypatch.setattr(_nvtx, "_annotate", None)
-    monkeypatch.setattr(_nvtx, "_wanted", False)
-    with refuses(UnavailableError, "nvtx: ranges were asked for but the package is not installed"):
-        _nvtx.switch(True)
-    with _nvtx.span("still off"):
+@needs_listener
+def test_sampling_is_in_ranges(listener: Path, tmp_path: Path) -> None:
+    code = """
+import torch
+from fastvq import sample
+from fastvq.models import preset
+model, config = preset("tiny-top")
+sample(model(config), 1, seed=0, engine="cpu")
+"""
+    assert ranges(listener, tmp_path, code) == ["sample", "sample/row phase", "sample/step phase"]
+
+
+@needs_listener
+def test_training_and_extraction_are_in_ranges(listener: Path, tmp_path: Path) -> None:
+    code = """
+import numpy as np
+from fastvq.data import Digits, extract_codes
+from fastvq.models import preset
+from fastvq.training import TrainConfig, train_vqvae
+data = Digits(16)
+_, config = preset("tiny")
+trained = train_vqvae(data, config, TrainConfig(steps=2, batch_size=4, validation_fraction=0.01), "run")
+extract_codes(trained, data, np.arange(4), "codes")
+"""
+    found = ranges(listener, tmp_path, code)
+    assert {"load", "forward", "backward", "step", "validate"} <= set(found)
+    assert {"extract_codes", "extract_codes/load", "extract_codes/encode"} <= set(found)
+
+
+def test_without_a_listener_ranges_are_nothing() -> None:
+    def function() -> None: ...
+
+    found = _nvtx.annotate("name")
+    assert found(function) is function
+    assert found is _nvtx.annotate("name")
+    with found, found:
         pass
 
 
-@pytest.mark.parametrize(("value", "wanted"), [("1", True), ("0", False), ("", False), (None, False)])
-def test_ranges_by_the_environment(value: str | None, wanted: bool) -> None:
-    code = (
-        "import sys, types; package = types.ModuleType('nvtx'); sys.modules['nvtx'] = package\n"
-        "package.annotate = lambda name, domain: ('range', name)\n"
-        "from fastvq import _nvtx\n"
-        "print(_nvtx.span('x') == ('range', 'x'))"
-    )
-    rest = {name: text for name, text in os.environ.items() if name != "FASTVQ_NVTX"}
-    environment = rest if value is None else {**rest, "FASTVQ_NVTX": value}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == str(wanted)
+def test_without_the_package_ranges_are_nothing() -> None:
+    code = """
+import sys
+sys.modules["nvtx"] = None
+from fastvq._nvtx import annotate
+assert annotate("name")(len) is len
+with annotate("name"):
+    print("inside")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "inside\n"

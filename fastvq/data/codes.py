@@ -20,6 +20,7 @@ import fastvq
 from fastvq._check import require_positive_int, require_seed
 from fastvq._files import new_array, read_json, reading, require_seal, reserve, sealed, sha256, sweep, sync, write_json
 from fastvq._lock import locked
+from fastvq._nvtx import annotate
 from fastvq._schema import ENTRIES, FLAG, TEXT, integer, named, optional, require_entries, several
 from fastvq._unwrap import unwrap
 from fastvq.data.augment import Augment
@@ -57,6 +58,7 @@ def model_checksum(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+@annotate("extract_codes")
 def extract_codes(
     model: Any,
     dataset: ImageDataset,
@@ -179,12 +181,14 @@ def _extract(
         while done < total:
             batch = np.arange(done, min(done + batch_size, total))
             sources = rows[batch % len(rows)]
-            load = pool.map if num_workers else map
-            images = torch.stack(list(load(dataset.image, sources.tolist())))
-            if augment is not None:
-                images = augment.batch(images, seed=seed, indices=sources, variants=batch // len(rows))
-            for array, codes in zip(arrays, encoder.encode(images.to(target)), strict=True):
-                array[done : done + len(batch)] = codes.cpu().numpy()
+            with annotate("load"):
+                load = pool.map if num_workers else map
+                images = torch.stack(list(load(dataset.image, sources.tolist())))
+                if augment is not None:
+                    images = augment.batch(images, seed=seed, indices=sources, variants=batch // len(rows))
+            with annotate("encode"):
+                for array, codes in zip(arrays, encoder.encode(images.to(target)), strict=True):
+                    array[done : done + len(batch)] = codes.cpu().numpy()
             done += len(batch)
             unflushed += len(batch)
             bar.update(len(batch))

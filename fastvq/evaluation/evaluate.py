@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvq._check import require_positive_int, require_seed
+from fastvq._nvtx import annotate
 from fastvq.data.augment import Augment
 from fastvq.data.base import ImageDataset, load_images
 from fastvq.errors import ArgumentError
@@ -147,6 +148,7 @@ class Evaluation:
     seconds: dict[str, Duration]
 
 
+@annotate("evaluate")
 def evaluate(
     pipeline: Pipeline,
     dataset: ImageDataset,
@@ -296,7 +298,8 @@ class _Clock:
 
     def __call__(self, name: str, work: Callable[[], T]) -> T:
         wall, processor = time.perf_counter(), time.process_time()
-        result = work()
+        with annotate(name):
+            result = work()
         self.seconds[name] = Duration(time.perf_counter() - wall, time.process_time() - processor)
         return result
 

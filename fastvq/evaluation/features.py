@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastvq._check import require_floating, require_positive_int, require_shape, require_tensor
 from fastvq._evaluation import in_evaluation
+from fastvq._nvtx import annotate
 from fastvq._unwrap import require_model, unwrap
 from fastvq.data.codes import model_checksum
 from fastvq.errors import ArgumentError, ArgumentTypeError
@@ -80,6 +81,7 @@ class FeatureExtractor(nn.Module):
         """Vectors [B, F]."""
         return self.extract(images).vectors
 
+    @annotate("features")
     @torch.no_grad()
     def extract(self, images: Tensor) -> Features:
         """Vectors and logits of images [B, C, H, W] in [-1, 1]; values outside are clipped.

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from fastvq import _engine
 from fastvq._check import require_positive_int
+from fastvq._nvtx import annotate
 from fastvq.errors import ArgumentError
 from fastvq.models.prior import Condition, Prior
 from fastvq.sampling.cost import describe
@@ -118,7 +119,7 @@ def sample(
     blocks = list(micro_batches(start, n, micro_batch))
     bar = tqdm(total=len(blocks) * prior.config.shape[0], desc="sampling", unit="row", disable=not progress)
     evaluated = evaluated_for(engine, prior)
-    with bar:
+    with bar, annotate("sample"):
         for index, new in blocks:
             part = request.rows(index.to(codes.device))
             filled = fill(engine, prior, part, bar.update, options, evaluated=evaluated)

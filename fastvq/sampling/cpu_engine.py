@@ -88,13 +88,13 @@ def sample_cpu(
     views = np.zeros((2, len(step.tables.ops), VIEW_FIELDS), dtype=np.int64)
     entries = len(step.tables.ops) * _CPU_VIEW_FIELDS
     for row in range(height):
-        with _nvtx.span("row phase"):
+        with _nvtx.annotate("row phase"):
             state.begin_row(row)
         kept = fill_views(views, step.tables, state, scratch, row)
         if logits is not None:
             views[0, plan.output] = logits_view(state, logits, row)
         values, starts = np.ascontiguousarray(views[:, :, :_CPU_VIEW_FIELDS])
-        with _nvtx.span("step phase"):
+        with _nvtx.annotate("step phase"):
             bad = step.native.run_row(
                 row,
                 array_address("values", values, np.int64, entries),

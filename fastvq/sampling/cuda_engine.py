@@ -157,14 +157,14 @@ class Grid:
         """
         step, state = self.step, self.state
         entries = 2 * len(step.tables.ops) * VIEW_FIELDS
-        with _nvtx.span("row phase"):
+        with _nvtx.annotate("row phase"):
             state.begin_row(row)
             views = host.numpy()
             kept = fill_views(views, step.tables, state, self.scratch, row)
             if self.logits is not None:
                 views[0, step.plan.output] = logits_view(state, self.logits, row)
             device.copy_(host, non_blocking=True)
-        with _nvtx.span("step phase"):
+        with _nvtx.annotate("step phase"):
             step.native.run_row(
                 row,
                 address("host", host, torch.int64, entries),
@@ -236,7 +236,7 @@ def sample_cuda(
         ArgumentError: logits that are not finite; the whole grid has been computed then.
     """
     height, _ = compiled.plan.shape
-    with step.lock, on_device(step.device), _nvtx.span("grid"):
+    with step.lock, on_device(step.device), _nvtx.annotate("grid"):
         state.codes.copy_(request.start_codes())
         grid = Grid(step, state, request.noise.contiguous(), request.known.contiguous(), request.settings, logits)
         ring = ViewRing(min(ROWS_IN_FLIGHT, height), len(step.tables.ops), step.device)
@@ -244,7 +244,7 @@ def sample_cuda(
         try:
             while finished < height:
                 if enqueued < min(height, finished + len(ring)):
-                    with _nvtx.span("row"):
+                    with _nvtx.annotate("row"):
                         grid.enqueue(enqueued, *ring[enqueued])
                     ring.enqueued(enqueued)
                     enqueued += 1

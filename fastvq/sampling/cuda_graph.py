@@ -79,7 +79,7 @@ class GraphedGrid:
         Raises:
             ArgumentError: logits that are not finite.
         """
-        with self.step.lock, on_device(self.step.device), _nvtx.span("grid"):
+        with self.step.lock, on_device(self.step.device), _nvtx.annotate("grid"):
             try:
                 for name, place in self._statics.items():
                     place.copy_(statics[name])

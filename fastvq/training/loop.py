@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvq._evaluation import in_evaluation
+from fastvq._nvtx import annotate
 from fastvq.data.grid import save_grid
 from fastvq.errors import ArgumentError, DiskFullError, FastvqError, UnavailableError
 from fastvq.models import PretrainedModel, load_pretrained
@@ -134,15 +135,16 @@ def _steps(state: TrainingState, task: Task, config: TrainConfig, run: RunFolder
         remaining = range(state.step, config.steps)
         stream = batches.iterate(remaining, num_workers=config.num_workers, pin_memory=cuda)
         while state.step < config.steps:
-            with _kept(state, checkpoint):
+            with _kept(state, checkpoint), annotate("load"):
                 batch = next(stream)
             for group in state.optimizer.param_groups:
                 group["lr"] = learning_rate(state.step, config)
             metrics = _gradients(state, forward, task, config, batch)
             _check_finite(metrics, state.step, run)
-            state.optimizer.step()
-            if state.average is not None:
-                state.average.update(state.model, state.step)
+            with annotate("step"):
+                state.optimizer.step()
+                if state.average is not None:
+                    state.average.update(state.model, state.step)
             state.step += 1
             state.totals = {name: state.totals.get(name, 0.0) + value for name, value in metrics.items()}
             state.totals_steps += 1
@@ -210,7 +212,7 @@ class _Reports:
 
     def _validation(self) -> None:
         state, criterion = self._state, self._task.criterion
-        with _evaluation(self._evaluated) as model:
+        with _evaluation(self._evaluated) as model, annotate("validate"):
             values = self._task.validate(model, state.device)
         if not values:
             return
@@ -249,9 +251,10 @@ def _gradients(
     with task.accumulation(state.model) if config.accumulate > 1 else contextlib.nullcontext():
         for part in parts:
             moved = tuple(tensor.to(state.device, non_blocking=True) for tensor in part)
-            with torch.autocast(state.device.type, dtype=torch.bfloat16, enabled=config.bf16):
+            with torch.autocast(state.device.type, dtype=torch.bfloat16, enabled=config.bf16), annotate("forward"):
                 loss, metrics = task.loss(forward, moved)
-            (loss / config.accumulate).backward()
+            with annotate("backward"):
+                (loss / config.accumulate).backward()
             # One transfer for all of them: on a GPU each one waits for the device.
             values = torch.stack([loss.detach().float(), *(value.detach().float() for value in metrics.values())])
             for name, value in zip(["loss", *metrics], values.tolist(), strict=True):
