@@ -31,10 +31,10 @@ PROBES = "-DFASTVQ_PROBES=ON" in os.environ.get("CMAKE_ARGS", "")
 
 
 def version() -> str:
-    text = (ROOT / "fastvq" / "__init__.py").read_text(encoding="utf-8")
+    text = (ROOT / "fastvq" / "_version.py").read_text(encoding="utf-8")
     found = re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE)
     if found is None:
-        raise SystemExit('fastvq/__init__.py: expected a line __version__ = "..."')
+        raise SystemExit('fastvq/_version.py: expected a line __version__ = "..."')
     return found.group(1)
 
 

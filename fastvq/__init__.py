@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 # It has to be there to see the process fork.
 from fastvq import _engine as _engine
-
-__version__ = "0.1.0"
+from fastvq._version import __version__
 
 if TYPE_CHECKING:
     from fastvq.models import VQVAE, VQVAE2, GatedPixelCNN, PixelSNAIL, ResidualVQ, VectorQuantizer

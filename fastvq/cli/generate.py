@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import fastvq
 from fastvq import _engine
 from fastvq._files import remove_leftovers, replacing_folder, save_tensors, write_json
+from fastvq._version import __version__
 from fastvq.cli.images import open_data
 from fastvq.cli.project import Project, choose_device, load_pipeline
 from fastvq.data import load_images, psnr, save_grid
@@ -65,7 +65,7 @@ def sample(arguments: argparse.Namespace) -> None:
         "micro_batch": samples.micro_batch,
         "engine": arguments.engine,
         "precision": arguments.precision,
-        "fastvq_version": fastvq.__version__,
+        "fastvq_version": __version__,
     }
     if picture:
         save_grid(arguments.out, samples.images, overwrite=arguments.overwrite)
@@ -167,7 +167,7 @@ def _print_model(title: str, model: HierarchicalVQVAE | Prior | torch.nn.Module)
 def _print_installation() -> None:
     reason = _engine.why_unavailable()
     devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    print(f"fastvq      {fastvq.__version__}, Python {platform.python_version()}, PyTorch {torch.__version__}")
+    print(f"fastvq      {__version__}, Python {platform.python_version()}, PyTorch {torch.__version__}")
     print(f"extension   {'available' if reason is None else reason}")
     print(f"cuda        {cuda_summary()}")
     print(f"devices     cpu ({torch.get_num_threads()} threads){''.join(', ' + name for name in devices)}")

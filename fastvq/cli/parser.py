@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import fastvq
+from fastvq._version import __version__
 from fastvq.cli.names import options_of
 
 _OVERVIEW = """\
@@ -41,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"fastvq {fastvq.__version__}")
+    parser.add_argument("--version", action="version", version=f"fastvq {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_demo(commands)
     _add_train_vqvae(commands)

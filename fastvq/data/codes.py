@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import fastvq
 from fastvq._check import require_positive_int, require_seed
 from fastvq._files import new_array, read_json, reading, require_seal, reserve, sealed, sha256, sweep, sync, write_json
 from fastvq._lock import locked
 from fastvq._nvtx import annotate
 from fastvq._schema import ENTRIES, FLAG, TEXT, integer, named, optional, require_entries, several
 from fastvq._unwrap import unwrap
+from fastvq._version import __version__
 from fastvq.data.augment import Augment
 from fastvq.data.base import ImageDataset
 from fastvq.errors import ArgumentError, CorruptFileError, DiskFullError, FileConflictError, MissingFileError
@@ -124,7 +124,7 @@ def extract_codes(
     total = len(rows) * copies
     description = {
         "format": FORMAT,
-        "fastvq_version": fastvq.__version__,
+        "fastvq_version": __version__,
         "rows": total,
         "shapes": [list(shape) for shape in shapes],
         "num_codes": [int(model.config.num_codes)] * len(shapes),

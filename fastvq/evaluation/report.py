@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-import fastvq
 from fastvq._files import remove_leftovers, replacing_folder, write_json
+from fastvq._version import __version__
 from fastvq.data.grid import save_grid
 from fastvq.errors import FileConflictError
 from fastvq.evaluation.curves import draw_curve, require_matplotlib
@@ -75,7 +75,7 @@ def write_report(
 
 def environment() -> dict[str, str]:
     """Processor, versions and date."""
-    versions = {"fastvq": fastvq.__version__, "python": platform.python_version(), "torch": str(torch.__version__)}
+    versions = {"fastvq": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
     for name in ("numpy", "scikit-learn", "matplotlib"):
         try:
             versions[name] = importlib.metadata.version(name)

@@ -11,7 +11,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-import fastvq
 from fastvq._config import Config
 from fastvq._files import (
     first_line,
@@ -25,6 +24,7 @@ from fastvq._files import (
     write_json,
 )
 from fastvq._tensors import read_safetensors
+from fastvq._version import __version__
 from fastvq.errors import ArgumentError, CorruptFileError, FastvqError, MissingFileError
 from fastvq.models.stored import assign, differences, load_in_place, outline
 
@@ -84,7 +84,7 @@ class PretrainedModel(nn.Module):
                 "model": type(self).__name__,
                 "config": self.config.to_dict(),
                 "sha256": sha256(weights),
-                "fastvq_version": fastvq.__version__,
+                "fastvq_version": __version__,
             }
             if not _is_ours(type(self)):
                 description["module"] = type(self).__module__

@@ -11,12 +11,12 @@ from typing import NamedTuple, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-import fastvq
 from fastvq._check import require_choice, require_positive_int, require_seed
 from fastvq._evaluation import in_evaluation
 from fastvq._files import read_json, reading, replacing_folder, require_seal, sealed, write_json
 from fastvq._schema import TEXT, optional, several
 from fastvq._unwrap import require_model
+from fastvq._version import __version__
 from fastvq.errors import ArgumentError, ArgumentTypeError, CorruptFileError, MissingFileError
 from fastvq.models.config import MOST_LEVELS
 from fastvq.models.pretrained import load_pretrained
@@ -208,7 +208,7 @@ class Pipeline:
                 "format": FORMAT,
                 "levels": len(self.priors),
                 "class_names": self.class_names,
-                "fastvq_version": fastvq.__version__,
+                "fastvq_version": __version__,
             }
             write_json(temporary / PIPELINE_FILE, sealed(description))
         return folder

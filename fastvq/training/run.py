@@ -14,10 +14,10 @@ import numpy as np
 import safetensors
 import torch
 
-import fastvq
 from fastvq._files import read_json, replacing_folder, sealed, sweep, write_json
 from fastvq._lock import locked
 from fastvq._schema import ENTRIES, TEXT, integer, require_entries
+from fastvq._version import __version__
 from fastvq.errors import FileConflictError, MissingFileError
 from fastvq.models import PretrainedModel
 from fastvq.training.checkpoint import checkpoints
@@ -31,7 +31,7 @@ _LENGTH = "steps"
 
 def versions() -> dict[str, str]:
     return {
-        "fastvq": fastvq.__version__,
+        "fastvq": __version__,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "numpy": np.__version__,
