@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +13,11 @@ from fastvq._check import require_bool, require_choice, require_positive_int
 from fastvq.errors import ArgumentError
 from fastvq.models import codebook_update  # noqa: F401  (registers the operations)
 from fastvq.models.code_gradient import pass_gradient
-from fastvq.models.config import CODEBOOK_INITS, CodebookInit
 from fastvq.models.repeated_pass import Pass, PassMemory, is_repetition, may_be_repeated, refuse_repetition
 from fastvq.ops.nearest_code import METRICS, Metric
+
+CodebookInit = Literal["normal", "data", "kmeans"]
+CODEBOOK_INITS: tuple[CodebookInit, ...] = ("normal", "data", "kmeans")
 
 
 def _wide_default() -> torch.dtype:

@@ -19,9 +19,8 @@ from fastvq._check import (
 )
 from fastvq.errors import ArgumentError, ArgumentTypeError, UnavailableError
 from fastvq.models.code_gradient import CODE_GRADIENTS, CodeGradient, pass_gradient
-from fastvq.models.codebook import Codebook
+from fastvq.models.codebook import Codebook, CodebookInit
 from fastvq.models.codebook_update import LEAST_LENGTH
-from fastvq.models.config import CodebookInit
 from fastvq.models.repeated_pass import is_repetition
 from fastvq.ops.dispatch import is_batched
 from fastvq.ops.nearest_code import MODES, CodeStatistics, Metric, Mode, nearest_code, nearest_code_statistics
