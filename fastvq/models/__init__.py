@@ -6,8 +6,7 @@ from fastvq.models.pixelcnn import GatedPixelCNN, GatedPixelCNNConfig
 from fastvq.models.pixelsnail import PixelSNAIL, PixelSNAILConfig
 from fastvq.models.pretrained import MODEL_CLASSES, PRESETS, PretrainedModel, build, load_pretrained, preset
 from fastvq.models.prior import Prior, PriorConfig
-from fastvq.models.quantizer import QuantizerOutput, VectorQuantizer
-from fastvq.models.residual_vq import ResidualVQ, ResidualVQOutput
+from fastvq.models.quantizer import QuantizerOutput, ResidualVQ, ResidualVQOutput, VectorQuantizer
 from fastvq.models.vqvae import VQVAE, VQVAE2, HierarchicalVQVAE, VQVAEConfig, VQVAEOutput
 
 __all__ = [

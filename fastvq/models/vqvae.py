@@ -25,10 +25,9 @@ from fastvq._check import (
 )
 from fastvq._config import Config
 from fastvq.errors import ArgumentError
-from fastvq.models.codebook import CODEBOOK_INITS, CodebookInit
 from fastvq.models.limits import LARGEST, MOST_LAYERS, MOST_LEVELS
 from fastvq.models.pretrained import PretrainedModel
-from fastvq.models.quantizer import QuantizerOutput, VectorQuantizer
+from fastvq.models.quantizer import CODEBOOK_INITS, CodebookInit, QuantizerOutput, VectorQuantizer
 
 
 @dataclass(frozen=True, kw_only=True)
