@@ -231,16 +231,7 @@ class PixelSNAIL(Prior):
         self.input = CodeConv2d(config.num_codes, width, causal_taps(config.kernel_size | 1))
         self.blocks = nn.ModuleList([PixelBlock(config, self.context_channels) for _ in range(config.blocks)])
         self.output_blocks = nn.ModuleList(
-            [
-                GatedBlock(
-                    width,
-                    config.residual_channels,
-                    dropout=config.dropout,
-                    activation=config.activation,
-                    legacy_skip=config.legacy_skip,
-                )
-                for _ in range(config.output_blocks)
-            ]
+            [_gated(config, width, config.residual_channels) for _ in range(config.output_blocks)]
         )
         widen = 2 if config.activation == "concat_elu" else 1
         self.output = nn.Conv2d(widen * width, config.num_codes, 1)
@@ -277,15 +268,7 @@ class PixelBlock(nn.Module):
 
         self.layers = nn.ModuleList(
             [
-                GatedBlock(
-                    width,
-                    config.residual_channels,
-                    conv=causal,
-                    context_channels=context_channels,
-                    dropout=config.dropout,
-                    activation=config.activation,
-                    legacy_skip=config.legacy_skip,
-                )
+                _gated(config, width, config.residual_channels, conv=causal, context_channels=context_channels)
                 for _ in range(config.layers_per_block)
             ]
         )
@@ -311,23 +294,12 @@ class AttentionBlock(nn.Module):
         super().__init__()
         width, inner = config.channels, config.attention_width
         self.mask, self.heads, self.dropout = config.mask, config.attention_heads, config.attention_dropout
-
-        def gated(channels: int, aux_channels: int = 0) -> GatedBlock:
-            return GatedBlock(
-                channels,
-                width,
-                aux_channels=aux_channels,
-                dropout=config.dropout,
-                activation=config.activation,
-                legacy_skip=config.legacy_skip,
-            )
-
-        self.key_block = gated(2 * width + 2)
-        self.query_block = gated(width + 2)
+        self.key_block = _gated(config, 2 * width + 2, width)
+        self.query_block = _gated(config, width + 2, width)
         self.query = pointwise(width + 2, inner)
         self.key = pointwise(2 * width + 2, inner)
         self.value = pointwise(2 * width + 2, inner)
-        self.out_block = gated(width, inner)
+        self.out_block = _gated(config, width, width, aux_channels=inner)
 
     def forward(self, x: Tensor, features: Tensor, background: Tensor) -> Tensor:
         sources = self.key_block(torch.cat([x, features, background], dim=1))
@@ -342,6 +314,17 @@ class AttentionBlock(nn.Module):
     def _split(self, x: Tensor) -> Tensor:
         """[B, heads * D, H, W] to [B, heads, H * W, D]."""
         return x.flatten(2).unflatten(1, (self.heads, x.shape[1] // self.heads)).transpose(2, 3)
+
+
+def _gated(config: PixelSNAILConfig, channels: int, hidden: int, **options: Any) -> GatedBlock:
+    return GatedBlock(
+        channels,
+        hidden,
+        dropout=config.dropout,
+        activation=config.activation,
+        legacy_skip=config.legacy_skip,
+        **options,
+    )
 
 
 def _coordinates(height: int, width: int) -> Tensor:

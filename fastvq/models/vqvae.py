@@ -174,12 +174,6 @@ class HierarchicalVQVAE(PretrainedModel):
     config_class: ClassVar[type[VQVAEConfig]] = VQVAEConfig
     config: VQVAEConfig
 
-    @classmethod
-    def class_for(cls, config: VQVAEConfig) -> type[HierarchicalVQVAE]:
-        if cls is not HierarchicalVQVAE:
-            return cls
-        return VQVAE if len(config.strides) == 1 else VQVAE2
-
     def __init__(self, config: VQVAEConfig) -> None:
         super().__init__()
         self.config = config
@@ -211,6 +205,12 @@ class HierarchicalVQVAE(PretrainedModel):
         )
         self.upsamplers = nn.ModuleList([_upsampler(dim * (level + 1), step) for level, step in enumerate(steps)])
         self.decoder = _decoder(dim * levels, config.in_channels, config.strides[0], config)
+
+    @classmethod
+    def class_for(cls, config: VQVAEConfig) -> type[HierarchicalVQVAE]:
+        if cls is not HierarchicalVQVAE:
+            return cls
+        return VQVAE if len(config.strides) == 1 else VQVAE2
 
     @property
     def num_levels(self) -> int:
