@@ -19,9 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.causal_cases import CausalCase, PriorCase
 from bench.harness import Check, Entry, Peer, Recorder, Result, Work, measure, timed
 from bench.machine import CPU_FLOAT32
-from fastvq.models import Prior
+from fastvq.models import Prior, build
 from fastvq.models.blocks import CausalConv2d, GatedBlock
-from fastvq.models.presets import build
 from fastvq.ops.causal import Form, Mask, causal_attention, causal_conv2d
 from fastvq.ops.causal_grid import read_taps
 

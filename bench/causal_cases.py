@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from bench.harness import Case
-from fastvq.models.config import GatedPixelCNNConfig, PixelSNAILConfig
-from fastvq.models.presets import PRESETS
+from fastvq.models import PRESETS, GatedPixelCNNConfig, PixelSNAILConfig
 from fastvq.ops.causal import Form, Mask
 
 What = Literal["forward", "forward + backward"]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastvq.errors import ArgumentError
 from fastvq.models import VectorQuantizer
-from fastvq.models.code_gradient import pass_gradient
+from fastvq.models.quantizer.gradient import pass_gradient
 
 pytestmark = pytest.mark.usefixtures("steady")
 

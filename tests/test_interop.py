@@ -25,7 +25,7 @@ import fastvq
 from fastvq.errors import ArgumentError, ArgumentTypeError
 from fastvq.interop import convert, load, recognise
 from fastvq.models import VQVAE2, PixelSNAIL, PixelSNAILConfig, VQVAEConfig
-from fastvq.models.presets import build as build_model
+from fastvq.models import build as build_model
 from fastvq.ops.draw import draw, draw_margin
 from fastvq.sampling.lower import compile_plan
 from fastvq.sampling.state import CompiledPlan, GridState

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastvq.errors import ArgumentError, ArgumentTypeError
 from fastvq.models import VectorQuantizer
-from fastvq.models.codebook_update import lloyd
+from fastvq.models.quantizer.update import lloyd
 
 pytestmark = pytest.mark.usefixtures("steady")
 

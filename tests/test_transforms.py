@@ -16,7 +16,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stac
 
 from fastvq.errors import UnavailableError
 from fastvq.models import VQVAE2, ResidualVQ, VectorQuantizer
-from fastvq.models.code_gradient import pass_gradient
+from fastvq.models.quantizer.gradient import pass_gradient
 from fastvq.ops import (
     causal_attention,
     causal_attention_reference,

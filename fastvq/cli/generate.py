@@ -174,8 +174,8 @@ def _print_installation() -> None:
     print(f"engines     {', '.join(ENGINES)}")
     print(f"pretrained  {', '.join(shipped()) or 'none'}")
     print("presets")
-    for name, (model_class, _) in PRESETS.items():
-        print(f"  {name:22} {model_class.__name__}")
+    for name in sorted(PRESETS):
+        print(f"  {name:22} {PRESETS[name][0].__name__}")
 
 
 def _labels(pipeline: Pipeline, text: str | None, n: int) -> Tensor | None:

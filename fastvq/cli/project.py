@@ -16,7 +16,7 @@ from fastvq.data import Augment
 from fastvq.data.pictures import picture_types
 from fastvq.errors import ArgumentError, FileConflictError, MissingFileError
 from fastvq.models import HierarchicalVQVAE
-from fastvq.models.config import MOST_LEVELS
+from fastvq.models.limits import MOST_LEVELS
 from fastvq.sampling import Pipeline
 from fastvq.sampling.project import DATA_FILE, is_project, load_vqvae, other_autoencoder, prior_run, vqvae_run
 from fastvq.training.run import CONFIG, RunFolder

@@ -2,15 +2,12 @@
 
 from fastvq._config import Config
 from fastvq.models.classifier import Classifier, ClassifierConfig
-from fastvq.models.config import GatedPixelCNNConfig, PixelSNAILConfig, PriorConfig, VQVAEConfig
-from fastvq.models.pixelcnn import GatedPixelCNN
-from fastvq.models.pixelsnail import PixelSNAIL
-from fastvq.models.presets import PRESETS, build, preset
-from fastvq.models.pretrained import MODEL_CLASSES, PretrainedModel, load_pretrained
-from fastvq.models.prior import Prior
-from fastvq.models.quantizer import QuantizerOutput, VectorQuantizer
-from fastvq.models.residual_vq import ResidualVQ, ResidualVQOutput
-from fastvq.models.vqvae import VQVAE, VQVAE2, HierarchicalVQVAE, VQVAEOutput
+from fastvq.models.pixelcnn import GatedPixelCNN, GatedPixelCNNConfig
+from fastvq.models.pixelsnail import PixelSNAIL, PixelSNAILConfig
+from fastvq.models.pretrained import MODEL_CLASSES, PRESETS, PretrainedModel, build, load_pretrained, preset
+from fastvq.models.prior import Prior, PriorConfig
+from fastvq.models.quantizer import QuantizerOutput, ResidualVQ, ResidualVQOutput, VectorQuantizer
+from fastvq.models.vqvae import VQVAE, VQVAE2, HierarchicalVQVAE, VQVAEConfig, VQVAEOutput
 
 __all__ = [
     "MODEL_CLASSES",

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvq.models.config import Activation, PixelSNAILConfig, PriorConfig
 from fastvq.ops.causal import Form, Mask, activate, code_conv2d, fused_causal_conv2d
 
+Activation = Literal["elu", "concat_elu"]
+ACTIVATIONS: tuple[Activation, ...] = ("elu", "concat_elu")
 ConvFactory = Callable[[int, int], nn.Module]
 Taps = Sequence[tuple[int, int]]
-
-
-class Nonlinearity(Protocol):
-    def __call__(self, x: Tensor) -> Tensor: ...
 
 
 class CausalConv2d(nn.Module):
@@ -125,7 +122,7 @@ class GatedBlock(nn.Module):
         context_channels: width of the conditioning features, 0 for none.
         aux_channels: width of a second input joined after the first convolution, 0 for none.
         dropout: between the two convolutions.
-        legacy_skip: add act(x) instead of x; see :class:`PixelSNAILConfig`.
+        legacy_skip: add act(x) instead of x; see :class:`fastvq.models.PixelSNAILConfig`.
     """
 
     def __init__(
@@ -184,50 +181,3 @@ def _surrounded(
 
 def pointwise(in_channels: int, out_channels: int) -> PointwiseConv2d:
     return PointwiseConv2d(in_channels, out_channels)
-
-
-class ContextEncoder(nn.Module):
-    """What a prior is told beforehand: residual features of the levels above, plus the label's vector.
-
-    Each level's codes are looked up and joined, coarse to fine, by nearest-neighbour upsampling and addition; a stack
-    of gated residual convolutions follows on the finest of these grids (Razavi et al. 2019, section 3.2).
-    """
-
-    def __init__(self, config: PriorConfig) -> None:
-        super().__init__()
-        width, kernel = config.condition_channels, config.condition_kernel
-        self.shape = config.shape
-        self.inputs = nn.ModuleList(
-            [CodeConv2d(count, width, centred_taps(kernel)) for count in config.condition_num_codes]
-        )
-        blocks = config.condition_blocks if config.condition_shapes else 0
-        legacy_skip = isinstance(config, PixelSNAILConfig) and config.legacy_skip
-        self.blocks = nn.ModuleList(
-            [
-                GatedBlock(
-                    width,
-                    width,
-                    conv=lambda i, o: nn.Conv2d(i, o, kernel, padding=kernel // 2),
-                    dropout=config.dropout,
-                    legacy_skip=legacy_skip,
-                )
-                for _ in range(blocks)
-            ]
-        )
-        self.label = nn.Embedding(config.num_classes, width) if config.num_classes else None
-
-    def forward(self, condition: Sequence[Tensor], label: Tensor | None) -> Tensor | None:
-        """[B, condition_channels, H, W], or [B, condition_channels, 1, 1] of the label alone, or None."""
-        features: Tensor | None = None
-        for layer, codes in zip(self.inputs, condition, strict=True):
-            coarse, features = features, layer(codes)
-            if coarse is not None:
-                features = features + F.interpolate(coarse, size=features.shape[2:], mode="nearest")
-        if features is not None:
-            for block in self.blocks:
-                features = block(features)
-            features = F.interpolate(features, size=self.shape, mode="nearest")
-        if self.label is not None and label is not None:
-            vector = self.label(label)[:, :, None, None]
-            features = vector if features is None else features + vector
-        return features

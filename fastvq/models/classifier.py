@@ -19,7 +19,7 @@ from fastvq._check import (
 )
 from fastvq._config import Config
 from fastvq.errors import ArgumentError
-from fastvq.models.config import LARGEST, MOST_LAYERS
+from fastvq.models.limits import LARGEST, MOST_LAYERS
 from fastvq.models.pretrained import PretrainedModel
 
 

@@ -2,15 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastvq._check import require_odd, require_positive_int
 from fastvq.models.blocks import CodeConv2d
-from fastvq.models.config import GatedPixelCNNConfig
-from fastvq.models.prior import Prior
+from fastvq.models.limits import LARGEST, LARGEST_KERNEL, MOST_LAYERS
+from fastvq.models.prior import Prior, PriorConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatedPixelCNNConfig(PriorConfig):
+    """Gated PixelCNN with a vertical and a horizontal stack (van den Oord et al. 2016).
+
+    Args:
+        channels: width of both stacks.
+        layers: gated layers after the first.
+        kernel_size: odd; the vertical stack reads k // 2 + 1 rows of k columns.
+        output_channels: width of the 1 x 1 layer before the logits.
+    """
+
+    channels: int = 64
+    layers: int = 15
+    kernel_size: int = 3
+    output_channels: int = 512
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(require_positive_int, "channels", "output_channels", maximum=LARGEST)
+        self._require(require_positive_int, "layers", minimum=0, maximum=MOST_LAYERS)
+        self._require(require_odd, "kernel_size", minimum=3, maximum=LARGEST_KERNEL)
+
+    @property
+    def least_tensors(self) -> int:
+        return super().least_tensors + self.layers
 
 
 class GatedPixelCNN(Prior):
@@ -23,6 +53,22 @@ class GatedPixelCNN(Prior):
 
     config_class: ClassVar[type[GatedPixelCNNConfig]] = GatedPixelCNNConfig
     config: GatedPixelCNNConfig
+    presets: ClassVar[Mapping[str, GatedPixelCNNConfig]] = {
+        # van den Oord et al. 2017, section 4.1, see `fastvq.models.vqvae`.
+        "imagenet128-pixelcnn": GatedPixelCNNConfig(
+            shape=(32, 32), num_codes=512, num_classes=1000, channels=256, kernel_size=5
+        ),
+        "tiny-pixelcnn": GatedPixelCNNConfig(
+            shape=(4, 4),
+            num_codes=16,
+            channels=16,
+            layers=2,
+            output_channels=16,
+            dropout=0.0,
+            condition_channels=16,
+            condition_blocks=1,
+        ),
+    }
 
     def __init__(self, config: GatedPixelCNNConfig) -> None:
         super().__init__(config)

@@ -2,16 +2,108 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvq.models.blocks import CausalConv2d, CodeConv2d, GatedBlock, causal_taps, pointwise
-from fastvq.models.config import PixelSNAILConfig
-from fastvq.models.prior import Prior
-from fastvq.ops.causal import activate, causal_attention
+from fastvq._check import require_bool, require_choice, require_number, require_positive_int
+from fastvq.errors import ArgumentError
+from fastvq.models.blocks import (
+    ACTIVATIONS,
+    Activation,
+    CausalConv2d,
+    CodeConv2d,
+    GatedBlock,
+    causal_taps,
+    pointwise,
+)
+from fastvq.models.limits import LARGEST, LARGEST_KERNEL, MOST_LAYERS
+from fastvq.models.prior import Prior, PriorConfig
+from fastvq.ops.causal import FORMS, MASKS, Form, Mask, activate, causal_attention
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelSNAILConfig(PriorConfig):
+    """Residual gated causal convolutions with interspersed causal attention (Chen et al. 2017; Razavi et al. 2019).
+
+    Args:
+        channels, residual_channels: width of the trunk and inner width of the gated blocks.
+        kernel_size, form: causal kernel, see :func:`fastvq.ops.causal_conv2d`.
+        mask: ``strict`` convolutions leave the current position out in every layer, ``inclusive`` ones only in the
+            first. Attention follows the same mask.
+        blocks, layers_per_block: each block is that many gated layers, then attention (or a 1 x 1 convolution).
+        attention, attention_heads, attention_channels, attention_dropout: whether blocks end in attention; its number
+            of heads, total width of keys and values (None: half of ``channels``) and dropout on its logits.
+        output_blocks: 1 x 1 gated blocks before the logits.
+        activation: ``elu`` or ``concat_elu``.
+        legacy_skip: gated blocks add elu(x) instead of x, those of the conditioning stack and the output included, and
+            attention keys read elu of their block's input if gated layers precede them. So compute models trained
+            elsewhere with an ELU that overwrote what it was given: whatever read a tensor after the first gated block
+            that took it found it activated. Concatenated inputs were copies, so that the block over keys activated
+            once more without touching features and queries. For such models only; see :mod:`fastvq.interop`.
+    """
+
+    channels: int = 256
+    residual_channels: int = 256
+    kernel_size: int = 5
+    form: Form = "rows"
+    mask: Mask = "strict"
+    blocks: int = 4
+    layers_per_block: int = 4
+    attention: bool = True
+    attention_heads: int = 8
+    attention_channels: int | None = None
+    attention_dropout: float = 0.0
+    output_blocks: int = 0
+    activation: Activation = "elu"
+    legacy_skip: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(require_positive_int, "channels", "residual_channels", "attention_heads", maximum=LARGEST)
+        self._require(require_positive_int, "blocks", maximum=MOST_LAYERS)
+        self._require(require_positive_int, "layers_per_block", "output_blocks", minimum=0, maximum=MOST_LAYERS)
+        self._require(require_positive_int, "kernel_size", minimum=2, maximum=LARGEST_KERNEL)
+        self._require(require_choice, "form", choices=FORMS)
+        self._require(require_choice, "mask", choices=MASKS)
+        self._require(require_choice, "activation", choices=ACTIVATIONS)
+        self._require(require_number, "attention_dropout", least=0, below=1)
+        self._require(require_bool, "attention")
+        self._require(require_bool, "legacy_skip")
+        if self.legacy_skip and self.activation != "elu":
+            raise ArgumentError(f"legacy_skip: expected activation 'elu' with it, got {self.activation!r}")
+        self._require(require_positive_int, "attention_channels", optional=True, maximum=LARGEST)
+        if self.attention and (self.attention_width < 1 or self.attention_width % self.attention_heads):
+            raise ArgumentError(
+                f"attention_channels: {self.attention_width} is not a multiple of {self.attention_heads} heads"
+            )
+
+    @property
+    def least_tensors(self) -> int:
+        return super().least_tensors + self.blocks * (self.layers_per_block + 1) + self.output_blocks
+
+    @property
+    def attention_width(self) -> int:
+        """Total width of keys and values over all heads."""
+        return self.channels // 2 if self.attention_channels is None else self.attention_channels
+
+
+_TINY: dict[str, Any] = {
+    "num_codes": 16,
+    "channels": 16,
+    "residual_channels": 16,
+    "kernel_size": 3,
+    "blocks": 1,
+    "layers_per_block": 1,
+    "attention_heads": 2,
+    "dropout": 0.0,
+    "condition_channels": 16,
+    "condition_blocks": 1,
+}
 
 
 class PixelSNAIL(Prior):
@@ -25,24 +117,121 @@ class PixelSNAIL(Prior):
     config_class: ClassVar[type[PixelSNAILConfig]] = PixelSNAILConfig
     config: PixelSNAILConfig
     background: Tensor
+    # The paper's follow the appendix of Razavi et al. 2019. There the top prior's 20 layers have attention after every
+    # 5, which is 4 blocks of 5; FFHQ's middle prior has attention once, after all 20.
+    presets: ClassVar[Mapping[str, PixelSNAILConfig]] = {
+        "imagenet256-top": PixelSNAILConfig(
+            shape=(32, 32),
+            num_codes=512,
+            num_classes=1000,
+            channels=512,
+            residual_channels=2048,
+            layers_per_block=5,
+            condition_channels=512,
+            output_blocks=20,
+            dropout=0.1,
+            attention_dropout=0.1,
+        ),
+        "imagenet256-bottom": PixelSNAILConfig(
+            shape=(64, 64),
+            num_codes=512,
+            num_classes=1000,
+            level=1,
+            channels=512,
+            residual_channels=1024,
+            layers_per_block=5,
+            attention=False,
+            condition_shapes=((32, 32),),
+            condition_num_codes=(512,),
+            condition_channels=512,
+            condition_blocks=20,
+            dropout=0.1,
+        ),
+        "ffhq1024-top": PixelSNAILConfig(
+            shape=(32, 32),
+            num_codes=512,
+            channels=512,
+            residual_channels=2048,
+            layers_per_block=5,
+            dropout=0.5,
+            attention_dropout=0.5,
+        ),
+        "ffhq1024-mid": PixelSNAILConfig(
+            shape=(64, 64),
+            num_codes=512,
+            level=1,
+            channels=512,
+            residual_channels=1024,
+            blocks=1,
+            layers_per_block=20,
+            condition_shapes=((32, 32),),
+            condition_num_codes=(512,),
+            condition_channels=512,
+            condition_blocks=8,
+            dropout=0.3,
+            attention_dropout=0.3,
+        ),
+        "ffhq1024-bottom": PixelSNAILConfig(
+            shape=(128, 128),
+            num_codes=512,
+            level=2,
+            channels=512,
+            residual_channels=1024,
+            blocks=1,
+            layers_per_block=10,
+            attention=False,
+            condition_shapes=((32, 32), (64, 64)),
+            condition_num_codes=(512, 512),
+            condition_channels=512,
+            condition_blocks=8,
+            dropout=0.25,
+        ),
+        "digits-top": PixelSNAILConfig(
+            shape=(2, 2),
+            num_codes=128,
+            num_classes=10,
+            channels=64,
+            residual_channels=64,
+            kernel_size=3,
+            blocks=1,
+            layers_per_block=2,
+            attention_heads=4,
+            condition_channels=64,
+            output_blocks=2,
+            dropout=0.2,
+        ),
+        "digits-bottom": PixelSNAILConfig(
+            shape=(4, 4),
+            num_codes=128,
+            num_classes=10,
+            level=1,
+            channels=64,
+            residual_channels=64,
+            kernel_size=3,
+            blocks=1,
+            layers_per_block=4,
+            attention_heads=4,
+            condition_channels=64,
+            condition_blocks=2,
+            output_blocks=2,
+            dropout=0.2,
+            condition_shapes=((2, 2),),
+            condition_num_codes=(128,),
+        ),
+        "tiny-top": PixelSNAILConfig(shape=(2, 2), **_TINY),
+        "tiny-bottom": PixelSNAILConfig(
+            shape=(4, 4), level=1, condition_shapes=((2, 2),), condition_num_codes=(16,), **_TINY
+        ),
+    }
 
     def __init__(self, config: PixelSNAILConfig) -> None:
-        super().__init__(config)
+        super().__init__(config, legacy_skip=config.legacy_skip)
         width = config.channels
         # A kernel of 2 still needs a first layer that sees its neighbours on both sides, hence the odd size.
         self.input = CodeConv2d(config.num_codes, width, causal_taps(config.kernel_size | 1))
         self.blocks = nn.ModuleList([PixelBlock(config, self.context_channels) for _ in range(config.blocks)])
         self.output_blocks = nn.ModuleList(
-            [
-                GatedBlock(
-                    width,
-                    config.residual_channels,
-                    dropout=config.dropout,
-                    activation=config.activation,
-                    legacy_skip=config.legacy_skip,
-                )
-                for _ in range(config.output_blocks)
-            ]
+            [_gated(config, width, config.residual_channels) for _ in range(config.output_blocks)]
         )
         widen = 2 if config.activation == "concat_elu" else 1
         self.output = nn.Conv2d(widen * width, config.num_codes, 1)
@@ -79,15 +268,7 @@ class PixelBlock(nn.Module):
 
         self.layers = nn.ModuleList(
             [
-                GatedBlock(
-                    width,
-                    config.residual_channels,
-                    conv=causal,
-                    context_channels=context_channels,
-                    dropout=config.dropout,
-                    activation=config.activation,
-                    legacy_skip=config.legacy_skip,
-                )
+                _gated(config, width, config.residual_channels, conv=causal, context_channels=context_channels)
                 for _ in range(config.layers_per_block)
             ]
         )
@@ -113,23 +294,12 @@ class AttentionBlock(nn.Module):
         super().__init__()
         width, inner = config.channels, config.attention_width
         self.mask, self.heads, self.dropout = config.mask, config.attention_heads, config.attention_dropout
-
-        def gated(channels: int, aux_channels: int = 0) -> GatedBlock:
-            return GatedBlock(
-                channels,
-                width,
-                aux_channels=aux_channels,
-                dropout=config.dropout,
-                activation=config.activation,
-                legacy_skip=config.legacy_skip,
-            )
-
-        self.key_block = gated(2 * width + 2)
-        self.query_block = gated(width + 2)
+        self.key_block = _gated(config, 2 * width + 2, width)
+        self.query_block = _gated(config, width + 2, width)
         self.query = pointwise(width + 2, inner)
         self.key = pointwise(2 * width + 2, inner)
         self.value = pointwise(2 * width + 2, inner)
-        self.out_block = gated(width, inner)
+        self.out_block = _gated(config, width, width, aux_channels=inner)
 
     def forward(self, x: Tensor, features: Tensor, background: Tensor) -> Tensor:
         sources = self.key_block(torch.cat([x, features, background], dim=1))
@@ -144,6 +314,17 @@ class AttentionBlock(nn.Module):
     def _split(self, x: Tensor) -> Tensor:
         """[B, heads * D, H, W] to [B, heads, H * W, D]."""
         return x.flatten(2).unflatten(1, (self.heads, x.shape[1] // self.heads)).transpose(2, 3)
+
+
+def _gated(config: PixelSNAILConfig, channels: int, hidden: int, **options: Any) -> GatedBlock:
+    return GatedBlock(
+        channels,
+        hidden,
+        dropout=config.dropout,
+        activation=config.activation,
+        legacy_skip=config.legacy_skip,
+        **options,
+    )
 
 
 def _coordinates(height: int, width: int) -> Tensor:

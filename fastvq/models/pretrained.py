@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -26,39 +27,43 @@ from fastvq._files import (
 from fastvq._tensors import read_safetensors
 from fastvq._version import __version__
 from fastvq.errors import ArgumentError, CorruptFileError, FastvqError, MissingFileError
+from fastvq.models.registry import Registry, is_ours
 from fastvq.models.stored import assign, differences, load_in_place, outline
 
 FORMAT = 1
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 
-# By name, which is what a folder holds.
-MODEL_CLASSES: dict[str, type[PretrainedModel]] = {}
-
 
 class PretrainedModel(nn.Module):
     """Base of all models: built from ``config``, saved to and loaded from a folder, made from a named preset.
 
-    A subclass is built from its configuration alone, an instance of its ``config_class``. It is known by its name from
-    its definition on: of several classes of one name the last one is loaded, but names of this package stay its own.
+    A subclass is built from its configuration alone, an instance of its ``config_class``. From its definition on it is
+    known by its name and its presets, and is what `build` makes of its ``config_class`` if it names that itself and no
+    class did before. Of several classes of one name the last one counts, but names of this package stay its own.
+
+    Attributes:
+        presets: the class's named configurations; subclasses do not inherit them.
     """
 
     config_class: ClassVar[type[Config]]
+    presets: ClassVar[Mapping[str, Config]] = {}
     config: Any
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        there = MODEL_CLASSES.get(cls.__name__)
-        abstract = any(getattr(getattr(cls, name, None), "__isabstractmethod__", False) for name in dir(cls))
-        if not abstract and (there is None or _is_ours(cls) or not _is_ours(there)):
-            MODEL_CLASSES[cls.__name__] = cls
+        if not any(getattr(getattr(cls, name, None), "__isabstractmethod__", False) for name in dir(cls)):
+            REGISTRY.add(cls)
+
+    @classmethod
+    def class_for(cls, config: Any) -> type[PretrainedModel]:
+        """The class that is built from a configuration: this one, or one for just such configurations."""
+        return cls
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> Self:
         """A freshly initialised model of the preset table, some fields of its configuration replaced."""
-        from fastvq.models.presets import preset
-
-        model_class, config = preset(name, **overrides)
+        model_class, config = REGISTRY.preset(name, **overrides)
         if model_class is not cls:
             raise ArgumentError(f"name: preset {name!r} is a {model_class.__name__}, not a {cls.__name__}")
         return cls(config)
@@ -86,7 +91,7 @@ class PretrainedModel(nn.Module):
                 "sha256": sha256(weights),
                 "fastvq_version": __version__,
             }
-            if not _is_ours(type(self)):
+            if not is_ours(type(self)):
                 description["module"] = type(self).__module__
             write_json(temporary / CONFIG_FILE, sealed(description))
         return folder
@@ -104,6 +109,15 @@ class PretrainedModel(nn.Module):
         if not isinstance(model, cls):
             raise ArgumentError(f"folder: {folder} holds a {type(model).__name__}, not a {cls.__name__}")
         return model
+
+
+REGISTRY: Registry[PretrainedModel] = Registry()
+MODEL_CLASSES, PRESETS, preset = REGISTRY.classes, REGISTRY.presets, REGISTRY.preset
+
+
+def build(config: Config) -> PretrainedModel:
+    """A freshly initialised model of a configuration."""
+    return REGISTRY.class_of(config).class_for(config)(config)
 
 
 def load_pretrained(folder: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> PretrainedModel:
@@ -156,7 +170,7 @@ def load_stored(
         _require_same(model, shapes)
     tensors = read_safetensors(path, prefix)
     with reading(misfit):
-        if _is_ours(model_class):
+        if is_ours(model_class):
             assign(model, tensors)
             model.fill_unstored()
         else:
@@ -164,13 +178,9 @@ def load_stored(
     return model
 
 
-def _is_ours(model_class: type) -> bool:
-    return model_class.__module__.partition(".")[0] == "fastvq"
-
-
 def skeleton(model_class: type[PretrainedModel], config: Config) -> PretrainedModel:
     """An outline of a class of this package; any other is built whole, for it may compute with its initial values."""
-    if _is_ours(model_class):
+    if is_ours(model_class):
         return outline(lambda: model_class(config))
     with torch.random.fork_rng([]):  # leave the caller's generator alone
         return model_class(config)

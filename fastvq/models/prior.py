@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastvq._check import require_codes, require_integer, require_range, require_shape, require_tensor
+from fastvq._check import (
+    require_codes,
+    require_integer,
+    require_number,
+    require_odd,
+    require_positive_int,
+    require_range,
+    require_shape,
+    require_tensor,
+    require_tuple,
+)
+from fastvq._config import Config
 from fastvq.errors import ArgumentError, ArgumentTypeError
-from fastvq.models.blocks import ContextEncoder
-from fastvq.models.config import PriorConfig
+from fastvq.models.blocks import CodeConv2d, GatedBlock, centred_taps
+from fastvq.models.limits import LARGEST, LARGEST_KERNEL, MOST_LAYERS, MOST_LEVELS, MOST_POSITIONS
 from fastvq.models.pretrained import PretrainedModel
 
 Condition = Tensor | Sequence[Tensor] | None
@@ -31,6 +44,117 @@ def condition_levels(condition: Condition) -> tuple[Tensor, ...]:
     return tuple(condition)
 
 
+@dataclass(frozen=True, kw_only=True)
+class PriorConfig(Config):
+    """What every prior has in common.
+
+    Args:
+        shape: grid of codes (H, W).
+        num_codes: size K of the codebook.
+        num_classes: number of labels, or None for an unconditional prior.
+        level: 0 for the top level, 1 for the next one down, ...; part of the key of the sampler's randomness.
+        condition_shapes, condition_num_codes: grids and codebook sizes of the levels above that this prior is
+            conditioned on, top first; empty for the top level. Each grid must divide the next, and ``shape``, evenly.
+        condition_channels: width of the features that carry the condition and the label into every block.
+        condition_blocks, condition_kernel: depth and kernel of the residual stack over the levels above.
+        dropout: on the activations inside residual blocks.
+    """
+
+    shape: tuple[int, int]
+    num_codes: int
+    num_classes: int | None = None
+    level: int = 0
+    condition_shapes: tuple[tuple[int, int], ...] = ()
+    condition_num_codes: tuple[int, ...] = ()
+    condition_channels: int = 256
+    condition_blocks: int = 3
+    condition_kernel: int = 3
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(require_positive_int, "num_codes", "condition_channels", maximum=LARGEST)
+        self._require(require_positive_int, "level", minimum=0, maximum=LARGEST)
+        self._require(require_positive_int, "condition_blocks", minimum=0, maximum=MOST_LAYERS)
+        self._require(require_number, "dropout", least=0, below=1)
+        self._require(require_odd, "condition_kernel", minimum=1, maximum=LARGEST_KERNEL)
+        self._require(require_tuple, "shape", "condition_shapes", "condition_num_codes")
+        self._require(require_positive_int, "num_classes", optional=True, maximum=LARGEST)
+        if len(self.condition_shapes) != len(self.condition_num_codes):
+            raise ArgumentError(
+                f"condition_num_codes: expected one size per condition shape {self.condition_shapes}, "
+                f"got {self.condition_num_codes}"
+            )
+        for count in self.condition_num_codes:
+            require_positive_int("condition_num_codes", count, maximum=LARGEST)
+        if len(self.condition_shapes) > MOST_LEVELS:
+            raise ArgumentError(
+                f"condition_shapes: expected at most {MOST_LEVELS} levels, got {len(self.condition_shapes)}"
+            )
+        grids = [*self.condition_shapes, self.shape]
+        for grid in grids:
+            name = "shape" if grid is self.shape else "condition_shapes"
+            if not isinstance(grid, tuple) or len(grid) != 2:
+                raise ArgumentError(f"{name}: expected (height, width), got {grid!r}")
+            for side in grid:
+                require_positive_int(name, side)
+            if grid[0] * grid[1] > MOST_POSITIONS:
+                raise ArgumentError(f"{name}: must have at most {MOST_POSITIONS} positions, got {grid}")
+        for coarse, fine in itertools.pairwise(grids):
+            if fine[0] % coarse[0] or fine[1] % coarse[1]:
+                raise ArgumentError(f"condition_shapes: {coarse} does not divide {fine} evenly")
+
+    @property
+    def least_tensors(self) -> int:
+        return self.condition_blocks if self.condition_shapes else 0
+
+
+class ContextEncoder(nn.Module):
+    """What a prior is told beforehand: residual features of the levels above, plus the label's vector.
+
+    Each level's codes are looked up and joined, coarse to fine, by nearest-neighbour upsampling and addition; a stack
+    of gated residual convolutions follows on the finest of these grids (Razavi et al. 2019, section 3.2).
+    """
+
+    def __init__(self, config: PriorConfig, *, legacy_skip: bool) -> None:
+        super().__init__()
+        width, kernel = config.condition_channels, config.condition_kernel
+        self.shape = config.shape
+        self.inputs = nn.ModuleList(
+            [CodeConv2d(count, width, centred_taps(kernel)) for count in config.condition_num_codes]
+        )
+        blocks = config.condition_blocks if config.condition_shapes else 0
+        self.blocks = nn.ModuleList(
+            [
+                GatedBlock(
+                    width,
+                    width,
+                    conv=lambda i, o: nn.Conv2d(i, o, kernel, padding=kernel // 2),
+                    dropout=config.dropout,
+                    legacy_skip=legacy_skip,
+                )
+                for _ in range(blocks)
+            ]
+        )
+        self.label = nn.Embedding(config.num_classes, width) if config.num_classes else None
+
+    def forward(self, condition: Sequence[Tensor], label: Tensor | None) -> Tensor | None:
+        """[B, condition_channels, H, W], or [B, condition_channels, 1, 1] of the label alone, or None."""
+        features: Tensor | None = None
+        for layer, codes in zip(self.inputs, condition, strict=True):
+            coarse, features = features, layer(codes)
+            if coarse is not None:
+                features = features + F.interpolate(coarse, size=features.shape[2:], mode="nearest")
+        if features is not None:
+            for block in self.blocks:
+                features = block(features)
+            features = F.interpolate(features, size=self.shape, mode="nearest")
+        if self.label is not None and label is not None:
+            vector = self.label(label)[:, :, None, None]
+            features = vector if features is None else features + vector
+        return features
+
+
 class Prior(PretrainedModel):
     """A distribution over grids of codes that factorises in raster order.
 
@@ -41,11 +165,11 @@ class Prior(PretrainedModel):
     config_class: ClassVar[type[PriorConfig]] = PriorConfig
     config: PriorConfig
 
-    def __init__(self, config: PriorConfig) -> None:
+    def __init__(self, config: PriorConfig, *, legacy_skip: bool = False) -> None:
         super().__init__()
         self.config = config
         has_context = bool(config.condition_shapes) or config.num_classes is not None
-        self.context_encoder = ContextEncoder(config) if has_context else None
+        self.context_encoder = ContextEncoder(config, legacy_skip=legacy_skip) if has_context else None
 
     @property
     def context_channels(self) -> int:

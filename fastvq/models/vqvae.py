@@ -4,18 +4,102 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
-from typing import ClassVar, NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvq._check import require_codes, require_floating, require_shape, require_tensor
+from fastvq._check import (
+    require_bool,
+    require_choice,
+    require_codes,
+    require_floating,
+    require_number,
+    require_positive_int,
+    require_shape,
+    require_tensor,
+    require_tuple,
+)
+from fastvq._config import Config
 from fastvq.errors import ArgumentError
-from fastvq.models.config import VQVAEConfig
+from fastvq.models.limits import LARGEST, MOST_LAYERS, MOST_LEVELS
 from fastvq.models.pretrained import PretrainedModel
-from fastvq.models.quantizer import QuantizerOutput, VectorQuantizer
+from fastvq.models.quantizer import CODEBOOK_INITS, CodebookInit, QuantizerOutput, VectorQuantizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class VQVAEConfig(Config):
+    """An autoencoder with one code map per entry of ``strides``.
+
+    Args:
+        in_channels: image channels.
+        channels, residual_channels, residual_layers: width of the convolutions, inner width and number of residual
+            blocks of each encoder and decoder.
+        num_codes, code_dim: size of every codebook.
+        strides: how much each level shrinks the one below it, finest level first: (4, 2) turns a 256 x 256 image into
+            64 x 64 bottom and 32 x 32 top codes. Powers of two from 2.
+        commitment: weight beta of the commitment loss.
+        decay: decay of the codebook's exponential moving average.
+        codebook_init: ``normal`` (random), ``data`` (vectors of the first batch) or ``kmeans`` (clusters of it).
+        revive_below: codes whose average use per batch falls below this are moved onto vectors of the batch; 0: never.
+        legacy_skip: residual blocks add relu(x) instead of x, as in models trained elsewhere with a ReLU that overwrote
+            the block's input. For those only; see :mod:`fastvq.interop`.
+    """
+
+    in_channels: int = 3
+    channels: int = 128
+    residual_channels: int = 64
+    residual_layers: int = 2
+    num_codes: int = 512
+    code_dim: int = 64
+    strides: tuple[int, ...] = (4, 2)
+    commitment: float = 0.25
+    decay: float = 0.99
+    codebook_init: CodebookInit = "normal"
+    revive_below: float = 0.0
+    legacy_skip: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(
+            require_positive_int,
+            "in_channels",
+            "channels",
+            "residual_channels",
+            "num_codes",
+            "code_dim",
+            maximum=LARGEST,
+        )
+        self._require(require_positive_int, "residual_layers", minimum=0, maximum=MOST_LAYERS)
+        self._require(require_number, "decay", least=0, below=1)
+        self._require(require_number, "commitment", "revive_below", least=0)
+        self._require(require_choice, "codebook_init", choices=CODEBOOK_INITS)
+        self._require(require_bool, "legacy_skip")
+        self._require(require_tuple, "strides")
+        if not self.strides or any(not isinstance(s, int) or s < 2 or s & (s - 1) for s in self.strides):
+            raise ArgumentError(f"strides: expected powers of two from 2, finest level first, got {self.strides!r}")
+        if len(self.strides) > MOST_LEVELS or max(self.strides) > LARGEST:
+            raise ArgumentError(f"strides: expected at most {MOST_LEVELS}, none above {LARGEST}, got {self.strides!r}")
+        if self.channels % 2:
+            raise ArgumentError(f"channels: must be even, got {self.channels}")
+
+    @property
+    def least_tensors(self) -> int:
+        return len(self.strides) * self.residual_layers
+
+
+_TINY: dict[str, Any] = {
+    "in_channels": 1,
+    "channels": 16,
+    "residual_channels": 8,
+    "residual_layers": 1,
+    "num_codes": 16,
+    "code_dim": 8,
+    "codebook_init": "data",
+}
 
 
 class VQVAEOutput(NamedTuple):
@@ -121,6 +205,12 @@ class HierarchicalVQVAE(PretrainedModel):
         )
         self.upsamplers = nn.ModuleList([_upsampler(dim * (level + 1), step) for level, step in enumerate(steps)])
         self.decoder = _decoder(dim * levels, config.in_channels, config.strides[0], config)
+
+    @classmethod
+    def class_for(cls, config: VQVAEConfig) -> type[HierarchicalVQVAE]:
+        if cls is not HierarchicalVQVAE:
+            return cls
+        return VQVAE if len(config.strides) == 1 else VQVAE2
 
     @property
     def num_levels(self) -> int:
@@ -235,6 +325,12 @@ def _upsampler(channels: int, stride: int) -> nn.Module:
 class VQVAE(HierarchicalVQVAE):
     """The single-level autoencoder (van den Oord et al. 2017); ``config.strides`` has one entry."""
 
+    presets: ClassVar[Mapping[str, VQVAEConfig]] = {
+        # Section 4.1 there: 128 x 128 images in 32 x 32 codes, 256 hidden units.
+        "imagenet128": VQVAEConfig(strides=(4,), channels=256, residual_channels=256),
+        "tiny-single": VQVAEConfig(strides=(4,), **_TINY),
+    }
+
     def __init__(self, config: VQVAEConfig) -> None:
         if len(config.strides) != 1:
             raise ArgumentError(f"config.strides: VQVAE has one level, got {config.strides}; use VQVAE2")
@@ -243,6 +339,23 @@ class VQVAE(HierarchicalVQVAE):
 
 class VQVAE2(HierarchicalVQVAE):
     """The hierarchical autoencoder (Razavi et al. 2019); ``config.strides`` has two entries or more."""
+
+    presets: ClassVar[Mapping[str, VQVAEConfig]] = {
+        # The first two follow the appendix there.
+        "imagenet256": VQVAEConfig(strides=(4, 2)),
+        "ffhq1024": VQVAEConfig(strides=(8, 2, 2)),
+        "digits": VQVAEConfig(
+            in_channels=1,
+            channels=64,
+            residual_channels=32,
+            num_codes=128,
+            code_dim=32,
+            strides=(8, 2),
+            codebook_init="kmeans",
+            revive_below=0.1,
+        ),
+        "tiny": VQVAEConfig(strides=(4, 2), **_TINY),
+    }
 
     def __init__(self, config: VQVAEConfig) -> None:
         if len(config.strides) < 2:

@@ -18,7 +18,7 @@ from fastvq._schema import TEXT, optional, several
 from fastvq._unwrap import require_model
 from fastvq._version import __version__
 from fastvq.errors import ArgumentError, ArgumentTypeError, CorruptFileError, MissingFileError
-from fastvq.models.config import MOST_LEVELS
+from fastvq.models.limits import MOST_LEVELS
 from fastvq.models.pretrained import load_pretrained
 from fastvq.models.prior import Prior
 from fastvq.models.vqvae import HierarchicalVQVAE

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastvq._check import require_bool, require_choice, require_floating, require_positive_int, require_tensor
+from fastvq._check import require_bool, require_choice, require_positive_int, require_tensor
 from fastvq.errors import ArgumentError
-from fastvq.models.code_gradient import CODE_GRADIENTS, CodeGradient, pass_gradient
-from fastvq.models.quantizer import QuantizerOutput, VectorQuantizer, perplexity
+from fastvq.models.quantizer.assignment import Assignment, OpenPass, require_vectors
+from fastvq.models.quantizer.gradient import CODE_GRADIENTS, CodeGradient, pass_gradient
+from fastvq.models.quantizer.vector import QuantizerOutput, VectorQuantizer
 
 
 class ResidualVQOutput(NamedTuple):
@@ -60,7 +61,7 @@ class ResidualVQ(nn.Module):
             section III.C).
         quantize_dropout_min: the fewest levels that are left.
         channels_last: whether vectors lie along the last axis ([..., D]) rather than axis 1 ([B, D, ...]).
-        gradient: between x and the sum, see `fastvq.models.code_gradient.pass_gradient`.
+        gradient: between x and the sum, see `fastvq.models.quantizer.gradient.pass_gradient`.
         options: of :class:`fastvq.VectorQuantizer`, for every level; no heads.
     """
 
@@ -168,12 +169,8 @@ class ResidualVQ(nn.Module):
     def _checked(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """x as [B, ..., D] in float32 at least."""
         axis = -1 if self.channels_last else 1
-        require_floating("x", require_tensor("x", x))
-        if x.ndim < 2 or x.shape[axis] != self.code_dim:
-            raise ArgumentError(f"x: expected {self.code_dim} channels along axis {axis}, got shape {list(x.shape)}")
-        moved = x.movedim(axis, -1)
-        self.quantizer(0)._arrange(moved, mask)
-        return moved.to(torch.promote_types(x.dtype, torch.float32))
+        require_vectors(x, mask, self.code_dim, axis)
+        return x.movedim(axis, -1).to(torch.promote_types(x.dtype, torch.float32))
 
     def _level_masks(self, start: Tensor, mask: Tensor | None) -> list[Tensor | None]:
         if not (self.training and self.quantize_dropout):
@@ -195,9 +192,9 @@ class ResidualVQ(nn.Module):
         total = torch.zeros_like(residual)
         for level, mask in enumerate(masks):
             quantizer = self.quantizer(level)
-            if quantizer._moves(freeze_codebook):
+            if mask is not real and quantizer.moves(freeze_codebook):
                 # From all samples: those that are left at this level may be none.
-                quantizer._begin(residual, real)
+                quantizer.start(quantizer.arrange(residual, real))
             outputs.append(out := quantizer(residual, mask, freeze_codebook=freeze_codebook))
             code = out.quantized.detach()
             residual, total = residual - code, total + code
@@ -207,40 +204,16 @@ class ResidualVQ(nn.Module):
         self, residual: Tensor, masks: list[Tensor | None], freeze_codebook: bool | None
     ) -> tuple[list[QuantizerOutput], Tensor]:
         """All levels against the codebook as it is, then one move by what they found together."""
-        quantizer = self.quantizer(0)
-        moves = quantizer._moves(freeze_codebook)
-        grid, total = residual.shape[:-1], torch.zeros_like(residual)
-        start = residual
-        found, searched, group_masks = [], [], []
-        for level, mask in enumerate(masks):
-            vectors, real = quantizer._arrange(residual, mask)
-            searched.append(quantizer._searched(vectors, real))
-            group_masks.append(quantizer._group_mask(real))
-            if level == 0:
-                stored, first = quantizer._open_pass(start, moves, searched[0], group_masks[0])
-            found.append(quantizer._assign(vectors, searched[-1], real, group_masks[-1], stored))
+        quantizer, total = self.quantizer(0), torch.zeros_like(residual)
+        opened: OpenPass | None = None
+        found: list[Assignment] = []
+        for mask in masks:
+            vectors = quantizer.arrange(residual, mask)
+            if opened is None:
+                opened = quantizer.open_pass(vectors, freeze_codebook)
+            found.append(quantizer.assign(vectors, opened))
             code = found[-1].quantized.detach().view(residual.shape)
             residual, total = residual - code, total + code
-        counts = torch.stack([one.statistics.counts for one in found])  # [Q, 1, K]
-        sums, places, real = found[0].statistics.sums, searched[0], group_masks[0]
-        if moves:
-            sums = torch.stack([one.statistics.sums for one in found]).sum(0)
-            if quantizer.revive_below > 0:
-                places = torch.cat([one.detach() for one in searched], 1)
-                if any(one is not None for one in group_masks):
-                    real = torch.cat([one.codes.reshape(1, -1) >= 0 for one in found], 1)
-        used = quantizer._close_pass(start, stored, first, moves, counts, sums, places, real)
-        outputs = []
-        for one, level_used in zip(found, used, strict=True):
-            commitment, codebook = one.errors
-            outputs.append(
-                QuantizerOutput(
-                    one.quantized,
-                    one.codes.view(grid),
-                    quantizer.commitment * commitment,
-                    perplexity(level_used).mean(),
-                    codebook,
-                    (level_used == 0).sum(),
-                )
-            )
-        return outputs, total.detach()
+        assert opened is not None
+        used = quantizer.close_pass(opened, found)
+        return [quantizer.output(one, counts) for one, counts in zip(found, used, strict=True)], total.detach()
