@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastvq.models.blocks import CausalConv2d, CodeConv2d, GatedBlock, causal_taps, pointwise
 from fastvq.models.config import PixelSNAILConfig
-from fastvq.models.prior import Prior
+from fastvq.models.prior import Condition, Prior
 from fastvq.ops.causal import activate, causal_attention
 
 
@@ -50,6 +50,9 @@ class PixelSNAIL(Prior):
 
     def fill_unstored(self) -> None:
         self.background = _coordinates(*self.config.shape)
+
+    def statics(self, condition: Condition, label: Tensor | None, *, batch: int) -> dict[str, Tensor]:
+        return {"background": self.background.float(), **super().statics(condition, label, batch=batch)}
 
     def logits(self, codes: Tensor, context: Tensor | None) -> Tensor:
         codes = self.check_codes(codes)
