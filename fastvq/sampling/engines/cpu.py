@@ -114,7 +114,10 @@ def sample_cpu(
     return state.codes
 
 
-class CpuEngine(Engine[tuple[CompiledPlan, CpuStep]]):
+_Packed = tuple[CompiledPlan, CpuStep]
+
+
+class CpuEngine(Engine[_Packed]):
     name = "cpu"
     precisions = ("float32", "bfloat16")
     plans = True
@@ -129,7 +132,7 @@ class CpuEngine(Engine[tuple[CompiledPlan, CpuStep]]):
         if device is not None:
             require_kernels(options.kernels)
 
-    def prepare(self, prior: Prior, batch: int, options: EngineOptions) -> tuple[CompiledPlan, CpuStep]:
+    def prepare(self, prior: Prior, batch: int, options: EngineOptions) -> _Packed:
         kept = prepared(prior)
         threads = options.threads or useful_threads(kept.plan, batch, torch.get_num_threads())
         kernels, bf16 = options.kernels, options.precision == "bfloat16"
@@ -141,12 +144,7 @@ class CpuEngine(Engine[tuple[CompiledPlan, CpuStep]]):
         return kept.compiled(options.row_kernel), step
 
     def fill(
-        self,
-        prepared: tuple[CompiledPlan, CpuStep],
-        prior: Prior,
-        request: SampleRequest,
-        row_done: RowDone,
-        on_phase: OnPhase | None,
+        self, prepared: _Packed, prior: Prior, request: SampleRequest, row_done: RowDone, on_phase: OnPhase | None
     ) -> Tensor:
         compiled, step = prepared
         state = GridState(compiled, len(request.noise), static_inputs(prior, request))

@@ -11,7 +11,7 @@ from fastvq.sampling.engines.base import Engine, RowDone
 from fastvq.sampling.engines.cuda_graph import GraphedGrid
 from fastvq.sampling.engines.cuda_grid import CudaStep, sample_cuda, why_no_cuda
 from fastvq.sampling.engines.phases import OnPhase
-from fastvq.sampling.engines.prepared import prepared
+from fastvq.sampling.engines.prepared import Kept, prepared
 from fastvq.sampling.engines.state import CompiledPlan, GridState, static_inputs
 from fastvq.sampling.options import EngineOptions
 from fastvq.sampling.request import SampleRequest
@@ -27,9 +27,12 @@ def cuda_summary() -> str:
     return f"{info['compiled']} for {info['architectures']}; {devices}"
 
 
-class CudaEngine(Engine[tuple[CompiledPlan, CudaStep, bool]]):
-    """What it prepares: the plan, the packed steps, and whether grids are recorded as graphs."""
+_GRAPH = "cuda graph"
+# The plan, its packed steps, and where graphs of whole grids are kept if there are to be any.
+_Packed = tuple[CompiledPlan, CudaStep, Kept | None]
 
+
+class CudaEngine(Engine[_Packed]):
     name = "cuda"
     precisions = ("float32", "bfloat16")
     plans = True
@@ -39,30 +42,28 @@ class CudaEngine(Engine[tuple[CompiledPlan, CudaStep, bool]]):
     def why_not(self, prior: Prior, device: torch.device) -> str | None:
         return why_no_cuda(device)
 
-    def prepare(self, prior: Prior, batch: int, options: EngineOptions) -> tuple[CompiledPlan, CudaStep, bool]:
+    def prepare(self, prior: Prior, batch: int, options: EngineOptions) -> _Packed:
         kept = prepared(prior)
         precision = options.precision
         step = kept.get(
-            self.name, (batch, precision), lambda: CudaStep(kept.plan, batch, kept.device, precision=precision)
+            self.name,
+            (batch, precision),
+            lambda: CudaStep(kept.plan, batch, kept.device, precision=precision),
+            instead_of=(_GRAPH,),
         )
-        return kept.compiled(options.row_kernel), step, options.cuda_graph
+        return kept.compiled(options.row_kernel), step, kept if options.cuda_graph else None
 
     def fill(
-        self,
-        prepared: tuple[CompiledPlan, CudaStep, bool],
-        prior: Prior,
-        request: SampleRequest,
-        row_done: RowDone,
-        on_phase: OnPhase | None,
+        self, prepared: _Packed, prior: Prior, request: SampleRequest, row_done: RowDone, on_phase: OnPhase | None
     ) -> Tensor:
-        compiled, step, as_graph = prepared
+        compiled, step, graphs = prepared
         statics = static_inputs(prior, request)
-        if not as_graph:
+        if graphs is None:
             state = GridState(compiled, len(request.noise), statics)
             return sample_cuda(compiled, step, state, request, row_done, on_phase=on_phase)
-        graph = step.graphs.get(
-            "graph",
-            (compiled, GraphedGrid.key(statics, request)),
+        graph = graphs.get(
+            _GRAPH,
+            (compiled, step, GraphedGrid.key(statics, request)),
             lambda: GraphedGrid(compiled, step, statics, request),
         )
         return graph.fill(statics, request, row_done)

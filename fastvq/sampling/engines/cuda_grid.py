@@ -19,7 +19,6 @@ from fastvq._memory import address
 from fastvq.errors import UnavailableError
 from fastvq.sampling.engines.base import RowDone
 from fastvq.sampling.engines.phases import OnPhase, Phases
-from fastvq.sampling.engines.prepared import Kept
 from fastvq.sampling.engines.state import CompiledPlan, GridState
 from fastvq.sampling.engines.step_tables import (
     VIEW_FIELDS,
@@ -81,8 +80,7 @@ class CudaStep:
         ArgumentError: settings that do not fit the plan or the device, or weights that are not finite.
         UnavailableError: the extension was built without CUDA.
 
-    Rows of one step must not overlap, so grids take turns: `lock` is held while one is filled. Graphs of grids are kept
-    with the step that they were recorded with.
+    Rows of one step must not overlap, so grids take turns: `lock` is held while one is filled.
     """
 
     def __init__(
@@ -103,7 +101,7 @@ class CudaStep:
                 raise UnavailableError(f"engine: 'cuda' was asked for but cannot run here: {reason}")
             extension = _engine.require()
         self.plan, self.batch, self.device, self.precision = plan, batch, device, precision
-        self.lock, self.graphs = threading.Lock(), Kept()
+        self.lock = threading.Lock()
         self.tables = StepTables(plan)
         bf16 = precision == "bfloat16"
         with on_device(device), refused_options():

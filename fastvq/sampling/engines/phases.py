@@ -16,13 +16,12 @@ OnPhase = Callable[[str, float], None]
 class Phases:
     """The phases of one grid. Where nobody asks for their time, they are named ranges for profilers and no more.
 
-    Work on a GPU is timed there, by events on the current stream, and reported at the end of the grid; on a CPU each
+    Work on a GPU is timed there, by events on its current stream, and reported at the end of the grid; on a CPU each
     phase is reported when it ends.
     """
 
     def __init__(self, on_phase: OnPhase | None, device: torch.device) -> None:
-        self._on_phase = on_phase
-        self._on_gpu = device.type == "cuda"
+        self._on_phase, self._device = on_phase, device
         self._waiting: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     def phase(self, name: str) -> contextlib.AbstractContextManager[object]:
@@ -33,12 +32,13 @@ class Phases:
 
     @contextlib.contextmanager
     def _timed(self, name: str, on_phase: OnPhase) -> Iterator[None]:
-        if self._on_gpu:
+        if self._device.type == "cuda":
+            stream = torch.cuda.current_stream(self._device)
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
+            start.record(stream)
             with _nvtx.span(name):
                 yield
-            end.record()
+            end.record(stream)
             self._waiting.append((name, start, end))
             return
         began = time.perf_counter()

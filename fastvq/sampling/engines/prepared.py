@@ -25,11 +25,16 @@ class Kept:
         self._lock = threading.Lock()
         self._made: dict[str, tuple[Hashable, Any]] = {}
 
-    def get(self, kind: str, key: Hashable, make: Callable[[], T]) -> T:
-        """What there is of a kind, or a new one where it was made for another key."""
+    def get(self, kind: str, key: Hashable, make: Callable[[], T], *, instead_of: tuple[str, ...] = ()) -> T:
+        """What there is of a kind, or a new one where it was made for another key.
+
+        Args:
+            instead_of: kinds that hold on to what is replaced, and go with it.
+        """
         with self._lock:
             if kind not in self._made or self._made[kind][0] != key:
-                self._made.pop(kind, None)  # its memory makes room
+                for outdated in (*instead_of, kind):
+                    self._made.pop(outdated, None)  # their memory makes room
                 self._made[kind] = (key, make())
             made: T = self._made[kind][1]
             return made

@@ -111,22 +111,20 @@ def sample_torch(
     return state.codes
 
 
-class TorchEngine(Engine[tuple[CompiledPlan, TorchStep]]):
+_Packed = tuple[CompiledPlan, TorchStep]
+
+
+class TorchEngine(Engine[_Packed]):
     name = "torch"
     plans = True
 
-    def prepare(self, prior: Prior, batch: int, options: EngineOptions) -> tuple[CompiledPlan, TorchStep]:
+    def prepare(self, prior: Prior, batch: int, options: EngineOptions) -> _Packed:
         kept = prepared(prior)
         compiled = kept.compiled(options.row_kernel)
         return compiled, kept.get(self.name, None, lambda: TorchStep(compiled))
 
     def fill(
-        self,
-        prepared: tuple[CompiledPlan, TorchStep],
-        prior: Prior,
-        request: SampleRequest,
-        row_done: RowDone,
-        on_phase: OnPhase | None,
+        self, prepared: _Packed, prior: Prior, request: SampleRequest, row_done: RowDone, on_phase: OnPhase | None
     ) -> Tensor:
         compiled, step = prepared
         state = GridState(compiled, len(request.noise), static_inputs(prior, request))
