@@ -34,9 +34,9 @@ from fastvq.errors import FastvqError
 from fastvq.models.prior import Prior
 from fastvq.sampling import EngineOptions, Explanation, describe
 from fastvq.sampling.engines import fill, plan_of, static_inputs, why_not
+from fastvq.sampling.engines.pytorch import TorchStep
+from fastvq.sampling.engines.state import CompiledPlan, GridState
 from fastvq.sampling.request import SampleRequest
-from fastvq.sampling.state import CompiledPlan, GridState
-from fastvq.sampling.torch_engine import TorchStep
 
 BATCHES = (1, 64, 16, 256)
 PRIORS = ("default-strict-bottom", "default-strict-top", "default-inclusive-bottom", "default-inclusive-top")

@@ -21,7 +21,7 @@ from bench.sampler import request_of
 from fastvq import PixelSNAIL, sample
 from fastvq.sampling import describe
 from fastvq.sampling.engines import fill
-from fastvq.sampling.state import GridState
+from fastvq.sampling.engines.state import GridState
 
 # The first row has no rows above it; in the second the row phase allocates all that it ever does.
 _ROWS = 3

@@ -26,9 +26,9 @@ from fastvq.models.prior import Prior
 from fastvq.ops.draw import draw, draw_margin
 from fastvq.sampling import EngineOptions, Explanation, describe
 from fastvq.sampling.engines import fill, plan_of, static_inputs
+from fastvq.sampling.engines.pytorch import TorchStep, sample_torch
+from fastvq.sampling.engines.state import CompiledPlan, GridState
 from fastvq.sampling.request import SampleRequest, Settings, build_request
-from fastvq.sampling.state import CompiledPlan, GridState
-from fastvq.sampling.torch_engine import TorchStep, sample_torch
 
 BF16 = "cpu bf16"
 # How far outside its code's interval a uniform number may lie. Float32 engines round sums of some thousand products

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from fastvq import _engine
 from fastvq.models import Prior
-from fastvq.sampling.cuda_engine import CudaStep, sample_cuda
 from fastvq.sampling.engines import static_inputs
-from fastvq.sampling.lower import compile_plan
+from fastvq.sampling.engines.cuda_grid import CudaStep, sample_cuda
+from fastvq.sampling.engines.state import CompiledPlan, GridState
+from fastvq.sampling.plan import compile_plan
 from fastvq.sampling.request import SampleRequest
-from fastvq.sampling.state import CompiledPlan, GridState
 
 CPU = torch.device("cpu")
 BATCH = 3

@@ -21,12 +21,11 @@ from engine_helpers import request_of
 from torch import Tensor
 
 from fastvq.models import Prior
-from fastvq.sampling.cuda_engine import CudaStep, sample_cuda
 from fastvq.sampling.engines import static_inputs
-from fastvq.sampling.lower import compile_plan
-from fastvq.sampling.plan import Plan
+from fastvq.sampling.engines.cuda_grid import CudaStep, sample_cuda
+from fastvq.sampling.engines.state import CompiledPlan, GridState
+from fastvq.sampling.plan import Plan, compile_plan
 from fastvq.sampling.request import SampleRequest
-from fastvq.sampling.state import CompiledPlan, GridState
 
 _HERE = Path(__file__).parent
 _DEVICE_HEADER = _HERE.parent / "csrc" / "cuda" / "device.h"

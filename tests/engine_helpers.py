@@ -15,14 +15,12 @@ from fastvq import _engine
 from fastvq.errors import ArgumentError
 from fastvq.models import Prior
 from fastvq.ops.draw import draw_margin
-from fastvq.sampling import cpu_engine
-from fastvq.sampling.cpu_engine import CpuStep, sample_cpu
-from fastvq.sampling.engines import static_inputs
-from fastvq.sampling.lower import compile_plan
-from fastvq.sampling.plan import Plan
+from fastvq.sampling.engines import cpu, static_inputs
+from fastvq.sampling.engines.cpu import CpuStep, sample_cpu
+from fastvq.sampling.engines.pytorch import TorchStep
+from fastvq.sampling.engines.state import CompiledPlan, GridState
+from fastvq.sampling.plan import Plan, compile_plan
 from fastvq.sampling.request import SampleRequest, Settings, build_request
-from fastvq.sampling.state import CompiledPlan, GridState
-from fastvq.sampling.torch_engine import TorchStep
 
 # How near to a boundary between two codes, in probability, rounding may decide.
 EPS = 1e-5
@@ -35,7 +33,7 @@ needs_extension = pytest.mark.skipif(not _engine.available(), reason="the compil
 def require_kernels(name: str) -> None:
     """Skips where the processor has no such kernels."""
     try:
-        cpu_engine.require_kernels(name)
+        cpu.require_kernels(name)
     except ArgumentError as error:
         pytest.skip(str(error))
 

@@ -32,12 +32,12 @@ from torch import Tensor
 
 from fastvq.errors import ArgumentError
 from fastvq.models import Prior
-from fastvq.sampling.cpu_engine import CpuStep, sample_cpu
 from fastvq.sampling.engines import static_inputs
-from fastvq.sampling.lower import compile_plan
+from fastvq.sampling.engines.cpu import CpuStep, sample_cpu
+from fastvq.sampling.engines.pytorch import TorchStep
+from fastvq.sampling.engines.state import CompiledPlan, GridState
+from fastvq.sampling.plan import compile_plan
 from fastvq.sampling.request import SampleRequest, Settings
-from fastvq.sampling.state import CompiledPlan, GridState
-from fastvq.sampling.torch_engine import TorchStep
 
 pytestmark = [pytest.mark.usefixtures("steady", "poisoned"), needs_extension]
 

@@ -36,19 +36,18 @@ from fastvq.sampling import (
     EngineOptions,
     Pipeline,
     choose_engine,
-    cuda_engine,
     describe,
-    engines,
     sample,
     uniforms,
 )
-from fastvq.sampling.cuda_engine import ROWS_IN_FLIGHT, CudaStep, ViewRing, cuda_summary, why_no_cuda
-from fastvq.sampling.cuda_graph import GraphedGrid
-from fastvq.sampling.engines import fill, static_inputs, why_not
-from fastvq.sampling.lower import compile_plan
+from fastvq.sampling.engines import cuda, cuda_grid, fill, static_inputs, why_not
+from fastvq.sampling.engines.cuda import cuda_summary
+from fastvq.sampling.engines.cuda_graph import GraphedGrid
+from fastvq.sampling.engines.cuda_grid import ROWS_IN_FLIGHT, CudaStep, ViewRing, why_no_cuda
+from fastvq.sampling.engines.state import CompiledPlan, GridState, padded
+from fastvq.sampling.engines.step_tables import make_scratch
+from fastvq.sampling.plan import compile_plan
 from fastvq.sampling.request import Settings
-from fastvq.sampling.state import CompiledPlan, GridState, padded
-from fastvq.sampling.step_tables import make_scratch
 
 pytestmark = pytest.mark.usefixtures("steady")
 
@@ -260,7 +259,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     for name in ("make_step_plan", "checksum"):
         setattr(stand_in, name, getattr(_engine.require(), name))
     monkeypatch.setattr(_engine, "require", lambda: stand_in)
-    for module in (cuda_engine, engines):
+    for module in (cuda, cuda_grid):
         monkeypatch.setattr(module, "why_no_cuda", lambda device: None)
     return stand_in
 

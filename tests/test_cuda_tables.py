@@ -16,10 +16,9 @@ from helpers import snail
 from plan_priors import GIVEN, PRIORS, every_given, every_prior
 from torch import Tensor
 
-from fastvq.sampling.lower import compile_plan
-from fastvq.sampling.plan import Plan
-from fastvq.sampling.state import GridState
-from fastvq.sampling.step_tables import StepTables, fill_views, make_scratch
+from fastvq.sampling.engines.state import GridState
+from fastvq.sampling.engines.step_tables import StepTables, fill_views, make_scratch
+from fastvq.sampling.plan import Plan, compile_plan
 
 pytestmark = pytest.mark.usefixtures("steady")
 

@@ -14,12 +14,11 @@ from helpers import TablePrior, pixelcnn, refuses, snail
 from fastvq import _engine
 from fastvq.errors import ArgumentError, ArgumentTypeError, UnavailableError
 from fastvq.models import Prior
-from fastvq.sampling import EngineOptions, Pipeline, choose_engine, describe, engines, sample
+from fastvq.sampling import EngineOptions, Pipeline, choose_engine, describe, sample
 from fastvq.sampling import api as api_module
-from fastvq.sampling.cpu_engine import CpuStep
-from fastvq.sampling.engines import fill
-from fastvq.sampling.lower import compile_plan
-from fastvq.sampling.plan import Plan
+from fastvq.sampling.engines import cpu, fill
+from fastvq.sampling.engines.cpu import CpuStep
+from fastvq.sampling.plan import Plan, compile_plan
 
 pytestmark = pytest.mark.usefixtures("steady")
 
@@ -145,7 +144,7 @@ def test_options_reach_the_engine(threads: int, monkeypatch: pytest.MonkeyPatch)
         made.append(settings)
         return CpuStep(plan, batch, **settings)
 
-    monkeypatch.setattr(engines, "CpuStep", spy)
+    monkeypatch.setattr(cpu, "CpuStep", spy)
     sample(snail(), 1, seed=0, engine="cpu", options=EngineOptions("bfloat16", threads, "baseline"))
     assert made == [{"threads": threads, "kernels": "baseline", "bf16": True}]
 

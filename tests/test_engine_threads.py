@@ -106,7 +106,7 @@ from engine_helpers import request_of
 from helpers import snail
 from fastvq.sampling import EngineOptions, sample
 from fastvq.sampling.engines import fill
-from fastvq.sampling.state import GridState
+from fastvq.sampling.engines.state import GridState
 
 torch.set_num_threads(1)
 torch.manual_seed(0)

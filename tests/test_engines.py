@@ -34,7 +34,7 @@ from fastvq.interop import convert
 from fastvq.models import Prior
 from fastvq.sampling import EngineOptions, Pipeline, sample, uniforms
 from fastvq.sampling.engines import fill
-from fastvq.sampling.lower import compile_plan
+from fastvq.sampling.plan import compile_plan
 
 pytestmark = [
     pytest.mark.usefixtures("steady"),

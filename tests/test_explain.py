@@ -19,8 +19,8 @@ from fastvq.models.blocks import CausalConv2d, CodeConv2d
 from fastvq.models.pixelcnn import GatedLayer
 from fastvq.sampling import describe
 from fastvq.sampling.engines import plan_of, static_inputs
+from fastvq.sampling.engines.state import CompiledPlan, GridState
 from fastvq.sampling.plan import Term
-from fastvq.sampling.state import CompiledPlan, GridState
 
 pytestmark = pytest.mark.usefixtures("steady")
 

@@ -27,9 +27,9 @@ from fastvq.interop import convert, load, recognise
 from fastvq.models import VQVAE2, PixelSNAIL, PixelSNAILConfig, VQVAEConfig
 from fastvq.models import build as build_model
 from fastvq.ops.draw import draw, draw_margin
-from fastvq.sampling.lower import compile_plan
-from fastvq.sampling.state import CompiledPlan, GridState
-from fastvq.sampling.torch_engine import TorchStep
+from fastvq.sampling.engines.pytorch import TorchStep
+from fastvq.sampling.engines.state import CompiledPlan, GridState
+from fastvq.sampling.plan import compile_plan
 
 pytestmark = [
     pytest.mark.usefixtures("steady"),

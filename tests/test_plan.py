@@ -19,9 +19,8 @@ from fastvq.models import Prior
 from fastvq.ops.draw import draw_margin
 from fastvq.sampling import sample, uniforms
 from fastvq.sampling.engines import plan_of
-from fastvq.sampling.lower import compile_plan
-from fastvq.sampling.plan import Op, Plan, Term
-from fastvq.sampling.state import GridState
+from fastvq.sampling.engines.state import GridState
+from fastvq.sampling.plan import Op, Plan, Term, compile_plan
 
 pytestmark = pytest.mark.usefixtures("steady")
 

@@ -27,8 +27,8 @@ from fastvq.sampling import (
     uniforms,
 )
 from fastvq.sampling.engines import fill, static_inputs
-from fastvq.sampling.lower import compile_plan
-from fastvq.sampling.state import CompiledPlan, GridState
+from fastvq.sampling.engines.state import CompiledPlan, GridState
+from fastvq.sampling.plan import compile_plan
 
 pytestmark = pytest.mark.usefixtures("steady")
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from fastvq import _engine
 from fastvq._watch import Snapshot, contents_of
 from fastvq.models import Prior
-from fastvq.sampling import engines, sample
-from fastvq.sampling.engines import plan_of
+from fastvq.sampling import sample
+from fastvq.sampling.engines import plan_of, prepared
 
 CACHED = ["torch", pytest.param("cpu", marks=needs_extension)]
 DTYPES = [
@@ -204,14 +204,14 @@ def test_channels_last_weights(engine: str) -> None:
 
 def test_a_change_while_a_plan_is_made_is_noticed_next_time(monkeypatch: pytest.MonkeyPatch) -> None:
     prior = snail()
-    compile_plan = engines.compile_plan
+    compile_plan = prepared.compile_plan
 
     def interrupted(prior: Prior) -> object:
         plan = compile_plan(prior)
         prior.get_parameter("output.bias").data[-1] += 1
         return plan
 
-    monkeypatch.setattr(engines, "compile_plan", interrupted)
+    monkeypatch.setattr(prepared, "compile_plan", interrupted)
     stale = plan_of(prior)
     monkeypatch.undo()
     assert plan_of(prior) is not stale

@@ -24,7 +24,7 @@ from fastvq.errors import ArgumentError, FileConflictError
 from fastvq.models import PRESETS, HierarchicalVQVAE, Prior
 from fastvq.models.pretrained import CONFIG_FILE
 from fastvq.sampling import ENGINES, Pipeline, Samples, shipped
-from fastvq.sampling.cuda_engine import cuda_summary
+from fastvq.sampling.engines.cuda import cuda_summary
 from fastvq.training import load_weights
 from fastvq.training.checkpoint import DESCRIPTION as CHECKPOINT_FILE
 from fastvq.training.run import RunFolder

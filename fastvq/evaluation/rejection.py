@@ -15,7 +15,6 @@ from fastvq._check import (
     require_integer,
     require_number,
     require_positive_int,
-    require_seed,
     require_shape,
     require_tensor,
 )
@@ -29,7 +28,7 @@ from fastvq.evaluation.neighbours import manifold_scores
 from fastvq.evaluation.sources import DrawnSamples
 from fastvq.evaluation.statistics import DOMAIN_KEPT, FeatureStatistics, image_batches
 from fastvq.sampling import Pipeline
-from fastvq.sampling.noise import SEED_BITS
+from fastvq.sampling.noise import fixed_seed
 
 _CHUNK = 512
 _LEAST_RATE = 0.02
@@ -89,7 +88,7 @@ def sample_with_rejection(
     """
     wanted = _wanted(pipeline, n, label)
     _check_choice(keep, threshold)
-    seed = int(torch.randint(2**63 - 1, ())) if seed is None else require_seed("seed", seed, SEED_BITS)
+    seed = fixed_seed(seed)
     limit = 100 * n if max_drawn is None else require_positive_int("max_drawn", max_drawn)
     rows, columns = pipeline.priors[0].config.shape
     scale = pipeline.vqvae.total_stride

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvq.ops.causal import Form, Mask, activate, code_conv2d, fused_causal_conv2d
+from fastvq.ops.causal_grid import read_taps
 
 Activation = Literal["elu", "concat_elu"]
 ACTIVATIONS: tuple[Activation, ...] = ("elu", "concat_elu")
@@ -28,6 +29,15 @@ class CausalConv2d(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_channels))
         above = kernel_size - 1 if form == "rows" else kernel_size // 2
         _init_uniform(self, in_channels * (above * kernel_size + kernel_size // 2 + (mask == "inclusive")))
+
+    @property
+    def taps(self) -> tuple[tuple[int, int], ...]:
+        """Offsets (rows, columns) of the entries of the kernel that are read, row by row."""
+        width = self.weight.shape[-1]
+        read = read_taps(width, self.mask, self.form)
+        places = [(row, column) for row in range(-read.above, 0) for column in range(width)]
+        places += [(0, column) for column in range(read.current)]
+        return tuple((row, column - read.left) for row, column in places)
 
     def forward(
         self,

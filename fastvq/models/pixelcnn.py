@@ -111,6 +111,16 @@ class GatedLayer(nn.Module):
         self.merge = nn.Conv2d(width, width, 1)
         self.context = _context_projection(context_channels, width)
 
+    @property
+    def vertical_taps(self) -> tuple[tuple[int, int], ...]:
+        """Offsets (rows, columns) that ``vertical`` reads: its features are those of the rows above."""
+        reach = self.reach
+        return tuple((row, column) for row in range(-reach, 1) for column in range(-reach, reach + 1))
+
+    @property
+    def horizontal_taps(self) -> tuple[tuple[int, int], ...]:
+        return tuple((0, column) for column in range(-self.reach, 1))
+
     def forward(self, v: Tensor, h: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         reach = self.reach
         vertical = self.vertical(F.pad(v, (reach, reach, reach, 0)))

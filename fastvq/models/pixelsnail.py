@@ -22,7 +22,7 @@ from fastvq.models.blocks import (
     pointwise,
 )
 from fastvq.models.limits import LARGEST, LARGEST_KERNEL, MOST_LAYERS
-from fastvq.models.prior import Prior, PriorConfig
+from fastvq.models.prior import Condition, Prior, PriorConfig
 from fastvq.ops.causal import FORMS, MASKS, Form, Mask, activate, causal_attention
 
 
@@ -239,6 +239,9 @@ class PixelSNAIL(Prior):
 
     def fill_unstored(self) -> None:
         self.background = _coordinates(*self.config.shape)
+
+    def statics(self, condition: Condition, label: Tensor | None, *, batch: int) -> dict[str, Tensor]:
+        return {"background": self.background.float(), **super().statics(condition, label, batch=batch)}
 
     def logits(self, codes: Tensor, context: Tensor | None) -> Tensor:
         codes = self.check_codes(codes)

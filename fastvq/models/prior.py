@@ -198,6 +198,17 @@ class Prior(PretrainedModel):
         label = self.check_label(label, batch)
         return None if self.context_encoder is None else self.context_encoder(conditions, label)
 
+    def statics(self, condition: Condition, label: Tensor | None, *, batch: int) -> dict[str, Tensor]:
+        """What is known before the first position, by the names that plans of the prior use: float32 [B or 1, C, H, W].
+
+        Features of condition and label are ``context``, or ``label`` [B, C, 1, 1] where there is a label alone. Of the
+        prior's modules only the context encoder may run here.
+        """
+        context = self.context(condition, label, batch=batch)
+        if context is None:
+            return {}
+        return {"context" if self.config.condition_shapes else "label": context.float()}
+
     def check_condition(self, condition: Condition, batch: int) -> tuple[Tensor, ...]:
         """The levels above as a checked tuple of int64 tensors."""
         shapes = self.config.condition_shapes

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +17,9 @@ from fastvq._nvtx import annotate
 from fastvq.errors import ArgumentError
 from fastvq.models.prior import Condition, Prior
 from fastvq.sampling.cost import describe
-from fastvq.sampling.engines import choose_engine, evaluated_for, fill, warn_slow, why_slow
+from fastvq.sampling.engines import Engine, choose, fill, warn_slow, why_slow
 from fastvq.sampling.options import EngineOptions, Precision, engine_options
-from fastvq.sampling.request import MICRO_BATCH, Settings, as_prior, build_request, micro_batches
+from fastvq.sampling.request import MICRO_BATCH, SampleRequest, Settings, as_prior, build_request, micro_batches
 
 
 @contextlib.contextmanager
@@ -98,9 +100,7 @@ def sample(
         ArgumentError, ArgumentTypeError: arguments that do not fit; nothing has been computed then.
     """
     prior = as_prior(prior)
-    options = engine_options(precision, options)
-    asked, (engine, _) = engine, choose_engine(engine, prior, options.precision, options)
-    micro_batch = choose_micro_batch(prior, engine, micro_batch, memory_limit)
+    run = Run.chosen(prior, engine, engine_options(precision, options), micro_batch, memory_limit)
     request = build_request(
         prior,
         n,
@@ -113,21 +113,53 @@ def sample(
         mask=mask,
         start=start,
     )
-    slow = why_slow(asked, engine, prior)
-    warn_slow([] if slow is None else [slow], stacklevel=3)  # past the decorator
-    codes = torch.empty_like(request.init_codes)
-    blocks = list(micro_batches(start, n, micro_batch))
-    bar = tqdm(total=len(blocks) * prior.config.shape[0], desc="sampling", unit="row", disable=not progress)
-    evaluated = evaluated_for(engine, prior)
-    with bar, annotate("sample"):
-        for index, new in blocks:
-            part = request.rows(index.to(codes.device))
-            filled = fill(engine, prior, part, bar.update, options, evaluated=evaluated)
-            codes[index[new].to(codes.device)] = filled[new]
-    return codes
+    warn_slow([] if run.slow is None else [run.slow], stacklevel=3)  # past the decorator
+    return run.draw(request, start, progress=progress)
 
 
-def choose_micro_batch(prior: Prior, engine: str, micro_batch: int | None, memory_limit: int | None) -> int:
+@dataclass(frozen=True)
+class Run:
+    """How a prior's grids will be filled, decided before anything is drawn.
+
+    Attributes:
+        micro_batch: samples computed together.
+        slow: why this will take long, if that has to be said.
+    """
+
+    prior: Prior
+    engine: Engine[Any]
+    options: EngineOptions
+    micro_batch: int
+    slow: str | None
+
+    @classmethod
+    def chosen(
+        cls, prior: Prior, engine: str, options: EngineOptions, micro_batch: int | None, memory_limit: int | None
+    ) -> Run:
+        """
+        Raises:
+            ArgumentError: arguments that do not fit the prior or each other, see :func:`sample`.
+            UnavailableError: the engine asked for cannot run here.
+        """
+        found, _ = choose(engine, prior, options)
+        size = _micro_batch(prior, found, micro_batch, memory_limit)
+        return cls(prior, found, options, size, why_slow(engine, found, prior))
+
+    def draw(self, request: SampleRequest, start: int, *, progress: bool) -> Tensor:
+        """Codes of a request for samples from index ``start`` on: int64 [n, H, W]."""
+        codes = torch.empty_like(request.init_codes)
+        blocks = list(micro_batches(start, len(codes), self.micro_batch))
+        rows = len(blocks) * self.prior.config.shape[0]
+        evaluated = self.engine.evaluated(self.prior)
+        with tqdm(total=rows, desc="sampling", unit="row", disable=not progress) as bar, annotate("sample"):
+            for index, new in blocks:
+                part = request.rows(index.to(codes.device))
+                filled = fill(self.engine.name, self.prior, part, bar.update, self.options, evaluated=evaluated)
+                codes[index[new].to(codes.device)] = filled[new]
+        return codes
+
+
+def _micro_batch(prior: Prior, engine: Engine[Any], micro_batch: int | None, memory_limit: int | None) -> int:
     """Samples to compute together: as asked for, or the default as far as the memory limit allows.
 
     Raises:
@@ -137,8 +169,8 @@ def choose_micro_batch(prior: Prior, engine: str, micro_batch: int | None, memor
     if memory_limit is None:
         return size
     require_positive_int("memory_limit", memory_limit)
-    if engine == "naive":
-        raise ArgumentError("memory_limit: the naive engine cannot keep to one; its memory is the model's own")
+    if not engine.plans:
+        raise ArgumentError(f"memory_limit: the {engine.name} engine cannot keep to one; its memory is the model's own")
     explanation = describe(prior)
     least = size if micro_batch is not None else 1
     if explanation.memory(least) > memory_limit:

@@ -9,12 +9,11 @@ import torch
 from torch import nn
 
 from fastvq.models.prior import Prior
-from fastvq.sampling.engines import choose_engine, plan_of, why_not
-from fastvq.sampling.lower import compile_plan
+from fastvq.sampling.engines import choose, plan_of, why_no_values
+from fastvq.sampling.engines.state import padded, ring_rows
 from fastvq.sampling.options import EngineOptions, Precision, engine_options
-from fastvq.sampling.plan import Op, Plan, Term
+from fastvq.sampling.plan import Op, Plan, Term, compile_plan
 from fastvq.sampling.request import as_prior
-from fastvq.sampling.state import padded, ring_rows
 
 _FLOAT = 4
 
@@ -94,13 +93,14 @@ def describe(
     """
     prior = as_prior(prior)
     options = engine_options(precision, options)
-    reason = why_not("naive", prior)
+    reason = why_no_values(prior)
     if reason is None:
         plan = plan_of(prior)
-        engine, reason = choose_engine(engine, prior, options.precision, options)
+        chosen, reason = choose(engine, prior, options)
+        name, places = chosen.name, chosen.places
     else:
         # Without values there is nothing to sample, and nothing to keep for later calls.
-        plan, engine = compile_plan(prior), "none"
+        plan, name, places = compile_plan(prior), "none", 1
     height, width = plan.shape
     row_weights = {op.index: _size(plan.row_terms[op.index]) for op in plan.ops if op.kind == "affine"}
     step_weights = {op.index: _size(plan.step_terms[op.index]) for op in plan.ops if op.kind == "affine"}
@@ -119,7 +119,7 @@ def describe(
     return Explanation(
         name=type(prior).__name__,
         shape=plan.shape,
-        engine=engine,
+        engine=name,
         reason=reason,
         levels=plan.num_levels,
         row_ops=timing.count("row"),
@@ -130,7 +130,7 @@ def describe(
         naive_flops=naive,
         row_weight_bytes=_FLOAT * sum(row_weights.values()),
         step_weight_bytes=_FLOAT * sum(step_weights.values()),
-        cache_bytes=cache_bytes(plan, places=2 if engine == "cuda" else 1),
+        cache_bytes=cache_bytes(plan, places=places),
         weight_bytes=_FLOAT * 2 * (packed + tables),
     )
 

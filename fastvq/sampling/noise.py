@@ -12,6 +12,11 @@ from fastvq._check import require_seed
 SEED_BITS = 64
 
 
+def fixed_seed(seed: int | None) -> int:
+    """A seed as it was given, or one drawn from PyTorch's global generator."""
+    return int(torch.randint(2**63 - 1, ())) if seed is None else require_seed("seed", seed, SEED_BITS)
+
+
 def uniforms(seed: int, start: int, count: int, shape: tuple[int, int], *, level: int = 0) -> Tensor:
     """Uniform numbers of samples ``start`` to ``start + count - 1``: float32 [count, H, W] in [0, 1), on the CPU.
 

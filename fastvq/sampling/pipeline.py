@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from importlib import resources
@@ -11,7 +12,7 @@ from typing import NamedTuple, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastvq._check import require_choice, require_positive_int, require_seed
+from fastvq._check import require_choice
 from fastvq._evaluation import in_evaluation
 from fastvq._files import read_json, reading, replacing_folder, require_seal, sealed, write_json
 from fastvq._schema import TEXT, optional, several
@@ -22,12 +23,12 @@ from fastvq.models.limits import MOST_LEVELS
 from fastvq.models.pretrained import load_pretrained
 from fastvq.models.prior import Prior
 from fastvq.models.vqvae import HierarchicalVQVAE
-from fastvq.sampling.api import choose_micro_batch, living_threads, sample
-from fastvq.sampling.engines import choose_engine, warn_slow, why_slow
-from fastvq.sampling.noise import SEED_BITS
+from fastvq.sampling.api import Run, living_threads
+from fastvq.sampling.engines import warn_slow
+from fastvq.sampling.noise import fixed_seed, uniforms
 from fastvq.sampling.options import EngineOptions, Precision, engine_options
 from fastvq.sampling.project import DATA_FILE, class_names, is_project, load_priors, load_vqvae
-from fastvq.sampling.request import Settings, micro_batches
+from fastvq.sampling.request import Settings, assemble, check_indices, check_labels, micro_batches
 
 PIPELINE_FILE = "pipeline.json"
 FORMAT = 1
@@ -139,38 +140,26 @@ class Pipeline:
         Arguments are those of :func:`fastvq.sample`; ``temperature``, ``top_k`` and ``top_p`` may also be a sequence
         with one value per level, top first.
         """
-        require_positive_int("n", n, minimum=0)
+        check_indices(n, start)
         temperatures = self._per_level("temperature", temperature)
         top_ks = self._per_level("top_k", top_k)
         top_ps = self._per_level("top_p", top_p)
         options = engine_options(precision, options)
-        engines, sizes, slow = [], [], []
-        for prior, t, k, p in zip(self.priors, temperatures, top_ks, top_ps, strict=True):
-            Settings(t, k, p).check(prior.config.num_codes)
-            chosen, _ = choose_engine(engine, prior, options.precision, options)
-            engines.append(chosen)
-            sizes.append(choose_micro_batch(prior, chosen, micro_batch, memory_limit))
-            slow.append(why_slow(engine, chosen, prior))
-        warn_slow([reason for reason in slow if reason is not None], stacklevel=3)  # past the decorator
-        size = min(sizes)  # all levels and the decoder work on the same micro-batches
-        seed = int(torch.randint(2**63 - 1, ())) if seed is None else require_seed("seed", seed, SEED_BITS)
+        settings = [Settings(*given) for given in zip(temperatures, top_ks, top_ps, strict=True)]
+        runs = []
+        for prior, given in zip(self.priors, settings, strict=True):
+            given.check(prior.config.num_codes)
+            runs.append(Run.chosen(prior, engine, options, micro_batch, memory_limit))
+        seed = fixed_seed(seed)
+        labels = check_labels(self.priors[0], label, n)  # all levels have the same classes
+        warn_slow([run.slow for run in runs if run.slow is not None], stacklevel=3)  # past the decorator
+        size = min(run.micro_batch for run in runs)  # all levels and the decoder work on the same micro-batches
         codes: tuple[Tensor, ...] = ()
-        for prior, chosen, t, k, p in zip(self.priors, engines, temperatures, top_ks, top_ps, strict=True):
-            drawn = sample(
-                prior,
-                n,
-                condition=codes,
-                label=label,
-                temperature=t,
-                top_k=k,
-                top_p=p,
-                seed=seed,
-                progress=progress,
-                engine=chosen,
-                start=start,
-                micro_batch=size,
-                options=options,
-            )
+        for run, given in zip(runs, settings, strict=True):
+            config = run.prior.config
+            noise = uniforms(seed, start, n, config.shape, level=config.level)
+            request = assemble(run.prior, given, noise, codes, labels)
+            drawn = dataclasses.replace(run, micro_batch=size).draw(request, start, progress=progress)
             codes = (*codes, drawn)
         return Samples(self._decode(codes, start, size), codes, seed, size)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,6 @@ from fastvq._check import (
     require_codes,
     require_integer,
     require_positive_int,
-    require_seed,
     require_shape,
     require_tensor,
 )
@@ -21,7 +20,7 @@ from fastvq._unwrap import unwrap
 from fastvq.errors import ArgumentError, ArgumentTypeError
 from fastvq.models.prior import Condition, Prior, condition_levels
 from fastvq.ops.draw import check_options, draw
-from fastvq.sampling.noise import SEED_BITS, uniforms
+from fastvq.sampling.noise import fixed_seed, uniforms
 
 MICRO_BATCH = 8
 INDEX_LIMIT = 1 << 62
@@ -133,46 +132,68 @@ def build_request(
     start: int,
 ) -> SampleRequest:
     """Check the arguments of :func:`fastvq.sample` and bring them to the prior's device."""
-    require_positive_int("n", n, minimum=0)
-    if require_positive_int("start", start, minimum=0) > INDEX_LIMIT:
-        raise ArgumentError(f"start: must be at most 2**62, got {start}")
+    check_indices(n, start)
     config = prior.config
     settings.check(config.num_codes)
     grid = [n, *config.shape]
-    device = next(prior.parameters()).device
-    if isinstance(label, int) and not isinstance(label, bool):
-        classes = config.num_classes
-        if classes is not None and not 0 <= label < classes:
-            raise ArgumentError(f"label: must lie in 0..{classes - 1}, got {label}")
-        label = torch.full((n,), label if classes else 0)
-    elif label is not None and not isinstance(label, Tensor):
-        raise ArgumentTypeError(f"label: expected an int or an integer tensor [{n}], got {type(label).__name__}")
     # Values are checked on the CPU, where reading them does not wait for a GPU.
     on_cpu = [require_tensor(f"condition[{i}]", codes).cpu() for i, codes in enumerate(condition_levels(condition))]
     checked = prior.check_condition(on_cpu, n)
-    label = prior.check_label(None if label is None else label.cpu(), n)
+    label = check_labels(prior, label, n)
     if noise is None:
-        seed = int(torch.randint(2**63 - 1, ())) if seed is None else require_seed("seed", seed, SEED_BITS)
-        noise = uniforms(seed, start, n, config.shape, level=config.level)
+        noise = uniforms(fixed_seed(seed), start, n, config.shape, level=config.level)
     elif seed is not None:
         raise ArgumentError("noise and seed: give one or the other, got both")
     else:
         noise = _check_noise(noise, grid)
     if (init_codes is None) != (mask is None):
         raise ArgumentError("init_codes and mask: known positions need both, got only one of them")
-    known = torch.zeros(grid, dtype=torch.bool)
-    codes = torch.zeros(grid, dtype=torch.int64)
-    if init_codes is not None and mask is not None:
-        known = _check_mask(mask, grid)
-        codes = require_codes("init_codes", _on_cpu("init_codes", init_codes, known), grid, config.num_codes)
+    if init_codes is None or mask is None:
+        return assemble(prior, settings, noise, checked, label)
+    known = _check_mask(mask, grid)
+    codes = require_codes("init_codes", _on_cpu("init_codes", init_codes, known), grid, config.num_codes)
+    return assemble(prior, settings, noise, checked, label, codes, known)
+
+
+def assemble(
+    prior: Prior,
+    settings: Settings,
+    noise: Tensor,
+    condition: Sequence[Tensor],
+    label: Tensor | None,
+    init_codes: Tensor | None = None,
+    known: Tensor | None = None,
+) -> SampleRequest:
+    """The request of what has been checked, on the prior's device; without ``known`` all codes are to be drawn."""
+    device = next(prior.parameters()).device
+    if init_codes is None or known is None:
+        init_codes, known = torch.zeros(noise.shape, dtype=torch.int64), torch.zeros(noise.shape, dtype=torch.bool)
     return SampleRequest(
         noise=noise.to(device),
-        condition=tuple(codes.to(device) for codes in checked),
+        condition=tuple(codes.to(device) for codes in condition),
         label=None if label is None else label.to(device),
-        init_codes=codes.to(device),
+        init_codes=init_codes.to(device),
         known=known.to(device),
         settings=settings,
     )
+
+
+def check_indices(n: int, start: int) -> None:
+    require_positive_int("n", n, minimum=0)
+    if require_positive_int("start", start, minimum=0) > INDEX_LIMIT:
+        raise ArgumentError(f"start: must be at most 2**62, got {start}")
+
+
+def check_labels(prior: Prior, label: int | Tensor | None, n: int) -> Tensor | None:
+    """The labels of n samples, int64 [n] on the CPU; None for a prior that knows none."""
+    if isinstance(label, int) and not isinstance(label, bool):
+        classes = prior.config.num_classes
+        if classes is not None and not 0 <= label < classes:
+            raise ArgumentError(f"label: must lie in 0..{classes - 1}, got {label}")
+        label = torch.full((n,), label if classes else 0)
+    elif label is not None and not isinstance(label, Tensor):
+        raise ArgumentTypeError(f"label: expected an int or an integer tensor [{n}], got {type(label).__name__}")
+    return prior.check_label(None if label is None else label.cpu(), n)
 
 
 def _on_cpu(name: str, codes: Tensor, known: Tensor) -> Tensor:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from fastvq._memory import address, array_address, strided_address
 from fastvq.errors import ArgumentError, UnavailableError
-from fastvq.sampling.plan import Op, Plan, require_finite
+from fastvq.sampling.engines.state import GridState, padded, ring_rows
+from fastvq.sampling.plan.form import Op, Plan, require_finite
 from fastvq.sampling.request import Settings
-from fastvq.sampling.state import GridState, padded, ring_rows
 
 OP_FIELDS, TERM_FIELDS, VIEW_FIELDS = 14, 5, 4
 

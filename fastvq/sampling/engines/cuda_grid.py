@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -18,10 +17,10 @@ from fastvq import _engine, _nvtx
 from fastvq._check import require_choice
 from fastvq._memory import address
 from fastvq.errors import UnavailableError
-from fastvq.sampling.plan import Plan
-from fastvq.sampling.request import SampleRequest, Settings
-from fastvq.sampling.state import CompiledPlan, GridState
-from fastvq.sampling.step_tables import (
+from fastvq.sampling.engines.base import RowDone
+from fastvq.sampling.engines.phases import OnPhase, Phases
+from fastvq.sampling.engines.state import CompiledPlan, GridState
+from fastvq.sampling.engines.step_tables import (
     VIEW_FIELDS,
     StepTables,
     fill_views,
@@ -31,6 +30,8 @@ from fastvq.sampling.step_tables import (
     refused_options,
     row_arguments,
 )
+from fastvq.sampling.plan.form import Plan
+from fastvq.sampling.request import SampleRequest, Settings
 
 # Rows that the host may be ahead: enough to hide its own work, and few enough that Ctrl-C and progress are prompt.
 ROWS_IN_FLIGHT = 3
@@ -62,16 +63,6 @@ def why_no_cuda(device: torch.device) -> str | None:
     if capability < _LEAST_CAPABILITY:
         return f"it needs compute capability 8.0 or higher, {device} has {capability[0]}.{capability[1]}"
     return None
-
-
-def cuda_summary() -> str:
-    """What the extension was built for, in one line."""
-    reason = _engine.why_unavailable()
-    if reason is not None or not getattr(_engine.require(), "CUDA", False):
-        return "not in the extension"
-    info = _engine.require().cuda_info()
-    devices = info["error"] or f"{info['device_count']} device(s)"
-    return f"{info['compiled']} for {info['architectures']}; {devices}"
 
 
 class CudaStep:
@@ -133,6 +124,7 @@ class Grid:
     Args:
         noise, known: float32 and bool [n, H, W], contiguous.
         logits: None, or float32 [n, H, W, K] to receive those of all positions.
+        on_phase: what is told how long the phases took.
     """
 
     def __init__(
@@ -143,8 +135,10 @@ class Grid:
         known: Tensor,
         settings: Settings,
         logits: Tensor | None = None,
+        on_phase: OnPhase | None = None,
     ) -> None:
         self.step, self.state, self.settings, self.logits = step, state, settings, logits
+        self.phases = Phases(on_phase, step.device)
         self.noise, self.known = noise, known
         self.scratch = make_scratch(state, places=2)
         self.status = torch.full((1,), _NOTHING_BAD, dtype=torch.int64, device=step.device)
@@ -157,14 +151,14 @@ class Grid:
         """
         step, state = self.step, self.state
         entries = 2 * len(step.tables.ops) * VIEW_FIELDS
-        with _nvtx.annotate("row phase"):
+        with self.phases.phase("row phase"):
             state.begin_row(row)
             views = host.numpy()
             kept = fill_views(views, step.tables, state, self.scratch, row)
             if self.logits is not None:
                 views[0, step.plan.output] = logits_view(state, self.logits, row)
             device.copy_(host, non_blocking=True)
-        with _nvtx.annotate("step phase"):
+        with self.phases.phase("step phase"):
             step.native.run_row(
                 row,
                 address("host", host, torch.int64, entries),
@@ -227,8 +221,9 @@ def sample_cuda(
     step: CudaStep,
     state: GridState,
     request: SampleRequest,
-    row_done: Callable[[], None],
+    row_done: RowDone,
     logits: Tensor | None = None,
+    on_phase: OnPhase | None = None,
 ) -> Tensor:
     """Fill the grids of a request: int64 [n, H, W]. ``logits`` [n, H, W, K] receives those of all positions.
 
@@ -238,7 +233,8 @@ def sample_cuda(
     height, _ = compiled.plan.shape
     with step.lock, on_device(step.device), _nvtx.annotate("grid"):
         state.codes.copy_(request.start_codes())
-        grid = Grid(step, state, request.noise.contiguous(), request.known.contiguous(), request.settings, logits)
+        noise, known = request.noise.contiguous(), request.known.contiguous()
+        grid = Grid(step, state, noise, known, request.settings, logits, on_phase)
         ring = ViewRing(min(ROWS_IN_FLIGHT, height), len(step.tables.ops), step.device)
         finished = enqueued = 0
         try:
@@ -253,6 +249,7 @@ def sample_cuda(
                 finished += 1
                 row_done()
             grid.check()
+            grid.phases.finish()
         finally:
             # The next grid may come on another stream, and must find nothing of this one running.
             synchronise(step.device)

@@ -8,12 +8,11 @@ Sampling goes through the grid in raster order. What an operation reads decides 
 - ``here``: also features of the current position. These wait for one another.
 
 A convolution is split along its taps: those on rows above are row work, whatever the rest is. One analysis covers every
-prior; what the architectures look like is written down in :mod:`fastvq.sampling.lower`.
+prior (:mod:`fastvq.sampling.plan.analysis`); what the architectures look like is written down in a file each.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -144,108 +143,3 @@ def require_finite(plan: Plan) -> None:
         biases = [] if op.bias is None else [op.bias]
         if not all(bool(w.isfinite().all()) for w in weights) or not all(bool((b < math.inf).all()) for b in biases):
             raise ArgumentError("prior: its weights hold NaN or infinite values")
-
-
-def schedule(ops: Sequence[Op], output: int, shape: tuple[int, int], num_codes: int) -> Plan:
-    """Find out when each operation can run, and drop those that nothing needs."""
-    ops, output = _prune(ops, output)
-    timing: list[Timing] = []
-    level: list[int] = []
-    row_terms: dict[int, tuple[Term, ...]] = {}
-    step_terms: dict[int, tuple[Term, ...]] = {}
-    uniform: set[int] = set()
-    for op in ops:
-        timing.append("row")
-        level.append(-1)
-        if op.kind == "affine":
-            in_row = [_is_row_tap(timing, op.index, term) for term in op.terms]
-            parts = list(zip(op.terms, in_row, strict=True))
-            row_terms[op.index] = tuple(p for term, keep in parts if (p := term.part(keep)))
-            step_terms[op.index] = tuple(p for term, keep in parts if (p := term.part([not k for k in keep])))
-        timing[-1], level[-1] = _when(op, ops, timing, level, step_terms)
-        if _is_uniform(op, uniform):
-            uniform.add(op.index)
-    return Plan(
-        tuple(ops),
-        output,
-        shape,
-        num_codes,
-        tuple(timing),
-        tuple(level),
-        _histories(ops, timing),
-        row_terms,
-        step_terms,
-        frozenset(uniform),
-    )
-
-
-def _is_row_tap(timing: Sequence[Timing], index: int, term: Term) -> list[bool]:
-    known = term.source < index and timing[term.source] == "row"
-    return [known or dr < 0 for dr, _ in term.taps]
-
-
-def _when(
-    op: Op, ops: Sequence[Op], timing: Sequence[Timing], level: Sequence[int], step_terms: dict[int, tuple[Term, ...]]
-) -> tuple[Timing, int]:
-    """Timing and level of an operation whose sources are done."""
-    if op.kind == "static":
-        return "row", -1
-    if op.kind == "lookup":
-        return ("left", 0) if any(dr == 0 for dr, _ in op.taps) else ("row", -1)
-    if op.kind == "affine":
-        if not step_terms[op.index]:
-            return "row", -1
-        # A product needs the whole vector, so it waits for the level of its source to end.
-        waits = [level[term.source] + 1 for term in step_terms[op.index] if (0, 0) in term.taps]
-        return ("here", max(waits)) if waits else ("left", 0)
-    if op.kind == "attention":
-        read_here = op.sources if op.variant == "inclusive" else op.sources[:1]
-        return "here", max(0, *(level[source] + 1 for source in read_here))
-    if all(timing[source] == "row" for source in op.sources):
-        return "row", -1
-    # Element by element, a thread goes on with what it has computed itself; attention hands out work differently.
-    return "here", max(level[source] + (ops[source].kind == "attention") for source in op.sources)
-
-
-def _is_uniform(op: Op, uniform: set[int]) -> bool:
-    if op.kind == "static":
-        return op.variant == "label"
-    sources = [*op.sources, *(term.source for term in op.terms)]
-    return op.kind not in ("lookup", "attention") and bool(sources) and all(source in uniform for source in sources)
-
-
-def _histories(ops: Sequence[Op], timing: Sequence[Timing]) -> dict[int, History]:
-    taps: dict[int, set[Tap]] = {}
-    for op in ops:
-        for term in op.terms:
-            if set(term.taps) != {(0, 0)}:
-                taps.setdefault(term.source, set()).update(term.taps)
-    return {
-        source: History(
-            above=max(-dr for dr, _ in read),
-            left=max(0, *(-dc for _, dc in read)),
-            right=max(0, *(dc for _, dc in read)),
-        )
-        for source, read in taps.items()
-    }
-
-
-def _prune(ops: Sequence[Op], output: int) -> tuple[list[Op], int]:
-    needed: set[int] = set()
-    waiting = [output]
-    while waiting:
-        index = waiting.pop()
-        if index not in needed:
-            needed.add(index)
-            waiting += [*ops[index].sources, *(term.source for term in ops[index].terms)]
-    renumbered = {old: new for new, old in enumerate(sorted(needed))}
-    kept = [
-        dataclasses.replace(
-            ops[old],
-            index=new,
-            sources=tuple(renumbered[source] for source in ops[old].sources),
-            terms=tuple(dataclasses.replace(term, source=renumbered[term.source]) for term in ops[old].terms),
-        )
-        for old, new in renumbered.items()
-    ]
-    return kept, renumbered[output]

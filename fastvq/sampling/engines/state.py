@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastvq._check import require_choice
 from fastvq.errors import UnavailableError
+from fastvq.models.prior import Prior
 from fastvq.ops.dispatch import triton_reason
-from fastvq.sampling.plan import History, Op, Plan, Term
-
-RowKernel = Literal["library", "triton"]
-ROW_KERNELS = ("library", "triton")
+from fastvq.sampling.options import ROW_KERNELS, RowKernel
+from fastvq.sampling.plan.form import History, Op, Plan, Term
+from fastvq.sampling.request import SampleRequest
 
 
 class RowConv:
@@ -255,6 +253,11 @@ class GridState:
             index[:, :, tap] = padded[:, left + dc : left + dc + self.width]
         found_rows = F.embedding_bag(index.flatten(0, 1), table, mode="sum")
         return found_rows.view(self.batch, self.width, -1) + bias
+
+
+def static_inputs(prior: Prior, request: SampleRequest) -> dict[str, Tensor]:
+    """What is known before the first position: [B or 1, C, H or 1, W or 1] by name."""
+    return prior.statics(request.condition, request.label, batch=len(request.noise))
 
 
 def padded(positions: int) -> int:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
+import torch
 from torch import Tensor
 
-from fastvq import _engine, _nvtx
+from fastvq import _engine
 from fastvq._memory import array_address
 from fastvq.errors import ArgumentError
-from fastvq.sampling.plan import Plan
-from fastvq.sampling.request import SampleRequest
-from fastvq.sampling.state import CompiledPlan, GridState
-from fastvq.sampling.step_tables import (
+from fastvq.models.prior import Prior
+from fastvq.sampling.engines.base import Engine, RowDone
+from fastvq.sampling.engines.phases import OnPhase, Phases
+from fastvq.sampling.engines.prepared import prepared
+from fastvq.sampling.engines.state import CompiledPlan, GridState, static_inputs
+from fastvq.sampling.engines.step_tables import (
     VIEW_FIELDS,
     StepTables,
     fill_views,
@@ -23,6 +24,9 @@ from fastvq.sampling.step_tables import (
     refused_options,
     row_arguments,
 )
+from fastvq.sampling.options import EngineOptions
+from fastvq.sampling.plan.form import Plan
+from fastvq.sampling.request import SampleRequest
 
 # About 2 microseconds of one core's arithmetic; a meeting of two threads takes a few tenths of one.
 _FLOPS_PER_MEETING = 100_000
@@ -75,26 +79,27 @@ def sample_cpu(
     step: CpuStep,
     state: GridState,
     request: SampleRequest,
-    row_done: Callable[[], None],
+    row_done: RowDone,
     logits: Tensor | None = None,
+    on_phase: OnPhase | None = None,
 ) -> Tensor:
     """Fill the grids of a request: int64 [n, H, W]. ``logits`` [n, H, W, K] receives those of all positions."""
     plan = compiled.plan
     height, width = plan.shape
-    settings = request.settings
+    settings, phases = request.settings, Phases(on_phase, compiled.device)
     state.codes.copy_(request.start_codes())
     noise, known = request.noise.contiguous(), request.known.contiguous()
     scratch = make_scratch(state, places=1)
     views = np.zeros((2, len(step.tables.ops), VIEW_FIELDS), dtype=np.int64)
     entries = len(step.tables.ops) * _CPU_VIEW_FIELDS
     for row in range(height):
-        with _nvtx.annotate("row phase"):
+        with phases.phase("row phase"):
             state.begin_row(row)
         kept = fill_views(views, step.tables, state, scratch, row)
         if logits is not None:
             views[0, plan.output] = logits_view(state, logits, row)
         values, starts = np.ascontiguousarray(views[:, :, :_CPU_VIEW_FIELDS])
-        with _nvtx.annotate("step phase"):
+        with phases.phase("step phase"):
             bad = step.native.run_row(
                 row,
                 array_address("values", values, np.int64, entries),
@@ -107,3 +112,40 @@ def sample_cpu(
             raise not_drawable(sample, row, column)
         row_done()
     return state.codes
+
+
+_Packed = tuple[CompiledPlan, CpuStep]
+
+
+class CpuEngine(Engine[_Packed]):
+    name = "cpu"
+    precisions = ("float32", "bfloat16")
+    plans = True
+
+    def why_not(self, prior: Prior, device: torch.device) -> str | None:
+        if device.type != "cpu":
+            return f"it computes on the CPU, the prior is on {device}"
+        return _engine.why_unavailable()
+
+    def check(self, options: EngineOptions, device: torch.device | None = None) -> None:
+        super().check(options, device)
+        if device is not None:
+            require_kernels(options.kernels)
+
+    def prepare(self, prior: Prior, batch: int, options: EngineOptions) -> _Packed:
+        kept = prepared(prior)
+        threads = options.threads or useful_threads(kept.plan, batch, torch.get_num_threads())
+        kernels, bf16 = options.kernels, options.precision == "bfloat16"
+        step = kept.get(
+            self.name,
+            (batch, threads, kernels, bf16),
+            lambda: CpuStep(kept.plan, batch, threads=threads, kernels=kernels, bf16=bf16),
+        )
+        return kept.compiled(options.row_kernel), step
+
+    def fill(
+        self, prepared: _Packed, prior: Prior, request: SampleRequest, row_done: RowDone, on_phase: OnPhase | None
+    ) -> Tensor:
+        compiled, step = prepared
+        state = GridState(compiled, len(request.noise), static_inputs(prior, request))
+        return sample_cpu(compiled, step, state, request, row_done, on_phase=on_phase)

@@ -7,17 +7,16 @@ caches of its own. It has not yet run on a GPU: without one only its refusals ca
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from fastvq import _nvtx
 from fastvq.errors import UnavailableError
-from fastvq.sampling.cuda_engine import CudaStep, Grid, on_device, synchronise
+from fastvq.sampling.engines.base import RowDone
+from fastvq.sampling.engines.cuda_grid import CudaStep, Grid, on_device, synchronise
+from fastvq.sampling.engines.state import CompiledPlan, GridState
+from fastvq.sampling.engines.step_tables import VIEW_FIELDS
 from fastvq.sampling.request import SampleRequest
-from fastvq.sampling.state import CompiledPlan, GridState
-from fastvq.sampling.step_tables import VIEW_FIELDS
 
 
 class GraphedGrid:
@@ -73,7 +72,7 @@ class GraphedGrid:
             grid.enqueue(row, host, device)
         return grid
 
-    def fill(self, statics: dict[str, Tensor], request: SampleRequest, row_done: Callable[[], None]) -> Tensor:
+    def fill(self, statics: dict[str, Tensor], request: SampleRequest, row_done: RowDone) -> Tensor:
         """Fill the grids of a request of the same key: int64 [n, H, W]. Rows are counted when all of them are done.
 
         Raises:

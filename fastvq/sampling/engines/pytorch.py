@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvq.sampling.plan import Op, require_finite
+from fastvq.models.prior import Prior
+from fastvq.sampling.engines.base import Engine, RowDone
+from fastvq.sampling.engines.phases import OnPhase, Phases
+from fastvq.sampling.engines.prepared import prepared
+from fastvq.sampling.engines.state import CompiledPlan, GridState, elementwise, static_inputs
+from fastvq.sampling.options import EngineOptions
+from fastvq.sampling.plan.form import Op, require_finite
 from fastvq.sampling.request import SampleRequest
-from fastvq.sampling.state import CompiledPlan, GridState, elementwise
 
 
 class TorchStep:
@@ -86,14 +89,43 @@ def _attend(op: Op, state: GridState, values: dict[int, Tensor], position: int) 
 
 
 def sample_torch(
-    compiled: CompiledPlan, step: TorchStep, state: GridState, request: SampleRequest, row_done: Callable[[], None]
+    compiled: CompiledPlan,
+    step: TorchStep,
+    state: GridState,
+    request: SampleRequest,
+    row_done: RowDone,
+    on_phase: OnPhase | None = None,
 ) -> Tensor:
     """Fill the grids of a request: int64 [n, H, W]."""
     height, width = compiled.plan.shape
+    phases = Phases(on_phase, compiled.device)
     state.codes.copy_(request.start_codes())
     for row in range(height):
-        state.begin_row(row)
-        for column in range(width):
-            request.draw_into(state.codes, step.logits(state, row, column), row, column)
+        with phases.phase("row phase"):
+            state.begin_row(row)
+        with phases.phase("step phase"):
+            for column in range(width):
+                request.draw_into(state.codes, step.logits(state, row, column), row, column)
         row_done()
+    phases.finish()
     return state.codes
+
+
+_Packed = tuple[CompiledPlan, TorchStep]
+
+
+class TorchEngine(Engine[_Packed]):
+    name = "torch"
+    plans = True
+
+    def prepare(self, prior: Prior, batch: int, options: EngineOptions) -> _Packed:
+        kept = prepared(prior)
+        compiled = kept.compiled(options.row_kernel)
+        return compiled, kept.get(self.name, None, lambda: TorchStep(compiled))
+
+    def fill(
+        self, prepared: _Packed, prior: Prior, request: SampleRequest, row_done: RowDone, on_phase: OnPhase | None
+    ) -> Tensor:
+        compiled, step = prepared
+        state = GridState(compiled, len(request.noise), static_inputs(prior, request))
+        return sample_torch(compiled, step, state, request, row_done, on_phase)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import nn
@@ -11,9 +13,6 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _WeightNorm
 
 from fastvq.models.blocks import CausalConv2d, CodeConv2d, GatedBlock, PointwiseConv2d
-from fastvq.models.pixelcnn import GatedLayer, GatedPixelCNN
-from fastvq.models.pixelsnail import AttentionBlock, PixelBlock, PixelSNAIL
-from fastvq.models.prior import Prior
 
 # Where a class has them they take part in its computation, beside its parts.
 _METHODS = (
@@ -25,18 +24,20 @@ _METHODS = (
     "forward",
     "logits",
     "context",
+    "statics",
     "check_codes",
     "check_condition",
     "check_label",
-    "_split",
 )
+# And these, where a class of objects has them instead of what it was built with.
+_ATTRIBUTES = ("config", "context_encoder", "taps", "weight", "bias")
 # What nn.Conv2d must be set to; the kernel's size is read off its weights.
 _PLAIN = {"stride": (1, 1), "dilation": (1, 1), "groups": 1, "padding": (0, 0), "padding_mode": "zeros"}
 _settings = operator.itemgetter(*_PLAIN)
 _PLAIN_VALUES = tuple(_PLAIN.values())
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
     """A submodule that a plan reads: of one of these classes, or a list of them, or absent."""
 
     classes: tuple[type[nn.Module], ...]
@@ -44,68 +45,37 @@ class _Part(NamedTuple):
     optional: bool = False
 
 
-_CONV = _Part((nn.Conv2d,))
-_POINTWISE = _Part((PointwiseConv2d,))
-_CODES = _Part((CodeConv2d,))
-_GATED = _Part((GatedBlock,))
-_GATED_LIST = _Part((GatedBlock,), many=True)
-_MAYBE_CONV = _Part((nn.Conv2d,), optional=True)
-_EITHER = _Part((PointwiseConv2d, CausalConv2d))
+CONV = Part((nn.Conv2d,))
+MAYBE_CONV = Part((nn.Conv2d,), optional=True)
+POINTWISE = Part((PointwiseConv2d,))
+CODES = Part((CodeConv2d,))
+GATED = Part((GatedBlock,))
+GATED_LIST = Part((GatedBlock,), many=True)
+_EITHER = Part((PointwiseConv2d, CausalConv2d))
 
-# What a plan reads of each class. The context encoder is not among it: every engine runs it as it is.
-_PARTS: dict[type[nn.Module], dict[str, _Part]] = {
-    PixelSNAIL: {
-        "input": _CODES,
-        "blocks": _Part((PixelBlock,), many=True),
-        "output_blocks": _GATED_LIST,
-        "output": _CONV,
-    },
-    PixelBlock: {
-        "layers": _GATED_LIST,
-        "attention": _Part((AttentionBlock,), optional=True),
-        "mix": _Part((PointwiseConv2d,), optional=True),
-    },
-    AttentionBlock: {
-        "key_block": _GATED,
-        "query_block": _GATED,
-        "query": _POINTWISE,
-        "key": _POINTWISE,
-        "value": _POINTWISE,
-        "out_block": _GATED,
-    },
-    GatedBlock: {"conv1": _EITHER, "conv2": _EITHER, "aux": _MAYBE_CONV, "context": _MAYBE_CONV},
-    GatedPixelCNN: {
-        "input_vertical": _CODES,
-        "input_horizontal": _CODES,
-        "input_link": _CONV,
-        "input_merge": _CONV,
-        "input_context": _MAYBE_CONV,
-        "layers": _Part((GatedLayer,), many=True),
-        "hidden": _CONV,
-        "output": _CONV,
-    },
-    GatedLayer: {"vertical": _CONV, "horizontal": _CONV, "link": _CONV, "merge": _CONV, "context": _MAYBE_CONV},
+# What a plan reads of the blocks that priors share. The context encoder is not among it: every engine runs it as it is.
+_SHARED: dict[type[nn.Module], Mapping[str, Part]] = {
+    GatedBlock: {"conv1": _EITHER, "conv2": _EITHER, "aux": MAYBE_CONV, "context": MAYBE_CONV},
     CodeConv2d: {},
     CausalConv2d: {},
     PointwiseConv2d: {},
     nn.Conv2d: {},
 }
-PLANNED = (PixelSNAIL, GatedPixelCNN)
 
 
-def why_no_plan(prior: Prior) -> str | None:
-    """Why a prior cannot be compiled, or None.
+@dataclass(frozen=True, eq=False)
+class Known:
+    """What a writer of plans takes for granted; see :func:`fastvq.sampling.plan.writes`."""
 
-    A plan is made from weights, so whatever else has a say in the logits excludes it: methods overridden by a subclass
-    or on an object, layers of other classes, hooks, and parametrisations other than weight norm.
-    """
-    if not isinstance(prior, PLANNED):
-        return f"no plan is known for a {type(prior).__name__}, only the naive engine runs it"
-    found = _difference(prior, PLANNED, "")
-    return None if found is None else f"{found}, which only the naive engine runs"
+    own: Mapping[type[nn.Module], Mapping[str, Part]]
+    also: tuple[str, ...]
+
+    def parts(self, cls: type[nn.Module]) -> Mapping[str, Part]:
+        return self.own[cls] if cls in self.own else _SHARED[cls]
 
 
-def _difference(module: nn.Module, classes: tuple[type[nn.Module], ...], name: str) -> str | None:
+def difference(module: nn.Module, classes: tuple[type[nn.Module], ...], name: str, known: Known) -> str | None:
+    """What makes a module compute something else than one of these classes with its weights, or None."""
     cls = type(module)
     if "parametrizations" in module._modules:
         cls = parametrize.type_before_parametrizations(module)
@@ -113,7 +83,7 @@ def _difference(module: nn.Module, classes: tuple[type[nn.Module], ...], name: s
             other = next((step for step in steps if type(step) is not _WeightNorm), None)
             if other is not None:
                 return f"{_title(name, cls)} has its {tensor} parametrised by {type(other).__name__}"
-    base, changed, methods = _resolve(cls, classes)  # type: ignore[arg-type]
+    base, changed, methods = _resolve(cls, classes, known)  # type: ignore[arg-type]
     if base is None:
         return f"{name} is a {cls.__name__}"
     attributes = module.__dict__
@@ -127,13 +97,13 @@ def _difference(module: nn.Module, classes: tuple[type[nn.Module], ...], name: s
         return f"{_title(name, cls)} has {key} {attributes[key]!r}"
     children = module._modules
     dot = f"{name}." if name else ""
-    for key, part in _PARTS[base].items():
+    for key, part in known.parts(base).items():
         child = children.get(key)
         if child is None:
             if not part.optional:
                 return f"{dot}{key} is missing"
         elif not part.many:
-            found = _difference(child, part.classes, dot + key)
+            found = difference(child, part.classes, dot + key, known)
             if found is not None:
                 return found
         elif type(child) is not nn.ModuleList:
@@ -141,7 +111,7 @@ def _difference(module: nn.Module, classes: tuple[type[nn.Module], ...], name: s
         else:
             for index, entry in child._modules.items():
                 path = f"{dot}{key}.{index}"
-                found = f"{path} is missing" if entry is None else _difference(entry, part.classes, path)
+                found = f"{path} is missing" if entry is None else difference(entry, part.classes, path, known)
                 if found is not None:
                     return found
     return None
@@ -153,13 +123,14 @@ def _title(name: str, cls: type[nn.Module]) -> str:
 
 @functools.lru_cache(maxsize=256)
 def _resolve(
-    cls: type[nn.Module], classes: tuple[type[nn.Module], ...]
+    cls: type[nn.Module], classes: tuple[type[nn.Module], ...], known: Known
 ) -> tuple[type[nn.Module] | None, str | None, frozenset[str]]:
     """Which of the classes this is or derives from, what of it is overridden, and methods no object may have anew."""
-    base = next((known for known in classes if issubclass(cls, known)), None)
+    base = next((wanted for wanted in classes if issubclass(cls, wanted)), None)
     if base is None:
         return None, None, frozenset()
     missing = object()
-    names = (*_METHODS, *_PARTS[base], "config", "background", "context_encoder", "weight", "bias")
+    methods = (*_METHODS, *known.also)
+    names = (*methods, *known.parts(base), *_ATTRIBUTES)
     changed = next((n for n in names if getattr(cls, n, missing) is not getattr(base, n, missing)), None)
-    return base, changed, frozenset(name for name in _METHODS if hasattr(base, name))
+    return base, changed, frozenset(name for name in methods if hasattr(base, name))

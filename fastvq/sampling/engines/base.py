@@ -1,0 +1,85 @@
+"""What an engine is: something that fills grids of codes for a prior."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import ClassVar, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from fastvq._evaluation import in_evaluation
+from fastvq.errors import ArgumentError
+from fastvq.models.prior import Prior
+from fastvq.sampling.engines.phases import OnPhase
+from fastvq.sampling.engines.state import require_triton
+from fastvq.sampling.options import EngineOptions
+from fastvq.sampling.request import SampleRequest
+
+P = TypeVar("P")
+RowDone = Callable[[], None]
+
+
+class Engine(ABC, Generic[P]):
+    """One way of filling grids. An object of it in :data:`fastvq.sampling.engines.ENGINES` makes it known.
+
+    Attributes:
+        name: what callers ask for it by.
+        precisions: of the weights in its step phase.
+        plans: whether it runs a plan of the prior, with a row phase before the steps of each row, instead of the
+            prior's modules. Priors of which there is no plan are refused before it is asked.
+        cuda_graphs: whether it can record a grid as a CUDA graph.
+        places: vectors that it keeps per sample of an operation whose past is not read.
+    """
+
+    name: ClassVar[str]
+    precisions: ClassVar[tuple[str, ...]] = ("float32",)
+    plans: ClassVar[bool] = False
+    cuda_graphs: ClassVar[bool] = False
+    places: ClassVar[int] = 1
+
+    def why_not(self, prior: Prior, device: torch.device) -> str | None:
+        """Why it cannot run a prior that is on a device, or None."""
+        return None
+
+    def check(self, options: EngineOptions, device: torch.device | None = None) -> None:
+        """Refuse options, other than the precision, that it does not have and would pass over in silence.
+
+        Args:
+            device: of the prior; with it, kernels that are not available there are refused as well.
+
+        Raises:
+            ArgumentError: there is such an option.
+            UnavailableError: the row kernel cannot run on the device.
+        """
+        if options.row_kernel != "library" and not self.plans:
+            raise ArgumentError(f"row_kernel: the {self.name} engine has no row phase, got {options.row_kernel!r}")
+        if options.cuda_graph and not self.cuda_graphs:
+            raise ArgumentError(f"cuda_graph: only the cuda engine has one, the engine here is {self.name!r}")
+        if device is not None and options.row_kernel == "triton":
+            require_triton(device)
+
+    def evaluated(self, prior: Prior) -> Prior:
+        """The prior in evaluation mode, as far as the engine runs its modules: a plan has all but the context in it."""
+        return in_evaluation(prior, only="context_encoder" if self.plans else None)
+
+    @abstractmethod
+    def prepare(self, prior: Prior, batch: int, options: EngineOptions) -> P:
+        """What does not depend on the request, for this many samples: kept by the engine where it can be used again.
+
+        Raises:
+            ArgumentError: weights that are not finite.
+        """
+
+    @abstractmethod
+    def fill(
+        self, prepared: P, prior: Prior, request: SampleRequest, row_done: RowDone, on_phase: OnPhase | None
+    ) -> Tensor:
+        """Fill the grids of a request: int64 [n, H, W].
+
+        Args:
+            prior: in evaluation mode, see :meth:`evaluated`.
+            row_done: to call after each row.
+            on_phase: see :func:`fastvq.sampling.engines.fill`.
+        """

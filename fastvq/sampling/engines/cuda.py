@@ -1,0 +1,69 @@
+"""The engine on an NVIDIA GPU: grids row by row, or as one CUDA graph."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastvq import _engine
+from fastvq.models.prior import Prior
+from fastvq.sampling.engines.base import Engine, RowDone
+from fastvq.sampling.engines.cuda_graph import GraphedGrid
+from fastvq.sampling.engines.cuda_grid import CudaStep, sample_cuda, why_no_cuda
+from fastvq.sampling.engines.phases import OnPhase
+from fastvq.sampling.engines.prepared import Kept, prepared
+from fastvq.sampling.engines.state import CompiledPlan, GridState, static_inputs
+from fastvq.sampling.options import EngineOptions
+from fastvq.sampling.request import SampleRequest
+
+
+def cuda_summary() -> str:
+    """What the extension was built for, in one line."""
+    reason = _engine.why_unavailable()
+    if reason is not None or not getattr(_engine.require(), "CUDA", False):
+        return "not in the extension"
+    info = _engine.require().cuda_info()
+    devices = info["error"] or f"{info['device_count']} device(s)"
+    return f"{info['compiled']} for {info['architectures']}; {devices}"
+
+
+_GRAPH = "cuda graph"
+# The plan, its packed steps, and where graphs of whole grids are kept if there are to be any.
+_Packed = tuple[CompiledPlan, CudaStep, Kept | None]
+
+
+class CudaEngine(Engine[_Packed]):
+    name = "cuda"
+    precisions = ("float32", "bfloat16")
+    plans = True
+    cuda_graphs = True
+    places = 2
+
+    def why_not(self, prior: Prior, device: torch.device) -> str | None:
+        return why_no_cuda(device)
+
+    def prepare(self, prior: Prior, batch: int, options: EngineOptions) -> _Packed:
+        kept = prepared(prior)
+        precision = options.precision
+        step = kept.get(
+            self.name,
+            (batch, precision),
+            lambda: CudaStep(kept.plan, batch, kept.device, precision=precision),
+            instead_of=(_GRAPH,),
+        )
+        return kept.compiled(options.row_kernel), step, kept if options.cuda_graph else None
+
+    def fill(
+        self, prepared: _Packed, prior: Prior, request: SampleRequest, row_done: RowDone, on_phase: OnPhase | None
+    ) -> Tensor:
+        compiled, step, graphs = prepared
+        statics = static_inputs(prior, request)
+        if graphs is None:
+            state = GridState(compiled, len(request.noise), statics)
+            return sample_cuda(compiled, step, state, request, row_done, on_phase=on_phase)
+        graph = graphs.get(
+            _GRAPH,
+            (compiled, step, GraphedGrid.key(statics, request)),
+            lambda: GraphedGrid(compiled, step, statics, request),
+        )
+        return graph.fill(statics, request, row_done)
