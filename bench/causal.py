@@ -19,11 +19,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.causal_cases import CausalCase, PriorCase
 from bench.harness import Check, Entry, Peer, Recorder, Result, Work, measure, timed
 from bench.machine import CPU_FLOAT32
+from fastvq.kernels.taps import read_taps
 from fastvq.models import Prior
 from fastvq.models.blocks import CausalConv2d, GatedBlock
 from fastvq.models.presets import build
-from fastvq.ops.causal import Form, Mask, causal_attention, causal_conv2d
-from fastvq.ops.causal_grid import read_taps
+from fastvq.ops import causal_attention, causal_conv2d
+from fastvq.ops.grid import Form, Mask
 
 Run = Callable[[], list[Tensor]]
 # Largest error relative to the largest magnitude: rounding of float32 and of bfloat16 is below, a lost tap far above.

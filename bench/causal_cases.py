@@ -9,7 +9,7 @@ from typing import Any, Literal
 from bench.harness import Case
 from fastvq.models.config import GatedPixelCNNConfig, PixelSNAILConfig
 from fastvq.models.presets import PRESETS
-from fastvq.ops.causal import Form, Mask
+from fastvq.ops.grid import Form, Mask
 
 What = Literal["forward", "forward + backward"]
 WHATS: tuple[What, ...] = ("forward", "forward + backward")

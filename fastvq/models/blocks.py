@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvq.models.config import Activation, PixelSNAILConfig, PriorConfig
-from fastvq.ops.causal import Form, Mask, activate, code_conv2d, fused_causal_conv2d
+from fastvq.ops import code_conv2d, fused_causal_conv2d
+from fastvq.ops.causal_conv.reference import activate
+from fastvq.ops.grid import Form, Mask
 
 ConvFactory = Callable[[int, int], nn.Module]
 Taps = Sequence[tuple[int, int]]

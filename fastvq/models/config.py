@@ -16,7 +16,7 @@ from fastvq._check import (
 )
 from fastvq._config import Config
 from fastvq.errors import ArgumentError
-from fastvq.ops.causal import FORMS, MASKS, Form, Mask
+from fastvq.ops.grid import FORMS, MASKS, Form, Mask
 
 CodebookInit = Literal["normal", "data", "kmeans"]
 Activation = Literal["elu", "concat_elu"]

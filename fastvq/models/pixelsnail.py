@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from fastvq.models.blocks import CausalConv2d, CodeConv2d, GatedBlock, causal_taps, pointwise
 from fastvq.models.config import PixelSNAILConfig
 from fastvq.models.prior import Prior
-from fastvq.ops.causal import activate, causal_attention
+from fastvq.ops import causal_attention
+from fastvq.ops.causal_conv.reference import activate
 
 
 class PixelSNAIL(Prior):
