@@ -14,7 +14,7 @@ from bench.harness import Case
 from fastvq import Pipeline, PixelSNAIL
 from fastvq.models import PixelSNAILConfig
 from fastvq.models.prior import Prior
-from fastvq.ops.causal import Mask
+from fastvq.ops.grid import Mask
 
 BATCHES = (1, 8, 32)
 # In the smoke run, where it is enough that some batch is neither 1 nor a multiple of anything.

@@ -19,10 +19,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.causal_cases import CausalCase, PriorCase
 from bench.harness import Check, Entry, Peer, Recorder, Result, Work, measure, timed
 from bench.machine import CPU_FLOAT32
+from fastvq.kernels.taps import read_taps
 from fastvq.models import Prior, build
 from fastvq.models.blocks import CausalConv2d, GatedBlock
-from fastvq.ops.causal import Form, Mask, causal_attention, causal_conv2d
-from fastvq.ops.causal_grid import read_taps
+from fastvq.ops import causal_attention, causal_conv2d
+from fastvq.ops.grid import Form, Mask
 
 Run = Callable[[], list[Tensor]]
 # Largest error relative to the largest magnitude: rounding of float32 and of bfloat16 is below, a lost tap far above.

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from bench.harness import Case
 from fastvq.models import PRESETS, GatedPixelCNNConfig, PixelSNAILConfig
-from fastvq.ops.causal import Form, Mask
+from fastvq.ops.grid import Form, Mask
 
 What = Literal["forward", "forward + backward"]
 WHATS: tuple[What, ...] = ("forward", "forward + backward")

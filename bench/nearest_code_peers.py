@@ -30,8 +30,9 @@ from bench.nearest_code_contender import (
     most_bytes,
 )
 from fastvq.models import VectorQuantizer
-from fastvq.ops import dispatch, ema_update
+from fastvq.ops import ema_update
 from fastvq.ops.nearest_code import nearest_code, nearest_code_statistics
+from fastvq.ops.nearest_code.backends import BACKENDS
 
 # Above this the product alone is not written in full: its buffer is there while all the others run.
 _MOST_PRODUCT_BYTES = 1e9
@@ -69,7 +70,7 @@ class Fastvq(Contender):
 def chosen_backend(problem: Problem) -> str:
     """The backend that runs when none is asked for."""
     x, codebook = problem.inputs[0].detach()[None], problem.codebook[None]
-    return dispatch.select_backend("nearest_code", dispatch.nearest_code_backends(x, codebook), None)
+    return BACKENDS.select(None, x, codebook).name
 
 
 class FastvqModule(Contender):

@@ -77,6 +77,26 @@ def require_floating(name: str, value: Tensor) -> None:
         require_dense(name, value)
 
 
+def require_like(
+    name: str, value: object, shape: Sequence[int | str], first: Tensor, of: str, *, any_dtype: bool = False
+) -> None:
+    """A dense floating-point tensor of a shape, on the device of another one and, outside autocast, of its dtype.
+
+    Args:
+        first, of: the other tensor, which has been checked, and its name.
+        any_dtype: the dtype may be another.
+    """
+    value = require_tensor(name, value)
+    if value.dtype != first.dtype or value.layout is not _STRIDED or value.is_nested:
+        require_floating(name, value)
+    if value.shape != shape:
+        require_shape(name, value, shape)
+    if value.device != first.device:
+        raise ArgumentError(f"{name}: expected device {first.device} as for {of}, got {value.device}")
+    if value.dtype != first.dtype and not any_dtype and not torch.is_autocast_enabled(first.device.type):
+        raise ArgumentTypeError(f"{name}: expected {first.dtype} as for {of}, got {value.dtype}")
+
+
 def require_range(name: str, value: Tensor, count: int) -> None:
     """Values must lie in [0, count). Reads the tensor, so on a GPU it waits for it; vmap has none to read."""
     if value.numel() == 0 or _is_batched(value):

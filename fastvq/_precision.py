@@ -22,3 +22,13 @@ def full_float32(device: torch.device) -> Iterator[None]:
             yield
         finally:
             matmul.allow_tf32, convolution.allow_tf32 = before
+
+
+def product_precision(of: str) -> str:
+    """Of float32 products on a GPU, ``tf32`` or ``ieee``: as PyTorch's own are set.
+
+    Args:
+        of: ``convolution`` or ``attention``.
+    """
+    backend = torch.backends.cudnn.conv if of == "convolution" else torch.backends.cuda.matmul  # type: ignore[attr-defined]
+    return "tf32" if backend.fp32_precision == "tf32" else "ieee"

@@ -208,7 +208,7 @@ def forward(
     tiles = tiles or forward_tiles(
         width, value_width, query.dtype, hardware(query.device).capability, precision, dropout > 0
     )
-    with on_device(query):
+    with on_device(query.device):
         _forward_kernel[(triton.cdiv(length, tiles.block_m) * batch * heads,)](
             query, key, value, out, lse, *query.stride(), *key.stride(), *value.stride(), *out.stride(),
             heads, length, LOG2_E.value / math.sqrt(width), seed, dropout, 1 / (1 - dropout) if dropout < 1 else 0.0,

@@ -262,7 +262,7 @@ def backward(
         "D": width, "E": value_width, "STRICT": mask == "strict", "DROPOUT": dropout > 0, "PRECISION": precision,
         "BLOCK_D": block_width(width), "BLOCK_E": block_width(value_width),
     }  # fmt: skip
-    with on_device(query):
+    with on_device(query.device):
         _query_gradient_kernel[(triton.cdiv(length, of_query.block_m) * batch * heads,)](
             query, key, value, out, grad, lse, delta, dquery,
             *query.stride(), *key.stride(), *value.stride(), *out.stride(), *grad.stride(), *dquery.stride(),

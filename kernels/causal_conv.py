@@ -11,11 +11,12 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvq.errors import ArgumentError
-from fastvq.kernels.causal_conv_product import ACTIVATION_KINDS, convolve, nhwc, read_taps
+from fastvq.kernels.causal_conv_product import ACTIVATION_KINDS, convolve, nhwc
 from fastvq.kernels.causal_conv_weight import backward_weight
 from fastvq.kernels.launch import on_device
+from fastvq.kernels.taps import read_taps
 
-__all__ = ["backward_input", "backward_weight", "forward", "gate_backward", "pack_weight", "rows_above"]
+__all__ = ["backward_input", "backward_weight", "forward", "gate_backward"]
 
 
 @triton.jit
@@ -28,15 +29,6 @@ def _gate_backward_kernel(grad, pre_gate, out, size, channels, BLOCK: tl.constex
     gate = tl.sigmoid(tl.load(pre_gate + wide + channels, mask=inside, other=0.0).to(tl.float32))
     tl.store(out + wide, value * gate, mask=inside)
     tl.store(out + wide + channels, value * a * gate * (1 - gate), mask=inside)
-
-
-@torch.no_grad()
-def pack_weight(weight: Tensor, *, mask: str, form: str, dtype: torch.dtype, transposed: bool = False) -> Tensor:
-    """The taps of weight [O, C', k, k] that are read: [T, O, C'], or [T, C', O] for `backward_input` (``transposed``).
-
-    `forward` and `backward_input` do this themselves unless the result is handed over.
-    """
-    return _packed(weight, read_taps(weight.shape[-1], mask, form).count, dtype, transposed)
 
 
 @torch.no_grad()
@@ -53,7 +45,6 @@ def forward(
     residual: Tensor | None = None,
     keep_pre_gate: bool = False,
     precision: str = "ieee",
-    packed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`fastvq.ops.causal_conv2d` of the activated x, with what surrounds it in a gated residual block.
 
@@ -68,7 +59,6 @@ def forward(
         residual: of the output's shape, added last.
         keep_pre_gate: also returns what the gate is applied to.
         precision: of products of float32: ``ieee`` or ``tf32``. Sums are float32 in any case.
-        packed: `pack_weight` of the weight in x's dtype.
 
     Returns:
         The output [B, O or O / 2, H, W] and, with a gate and ``keep_pre_gate``, [B, O, H, W], else None; both
@@ -82,8 +72,7 @@ def forward(
         raise ArgumentError(f"weight: expected {wanted} input channels, got {weight.shape[1]}")
     if gate and columns % 2:
         raise ArgumentError(f"weight: expected an even number of output channels to gate, got {columns}")
-    if packed is None:
-        packed = _packed(weight, taps.count, x.dtype)
+    packed = _packed(weight, taps.count, x.dtype)
     out = _image(x, batch, columns // 2 if gate else columns, height, width)
     pre_gate = _image(x, batch, columns, height, width) if gate and keep_pre_gate else None
     sample_context = context is not None and context.shape[2:] != x.shape[2:]
@@ -96,39 +85,6 @@ def forward(
 
 
 @torch.no_grad()
-def rows_above(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    first: int,
-    rows: int,
-    form: str,
-    activation: str | None = None,
-    precision: str = "ieee",
-) -> Tensor:
-    """What rows above contribute to output rows ``first`` to ``first + rows - 1``: the same for either mask.
-
-    Args:
-        x: [B, C, H, W]; of output row r only rows before r are read, so that x may end after row first + rows - 2.
-        weight, bias, form, activation, precision: as for `forward`.
-
-    Returns:
-        [B, O, rows, W], channels-last.
-    """
-    taps = read_taps(weight.shape[-1], "strict", form)
-    taps = taps._replace(count=taps.above * taps.kernel)
-    if first < 0 or rows < 0 or first + rows > x.shape[2] + 1:
-        raise ArgumentError(f"first: expected rows within 0..{x.shape[2]}, got {first} to {first + rows - 1}")
-    out = _image(x, x.shape[0], weight.shape[0], rows, x.shape[3])
-    convolve(
-        nhwc(x), _packed(weight, taps.count, x.dtype), out, taps, kind=ACTIVATION_KINDS[activation],
-        precision=precision, bias=None if bias is None else bias.contiguous(), first_row=first,
-    )  # fmt: skip
-    return out.permute(0, 3, 1, 2)
-
-
-@torch.no_grad()
 def backward_input(
     grad: Tensor,
     x: Tensor | None,
@@ -138,7 +94,6 @@ def backward_input(
     form: str,
     activation: str | None = None,
     precision: str = "ieee",
-    packed: Tensor | None = None,
 ) -> Tensor:
     """Gradient [B, C, H, W] with respect to `forward`'s x, channels-last, from that of the convolution's result.
 
@@ -146,7 +101,6 @@ def backward_input(
         grad: [B, O, H, W], of the dtype of the products.
         x: [B, C, H, W], needed with an activation.
         weight, mask, form, activation, precision: as for `forward`.
-        packed: `pack_weight` of the weight, transposed, in grad's dtype.
     """
     taps = read_taps(weight.shape[-1], mask, form)
     kind = ACTIVATION_KINDS[activation]
@@ -156,8 +110,7 @@ def backward_input(
     channels = weight.shape[1] // 2 if activation == "concat_elu" else weight.shape[1]
     out = _image(grad, batch, channels, height, width)
     given = nhwc(x) if kind and x is not None else None
-    if packed is None:
-        packed = _packed(weight, taps.count, grad.dtype, transposed=True)
+    packed = _packed(weight, taps.count, grad.dtype, transposed=True)
     convolve(nhwc(grad), packed, out, taps, reverse=True, derivative=kind, given=given, precision=precision)
     return out.permute(0, 3, 1, 2)
 
@@ -168,7 +121,7 @@ def gate_backward(grad: Tensor, pre_gate: Tensor) -> Tensor:
     grad, pre_gate = nhwc(grad), nhwc(pre_gate)
     out = torch.empty_like(pre_gate)
     if grad.numel():
-        with on_device(grad):
+        with on_device(grad.device):
             _gate_backward_kernel[(triton.cdiv(grad.numel(), 1024),)](
                 grad, pre_gate, out, grad.numel(), grad.shape[-1], BLOCK=1024, num_warps=4
             )
@@ -176,6 +129,7 @@ def gate_backward(grad: Tensor, pre_gate: Tensor) -> Tensor:
 
 
 def _packed(weight: Tensor, taps: int, dtype: torch.dtype, transposed: bool = False) -> Tensor:
+    """The taps of weight [O, C', k, k] that are read: [T, O, C'], or [T, C', O] transposed."""
     order = (2, 1, 0) if transposed else (2, 0, 1)
     return weight.flatten(2)[:, :, :taps].permute(order).to(dtype).contiguous()
 

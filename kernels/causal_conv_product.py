@@ -21,6 +21,7 @@ from torch.nn.functional import pad
 
 from fastvq.errors import ArgumentError
 from fastvq.kernels.launch import Device, hardware, on_device
+from fastvq.kernels.taps import Taps
 
 ACTIVATION_KINDS: dict[str | None, int] = {None: 0, "elu": 1, "concat_elu": 2}
 _ELU: tl.constexpr = tl.constexpr(1)
@@ -35,21 +36,6 @@ _FUSED_REPETITIONS = 4
 
 # Rows of channels are copied 16 bytes at a time only where Triton knows their addresses to be multiples of that.
 CHANNEL_MULTIPLE = 16
-
-
-class Taps(NamedTuple):
-    """The taps that are read: the first ``count`` in raster order of a k x k kernel."""
-
-    kernel: int
-    above: int
-    left: int
-    count: int
-
-
-def read_taps(kernel: int, mask: str, form: str) -> Taps:
-    above = kernel - 1 if form == "rows" else kernel // 2
-    left = kernel // 2
-    return Taps(kernel, above, left, above * kernel + left + (mask == "inclusive"))
 
 
 class Tiles(NamedTuple):
@@ -319,7 +305,7 @@ def convolve(
         return product_tiles(positions, columns * half, channels, x.dtype, precision, device, max(1, kind))
 
     tiles = choose(kind, x.shape[-1])
-    with on_device(x):
+    with on_device(x.device):
         repetitions = taps.count * triton.cdiv(columns * half, tiles.block_n)
         if kind and not is_fused(kind, repetitions, x.dtype, precision, device):
             x, kind = activated(x, kind), 0

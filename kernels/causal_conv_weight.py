@@ -22,10 +22,10 @@ from fastvq.kernels.causal_conv_product import (
     kernel_precision,
     multiply,
     nhwc,
-    read_taps,
     require_countable,
 )
 from fastvq.kernels.launch import Device, hardware, on_device
+from fastvq.kernels.taps import read_taps
 
 __all__ = ["backward_weight"]
 
@@ -132,7 +132,7 @@ def backward_weight(
     # As many terms as there are positions, in an order that PyTorch chooses: float64 makes it irrelevant.
     bias = grad.sum((0, 1, 2), dtype=torch.float64).to(dtype)
     if taps.count and x.numel() and columns:
-        with on_device(x):
+        with on_device(x.device):
             partial = _partial_sums(grad, x, taps.count, kind, kernel_size, taps.above, taps.left, precision)
         # [taps, signs, channels, O]: padded columns and channels go.
         total = partial.sum(0)[..., : channels // partial.shape[2], :columns]

@@ -66,6 +66,6 @@ class Checksum:
 
     def __call__(self) -> int:
         total = self._chunks.new_zeros(1)
-        with on_device(total):
+        with on_device(total.device):
             _checksum_kernel[(len(self._chunks),)](self._chunks, total, BLOCK=_BLOCK, num_warps=4)
         return int(total.item())

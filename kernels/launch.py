@@ -7,7 +7,6 @@ import functools
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 __all__ = ["Device", "hardware", "on_device"]
 
@@ -28,6 +27,6 @@ def hardware(device: torch.device) -> Device:
     return Device(properties.major * 10 + properties.minor, properties.multi_processor_count)
 
 
-def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Triton launches on the current device."""
-    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Kernels, events and streams are the current device's."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

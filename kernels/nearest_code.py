@@ -309,7 +309,7 @@ def nearest_code(x: Tensor, codebook: Tensor, *, mode: str) -> Tensor:
     Returns:
         int64 [H, N]; 0 where no code has a finite score.
     """
-    with on_device(x):
+    with on_device(x.device):
         return _search(_unit_stride(x), _unit_stride(codebook), mode == "exact", none=0)
 
 
@@ -327,7 +327,7 @@ def nearest_code_statistics(
     Returns:
         Squared error float32 [H], sums float32 [H, K, D], counts int64 [H, K], indices int64 [H, N].
     """
-    with on_device(x):
+    with on_device(x.device):
         x, codebook = _unit_stride(x), _unit_stride(codebook)
         indices = _search(x, codebook, mode == "exact", none=-1)
         return *assignment_statistics(x, codebook, indices, mask, deterministic), indices

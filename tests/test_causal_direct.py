@@ -14,9 +14,8 @@ from torch.fx import GraphModule
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastvq.errors import UnavailableError
-from fastvq.ops import causal_attention, causal_conv2d, fused_causal_conv2d
-from fastvq.ops import causal_conv_backends as conv_backends
-from fastvq.ops.causal import code_conv2d
+from fastvq.ops import causal_attention, causal_conv2d, code_conv2d, fused_causal_conv2d
+from fastvq.ops.causal_conv import library
 from fastvq.ops.dispatch import runs_directly
 
 pytestmark = pytest.mark.usefixtures("steady")
@@ -114,13 +113,13 @@ def test_both_ways_of_a_look_up_give_the_same() -> None:
 
 def test_what_inference_keeps_serves_training() -> None:
     """Indices that depend on the geometry alone are kept from call to call."""
-    conv_backends._sources.cache_clear()
+    library._sources.cache_clear()
     run, tensors = CALLS["gathered"]
     with torch.inference_mode():
         run(*tensors)
-    assert conv_backends._sources.cache_info().currsize == 1
+    assert library._sources.cache_info().currsize == 1
     assert all(grad.isfinite().all() for grad in outcome(run, tensors))
-    assert conv_backends._sources.cache_info().misses == 1
+    assert library._sources.cache_info().misses == 1
 
 
 @pytest.mark.parametrize("call", ["gathered", "attention-other-width"])

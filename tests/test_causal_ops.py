@@ -12,7 +12,8 @@ from helpers import random_codes, refuses
 from torch import Tensor
 
 from fastvq.errors import ArgumentError, ArgumentTypeError
-from fastvq.ops.causal import FORMS, MASKS, Form, Mask, causal_attention, causal_conv2d, code_conv2d
+from fastvq.ops import causal_attention, causal_conv2d, code_conv2d
+from fastvq.ops.grid import FORMS, MASKS, Form, Mask
 
 pytestmark = pytest.mark.usefixtures("steady")
 

@@ -25,10 +25,11 @@ from fastvq.ops import (
     fused_causal_conv2d,
     fused_causal_conv2d_reference,
 )
-from fastvq.ops import causal_attention_backends as attention_backends
-from fastvq.ops.causal import FORMS, MASKS, Form, Mask, activate
-from fastvq.ops.causal_conv_backends import channels_last
+from fastvq.ops.causal_attention import blocks
+from fastvq.ops.causal_conv.library import channels_last
+from fastvq.ops.causal_conv.reference import activate
 from fastvq.ops.dispatch import why_no_triton
+from fastvq.ops.grid import FORMS, MASKS, Form, Mask
 
 pytestmark = pytest.mark.usefixtures("steady")
 
@@ -397,15 +398,15 @@ def test_flops_are_those_of_valid_taps() -> None:
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks of queries, of heads and of samples even on small inputs."""
-    monkeypatch.setattr(attention_backends, "_ROWS", 4)
-    monkeypatch.setattr(attention_backends, "_LOGITS", {"cpu": 100})
+    monkeypatch.setattr(blocks, "_ROWS", 4)
+    monkeypatch.setattr(blocks, "_LOGITS", {"cpu": 100})
 
 
 def kept_logits(query: Tensor, mask: Mask, dropout: float, seed: int) -> Tensor:
     """[B, heads, N, N]: 1 where dropout leaves a logit."""
     length = query.shape[2]
     kept = query.new_zeros(*query.shape[:2], length, length)
-    for tile in attention_backends._tiles(query, mask, dropout, seed):
+    for tile in blocks._tiles(query, mask, dropout, seed):
         assert tile.kept is not None
         kept[(*tile.queries, tile.keys[2])] = (tile.kept != 0).to(kept.dtype)
     return kept
@@ -437,7 +438,7 @@ def test_blocks_cover_every_pair_once_within_the_budget(mask: Mask) -> None:
     for shape in ((1, 1, 4096, 1), (2, 8, 1024, 1), (32, 4, 16, 1), (3, 5, 130, 1)):
         query = torch.zeros(1).expand(shape)
         seen = torch.zeros(shape[:3], dtype=torch.int64)
-        for tile in attention_backends._tiles(query, mask, 0.0, 0):
+        for tile in blocks._tiles(query, mask, 0.0, 0):
             batch, heads, rows = tile.queries
             sizes = [part.stop - part.start for part in (batch, heads, rows, tile.keys[2])]
             assert math.prod(sizes) <= max(1 << 18, 128 * shape[2])

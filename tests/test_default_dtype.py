@@ -13,8 +13,7 @@ from helpers import pixelcnn, snail
 from torch import Tensor
 
 from fastvq import VQVAE2, Pipeline, ResidualVQ, VectorQuantizer, explain, sample
-from fastvq.ops import ema_update, nearest_code, nearest_code_statistics
-from fastvq.ops.causal import causal_attention, causal_conv2d
+from fastvq.ops import causal_attention, causal_conv2d, ema_update, nearest_code, nearest_code_statistics
 from fastvq.ops.draw import draw
 
 TYPES = (torch.float64, torch.bfloat16, torch.float16)

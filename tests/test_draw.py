@@ -14,8 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastvq import _engine
 from fastvq.errors import ArgumentError, ArgumentTypeError, UnavailableError
-from fastvq.ops.dispatch import draw_backends, explain_backend, select_backend
+from fastvq.ops import explain_backend
+from fastvq.ops.dispatch import select_backend
 from fastvq.ops.draw import draw, draw_margin, draw_reference
+from fastvq.ops.draw.backends import BACKENDS
 
 INF = math.inf
 NAN = math.nan
@@ -332,12 +334,12 @@ def test_margin_refuses(tokens: Any, error: type[Exception]) -> None:
 
 
 def test_dispatch_gives_reasons() -> None:
-    assert [name for name, _ in draw_backends(torch.zeros(1, 2))] == ["cpp", "torch"]
-    elsewhere = dict(draw_backends(torch.zeros(1, 2, device="meta")))
+    assert [name for name, _ in BACKENDS.candidates(torch.zeros(1, 2))] == ["cpp", "torch"]
+    elsewhere = dict(BACKENDS.candidates(torch.zeros(1, 2, device="meta")))
     assert elsewhere["torch"] is None
     assert "meta" in str(elsewhere["cpp"])
     with FakeTensorMode():
-        assert "FakeTensor" in str(dict(draw_backends(torch.zeros(1, 2)))["cpp"])
+        assert "FakeTensor" in str(dict(BACKENDS.candidates(torch.zeros(1, 2)))["cpp"])
     with pytest.raises(UnavailableError, match="'cpp' was asked for but cannot run draw here: it reads CPU memory"):
         draw(torch.zeros(1, 2, device="meta"), torch.zeros(1, device="meta"), backend="cpp")
     with pytest.raises(ArgumentError, match="backend: expected None or one of 'cpp', 'torch' for draw, got 'cuda'"):

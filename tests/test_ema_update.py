@@ -9,7 +9,8 @@ from torch import Tensor
 from fastvq import _engine
 from fastvq.errors import ArgumentError, ArgumentTypeError, UnavailableError
 from fastvq.ops import ema_update, ema_update_reference, explain_backend, nearest_code_statistics
-from fastvq.ops.ema_update import cpp_ema_update
+from fastvq.ops.ema_update.cpp import cpp_ema_update
+from fastvq.ops.ema_update.options import Options
 
 BACKENDS = [
     pytest.param("cpp", marks=pytest.mark.skipif(not _engine.available(), reason="needs the extension")),
@@ -130,7 +131,7 @@ def test_threads_do_not_change_a_bit() -> None:
     results = []
     for threads in (1, 2, 3):
         results.append(copies(state))
-        cpp_ema_update(counts, sums, *results[-1].values(), 0.99, 1e-5, False, threads=threads)
+        cpp_ema_update(counts, sums, *results[-1].values(), Options(0.99, 1e-5, False, None), threads=threads)
     assert same(results[0], results[1])
     assert same(results[0], results[2])
 

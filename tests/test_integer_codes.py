@@ -13,7 +13,7 @@ from torch import Tensor
 from fastvq import VQVAE2, PixelSNAIL, ResidualVQ, VectorQuantizer, sample
 from fastvq._check import INTEGER_DTYPES
 from fastvq.errors import ArgumentError, ArgumentTypeError
-from fastvq.ops.causal import code_conv2d
+from fastvq.ops import code_conv2d
 from fastvq.ops.draw import draw_margin
 
 # The highest code of the narrowest types.

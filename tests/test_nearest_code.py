@@ -16,8 +16,9 @@ from torch import Tensor
 
 from fastvq import _engine
 from fastvq.errors import ArgumentError, ArgumentTypeError, UnavailableError
-from fastvq.ops import explain_backend, nearest_code, nearest_code_reference, nearest_code_statistics
-from fastvq.ops.nearest_code_backends import cpp_indices, cpp_statistics
+from fastvq.ops import explain_backend, nearest_code, nearest_code_statistics
+from fastvq.ops.nearest_code import reference
+from fastvq.ops.nearest_code.cpp import cpp_indices, cpp_statistics
 
 pytestmark = pytest.mark.usefixtures("steady")
 
@@ -363,7 +364,7 @@ def test_reference_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     x, codebook = normal(101, 4), normal(10, 4, seed=1)
     whole = nearest_code(x, codebook, backend="torch")
     for scores in (70, 1):
-        monkeypatch.setattr(nearest_code_reference, "_CHUNK_SCORES", scores)
+        monkeypatch.setattr(reference, "_CHUNK_SCORES", scores)
         assert torch.equal(nearest_code(x, codebook, backend="torch"), whole)
 
 

@@ -50,7 +50,7 @@ def test_everything_with_a_pytorch_path_runs_without_the_extension(tmp_path: Pat
 import fastvq, torch
 from fastvq import _engine
 from fastvq.errors import UnavailableError
-from fastvq.ops.dispatch import explain_backend
+from fastvq.ops import explain_backend
 from fastvq.ops.draw import draw
 logits, u = torch.zeros(3, 4), torch.tensor([0.0, 0.3, 0.9])
 assert not _engine.available()

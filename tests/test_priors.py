@@ -14,7 +14,7 @@ from torch import Tensor
 from fastvq.errors import ArgumentError, ArgumentTypeError
 from fastvq.models import PixelSNAIL, Prior
 from fastvq.models.blocks import CausalConv2d, CodeConv2d, GatedBlock
-from fastvq.ops.causal import FORMS, MASKS
+from fastvq.ops.grid import FORMS, MASKS
 
 pytestmark = pytest.mark.usefixtures("steady")
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from triton_helpers import (
     Check,
     checked_in_both,
+    rows_above,
     serve,
 )
 
@@ -415,27 +416,8 @@ def wide_gradient(device: str) -> None:
         assert torch.equal(a.bfloat16(), b)
 
 
-def weights_packed_before(device: str) -> None:
-    from fastvq.kernels import causal_conv as kernels
-
-    case = Case(3, "inclusive", "symmetric", dtype=torch.bfloat16)
-    made = {name: value.to(device) for name, value in case.tensors().items()}
-    packed = kernels.pack_weight(made["weight"].float(), mask=case.mask, form=case.form, dtype=torch.bfloat16)
-    assert packed.shape == (5, 6, 5)
-    got, _ = kernels.forward(made["x"], made["weight"], **case.how, packed=packed)
-    assert torch.equal(got, kernels.forward(made["x"], made["weight"], **case.how)[0])
-    packed = kernels.pack_weight(
-        made["weight"].float(), mask=case.mask, form=case.form, dtype=torch.bfloat16, transposed=True
-    )
-    assert packed.shape == (5, 5, 6)
-    of_x = kernels.backward_input(got, None, made["weight"], **case.how, packed=packed)
-    assert torch.equal(of_x, kernels.backward_input(got, None, made["weight"], **case.how))
-
-
 def upper_rows(device: str) -> None:
     """Rows above alone, for any rows of the output and the one after x's last, whatever x holds from there on."""
-    from fastvq.kernels import causal_conv as kernels
-
     for form, kernel, activation in [("rows", 3, None), ("symmetric", 5, "elu"), ("rows", 1, None)]:
         case = Case(kernel, "strict", form, activation, (2, 5, 6, 4), 7)
         made = case.tensors()
@@ -449,7 +431,7 @@ def upper_rows(device: str) -> None:
             x = made["x"].clone()
             x[:, :, max(0, first + rows - 1) :] = NAN
             how = {"first": first, "rows": rows, "form": form, "activation": activation}
-            got = kernels.rows_above(x.to(device), weight.to(device), bias.to(device), **how)
+            got = rows_above(x.to(device), weight.to(device), bias.to(device), **how)
             part = slice(first, first + rows)
             close(f"{form}-{kernel}-{first}-{rows}", got, want[:, :, part], peer[:, :, part])
 
@@ -465,8 +447,6 @@ def refusals(device: str) -> None:
         kernels.forward(x, weight[:5], **how, gate=True)
     with refuses(ArgumentError, "x: expected the input"):
         kernels.backward_input(torch.zeros(2, 6, 4, 3, device=device), None, weight, **how, activation="elu")
-    with refuses(ArgumentError, "first: expected rows within 0..4, got 4 to 5"):
-        kernels.rows_above(x, weight, first=4, rows=2, form="rows")
     many = torch.empty(1, 5, 2**16, 2**15, device="meta")
     with refuses(ArgumentError, "x: expected positions to number at most 2.31 - 1024, got 2147483648"):
         kernels.forward(many, weight.to("meta"), **how)
@@ -492,7 +472,6 @@ MEMORY: dict[str, Check] = {
         same_bits_again,
         rounded_products,
         wide_gradient,
-        weights_packed_before,
         upper_rows,
         refusals,
     )

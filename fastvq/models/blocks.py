@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvq.ops.causal import Form, Mask, activate, code_conv2d, fused_causal_conv2d
-from fastvq.ops.causal_grid import read_taps
+from fastvq.kernels.taps import read_taps
+from fastvq.ops import code_conv2d, fused_causal_conv2d
+from fastvq.ops.causal_conv.reference import activate
+from fastvq.ops.grid import Form, Mask
 
 Activation = Literal["elu", "concat_elu"]
 ACTIVATIONS: tuple[Activation, ...] = ("elu", "concat_elu")

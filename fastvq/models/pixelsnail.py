@@ -23,7 +23,9 @@ from fastvq.models.blocks import (
 )
 from fastvq.models.limits import LARGEST, LARGEST_KERNEL, MOST_LAYERS
 from fastvq.models.prior import Condition, Prior, PriorConfig
-from fastvq.ops.causal import FORMS, MASKS, Form, Mask, activate, causal_attention
+from fastvq.ops import causal_attention
+from fastvq.ops.causal_conv.reference import activate
+from fastvq.ops.grid import FORMS, MASKS, Form, Mask
 
 
 @dataclass(frozen=True, kw_only=True)

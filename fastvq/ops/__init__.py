@@ -1,17 +1,16 @@
 """Functional operations: each validates its arguments, chooses a backend and applies it."""
 
-from fastvq.ops.causal import (
-    causal_attention,
-    causal_attention_reference,
+from fastvq.ops.causal_attention import causal_attention, causal_attention_reference
+from fastvq.ops.causal_conv import (
     causal_conv2d,
     causal_conv2d_reference,
-    code_conv2d,
     fused_causal_conv2d,
     fused_causal_conv2d_reference,
 )
-from fastvq.ops.dispatch import explain_backend
+from fastvq.ops.code_conv import code_conv2d
 from fastvq.ops.draw import draw, draw_margin, draw_reference
 from fastvq.ops.ema_update import ema_update, ema_update_reference
+from fastvq.ops.explain import explain_backend
 from fastvq.ops.nearest_code import CodeStatistics, nearest_code, nearest_code_statistics
 
 __all__ = [

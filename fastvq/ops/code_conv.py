@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvq._check import require_codes, require_floating, require_shape
+from fastvq._nvtx import annotate
 from fastvq.ops.dispatch import in_forward_mode, runs_directly
 
 
+@annotate("code_conv2d")
 def code_conv2d(codes: Tensor, table: Tensor, taps: Sequence[tuple[int, int]], bias: Tensor | None = None) -> Tensor:
     """Convolution of one-hot codes as a sum of look-ups: nothing one-hot is ever formed.
 

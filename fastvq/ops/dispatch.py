@@ -1,8 +1,8 @@
 """Which backend runs an operation, and why.
 
-For each operation a function lists its backends, best first, each with the reason why it cannot run the given arguments
-or None when it can. With ``backend=None`` the first that can run is chosen; a backend asked for by name is used or
-refused with its reason, never replaced.
+An operation has a table of backends, each with its own reason why it cannot run given arguments, or None when it can.
+With ``backend=None`` the first that can run is chosen; a backend asked for by name is used or refused with its reason,
+never replaced. A backend from elsewhere is one more row: ``table.add(Backend("mine", why_not, run), before="torch")``.
 """
 
 from __future__ import annotations
@@ -11,22 +11,18 @@ import functools
 import importlib.metadata
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastvq import _engine
 from fastvq.errors import ArgumentError, UnavailableError
 
 Candidate = tuple[str, str | None]
 
 _LEAST_TRITON = (3, 6)
-_WIDEST_VECTOR = 512
-# Of the attention kernels, whose blocks hold whole rows; wider ones of float32 do not fit into registers.
-_WIDEST_HEAD = 256
-_WIDEST_FLOAT32_HEAD = 128
 _PLAIN = (Tensor, torch.nn.Parameter)
 # Bound once: `runs_directly` is asked by every small operation, and a look-up costs as much as an answer.
 _is_compiling = torch.compiler.is_compiling
@@ -36,6 +32,68 @@ _is_transformed = torch._C._are_functorch_transforms_active
 _tracing_state = torch._C._get_tracing_state
 _strided = torch.strided
 _transform = torch._C._functorch.TransformType
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A row of an operation's table.
+
+    Attributes:
+        why_not: of the tensors that decide, as `explain_backend` takes them: why it cannot run, or None.
+        run: what the operation calls; the operation's own `backends` module says how.
+        gpu: comes before all others for tensors on a GPU, and after them elsewhere.
+    """
+
+    name: str
+    why_not: Callable[..., str | None]
+    run: Any
+    gpu: bool = False
+
+
+class Backends:
+    """The table of an operation, best first."""
+
+    def __init__(self, operation: str, rows: Sequence[Backend]) -> None:
+        self.operation = operation
+        self.replace(rows)
+
+    def replace(self, rows: Sequence[Backend]) -> None:
+        """Another table, best first."""
+        self.rows = tuple(rows)
+        self._on_gpu = tuple(sorted(rows, key=lambda row: not row.gpu))
+        self._elsewhere = tuple(sorted(rows, key=lambda row: row.gpu))
+
+    def add(self, row: Backend, *, before: str | None = None) -> None:
+        """Another row, at the end or before the one of that name.
+
+        Raises:
+            ArgumentError: there is a row of its name, or none of the other.
+        """
+        names = [known.name for known in self.rows]
+        if row.name in names:
+            raise ArgumentError(f"backend: {self.operation} has one named {row.name!r} already")
+        if before is not None and before not in names:
+            raise ArgumentError(f"before: expected one of {', '.join(map(repr, names))}, got {before!r}")
+        place = len(names) if before is None else names.index(before)
+        self.replace([*self.rows[:place], row, *self.rows[place:]])
+
+    def ordered(self, tensor: Tensor) -> Sequence[Backend]:
+        """The rows, best first, for arguments where this tensor is."""
+        return self._on_gpu if tensor.is_cuda else self._elsewhere
+
+    def candidates(self, *tensors: Tensor) -> list[Candidate]:
+        """Name of every backend with the reason against it or None, best first."""
+        return [(row.name, row.why_not(*tensors)) for row in self.ordered(tensors[0])]
+
+    def select(self, backend: str | None, *tensors: Tensor) -> Backend:
+        """The backend to run; errors are those of `select_backend`."""
+        rows = self.ordered(tensors[0])
+        if backend is None:
+            for row in rows:
+                if row.why_not(*tensors) is None:
+                    return row
+        name = select_backend(self.operation, self.candidates(*tensors), backend)
+        return next(row for row in rows if row.name == name)
 
 
 def runs_directly(*tensors: Tensor, optional: Sequence[Tensor | None] = ()) -> bool:
@@ -133,11 +191,6 @@ def memory_reason(tensor: Tensor) -> str | None:
     return None
 
 
-def draw_backends(logits: Tensor) -> list[Candidate]:
-    """Backends of `fastvq.ops.draw.draw` for these logits."""
-    return [("cpp", memory_reason(logits) or _engine.why_unavailable()), ("torch", None)]
-
-
 @functools.cache
 def why_no_triton() -> str | None:
     """Why Triton kernels cannot be used in this process, or None when they can."""
@@ -158,99 +211,3 @@ def triton_reason(*tensors: Tensor) -> str | None:
     if any(t.dtype == torch.float64 for t in tensors):
         return "it computes in float32, and the tensors are float64"
     return why_no_triton()
-
-
-def nearest_code_backends(x: Tensor, codebook: Tensor) -> list[Candidate]:
-    """Backends of `fastvq.ops.nearest_code` and `nearest_code_statistics` for these arguments."""
-    width = x.shape[-1]
-    wide = f"it takes vectors of up to {_WIDEST_VECTOR} elements, not {width}" if width > _WIDEST_VECTOR else None
-    triton: Candidate = ("triton", triton_reason(x, codebook) or wide)
-    if x.device.type == "cuda":
-        return [triton, ("torch", None)]
-    reason = memory_reason(x) or memory_reason(codebook)
-    if torch.float64 in (x.dtype, codebook.dtype):
-        reason = reason or "it computes in float32, and the tensors are float64"
-    if width == 0:
-        reason = reason or "the vectors have no elements"
-    reason = reason or _engine.why_unavailable()
-    return [("cpp", reason), ("torch", None), triton]
-
-
-def ema_update_backends(
-    counts: Tensor, sums: Tensor, cluster_size: Tensor, embedding_sum: Tensor, embedding: Tensor
-) -> list[Candidate]:
-    """Backends of `fastvq.ops.ema_update` for these arguments."""
-    return [("cpp", _why_no_cpp_update(counts, sums, cluster_size, embedding_sum, embedding)), ("torch", None)]
-
-
-def _why_no_cpp_update(counts: Tensor, *floats: Tensor) -> str | None:
-    for tensor in (counts, *floats):
-        reason = memory_reason(tensor)
-        if reason is not None:
-            return reason
-    if counts.dtype.is_floating_point and counts.dtype != torch.float32:
-        return f"it takes integer or float32 counts, not {counts.dtype}"
-    for tensor in floats:
-        if tensor.dtype != torch.float32:
-            return f"it takes float32, not {tensor.dtype}"
-    if not all(buffer.is_contiguous() for buffer in floats[1:]):
-        return "it moves contiguous buffers"
-    return _engine.why_unavailable()
-
-
-def causal_conv2d_backends(x: Tensor, weight: Tensor) -> list[Candidate]:
-    """Backends of `fastvq.ops.causal_conv2d` and `fused_causal_conv2d` for these arguments."""
-    return _kernel_or_library(x, weight)
-
-
-def select_causal_conv2d(x: Tensor, weight: Tensor, backend: str | None) -> str:
-    """Name of the backend of a causal convolution; see `select_backend`."""
-    if backend is None and x.is_cpu:
-        # Always the first there; to list all of them would cost as much as a small convolution.
-        return "torch"
-    return select_backend("causal_conv2d", causal_conv2d_backends(x, weight), backend)
-
-
-def causal_attention_backends(query: Tensor, key: Tensor, value: Tensor) -> list[Candidate]:
-    """Backends of `fastvq.ops.causal_attention` for these arguments."""
-    widest = max(query.shape[-1], value.shape[-1])
-    limit, of_type = (_WIDEST_FLOAT32_HEAD, " of float32") if query.dtype == torch.float32 else (_WIDEST_HEAD, "")
-    reason = f"it takes widths{of_type} up to {limit}, not {widest}" if widest > limit else None
-    return _kernel_or_library(query, key, value, reason=reason)
-
-
-def _kernel_or_library(*tensors: Tensor, reason: str | None = None) -> list[Candidate]:
-    triton: Candidate = ("triton", triton_reason(*tensors) or reason)
-    return [triton, ("torch", None)] if tensors[0].device.type == "cuda" else [("torch", None), triton]
-
-
-_BACKENDS: dict[str, Callable[..., list[Candidate]]] = {
-    "causal_attention": causal_attention_backends,
-    "causal_conv2d": causal_conv2d_backends,
-    "draw": draw_backends,
-    "ema_update": ema_update_backends,
-    "nearest_code": nearest_code_backends,
-}
-
-
-def explain_backend(op: str, *args: Any, backend: str | None = None) -> str:
-    """One line per backend of an operation: which would run for these arguments, and why the others would not.
-
-    Args:
-        op: name of the operation, such as ``"draw"``.
-        args: the tensors that decide, as the operation takes them (``draw``: the logits;
-            ``nearest_code``: x and the codebook; ``ema_update``: its five tensors; ``causal_conv2d``: x and the
-            weight; ``causal_attention``: query, key and value).
-        backend: as for the operation itself.
-
-    Raises:
-        ArgumentError: there is no such operation, or no such backend.
-        UnavailableError: the backend asked for cannot run here.
-    """
-    if op not in _BACKENDS:
-        raise ArgumentError(f"op: expected one of {', '.join(map(repr, _BACKENDS))}, got {op!r}")
-    candidates = _BACKENDS[op](*args)
-    chosen = select_backend(op, candidates, backend)
-    why = "chosen: the first that can run" if backend is None else "chosen: asked for"
-    lines = (f"{name}: {why if name == chosen else reason or 'could run, not chosen'}" for name, reason in candidates)
-    return "\n".join(lines)

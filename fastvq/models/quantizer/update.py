@@ -13,7 +13,7 @@ from torch import Tensor
 from fastvq.errors import ArgumentError, UnavailableError
 from fastvq.models.repeated_pass import is_repetition, refuse_repetition
 from fastvq.ops import ema_update  # noqa: F401  (registers the operation)
-from fastvq.ops.dispatch import ema_update_backends
+from fastvq.ops.ema_update import cpp
 from fastvq.ops.nearest_code import nearest_code_statistics
 
 _KMEANS_VECTORS_PER_CODE = 256
@@ -109,7 +109,7 @@ def move_codebook(
         if embedding.ndim == 2:
             found, moved = found.squeeze(0), sums.squeeze(0)
         buffers = cluster_size, embedding_sum, embedding
-        if ema_update_backends(found, moved, *buffers)[0][1] is None:
+        if cpp.why_not(found, moved, *buffers) is None:
             torch.ops.fastvq.ema_update(found, moved, *buffers, decay, eps, True, "cpp")
             return counts.to(torch.float32)
     table = embedding[None] if embedding.ndim == 2 else embedding

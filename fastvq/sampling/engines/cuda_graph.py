@@ -12,8 +12,9 @@ from torch import Tensor
 
 from fastvq import _nvtx
 from fastvq.errors import UnavailableError
+from fastvq.kernels.launch import on_device
 from fastvq.sampling.engines.base import RowDone
-from fastvq.sampling.engines.cuda_grid import CudaStep, Grid, on_device, synchronise
+from fastvq.sampling.engines.cuda_grid import CudaStep, Grid, synchronise
 from fastvq.sampling.engines.state import CompiledPlan, GridState
 from fastvq.sampling.engines.step_tables import VIEW_FIELDS
 from fastvq.sampling.request import SampleRequest

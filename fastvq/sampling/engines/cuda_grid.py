@@ -6,7 +6,6 @@ the launch. The host is a few rows ahead of the device; it reads nothing back be
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from types import ModuleType
 
@@ -17,6 +16,7 @@ from fastvq import _engine, _nvtx
 from fastvq._check import require_choice
 from fastvq._memory import address
 from fastvq.errors import UnavailableError
+from fastvq.kernels.launch import on_device
 from fastvq.sampling.engines.base import RowDone
 from fastvq.sampling.engines.phases import OnPhase, Phases
 from fastvq.sampling.engines.state import CompiledPlan, GridState
@@ -254,11 +254,6 @@ def sample_cuda(
             # The next grid may come on another stream, and must find nothing of this one running.
             synchronise(step.device)
     return state.codes
-
-
-def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Events, streams and launches are the current device's."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def synchronise(device: torch.device) -> None:

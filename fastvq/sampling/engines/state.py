@@ -66,7 +66,8 @@ class RowConv:
 
     def _triton(self, x: Tensor) -> Tensor:
         """The last row of x [B, height, W, C_in], as [B, W, C_out]."""
-        from fastvq.kernels.causal_conv_product import Taps, convolve
+        from fastvq.kernels.causal_conv_product import convolve
+        from fastvq.kernels.taps import Taps
 
         assert self._taps is not None
         out = x.new_empty(x.shape[0], 1, x.shape[2], self.weight.shape[1])

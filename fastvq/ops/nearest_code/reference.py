@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvq._precision import full_float32
+from fastvq.ops.nearest_code.options import Options, Statistics, StatisticsOptions
 
 # Scores that exist at a time.
 _CHUNK_SCORES = 1 << 22
@@ -84,6 +85,18 @@ def statistics_reference(
         gaps = (vectors - F.embedding(index, codebook[head].to(dtype))).square().sum(1)
         errors[head] = (gaps if error_where is None else torch.where(error_where[head], gaps, 0)).sum()
     return errors, sums, counts
+
+
+def indices(x: Tensor, codebook: Tensor, options: Options) -> Tensor:
+    """Indices [H, N], 0 where no code has a finite score."""
+    return indices_reference(x, codebook).clamp(min=0)
+
+
+def statistics(x: Tensor, codebook: Tensor, mask: Tensor | None, options: StatisticsOptions) -> Statistics:
+    """The statistics of the codes found, of vectors that have one and that the mask leaves."""
+    found = indices_reference(x, codebook)
+    assigned = found if mask is None else torch.where(mask, found, -1)
+    return *statistics_reference(x, codebook, assigned, mask), found.clamp(min=0)
 
 
 def wide_dtype(x: Tensor, codebook: Tensor) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""Causal operators in plain PyTorch: the definitions, slow and differentiable any number of times."""
+"""Masked convolution in plain PyTorch: the definition, slow and differentiable any number of times."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvq.ops.causal_grid import Form, Mask, Prologue, read_taps
+from fastvq.kernels.taps import read_taps
+from fastvq.ops.grid import Form, Mask, Prologue
 
 
 def causal_conv2d_reference(
@@ -15,11 +16,11 @@ def causal_conv2d_reference(
     """`fastvq.ops.causal_conv2d` as a sum over the taps that are read."""
     kernel = weight.shape[-1]
     height, width = x.shape[2:]
-    above, left, current = read_taps(kernel, mask, form)
-    padded = F.pad(x, (left, kernel - 1 - left, above, 0))
+    taps = read_taps(kernel, mask, form)
+    padded = F.pad(x, (taps.left, kernel - 1 - taps.left, taps.above, 0))
     out = x.new_zeros(x.shape[0], weight.shape[0], height, width)
-    for row in range(above + 1):
-        for column in range(kernel if row < above else current):
+    for row in range(taps.above + 1):
+        for column in range(kernel if row < taps.above else taps.current):
             shifted = padded[:, :, row : row + height, column : column + width]
             out = out + torch.einsum("oc,bchw->bohw", weight[:, :, row, column], shifted)
     return out if bias is None else out + bias[:, None, None]
@@ -49,23 +50,3 @@ def activate(x: Tensor, kind: str | None) -> Tensor:
     if kind is None:
         return x
     return F.elu(x) if kind == "elu" else F.elu(torch.cat([x, -x], dim=1))
-
-
-def causal_attention_reference(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    mask: Mask = "strict",
-    dropout: float = 0.0,
-    kept: Tensor | None = None,
-) -> Tensor:
-    """`fastvq.ops.causal_attention` with all logits at once; ``kept`` [B, heads, N, N] says which dropout leaves."""
-    logits = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5
-    if kept is not None:
-        logits = logits * kept / (1 - dropout)
-    hidden = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).triu(0 if mask == "strict" else 1)
-    # Where nothing may be seen, a softmax would be NaN, and so would its gradient.
-    blind = hidden.all(-1, keepdim=True)
-    weights = logits.masked_fill(hidden & ~blind, float("-inf")).softmax(-1).masked_fill(hidden, 0.0)
-    return weights @ value

@@ -1,4 +1,4 @@
-"""The backends of nearest code, for x [H, N, D] and codebook [H, K, D] that the public functions have checked."""
+"""Nearest code in C++."""
 
 from __future__ import annotations
 
@@ -7,54 +7,28 @@ from torch import Tensor
 
 from fastvq import _engine
 from fastvq._memory import address, strided_address
-from fastvq.errors import ArgumentError
-from fastvq.ops.dispatch import nearest_code_backends, select_backend
-from fastvq.ops.nearest_code_reference import indices_reference, statistics_reference, wide_dtype
-
-__all__ = ["cpp_indices", "cpp_statistics", "nearest_code", "nearest_code_statistics", "wide_dtype"]
+from fastvq.ops.dispatch import memory_reason
+from fastvq.ops.nearest_code.options import Options, Statistics, StatisticsOptions
 
 # The numbers of the extension's element types.
 _ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-Statistics = tuple[Tensor, Tensor, Tensor, Tensor]
+
+def why_not(x: Tensor, codebook: Tensor) -> str | None:
+    reason = memory_reason(x) or memory_reason(codebook)
+    if torch.float64 in (x.dtype, codebook.dtype):
+        reason = reason or "it computes in float32, and the tensors are float64"
+    if x.shape[-1] == 0:
+        reason = reason or "the vectors have no elements"
+    return reason or _engine.why_unavailable()
 
 
-def nearest_code(x: Tensor, codebook: Tensor, mode: str, check_finite: bool, backend: str | None) -> Tensor:
-    """Indices [H, N]."""
-    chosen = select_backend("nearest_code", nearest_code_backends(x, codebook), backend)
-    if check_finite:
-        _require_finite(x, None)
-    if chosen == "triton":
-        from fastvq.kernels import nearest_code as kernels
-
-        return kernels.nearest_code(x, codebook, mode=mode)
-    if chosen == "cpp":
-        return cpp_indices(x, codebook)
-    return indices_reference(x, codebook).clamp(min=0)
+def indices(x: Tensor, codebook: Tensor, options: Options) -> Tensor:
+    return cpp_indices(x, codebook)
 
 
-def nearest_code_statistics(
-    x: Tensor,
-    codebook: Tensor,
-    mask: Tensor | None,
-    mode: str,
-    deterministic: bool,
-    check_finite: bool,
-    backend: str | None,
-) -> Statistics:
-    """Squared error [H], sums [H, K, D], counts [H, K], indices [H, N]."""
-    chosen = select_backend("nearest_code", nearest_code_backends(x, codebook), backend)
-    if check_finite:
-        _require_finite(x, mask)
-    if chosen == "triton":
-        from fastvq.kernels import nearest_code as kernels
-
-        return kernels.nearest_code_statistics(x, codebook, mask, mode=mode, deterministic=deterministic)
-    if chosen == "cpp":
-        return cpp_statistics(x, codebook, mask)
-    found = indices_reference(x, codebook)
-    assigned = found if mask is None else torch.where(mask, found, -1)
-    return *statistics_reference(x, codebook, assigned, mask), found.clamp(min=0)
+def statistics(x: Tensor, codebook: Tensor, mask: Tensor | None, options: StatisticsOptions) -> Statistics:
+    return cpp_statistics(x, codebook, mask)
 
 
 def cpp_indices(x: Tensor, codebook: Tensor, *, threads: int | None = None, kernels: str = "auto") -> Tensor:
@@ -118,16 +92,3 @@ def _run_cpp(
         torch.get_num_threads() if threads is None else threads,
         kernels,
     )
-
-
-def _require_finite(x: Tensor, mask: Tensor | None) -> None:
-    bad = ~x.isfinite().all(-1)
-    if mask is not None:
-        bad &= mask
-    if bad.any():
-        head, row = (int(i) for i in bad.nonzero()[0])
-        where = f"[{head}, {row}]" if x.shape[0] > 1 else f"[{row}]"
-        raise ArgumentError(
-            f"x: expected finite values, got NaN or infinity in {int(bad.sum())} of {bad.numel()} vectors,"
-            f" the first at {where}"
-        )

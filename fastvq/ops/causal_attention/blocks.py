@@ -1,7 +1,6 @@
-"""The backends of causal attention, for arguments that the public function has checked.
+"""Causal attention in plain PyTorch, block by block, where PyTorch's own operator does not serve.
 
-Without dropout and with keys as wide as values, PyTorch's own operator is fast and needs little memory. For the rest
-blocks of queries meet all keys that they may see, one block after the other, and the backward pass works logits out
+Blocks of queries meet all keys that they may see, one block after the other, and the backward pass works logits out
 again: memory does not grow with N^2, and nothing behind a block's diagonal is computed.
 """
 
@@ -11,10 +10,9 @@ import math
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastvq.ops.dispatch import causal_attention_backends, select_backend
+from fastvq.ops.causal_attention.options import Gradients, Options
 
 # Queries of a block: few enough that what lies behind the diagonal is little, enough for a matrix product.
 _ROWS = 128
@@ -23,25 +21,11 @@ _LOGITS = {"cpu": 1 << 18}
 _LOGITS_ELSEWHERE = 1 << 26
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    seed: Tensor | None,
-    mask: str,
-    dropout: float,
-    backend: str | None,
-) -> tuple[Tensor, Tensor]:
+def forward(query: Tensor, key: Tensor, value: Tensor, seed: Tensor | None, options: Options) -> tuple[Tensor, Tensor]:
     """Output [B, heads, N, E] and the logarithm of each position's sum of exponentials, [B, heads, N]."""
-    chosen = select_backend("causal_attention", causal_attention_backends(query, key, value), backend)
-    number = 0 if seed is None else int(seed)
-    if chosen == "triton":
-        from fastvq.kernels import causal_attention as kernels
-
-        return kernels.forward(query, key, value, mask=mask, dropout=dropout, seed=number, precision=_precision())
     out = torch.empty_like(value)
     lse = query.new_empty(query.shape[:3], dtype=wide_dtype(query))
-    for tile in _tiles(query, mask, dropout, number):
+    for tile in _tiles(query, options.mask, options.dropout, 0 if seed is None else int(seed)):
         logits = tile.logits(query, key)
         total = logits.logsumexp(-1, keepdim=True)
         # Position 0 of a strict mask sees nothing: its sum is 0, and so should its weights be.
@@ -59,22 +43,13 @@ def backward(
     out: Tensor,
     lse: Tensor,
     seed: Tensor | None,
-    mask: str,
-    dropout: float,
-    backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    options: Options,
+) -> Gradients:
     """Gradients of query, key and value (Dao et al. 2022, appendix B.4)."""
-    chosen = select_backend("causal_attention", causal_attention_backends(query, key, value), backend)
-    number = 0 if seed is None else int(seed)
-    if chosen == "triton":
-        from fastvq.kernels import causal_attention as kernels
-
-        options = {"mask": mask, "dropout": dropout, "seed": number, "precision": _precision()}
-        return kernels.backward(grad, query, key, value, out, lse, **options)
     dtype = wide_dtype(query)
     of_query = torch.empty_like(query)
     of_key, of_value = torch.zeros_like(key, dtype=dtype), torch.zeros_like(value, dtype=dtype)
-    for tile in _tiles(query, mask, dropout, number):
+    for tile in _tiles(query, options.mask, options.dropout, 0 if seed is None else int(seed)):
         logits = tile.logits(query, key)
         total = lse[tile.queries].unsqueeze(-1)
         weights = logits.sub_(total.masked_fill(total.isneginf(), 0)).exp_()
@@ -88,21 +63,6 @@ def backward(
         of_query[tile.queries] = (slopes @ _wide(key[tile.keys])).to(query.dtype)
         of_key[tile.keys] += slopes.transpose(-2, -1) @ _wide(query[tile.queries])
     return of_query, of_key.to(key.dtype), of_value.to(value.dtype)
-
-
-def library_attention(query: Tensor, key: Tensor, value: Tensor, mask: str) -> Tensor:
-    """PyTorch's operator."""
-    if mask == "inclusive":
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True)
-    differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
-    if query.is_cpu and query.shape[2] % 16 == 0 and not differentiated:
-        # Queries shifted instead, so that the length stays a multiple of a vector: one less takes up to twice as long.
-        # The last key, which no position reads, would reach gradients through the query that is thrown away.
-        following = F.pad(query[:, :, 1:], (0, 0, 0, 1))
-        return F.pad(F.scaled_dot_product_attention(following, key, value, is_causal=True)[:, :, :-1], (0, 0, 1, 0))
-    # Shifting keys by one turns the strict mask into the inclusive one, without a fully masked row.
-    shifted = query[:, :, 1:], key[:, :, :-1], value[:, :, :-1]
-    return F.pad(F.scaled_dot_product_attention(*shifted, is_causal=True), (0, 0, 1, 0))
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
@@ -155,8 +115,3 @@ def _tiles(query: Tensor, mask: str, dropout: float, seed: int) -> Iterator[_Til
 
 def _wide(x: Tensor) -> Tensor:
     return x.to(wide_dtype(x))
-
-
-def _precision() -> str:
-    """Of float32 products on a GPU: as PyTorch's own matrix products are set."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

@@ -5,16 +5,19 @@ No backend ever holds the distances of all vectors to all codes.
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastvq._check import require_choice, require_dense, require_floating, require_tensor
+from fastvq._nvtx import annotate
 from fastvq.errors import ArgumentError, ArgumentTypeError
-from fastvq.ops import nearest_code_backends as backends
-from fastvq.ops.dispatch import is_batched, is_differentiated
+from fastvq.ops._registered import learns
+from fastvq.ops.dispatch import is_batched, is_differentiated, runs_directly
+from fastvq.ops.nearest_code import backends
+from fastvq.ops.nearest_code.options import Options, StatisticsOptions
 
 Metric = Literal["euclidean", "cosine"]
 Mode = Literal["exact", "fast"]
@@ -38,6 +41,7 @@ class CodeStatistics(NamedTuple):
     squared_error: Tensor
 
 
+@annotate("nearest_code")
 def nearest_code(
     x: Tensor,
     codebook: Tensor,
@@ -82,10 +86,13 @@ def nearest_code(
     """
     x, codebook = _check(x, codebook, metric, mode)
     vectors, codes = _heads(x, codebook, metric)
-    indices = torch.ops.fastvq.nearest_code(vectors, codes, mode, check_finite, backend)
+    options = Options(mode, check_finite, backend)
+    direct = runs_directly(vectors, codes) and not learns(vectors, codes)
+    indices: Tensor = backends.nearest_code(vectors, codes, options=options, direct=direct)
     return indices if x.ndim == 3 else indices.squeeze(0)
 
 
+@annotate("nearest_code_statistics")
 def nearest_code_statistics(
     x: Tensor,
     codebook: Tensor,
@@ -128,11 +135,13 @@ def nearest_code_statistics(
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     vectors, codes = _heads(x, codebook, metric)
-    arguments = (vectors, codes, mask, mode, deterministic, check_finite, backend)
+    options = StatisticsOptions(mode, deterministic, check_finite, backend)
     if is_batched() or is_differentiated():
-        found = _Statistics.apply(*arguments)
+        found = backends.Transformed.apply(vectors, codes, mask, *options)
     else:
-        found = torch.ops.fastvq.nearest_code_statistics(*arguments)
+        direct = runs_directly(vectors, codes, optional=(mask,))
+        learning = learns(vectors, codes)
+        found = backends.nearest_code_statistics(vectors, codes, mask, options=options, direct=direct, learns=learning)
     error, sums, counts, indices = found if x.ndim == 3 else (value.squeeze(0) for value in found)
     return CodeStatistics(indices, counts, sums, error)
 
@@ -169,128 +178,3 @@ def _heads(x: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Tensor]:
 
 def _wide(value: Tensor) -> Tensor:
     return value.to(torch.promote_types(value.dtype, torch.float32))
-
-
-# Registered by hand: torch.library.custom_op costs ten times as much per call. The only output with a gradient comes
-# first, as torch.library.opcheck wants it.
-_library = torch.library.Library("fastvq", "FRAGMENT")
-_library.define("nearest_code(Tensor x, Tensor codebook, str mode, bool check_finite, str? backend) -> Tensor")
-_library.define(
-    "nearest_code_statistics(Tensor x, Tensor codebook, Tensor? mask, str mode, bool deterministic, bool check_finite,"
-    " str? backend) -> (Tensor squared_error, Tensor sums, Tensor counts, Tensor indices)"
-)
-for _device in ("CPU", "CUDA"):
-    _library.impl("nearest_code", backends.nearest_code, _device)
-    _library.impl("nearest_code_statistics", backends.nearest_code_statistics, _device)
-
-
-@torch.library.register_fake("fastvq::nearest_code", lib=_library)
-def _(x: Tensor, codebook: Tensor, mode: str, check_finite: bool, backend: str | None) -> Tensor:
-    return x.new_empty(x.shape[:2], dtype=torch.int64)
-
-
-@torch.library.register_fake("fastvq::nearest_code_statistics", lib=_library)
-def _(
-    x: Tensor,
-    codebook: Tensor,
-    mask: Tensor | None,
-    mode: str,
-    deterministic: bool,
-    check_finite: bool,
-    backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = backends.wide_dtype(x, codebook)
-    return (
-        x.new_empty(x.shape[:1], dtype=dtype),
-        x.new_empty(codebook.shape, dtype=dtype),
-        x.new_empty(codebook.shape[:2], dtype=torch.int64),
-        x.new_empty(x.shape[:2], dtype=torch.int64),
-    )
-
-
-def _keep_for_backward(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
-    x, codebook, mask, *_ = inputs
-    _, sums, counts, indices = output
-    ctx.save_for_backward(x, codebook, mask, indices)
-    ctx.mark_non_differentiable(sums, counts, indices)
-
-
-def _backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    """squared_error = sum over n of |x_n - c_i(n)|^2; where the nearest code changes it has no derivative."""
-    x, codebook, mask, indices = ctx.saved_tensors  # type: ignore[attr-defined]
-    upstream, grad_codebook = grads[0], None
-    if upstream is None:
-        return (None,) * 7
-    codes = codebook.to(upstream.dtype)
-    places = indices[..., None].expand(x.shape)
-    gap = (x.to(upstream.dtype) - codes.gather(1, places)) * (2 * upstream[:, None, None])
-    if mask is not None:
-        gap = torch.where(mask[..., None], gap, 0)
-    if ctx.needs_input_grad[1]:  # type: ignore[attr-defined]
-        grad_codebook = torch.zeros_like(codes).scatter_add(1, places, -gap).to(codebook.dtype)
-    return gap.to(x.dtype), grad_codebook, None, None, None, None, None
-
-
-torch.library.register_autograd(
-    "fastvq::nearest_code_statistics", _backward, setup_context=_keep_for_backward, lib=_library
-)
-
-
-def _folded(value: Tensor, axis: int | None, batch: int) -> Tensor:
-    """[H, ...] with an axis of the batch somewhere, or without, as [batch * H, ...]."""
-    value = value.expand(batch, *value.shape) if axis is None else value.movedim(axis, 0)
-    return value.reshape(-1, *value.shape[2:])
-
-
-@torch.library.register_vmap("fastvq::nearest_code", lib=_library)
-def _(info: Any, axes: tuple[int | None, ...], x: Tensor, codebook: Tensor, *options: Any) -> tuple[Tensor, int]:
-    batch = info.batch_size
-    if axes[0] is not None and axes[1] is None:
-        # One codebook for all: the batch is more vectors, which need no copies of the codes.
-        vectors = x.movedim(axes[0], 1)  # [H, batch, N, D]
-        indices = torch.ops.fastvq.nearest_code(vectors.flatten(1, 2), codebook, *options)
-        return indices.unflatten(1, (batch, -1)) if vectors.shape[2] else indices.new_empty(vectors.shape[:3]), 1
-    indices = torch.ops.fastvq.nearest_code(_folded(x, axes[0], batch), _folded(codebook, axes[1], batch), *options)
-    return indices.unflatten(0, (batch, -1)), 0
-
-
-class _Statistics(torch.autograd.Function):
-    """The registered operation for transforms of torch.func and forward mode, which its own gradient does not serve."""
-
-    @staticmethod
-    def forward(*inputs: Any) -> Any:
-        return torch.ops.fastvq.nearest_code_statistics(*inputs)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        x, codebook, mask, *_ = inputs
-        _keep_for_backward(ctx, inputs, output)
-        ctx.save_for_forward(x, codebook, mask, output[3])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return _backward(ctx, *grads)
-
-    @staticmethod
-    def jvp(ctx: Any, of_x: Tensor | None, of_codebook: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        x, codebook, mask, indices = ctx.saved_tensors
-        places = indices[..., None].expand(x.shape)
-        wide = backends.wide_dtype(x, codebook)
-        gap, slope = x.to(wide) - codebook.to(wide).gather(1, places), torch.zeros(x.shape, dtype=wide, device=x.device)
-        if of_x is not None:
-            slope = slope + of_x
-        if of_codebook is not None:
-            slope = slope - of_codebook.to(wide).gather(1, places)
-        product = 2 * gap * slope
-        if mask is not None:
-            product = torch.where(mask[..., None], product, 0)
-        return product.sum((1, 2)), None, None, None
-
-    @staticmethod
-    def vmap(info: Any, axes: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], int]:
-        tensors = [
-            None if value is None else _folded(value, axis, info.batch_size)
-            for value, axis in zip(inputs[:3], axes[:3], strict=True)
-        ]
-        found = _Statistics.apply(*tensors, *inputs[3:])
-        return tuple(value.unflatten(0, (info.batch_size, -1)) for value in found), 0

@@ -1,0 +1,152 @@
+"""The backends of masked convolution, and the operations registered for it.
+
+What a row runs is a module with ``forward``, ``backward`` and ``gate_backward``, see `fastvq.ops.causal_conv.library`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastvq.errors import UnavailableError
+from fastvq.kernels.taps import read_taps
+from fastvq.ops._registered import ALL_DEVICES, Gradient, Registered
+from fastvq.ops.causal_conv import library, triton
+from fastvq.ops.causal_conv.options import GateOptions, GradientOptions, Gradients, Options
+from fastvq.ops.dispatch import Backend, Backends, runs_directly, triton_reason
+
+BACKENDS = Backends(
+    "causal_conv2d",
+    [Backend("torch", lambda *tensors: None, library), Backend("triton", triton_reason, triton, gpu=True)],
+)
+
+
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, context: Tensor | None, residual: Tensor | None, options: Options
+) -> tuple[Tensor, Tensor | None]:
+    chosen = BACKENDS.select(options.backend, x, weight)
+    found: tuple[Tensor, Tensor | None] = chosen.run.forward(x, weight, bias, context, residual, options)
+    return found
+
+
+def _backward(grad: Tensor, x: Tensor, weight: Tensor, options: GradientOptions) -> Gradients:
+    found: Gradients = BACKENDS.select(options.backend, x, weight).run.backward(grad, x, weight, options)
+    return found
+
+
+def _gate_backward(grad: Tensor, pre_gate: Tensor, options: GateOptions) -> Tensor:
+    found: Tensor = BACKENDS.select(options.backend, grad, pre_gate).run.gate_backward(grad, pre_gate)
+    return found
+
+
+def _image(like: Tensor, channels: int, dtype: torch.dtype | None = None) -> Tensor:
+    """An empty tensor of the same batch and grid, channels-last."""
+    batch, _, height, width = like.shape
+    return like.new_empty((batch, height, width, channels), dtype=dtype or like.dtype).permute(0, 3, 1, 2)
+
+
+def _fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, context: Tensor | None, residual: Tensor | None, options: Options
+) -> tuple[Tensor, Tensor]:
+    channels = weight.shape[0]
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    out = _image(x, channels // 2 if options.gate else channels, dtype)
+    return out, _image(x, channels) if options.gate and options.keep else x.new_empty(0)
+
+
+def _fake_backward(grad: Tensor, x: Tensor, weight: Tensor, options: GradientOptions) -> Gradients:
+    return (
+        _image(x, x.shape[1]) if options.needs_input else x.new_empty(0),
+        weight.new_empty(weight.shape if options.needs_weight else (0,)),
+        weight.new_empty(weight.shape[:1] if options.needs_weight else (0,)),
+    )
+
+
+def _keep(ctx: Any, tensors: tuple[Any, ...], options: Options, outputs: tuple[Any, ...]) -> None:
+    x, weight, _bias, context, residual = tensors
+    ctx.save_for_backward(x, weight, outputs[1])
+    ctx.options = options
+    # Context for all positions gets the sum of what each of them got.
+    ctx.uniform_context = context is not None and context.shape[2:] != x.shape[2:]
+    ctx.residual_dtype = None if residual is None else residual.dtype
+
+
+def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, pre_gate = ctx.saved_tensors
+    options: Options = ctx.options
+    needs_x, needs_weight, needs_bias, needs_context, needs_residual, *_ = ctx.needs_input_grad
+    of_residual = grad.to(ctx.residual_dtype) if needs_residual else None
+    of_x = of_weight = of_bias = of_context = None
+    if needs_x or needs_weight or needs_bias or needs_context:
+        grad = grad.to(x.dtype)
+        if options.gate:
+            if not options.keep:
+                raise UnavailableError("keep: the gradient of a gate needs what the forward pass was told not to keep")
+            direct = _has_no_gradient(grad, pre_gate)
+            grad = causal_conv2d_gate_backward(grad, pre_gate, options=GateOptions(options.backend), direct=direct)
+        if needs_context:
+            of_context = grad.sum((2, 3), keepdim=True) if ctx.uniform_context else grad
+        if needs_x or needs_weight or needs_bias:
+            mask, form, activation, *_, backend = options
+            wanted = GradientOptions(mask, form, activation, needs_x, needs_weight or needs_bias, backend)
+            direct = _has_no_gradient(grad, x, weight)
+            of_x, of_weight, of_bias = causal_conv2d_backward(grad, x, weight, options=wanted, direct=direct)
+    return (
+        of_x if needs_x else None,
+        of_weight if needs_weight else None,
+        of_bias if needs_bias else None,
+        of_context,
+        of_residual,
+    )
+
+
+def _has_no_gradient(*tensors: Tensor) -> bool:
+    """Whether a backend may find a gradient directly: nobody will ask for the gradient of that."""
+    return not torch.is_grad_enabled() and runs_directly(*tensors)
+
+
+def _flops(x: torch.Size, weight: torch.Size, *rest: Any) -> int:
+    """Of the taps that are read."""
+    options = rest[-1]
+    taps = read_taps(weight[-1], options.mask, options.form)
+    return 2 * x[0] * x[2] * x[3] * weight[0] * weight[1] * taps.count
+
+
+def _backward_flops(grad: torch.Size, x: torch.Size, weight: torch.Size, options: GradientOptions) -> int:
+    return (options.needs_input + options.needs_weight) * _flops(x, weight, options)
+
+
+_NO_SECOND = (
+    "causal_conv2d: the gradient cannot be differentiated again; use causal_conv2d_reference or"
+    " fused_causal_conv2d_reference, plain PyTorch"
+)
+causal_conv2d = Registered(
+    "causal_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? context, Tensor? residual, str mask, str form,"
+    " str? activation, bool gate, bool keep, str? backend) -> (Tensor out, Tensor pre_gate)",
+    Options,
+    _forward,
+    _fake,
+    devices=ALL_DEVICES,
+    gradient=Gradient(_keep, _gradient),
+    flops=_flops,
+)
+causal_conv2d_backward = Registered(
+    "causal_conv2d_backward(Tensor grad, Tensor x, Tensor weight, str mask, str form, str? activation,"
+    " bool needs_input, bool needs_weight, str? backend) -> (Tensor of_x, Tensor of_weight, Tensor of_bias)",
+    GradientOptions,
+    _backward,
+    _fake_backward,
+    devices=ALL_DEVICES,
+    gradient=_NO_SECOND,
+    flops=_backward_flops,
+)
+causal_conv2d_gate_backward = Registered(
+    "causal_conv2d_gate_backward(Tensor grad, Tensor pre_gate, str? backend) -> Tensor",
+    GateOptions,
+    _gate_backward,
+    lambda grad, pre_gate, options: _image(pre_gate, pre_gate.shape[1]),
+    devices=ALL_DEVICES,
+    gradient=_NO_SECOND,
+)

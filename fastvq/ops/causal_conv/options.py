@@ -1,0 +1,35 @@
+"""Everything about a masked convolution that is no tensor, in the order in which PyTorch's dispatcher passes it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+Gradients = tuple[Tensor, Tensor, Tensor]
+
+
+class Options(NamedTuple):
+    """As for `fastvq.ops.fused_causal_conv2d`; ``keep`` asks for what the gate is applied to as well."""
+
+    mask: str
+    form: str
+    activation: str | None
+    gate: bool
+    keep: bool
+    backend: str | None
+
+
+class GradientOptions(NamedTuple):
+    """Of the gradients of input, weight and bias; that of the bias comes with the weight's."""
+
+    mask: str
+    form: str
+    activation: str | None
+    needs_input: bool
+    needs_weight: bool
+    backend: str | None
+
+
+class GateOptions(NamedTuple):
+    backend: str | None

@@ -1,0 +1,38 @@
+"""What would run, and why: for all operations that have backends to choose from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastvq.errors import ArgumentError
+from fastvq.ops.causal_attention.backends import BACKENDS as CAUSAL_ATTENTION
+from fastvq.ops.causal_conv.backends import BACKENDS as CAUSAL_CONV
+from fastvq.ops.dispatch import select_backend
+from fastvq.ops.draw.backends import BACKENDS as DRAW
+from fastvq.ops.ema_update.backends import BACKENDS as EMA_UPDATE
+from fastvq.ops.nearest_code.backends import BACKENDS as NEAREST_CODE
+
+_TABLES = {table.operation: table for table in (CAUSAL_ATTENTION, CAUSAL_CONV, DRAW, EMA_UPDATE, NEAREST_CODE)}
+
+
+def explain_backend(op: str, *args: Any, backend: str | None = None) -> str:
+    """One line per backend of an operation: which would run for these arguments, and why the others would not.
+
+    Args:
+        op: name of the operation, such as ``"draw"``.
+        args: the tensors that decide, as the operation takes them (``draw``: the logits;
+            ``nearest_code``: x and the codebook; ``ema_update``: its five tensors; ``causal_conv2d``: x and the
+            weight; ``causal_attention``: query, key and value).
+        backend: as for the operation itself.
+
+    Raises:
+        ArgumentError: there is no such operation, or no such backend.
+        UnavailableError: the backend asked for cannot run here.
+    """
+    if op not in _TABLES:
+        raise ArgumentError(f"op: expected one of {', '.join(map(repr, _TABLES))}, got {op!r}")
+    candidates = _TABLES[op].candidates(*args)
+    chosen = select_backend(op, candidates, backend)
+    why = "chosen: the first that can run" if backend is None else "chosen: asked for"
+    lines = (f"{name}: {why if name == chosen else reason or 'could run, not chosen'}" for name, reason in candidates)
+    return "\n".join(lines)
