@@ -1,5 +1,6 @@
 // Python bindings. Only binding files know nanobind. Tensors come as addresses; the Python side has checked dtype, device
 // and layout, and what is checked here keeps a mistake there from reading or writing wild memory.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -12,6 +13,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/unique_ptr.h>
+#include <nanobind/stl/vector.h>
 
 #include "binding_helpers.h"
 #include "cpu/checksum.h"
@@ -19,6 +21,7 @@
 #include "cpu/ema.h"
 #include "cpu/kernels.h"
 #include "cpu/nearest.h"
+#include "cpu/product.h"
 #include "cpu/shared_pool.h"
 #include "cpu/step_plan.h"
 
@@ -35,7 +38,7 @@ using fastvq::expect;
 using fastvq::pointer;
 
 // Raised together with the number in fastvq/_engine.py when a signature changes.
-constexpr int kInterface = 6;
+constexpr int kInterface = 7;
 
 int64_t draw(uintptr_t logits, uintptr_t uniforms, uintptr_t tokens, int64_t rows, int64_t num_codes,
              float temperature, int64_t top_k, float top_p) {
@@ -131,6 +134,55 @@ uint64_t checksum(uintptr_t blocks, int64_t count) {
     }
     nb::gil_scoped_release release;
     return fastvq::cpu::checksum(list.data(), count);
+}
+
+std::unique_ptr<fastvq::cpu::PackedProduct> make_product(uintptr_t weights, int64_t depth, int64_t columns,
+                                                         const std::string& kernels) {
+    expect(depth >= 1 && depth < fastvq::kTableLimit, "depth", "1 to 2^24");
+    expect(columns >= 1 && columns < fastvq::kTableLimit, "columns", "1 to 2^24");
+    const auto* data = pointer<const float>("weights", weights, depth);
+    const auto& found = kernels_named(kernels);
+    nb::gil_scoped_release release;
+    return std::make_unique<fastvq::cpu::PackedProduct>(data, depth, columns, found);
+}
+
+// Address, strides of samples, positions and runs, number of runs, and their length.
+constexpr size_t kInputFields = 6;
+
+void run_product(const fastvq::cpu::PackedProduct& product, int64_t samples, int64_t width,
+                 const std::vector<int64_t>& inputs, uintptr_t start, int64_t start_sample_stride,
+                 int64_t start_position_stride, uintptr_t out, int64_t out_sample_stride, int64_t out_position_stride,
+                 int64_t threads) {
+    expect(samples >= 0 && samples < fastvq::kTableLimit, "samples", "0 to 2^24");
+    expect(width >= 1 && width < fastvq::kTableLimit, "width", "1 to 2^24");
+    expect(threads >= 1 && threads <= 1024, "threads", "1 to 1024");
+    const int64_t columns = product.columns();
+    const auto nested = [&](int64_t inner, int64_t inner_stride, int64_t outer, int64_t outer_stride) {
+        return (inner <= 1 || inner_stride >= columns) &&
+               (outer <= 1 || outer_stride >= std::max<int64_t>(inner - 1, 0) * inner_stride + columns);
+    };
+    expect(nested(width, out_position_stride, samples, out_sample_stride) ||
+               nested(samples, out_sample_stride, width, out_position_stride),
+           "out", "rows that do not overlap");
+    fastvq::cpu::ProductTask task{};
+    task.samples = samples;
+    task.width = width;
+    task.start = {pointer<const float>("start", start, start != 0), start_sample_stride, start_position_stride};
+    task.out = {pointer<float>("out", out, samples), out_sample_stride, out_position_stride};
+    expect(inputs.size() % kInputFields == 0, "inputs", "6 numbers each");
+    int64_t depth = 0;
+    for (auto field = inputs.begin(); field != inputs.end(); field += kInputFields) {
+        const auto* data = pointer<const float>("input", field[0], samples);
+        expect(field[4] >= 1 && field[4] <= product.depth(), "runs", "1 to depth");
+        expect(field[5] >= 1 && field[5] <= product.depth(), "length", "1 to depth");
+        for (int64_t run = 0; run < field[4] && samples > 0; ++run) {
+            task.runs.push_back({{data + run * field[3], field[1], field[2]}, field[5]});
+        }
+        depth += field[4] * field[5];
+    }
+    expect(depth == product.depth(), "inputs", "runs that make up the depth");
+    nb::gil_scoped_release release;
+    product.run(task, threads);
 }
 
 constexpr int64_t kViewFields = 3;
@@ -264,6 +316,15 @@ NB_MODULE(_ext, m) {
           "Moving averages of a codebook and its codes, in place; arrays by address, counts int64 or float.");
     m.def("checksum", &checksum, nb::arg("blocks"), nb::arg("count"),
           "Position-dependent checksum of memory; a table of addresses and bytes by address.");
+    nb::class_<fastvq::cpu::PackedProduct>(m, "PackedProduct")
+        .def_prop_ro("weight_bytes", &fastvq::cpu::PackedProduct::weight_bytes)
+        .def_prop_ro("fused", &fastvq::cpu::PackedProduct::fused)
+        .def("run", &run_product, nb::arg("samples"), nb::arg("width"), nb::arg("inputs"), nb::arg("start"),
+             nb::arg("start_sample_stride"), nb::arg("start_position_stride"), nb::arg("out"),
+             nb::arg("out_sample_stride"), nb::arg("out_position_stride"), nb::arg("threads"),
+             "start + rows of the inputs @ weights, for every position of the samples; arrays by address.");
+    m.def("make_product", &make_product, nb::arg("weights"), nb::arg("depth"), nb::arg("columns"), nb::arg("kernels"),
+          "Packs the right side of products that are summed in a fixed order; arrays by address.");
     nb::class_<fastvq::cpu::StepPlan>(m, "StepPlan")
         .def_prop_ro("weight_bytes", &fastvq::cpu::StepPlan::weight_bytes)
         .def_prop_ro("kernels", &fastvq::cpu::StepPlan::kernels_name)

@@ -90,6 +90,53 @@ struct NearestKernels {
     void (*squares)(const float* codes, int64_t count, int64_t depth, const float* shift, double* squares);
 };
 
+// Consecutive floats for every position, of which a sample has a given number.
+template <class T>
+struct Strided {
+    T* data;
+    int64_t sample_stride;
+    int64_t position_stride;
+
+    T* at(int64_t sample, int64_t position) const {
+        return data + sample * sample_stride + position * position_stride;
+    }
+};
+
+// `length` floats of every row of a product's left side.
+struct Run {
+    Strided<const float> rows;
+    int64_t length;
+};
+
+// Floats that lie in a line of the caches, by which what is needed soon is fetched.
+constexpr int64_t kLineFloats = 16;
+
+// A few rows and the columns of a panel, over a part of the depth.
+struct ProductTile {
+    const Run* runs;  // from the one that the part begins in
+    int64_t skip;     // floats of that run before the part
+    int64_t depth;    // of the part
+    const float* panel;  // its weights, [depth][columns of a panel]
+    int64_t pitch;       // from a panel to the next
+    Strided<const float> start;  // what is added to; zeros if null
+    Strided<float> out;
+    int64_t width;  // positions of a sample
+    int64_t sample, position;  // of the first row; the others follow
+    int64_t rows;
+    int64_t columns;  // that exist; with no more than `few_rows` rows up to those of two panels
+    const float* ahead;  // what is needed soon
+    int64_t ahead_lines;
+};
+
+// Kernels of products (product.h).
+struct ProductKernels {
+    int64_t rows;      // most rows of a tile
+    int64_t few_rows;  // so many take two panels at a time
+    int64_t columns;   // of a panel
+    bool fused;        // products and sums are rounded together: sets that say so give the same bits
+    void (*tile)(const ProductTile&);
+};
+
 struct Kernels {
     const char* name;
     void (*product)(const Product&);
@@ -101,6 +148,7 @@ struct Kernels {
     void (*tanh)(const float* a, const float* b, float* y, int64_t n);  // tanh(a) * sigmoid(b)
     void (*attend)(const Attend&);
     NearestKernels nearest;
+    ProductKernels gathered;
 };
 
 extern const Kernels kBaselineKernels;

@@ -6,6 +6,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/nearest_impl.h"
+#include "cpu/product_impl.h"
 #include "cpu/vectors.h"
 
 namespace fastvq::cpu {
@@ -224,7 +225,8 @@ void attend(const Attend& a) {
 }  // namespace
 
 extern const Kernels FASTVQ_KERNELS;
-const Kernels FASTVQ_KERNELS = {FASTVQ_NAME, product,    apply_elu, apply_elu_negated, apply_relu,
-                                apply_add,   apply_glu,  apply_tanh, attend,            kNearestKernels};
+const Kernels FASTVQ_KERNELS = {FASTVQ_NAME, product,    apply_elu,  apply_elu_negated, apply_relu,
+                                apply_add,   apply_glu,  apply_tanh, attend,            kNearestKernels,
+                                kProductKernels};
 
 }  // namespace fastvq::cpu

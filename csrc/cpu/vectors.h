@@ -4,6 +4,11 @@
 
 #include <cstdint>
 #include <cstring>
+#if defined(__FMA__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
 
 namespace fastvq::cpu {
 namespace {
@@ -36,6 +41,24 @@ inline Vector load(const uint16_t* p) { return reinterpret_cast<Vector>(load_wor
 inline void store(float* p, Vector v) { std::memcpy(p, &v, sizeof(v)); }
 
 inline Vector broadcast(float x) { return x - Vector{}; }
+
+// a * b + sum. With kFused it is rounded once, whatever the compiler does with other sums and products.
+#if defined(__FMA__) && FASTVQ_LANES == 16
+constexpr bool kFused = true;
+inline Vector fused(Vector a, Vector b, Vector sum) { return _mm512_fmadd_ps(a, b, sum); }
+#elif defined(__FMA__) && FASTVQ_LANES == 8
+constexpr bool kFused = true;
+inline Vector fused(Vector a, Vector b, Vector sum) { return _mm256_fmadd_ps(a, b, sum); }
+#elif defined(__aarch64__) && FASTVQ_LANES == 4
+constexpr bool kFused = true;
+inline Vector fused(Vector a, Vector b, Vector sum) {
+    return reinterpret_cast<Vector>(vfmaq_f32(reinterpret_cast<float32x4_t>(sum), reinterpret_cast<float32x4_t>(a),
+                                              reinterpret_cast<float32x4_t>(b)));
+}
+#else
+constexpr bool kFused = false;
+inline Vector fused(Vector a, Vector b, Vector sum) { return sum + a * b; }
+#endif
 
 }  // namespace
 }  // namespace fastvq::cpu

@@ -363,11 +363,13 @@ int run(uint64_t num_plans) {
     test("cases", [&] { test_every_kind_comes_up(num_plans); });
     test("checksum", test_checksum);
     test("draw", test_draw);
+    test("products of all instruction sets", [] { test_products_agree(kernels_here()); });
     test("programs of the CUDA engine", [&] { test_programs(num_plans); });
     for (const Kernels* kernels : kernels_here()) {
         const std::string on = std::string(" on ") + kernels->name;
         test("kernels" + on, [&] { test_kernels(*kernels); });
         test("nearest codes" + on, [&] { test_nearest(*kernels); });
+        test("products" + on, [&] { test_product(*kernels); });
         test("invalid plans" + on, [&] { test_invalid_plans(*kernels); });
         test("invalid views" + on, [&] { test_invalid_views(*kernels); });
         test("logits that are not finite" + on, [&] { test_logits_that_are_not_finite(*kernels); });

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "cpu/kernels.h"
 
@@ -11,6 +12,8 @@ void test_checksum();
 void test_kernels(const Kernels& kernels);
 void test_draw();
 void test_nearest(const Kernels& kernels);
+void test_product(const Kernels& kernels);
+void test_products_agree(const std::vector<const Kernels*>& all);
 void test_programs(uint64_t num_plans);
 
 }  // namespace fastvq::cpu::testing

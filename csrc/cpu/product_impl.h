@@ -1,0 +1,92 @@
+// Kernels of products whose rows are gathered, for one instruction set.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+
+#include "cpu/kernels.h"
+#include "cpu/vectors.h"
+
+namespace fastvq::cpu {
+namespace {
+
+// Rows so few that the sums of one panel would wait for each other.
+constexpr int kFewRows = kTileRows / 3;
+
+// Bits depend neither on kRows nor on kPanels: every output has a lane of its own and takes its products one after the
+// other.
+template <int kRows, int kPanels>
+void gathered_tile(const ProductTile& t) {
+    constexpr int kVectors = kPanels * kTileVectors, kColumns = kPanels * kTileColumns;
+    int64_t samples[kRows], positions[kRows];
+    samples[0] = t.sample;
+    positions[0] = t.position;
+    for (int m = 1; m < kRows; ++m) {
+        const bool last = positions[m - 1] + 1 == t.width;
+        samples[m] = samples[m - 1] + last;
+        positions[m] = last ? 0 : positions[m - 1] + 1;
+    }
+    for (int64_t line = 0; line < t.ahead_lines; ++line) __builtin_prefetch(t.ahead + line * kLineFloats);
+    // Outputs of different rows lie far apart, and a store that misses the caches holds up others.
+    for (int m = 0; m < kRows; ++m) {
+        const float* out = t.out.at(samples[m], positions[m]);
+        for (int64_t n = 0; n < t.columns; n += kLineFloats) __builtin_prefetch(out + n, 1);
+    }
+    Vector sums[kRows][kVectors];
+    for (int m = 0; m < kRows; ++m) {
+        float padded[kColumns] = {};
+        const float* start = padded;
+        if (t.start.data != nullptr) {
+            start = t.start.at(samples[m], positions[m]);
+            if (t.columns < kColumns) {
+                std::memcpy(padded, start, t.columns * sizeof(float));
+                start = padded;
+            }
+        }
+        for (int v = 0; v < kVectors; ++v) sums[m][v] = load(start + v * kLanes);
+    }
+    const float* panel = t.panel;
+    const Run* run = t.runs;
+    for (int64_t left = t.depth, skip = t.skip; left > 0; ++run, skip = 0) {
+        const int64_t length = std::min(run->length - skip, left);
+        const float* rows[kRows];
+        for (int m = 0; m < kRows; ++m) rows[m] = run->rows.at(samples[m], positions[m]) + skip;
+        for (int64_t k = 0; k < length; ++k, panel += kTileColumns) {
+            Vector weights[kVectors];
+            for (int v = 0; v < kVectors; ++v) {
+                weights[v] = load(panel + v / kTileVectors * t.pitch + v % kTileVectors * kLanes);
+            }
+            for (int m = 0; m < kRows; ++m) {
+                const Vector x = broadcast(rows[m][k]);
+                for (int v = 0; v < kVectors; ++v) sums[m][v] = fused(x, weights[v], sums[m][v]);
+            }
+        }
+        left -= length;
+    }
+    for (int m = 0; m < kRows; ++m) {
+        float* out = t.out.at(samples[m], positions[m]);
+        if (t.columns >= kColumns) {
+            for (int v = 0; v < kVectors; ++v) store(out + v * kLanes, sums[m][v]);
+        } else {
+            float padded[kColumns];
+            for (int v = 0; v < kVectors; ++v) store(padded + v * kLanes, sums[m][v]);
+            std::memcpy(out, padded, t.columns * sizeof(float));
+        }
+    }
+}
+
+template <int kRows>
+void gathered_tile_of(const ProductTile& t) {
+    if constexpr (kRows > 0) {
+        if (t.rows != kRows) return gathered_tile_of<kRows - 1>(t);
+        if constexpr (kRows <= kFewRows) {
+            if (t.columns > kTileColumns) return gathered_tile<kRows, 2>(t);
+        }
+        gathered_tile<kRows, 1>(t);
+    }
+}
+
+constexpr ProductKernels kProductKernels = {kTileRows, kFewRows, kTileColumns, kFused, gathered_tile_of<kTileRows>};
+
+}  // namespace
+}  // namespace fastvq::cpu
