@@ -258,7 +258,7 @@ def test_refuses_other_types(changes: dict[str, Any]) -> None:
 
 def test_broken_tables_are_refused_or_run() -> None:
     """In a process of its own, see there."""
-    program = Path(__file__).with_name("step_tables.py")
+    program = Path(__file__).parents[1] / "step_tables.py"
     done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     refused, run = map(int, done.stdout.split())

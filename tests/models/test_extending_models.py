@@ -31,7 +31,7 @@ from fastvq.models import (
     preset,
 )
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)

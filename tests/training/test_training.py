@@ -20,7 +20,6 @@ from training_helpers import (
     TOP_CONFIG,
     VQVAE_CONFIG,
     Noise,
-    make_codes,
     metrics,
     stage1,
     stage2,
@@ -53,18 +52,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def codes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_codes(tmp_path_factory.mktemp("codes"))
-
-
-@pytest.fixture(params=["stage1", "stage2"])
-def train(request: pytest.FixtureRequest, codes: Path) -> Train:
-    if request.param == "stage1":
-        return stage1
-    return lambda run_dir, config=None, **options: stage2(codes, run_dir, config, **options)
 
 
 # ---- The loop

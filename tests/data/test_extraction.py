@@ -210,7 +210,7 @@ class Slow(Noise):
 extract(Path(sys.argv[1]), dataset=Slow())
 """
     folder = tmp_path / "codes"
-    process = subprocess.Popen([sys.executable, "-c", script, str(folder)], cwd=Path(__file__).parent.parent)
+    process = subprocess.Popen([sys.executable, "-c", script, str(folder)], cwd=Path(__file__).parents[2])
     deadline = time.monotonic() + 60
     done = 0
     while done == 0:

@@ -14,7 +14,7 @@ from fastvq.models import ResidualVQ, VectorQuantizer
 
 pytestmark = pytest.mark.usefixtures("steady")
 
-PAGE = (Path(__file__).resolve().parents[1] / "docs" / "migrating-from-vector-quantize-pytorch.md").read_text()
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "migrating-from-vector-quantize-pytorch.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
 
 

@@ -24,7 +24,6 @@ from training_helpers import (
     dies_by_sigkill,
     files,
     kill_myself,
-    make_codes,
     metrics,
     stage1,
     stage2,
@@ -54,18 +53,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def codes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_codes(tmp_path_factory.mktemp("codes"))
-
-
-@pytest.fixture(params=["stage1", "stage2"])
-def train(request: pytest.FixtureRequest, codes: Path) -> Train:
-    if request.param == "stage1":
-        return stage1
-    return lambda run_dir, config=None, **options: stage2(codes, run_dir, config, **options)
 
 
 # ---- Resumption
@@ -185,7 +172,7 @@ class Slow(Noise):
         return super().image(index)
 stage1(sys.argv[1], dataset=Slow())
 """
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], cwd=root)
     deadline = time.monotonic() + 60
     while not (tmp_path / "checkpoints" / "step_00000004").exists():

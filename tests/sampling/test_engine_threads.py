@@ -139,7 +139,7 @@ print("sampled again", flush=True)
 @pytest.mark.skipif(os.name != "posix", reason="signals are sent as POSIX has them")
 @pytest.mark.parametrize("threads", [1, 2])
 def test_ctrl_c_within_a_row(threads: int) -> None:
-    program = INTERRUPTED.format(folder=str(Path(__file__).parent), threads=threads)
+    program = INTERRUPTED.format(folder=str(Path(__file__).parents[1]), threads=threads)
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as child:
         try:
             assert child.stdout is not None
