@@ -85,6 +85,7 @@ def checked_in_both(file: str, groups: Groups) -> tuple[Callable[[str, str], Non
 def _interpreted(file: str, group: str) -> dict[str, dict[str, str | None]]:
     # One thread: products this small only wait for each other.
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = str(Path(__file__).parent)  # a script finds what lies beside it, not above
     with tempfile.TemporaryDirectory(prefix="fastvq-interpreted-") as folder:
         results = Path(folder) / "results.json"
         command = [sys.executable, file, group, str(results)]
