@@ -197,7 +197,7 @@ def test_goes_on_after_the_last_flush(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_sigkill_from_outside(whole: Path, tmp_path: Path) -> None:
     script = """
 import sys, time
-sys.path.insert(0, "tests")
+sys.path[:0] = ["tests", "tests/data"]
 import torch
 torch.set_num_threads(1)
 from pathlib import Path

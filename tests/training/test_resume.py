@@ -161,7 +161,7 @@ def test_resume_twice_and_with_other_neutral_settings(tmp_path: Path, uninterrup
 def test_sigkill_from_outside(tmp_path: Path, uninterrupted: dict[str, Path]) -> None:
     script = """
 import sys, time
-sys.path.insert(0, "tests")
+sys.path[:0] = ["tests", "tests/training"]
 import torch
 from safetensors.torch import load_file
 torch.set_num_threads(1)
