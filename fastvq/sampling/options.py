@@ -9,10 +9,10 @@ from fastvq._check import require_bool, require_choice, require_positive_int
 from fastvq.errors import ArgumentError, ArgumentTypeError
 
 Precision = Literal["float32", "bfloat16"]
-RowKernel = Literal["library", "triton"]
+RowKernel = Literal["library", "product", "triton"]
 
 PRECISIONS = ("float32", "bfloat16")
-ROW_KERNELS = ("library", "triton")
+ROW_KERNELS = ("library", "product", "triton")
 KERNELS = ("auto", "avx512", "avx2", "baseline")
 _MOST_THREADS = 1024
 
@@ -27,8 +27,9 @@ class EngineOptions:
             uses matrix instructions, for which it rounds what the weights are multiplied by as well.
         threads: of the ``cpu`` engine, 1 to 1024; None for PyTorch's number, or fewer where a position has little work.
         kernels: instruction set of the ``cpu`` engine: ``auto``, ``avx512``, ``avx2`` or ``baseline``.
-        row_kernel: what computes the convolutions over the rows above in the cached engines: ``library`` (PyTorch's)
-            or ``triton`` (the project's own kernel, on a GPU). Both are float32.
+        row_kernel: what computes the convolutions over the rows above in the cached engines: ``library`` (PyTorch's),
+            ``product`` (the extension's, on a CPU) or ``triton`` (the project's own kernel, on a GPU). All are float32.
+            None: ``product`` for the ``cpu`` engine, ``library`` for the others.
         cuda_graph: the ``cuda`` engine records a whole grid once and replays it, see
             :mod:`fastvq.sampling.engines.cuda_graph`.
 
@@ -39,13 +40,14 @@ class EngineOptions:
     precision: Precision = "float32"
     threads: int | None = None
     kernels: str = "auto"
-    row_kernel: RowKernel = "library"
+    row_kernel: RowKernel | None = None
     cuda_graph: bool = False
 
     def __post_init__(self) -> None:
         require_choice("precision", self.precision, PRECISIONS)
         require_choice("kernels", self.kernels, KERNELS)
-        require_choice("row_kernel", self.row_kernel, ROW_KERNELS)
+        if self.row_kernel is not None:
+            require_choice("row_kernel", self.row_kernel, ROW_KERNELS)
         if self.threads is not None:
             require_positive_int("threads", self.threads, maximum=_MOST_THREADS)
         require_bool("cuda_graph", self.cuda_graph)

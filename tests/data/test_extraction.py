@@ -295,7 +295,7 @@ def test_damage_to_an_interrupted_extraction(tmp_path: Path) -> None:
         ({"copies": 0}, "copies: must be at least 1"),
         ({"copies": 2, "augment": None}, "copies: 2 copies without augmentation"),
         ({"batch_size": 0}, "batch_size: must be at least 1"),
-        ({"seed": -1}, "seed: must be at least 0"),
+        ({"seed": -1}, r"seed: must lie in 0..2\*\*63-1"),
         ({"num_workers": -1}, "num_workers: must be at least 0"),
         ({"model": make_model(in_channels=3)}, "dataset: has 1 channels, the model takes 3"),
         ({"model": make_model(strides=(4, 4))}, "multiples of 16"),

@@ -90,7 +90,7 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "row-kernel": (
         {"row_kernel": "cudnn"},
         ArgumentError,
-        "row_kernel: expected one of 'library', 'triton', got 'cudnn'",
+        "row_kernel: expected one of 'library', 'product', 'triton', got 'cudnn'",
     ),
     "graph": ({"cuda_graph": 1}, ArgumentTypeError, "cuda_graph: expected a bool, got int"),
 }

@@ -119,7 +119,7 @@ def test_row_kernel_without_a_gpu() -> None:
         CompiledPlan(compile_plan(prior), CPU, "triton")
     with refuses(UnavailableError, "row_kernel: 'triton' was asked for but cannot run here: it needs a GPU"):
         fill("torch", prior, request_of(prior, 1, {}, seed=0), lambda: None, EngineOptions(row_kernel="triton"))
-    with refuses(ArgumentError, "row_kernel: expected one of 'library', 'triton', got 'cudnn'"):
+    with refuses(ArgumentError, "row_kernel: expected one of 'library', 'product', 'triton', got 'cudnn'"):
         CompiledPlan(compile_plan(prior), CPU, "cudnn")  # type: ignore[arg-type]
 
 

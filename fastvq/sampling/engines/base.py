@@ -13,8 +13,8 @@ from fastvq._evaluation import in_evaluation
 from fastvq.errors import ArgumentError
 from fastvq.models.prior import Prior
 from fastvq.sampling.engines.phases import OnPhase
-from fastvq.sampling.engines.state import require_triton
-from fastvq.sampling.options import EngineOptions
+from fastvq.sampling.engines.state import require_row_kernel
+from fastvq.sampling.options import EngineOptions, RowKernel
 from fastvq.sampling.request import SampleRequest
 
 P = TypeVar("P")
@@ -30,6 +30,7 @@ class Engine(ABC, Generic[P]):
         plans: whether it runs a plan of the prior, with a row phase before the steps of each row, instead of the
             prior's modules. Priors of which there is no plan are refused before it is asked.
         cuda_graphs: whether it can record a grid as a CUDA graph.
+        row_kernel: of its row phase unless options say another.
         places: vectors that it keeps per sample of an operation whose past is not read.
     """
 
@@ -37,6 +38,7 @@ class Engine(ABC, Generic[P]):
     precisions: ClassVar[tuple[str, ...]] = ("float32",)
     plans: ClassVar[bool] = False
     cuda_graphs: ClassVar[bool] = False
+    row_kernel: ClassVar[RowKernel] = "library"
     places: ClassVar[int] = 1
 
     def why_not(self, prior: Prior, device: torch.device) -> str | None:
@@ -53,12 +55,12 @@ class Engine(ABC, Generic[P]):
             ArgumentError: there is such an option.
             UnavailableError: the row kernel cannot run on the device.
         """
-        if options.row_kernel != "library" and not self.plans:
+        if options.row_kernel not in (None, "library") and not self.plans:
             raise ArgumentError(f"row_kernel: the {self.name} engine has no row phase, got {options.row_kernel!r}")
         if options.cuda_graph and not self.cuda_graphs:
             raise ArgumentError(f"cuda_graph: only the cuda engine has one, the engine here is {self.name!r}")
-        if device is not None and options.row_kernel == "triton":
-            require_triton(device)
+        if device is not None and options.row_kernel is not None:
+            require_row_kernel(options.row_kernel, device)
 
     def evaluated(self, prior: Prior) -> Prior:
         """The prior in evaluation mode, as far as the engine runs its modules: a plan has all but the context in it."""

@@ -121,6 +121,7 @@ class CpuEngine(Engine[_Packed]):
     name = "cpu"
     precisions = ("float32", "bfloat16")
     plans = True
+    row_kernel = "product"
 
     def why_not(self, prior: Prior, device: torch.device) -> str | None:
         if device.type != "cpu":
@@ -141,7 +142,7 @@ class CpuEngine(Engine[_Packed]):
             (batch, threads, kernels, bf16),
             lambda: CpuStep(kept.plan, batch, threads=threads, kernels=kernels, bf16=bf16),
         )
-        return kept.compiled(options.row_kernel), step
+        return kept.compiled(options.row_kernel or self.row_kernel), step
 
     def fill(
         self, prepared: _Packed, prior: Prior, request: SampleRequest, row_done: RowDone, on_phase: OnPhase | None

@@ -120,7 +120,7 @@ class TorchEngine(Engine[_Packed]):
 
     def prepare(self, prior: Prior, batch: int, options: EngineOptions) -> _Packed:
         kept = prepared(prior)
-        compiled = kept.compiled(options.row_kernel)
+        compiled = kept.compiled(options.row_kernel or self.row_kernel)
         return compiled, kept.get(self.name, None, lambda: TorchStep(compiled))
 
     def fill(

@@ -2,17 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastvq import _engine
 from fastvq._check import require_choice
+from fastvq._product import Product
 from fastvq.errors import UnavailableError
+from fastvq.kernels.taps import Taps
 from fastvq.models.prior import Prior
 from fastvq.ops.dispatch import triton_reason
 from fastvq.sampling.options import ROW_KERNELS, RowKernel
 from fastvq.sampling.plan.form import History, Op, Plan, Term
 from fastvq.sampling.request import SampleRequest
+
+
+class Window(NamedTuple):
+    """What of a ring a position reads: ``height`` rows from ``top`` rows above on, columns from ``left`` of it on."""
+
+    top: int
+    height: int
+    left: int
+    extra: int
+
+    @classmethod
+    def of(cls, term: Term, history: History) -> Window:
+        rows, columns = [dr for dr, _ in term.taps], [dc for _, dc in term.taps]
+        height, width = max(rows) - min(rows) + 1, max(columns) - min(columns) + 1
+        if height * width != len(term.taps):
+            raise AssertionError(f"taps {term.taps} do not fill a rectangle")
+        return cls(-min(rows), height, history.left + min(columns), width - 1)
+
+    def read(self, ring: Ring, width: int) -> Tensor:
+        """[B, height, width + extra, C]."""
+        first = ring.slot - self.top
+        return ring.data[:, first : first + self.height, self.left : self.left + width + self.extra]
 
 
 class RowConv:
@@ -28,24 +56,21 @@ class RowConv:
     ) -> None:
         self.source = term.source
         self.direct = set(term.taps) == {(0, 0)}
-        rows, columns = [dr for dr, _ in term.taps], [dc for _, dc in term.taps]
-        self.top = -min(rows)
-        height, width = max(rows) - min(rows) + 1, max(columns) - min(columns) + 1
-        if height * width != len(term.taps):
-            raise AssertionError(f"taps {term.taps} do not fill a rectangle")
+        self.top = max(-dr for dr, _ in term.taps)
         weight = term.weight.to(device)
         if self.direct:
             self.weight = weight[0]
             return
         assert history is not None
-        self.height, self.left = height, history.left + min(columns)
-        self.extra = width - 1
+        self._window = Window.of(term, history)
+        height, width = self._window.height, self._window.extra + 1
         self._packed: tuple[tuple[int, ...], Tensor] | None = None
         self._prepack = False
-        self._taps: tuple[int, int, int, int] | None = None
+        self._taps: Taps | None = None
         if kernel == "triton":
-            self._taps = (width, self.top, -min(columns), len(term.taps))
-            self.left, self.extra = history.left, 0  # the kernel counts what lies beside the grid as zero
+            self._taps = Taps(width, self.top, history.left - self._window.left, len(term.taps))
+            # The kernel counts what lies beside the grid as zero.
+            self._window = self._window._replace(left=history.left, extra=0)
             self.weight = weight.transpose(1, 2).contiguous()  # [T, C_out, C_in]
             return
         shaped = weight.reshape(height, width, *weight.shape[1:]).permute(3, 2, 0, 1)  # [C_out, C_in, height, width]
@@ -58,8 +83,7 @@ class RowConv:
         if self.direct:
             return rows[self.source] @ self.weight
         assert ring is not None
-        first = ring.slot - self.top
-        x = ring.data[:, first : first + self.height, self.left : self.left + width + self.extra]
+        x = self._window.read(ring, width)
         if self._taps is not None:
             return self._triton(x)
         return self._conv(x.permute(0, 3, 1, 2))[:, :, 0].transpose(1, 2)
@@ -67,11 +91,10 @@ class RowConv:
     def _triton(self, x: Tensor) -> Tensor:
         """The last row of x [B, height, W, C_in], as [B, W, C_out]."""
         from fastvq.kernels.causal_conv_product import convolve
-        from fastvq.kernels.taps import Taps
 
         assert self._taps is not None
         out = x.new_empty(x.shape[0], 1, x.shape[2], self.weight.shape[1])
-        convolve(x.contiguous(), self.weight, out, Taps(*self._taps), precision="ieee", first_row=self.top)
+        convolve(x.contiguous(), self.weight, out, self._taps, precision="ieee", first_row=self.top)
         return out[:, 0]
 
     def _conv(self, x: Tensor) -> Tensor:
@@ -91,6 +114,41 @@ class RowConv:
         return convolve(x, packed[1], None, padding, stride, dilation, 1, "none", [], "")
 
 
+class RowProduct:
+    """The row parts of all terms of an affine operation as one product, see `fastvq._product.Product`.
+
+    Args:
+        terms: at least one.
+        histories: of the sources that are read elsewhere than at the position itself.
+    """
+
+    def __init__(self, terms: Sequence[Term], histories: Mapping[int, History]) -> None:
+        weights = []
+        self._windows: list[tuple[int, Window | None]] = []
+        for term in terms:
+            window = None if set(term.taps) == {(0, 0)} else Window.of(term, histories[term.source])
+            self._windows.append((term.source, window))
+            height, width = (1, 1) if window is None else (window.height, window.extra + 1)
+            weights.append(term.weight.reshape(height, width, *term.weight.shape[1:]))
+        self._product = Product(weights)
+        self._columns = weights[0].shape[-1]
+
+    def __call__(self, rows: dict[int, Tensor], rings: dict[int, Ring], width: int, bias: Tensor) -> Tensor:
+        """[B, W, C_out] (W = 1 if all sources are the same at all positions)."""
+        here = {source: rows[source] for source, window in self._windows if window is None}
+        uniform = len(here) == len(self._windows) and all(x.shape[1] == 1 for x in here.values())
+        columns = 1 if uniform else width
+        inputs = []
+        for source, window in self._windows:
+            if window is None:
+                x = here[source] if here[source].stride(2) == 1 else here[source].contiguous()
+                inputs.append(x[:, None].expand(-1, -1, columns, -1))
+            else:
+                inputs.append(window.read(rings[source], width))
+        out = torch.empty(inputs[0].shape[0], columns, self._columns, dtype=torch.float32)
+        return self._product(inputs, out, bias)
+
+
 def _can_prepack() -> bool:
     return (
         torch.backends.mkldnn.is_available()
@@ -106,7 +164,7 @@ class CompiledPlan:
     """A plan with its row weights made ready for one device; used by any number of micro-batches.
 
     Args:
-        row_kernel: what computes the row phase's convolutions over more than a position, see `RowConv`.
+        row_kernel: what computes the row phase's affine operations, see `RowProduct` and `RowConv`.
 
     Raises:
         UnavailableError: there is no such kernel on this device.
@@ -114,25 +172,32 @@ class CompiledPlan:
 
     def __init__(self, plan: Plan, device: torch.device, row_kernel: RowKernel = "library") -> None:
         require_choice("row_kernel", row_kernel, ROW_KERNELS)
-        if row_kernel == "triton":
-            require_triton(device)
+        require_row_kernel(row_kernel, device)
         self.plan, self.device = plan, device
         self.bias = {op.index: op.bias.to(device) for op in plan.ops if op.bias is not None}
-        self.convs = {
-            index: [RowConv(term, plan.history.get(term.source), device, row_kernel) for term in terms]
-            for index, terms in plan.row_terms.items()
-        }
+        self.products: dict[int, RowProduct] = {}
+        self.convs: dict[int, list[RowConv]] = {}
+        for index, terms in plan.row_terms.items():
+            if row_kernel == "product" and terms:
+                self.products[index] = RowProduct(terms, plan.history)
+            else:
+                self.convs[index] = [RowConv(t, plan.history.get(t.source), device, row_kernel) for t in terms]
         self.above_tables = {op.index: above for op in plan.ops if (above := _above_table(op, device)) is not None}
 
 
-def require_triton(device: torch.device) -> None:
+def require_row_kernel(row_kernel: str, device: torch.device) -> None:
     """
     Raises:
-        UnavailableError: the project's row kernel cannot run on a device.
+        UnavailableError: it cannot run on a device.
     """
-    reason = triton_reason(torch.empty(0, dtype=torch.float32, device=device))
+    reason = None
+    if row_kernel == "triton":
+        reason = triton_reason(torch.empty(0, dtype=torch.float32, device=device))
+    elif row_kernel == "product":
+        on_gpu = f"it reads CPU memory, the prior is on {device}"
+        reason = _engine.why_unavailable() if device.type == "cpu" else on_gpu
     if reason is not None:
-        raise UnavailableError(f"row_kernel: 'triton' was asked for but cannot run here: {reason}")
+        raise UnavailableError(f"row_kernel: {row_kernel!r} was asked for but cannot run here: {reason}")
 
 
 def _above_table(op: Op, device: torch.device) -> tuple[list[tuple[int, int]], Tensor] | None:
@@ -227,6 +292,9 @@ class GridState:
             features = features if features.shape[2] == 1 and op.variant == "label" else features[:, :, row : row + 1]
             return features[:, :, 0].transpose(1, 2).expand(self.batch, -1, -1)
         if op.kind == "affine":
+            product = self.compiled.products.get(op.index)
+            if product is not None:
+                return product(rows, self.rings, self.width, self.compiled.bias[op.index])
             total = self.compiled.bias[op.index].expand(self.batch, 1, -1)
             for conv in self.compiled.convs[op.index]:
                 # Rows above the grid are zero, and so is what they add to its first row.

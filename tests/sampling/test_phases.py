@@ -45,4 +45,4 @@ def test_the_naive_engine_has_no_phases() -> None:
 
 def test_a_phase_that_nobody_times_costs_no_object() -> None:
     phases = Phases(None, torch.device("cpu"))
-    assert phases.phase("row phase") is phases.phase("step phase")
+    assert phases.phase("row phase") is phases.phase("row phase")
