@@ -1,4 +1,4 @@
-"""A little of every GPU kernel, for a memory or race checker: ``python -m bench.gpu_tiny [--what engine|ops|all]``.
+"""A little of every GPU kernel, for a memory or race checker: ``python -m bench.gpu.tiny [--what engine|ops|all]``.
 
 Tiny priors sampled by the ``cuda`` engine (float32, bfloat16 with and without matrix instructions, filtered draws,
 in-painting), and the Triton operations forward and backward, each compared with PyTorch. Ends with `LAST_WORDS`.
@@ -22,7 +22,7 @@ from fastvq.sampling import EngineOptions
 from fastvq.sampling.engines import fill
 from fastvq.sampling.request import Settings, build_request
 
-LAST_WORDS = "gpu_tiny: all of it has run"
+LAST_WORDS = "tiny: all of it has run"
 
 
 def priors() -> dict[str, Prior]:
@@ -99,7 +99,7 @@ def run_ops(device: str, backend: str | None = "triton") -> int:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu_tiny", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.tiny", description=__doc__)
     parser.add_argument("--what", choices=("engine", "ops", "all"), default="all")
     parser.add_argument("--no-compare", action="store_true", help="leave out the naive sampler, most of the work")
     parser.add_argument("--device", default="cuda")
