@@ -59,12 +59,12 @@ def _draw_unchecked(logits: Tensor, uniforms: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def row_phase_seconds(prior: Prior, request: SampleRequest, options: EngineOptions) -> float:
-    """Of all rows' row phases one after the other, with no steps in between."""
+def phase_seconds(engine: str, prior: Prior, request: SampleRequest, options: EngineOptions) -> dict[str, float]:
+    """Seconds of the device in each phase that can be told: all rows' row phases, with no steps in between."""
     rows = Rows(prior, request, options)
     rows.scatter()
     rows.begin(0)
     rows.begin(1)
     rest = range(min(2, rows.height - 1), rows.height)
     timed = clock(lambda: [rows.begin(row) for row in rest], device=request.noise.device)
-    return timed.device_seconds * rows.height / len(rest)
+    return {"row phase": timed.device_seconds * rows.height / len(rest)}

@@ -24,7 +24,7 @@ from torch import Tensor
 from bench.cases import SAMPLER_CASES, SamplerCase
 from bench.gpu import probes
 from bench.gpu.clock import Timed, clock, synchronise
-from bench.gpu.engines import Rows, row_phase_seconds
+from bench.gpu.engines import Rows, phase_seconds
 from bench.gpu.files import load, save
 from bench.gpu.floors import Rates, floor_seconds
 from bench.gpu.lines import LATE, LEGEND, Line, both_levels, failures, table
@@ -176,7 +176,7 @@ def cuda_line(problem: Problem, name: str, left: Left, runs: int = 1) -> Line:
             share = check.facts["outside"] / check.facts["positions"]
             line.judge(True, f"{share:.2%} of codes outside the float32 margin")
         if not options.cuda_graph:
-            line.facts["row_phase_seconds"] = row_phase_seconds(problem.prior, problem.request, options)
+            line.facts["phase_seconds"] = phase_seconds(problem.engine, problem.prior, problem.request, options)
     return line
 
 
