@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,12 @@ import torch
 # Jobs in the background of a shell begin with Ctrl-C ignored, and so would the processes that tests interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With ``-m gpu`` files that do not speak of one are not imported, which takes most of the time."""
+    chosen = config.getoption("markexpr") == "gpu" and collection_path.suffix == ".py"
+    return True if chosen and "gpu" not in collection_path.read_text(encoding="utf-8") else None
 
 
 @pytest.fixture

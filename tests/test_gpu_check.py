@@ -33,12 +33,31 @@ def test_without_a_gpu_it_says_so_and_does_nothing(tmp_path: Path) -> None:
     assert not out.exists()
 
 
-@needs_gpu()
+def test_the_marker_chooses_tests_whether_or_not_there_is_a_gpu() -> None:
+    files = ["tests/test_triton_checksum.py", "tests/test_gpu_check.py", "tests/test_causal_registered.py"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--collect-only", "-q", "-m", "gpu", *files],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    chosen = [line.partition("[")[0] for line in done.stdout.splitlines() if "::" in line]
+    assert set(chosen) == {
+        "tests/test_triton_checksum.py::test_on_a_gpu",
+        "tests/test_gpu_check.py::test_tiny_plans_on_a_gpu",
+        "tests/test_causal_registered.py::test_both_backends_agree_on_a_gpu",
+    }
+
+
+@needs_gpu
 @needs_triton
 @pytest.mark.parametrize("what", ["engine", "ops"])
 def test_tiny_plans_on_a_gpu(what: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "bench.gpu_tiny", "--what", what],
+        [sys.executable, "-m", "bench.gpu.tiny", "--what", what],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -46,4 +65,4 @@ def test_tiny_plans_on_a_gpu(what: str) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith("gpu_tiny: all of it has run\n")
+    assert done.stdout.endswith("tiny: all of it has run\n")

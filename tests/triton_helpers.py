@@ -17,7 +17,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import pytest
 from torch import Tensor
@@ -25,6 +25,7 @@ from torch import Tensor
 # A check raises AssertionError, or returns a line worth reading.
 Check = Callable[[str], str | None]
 Groups = Mapping[str, Mapping[str, Check]]
+Test = TypeVar("Test", bound=Callable[..., None])
 
 # Bytes of shared memory that one program can have.
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -37,10 +38,11 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
-def needs_gpu() -> pytest.MarkDecorator:
+def needs_gpu(test: Test) -> Test:
+    """A test that ``pytest -m gpu`` chooses, and that is skipped where there is no GPU."""
     import torch
 
-    return pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is available")
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is available")(test))
 
 
 def names(groups: Groups) -> list[Any]:
@@ -71,7 +73,7 @@ def checked_in_both(file: str, groups: Groups) -> tuple[Callable[[str, str], Non
         assert_interpreted(file, group, name)
 
     @needs_triton
-    @needs_gpu()
+    @needs_gpu
     @every
     def test_on_a_gpu(group: str, name: str) -> None:
         said = groups[group][name]("cuda")

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from helpers import refuses, snail
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from triton_helpers import needs_gpu
 
 from fastvq.errors import ArgumentError, ArgumentTypeError, UnavailableError
 from fastvq.models.blocks import CausalConv2d, GatedBlock
@@ -567,12 +568,7 @@ def test_gated_block_equals_its_steps(
         torch.testing.assert_close(grad, right, rtol=1e-11, atol=1e-12)
 
 
-needs_triton = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="Triton kernels behind the operations are run on a GPU"
-)
-
-
-@needs_triton
+@needs_gpu
 @each_mask
 def test_both_backends_agree_on_a_gpu(mask: Mask) -> None:
     tensors = {n: t.cuda().float() for n, t in block_arguments("concat_elu", "uniform", True, True).items()}

@@ -365,7 +365,7 @@ def test_keys_of_graphs() -> None:
 # On a GPU.
 
 
-@needs_gpu()
+@needs_gpu
 @torch.inference_mode()
 @every_prior
 @every_given
@@ -391,7 +391,7 @@ def gpu_codes(prior: Prior, **options: Any) -> Tensor:
     return fill("cuda", prior, request, lambda: None, EngineOptions(**options)).cpu()
 
 
-@needs_gpu()
+@needs_gpu
 @every_prior
 @every_given
 @pytest.mark.parametrize(
@@ -408,7 +408,7 @@ def test_codes_on_a_gpu(options: dict[str, Any], kind: str, told: str) -> None:
         require_same_codes(prior, found, wanted, noise, given)
 
 
-@needs_gpu()
+@needs_gpu
 def test_a_graph_is_replayed_for_other_requests() -> None:
     prior = spread(snail(shape=(5, 6), num_classes=3)).cuda()
     if (reason := why_not("cuda", prior)) is not None:

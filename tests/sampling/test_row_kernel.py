@@ -106,7 +106,7 @@ def test_row_kernel_in_the_interpreter(group: str, name: str) -> None:
     assert_interpreted(__file__, group, name)
 
 
-@needs_gpu()
+@needs_gpu
 @pytest.mark.parametrize("name", EXTRA)
 def test_row_kernel_on_a_gpu(name: str) -> None:
     GROUPS["row-kernel"][name]("cuda")

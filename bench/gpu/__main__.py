@@ -4,7 +4,8 @@ Parts, in this order, each a process with a share of the time: the tests that ne
 (probes); the sampler's benchmark; compute-sanitizer's memcheck and racecheck on tiny plans; the benchmarks of nearest
 code and causal operations. What the time does not suffice for is named. The folder gets a log of every part,
 ``gpu.json`` with what became of each, and the parts' own files: ``tests.xml``, ``probes.json``, ``sampler.json`` and
-``operations/*.json``. Nothing is built: install the package first.
+``operations/*.json``. Nothing is built: install the package first,
+with ``CMAKE_ARGS=-DFASTVQ_PROBES=ON`` for the probes of blocks and launches.
 
 Exit status: 0 all parts passed; 1 one failed, did not come to its end or could not run (``--allow-missing``: a program
 that is not installed is no failure); 2 there is no GPU, and nothing has been done; 64 wrong arguments.
@@ -15,7 +16,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
-import json
 import shutil
 import sys
 from collections.abc import Sequence
@@ -24,9 +24,10 @@ from typing import NoReturn
 
 import torch
 
-from bench import gpu_probes, gpu_report, gpu_sampler, gpu_selection, gpu_tiny
-from bench.gpu_parts import GRACE_SECONDS, Outcome, Part, exit_status, judge_sanitizer, judge_tests, run_parts
-from bench.machine import ROOT, describe_commit, describe_machine, describe_versions, now
+from bench.gpu import probes, sampler, tiny
+from bench.gpu.files import aligned, load, save
+from bench.gpu.lines import LEGEND, Line, both_levels, table
+from bench.gpu.parts import GRACE_SECONDS, Outcome, Part, exit_status, judge_sanitizer, judge_tests, run_parts
 
 LIMIT = 540.0
 NO_GPU, WRONG_ARGUMENTS = 2, 64
@@ -56,20 +57,19 @@ def parts(out: Path) -> list[Part]:
     python = [sys.executable, "-m"]
     pytest = [*python, "pytest", "-p", "no:cacheprovider"]
     junit, operations = out / "tests.xml", out / "operations.xml"
-    tests = [str(path.relative_to(ROOT)) for path in gpu_selection.files(ROOT / "tests")]
     several = ["-n", str(_TEST_PROCESSES)] if importlib.util.find_spec("xdist") else []
     sanitizer = shutil.which("compute-sanitizer") or "compute-sanitizer"
     missing = None if shutil.which("compute-sanitizer") else "not run: compute-sanitizer is not on the path"
 
     def checked(tool: str) -> Part:
-        command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *python, "bench.gpu_tiny", "--no-compare"]
+        command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *python, "bench.gpu.tiny", "--no-compare"]
         # Every tensor in an allocation of its own: inside PyTorch's pools an access out of bounds goes unnoticed.
         own = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         return Part(
             tool,
             lambda _: command,
             45.0,
-            judge=judge_sanitizer(gpu_tiny.LAST_WORDS),
+            judge=judge_sanitizer(tiny.LAST_WORDS),
             environment=own,
             missing=missing,
         )
@@ -77,14 +77,14 @@ def parts(out: Path) -> list[Part]:
     return [
         Part(
             "tests",
-            lambda _: [*pytest, "-p", "bench.gpu_selection", "-q", "-rf", *several, f"--junitxml={junit}", *tests],
+            lambda _: [*pytest, "-m", "gpu", "-q", "-rf", *several, f"--junitxml={junit}", "tests"],
             145.0,
             judge=judge_tests(junit),
         ),
-        Part("probes", lambda _: [*python, "bench.gpu_probes", "--out", str(out)], 45.0),
+        Part("probes", lambda _: [*python, "bench.gpu.probes", "--out", str(out)], 45.0),
         Part(
             "sampler",
-            lambda seconds: [*python, "bench.gpu_sampler", "--out", str(out), "--seconds", f"{seconds - 15:.0f}"],
+            lambda seconds: [*python, "bench.gpu.sampler", "--out", str(out), "--seconds", f"{seconds - 15:.0f}"],
             200.0,
             least=60.0,
         ),
@@ -94,7 +94,7 @@ def parts(out: Path) -> list[Part]:
             "operations",
             lambda seconds: [
                 *pytest,
-                *("-p", "bench.gpu_deadline", "--start-within", f"{seconds - _CASE_SECONDS:.0f}"),
+                *("-p", "bench.gpu.deadline", "--start-within", f"{seconds - _CASE_SECONDS:.0f}"),
                 *("--benchmark", "--results", str(out / "operations"), f"--junitxml={operations}"),
                 *OPERATION_CASES,
             ],
@@ -105,36 +105,15 @@ def parts(out: Path) -> list[Part]:
     ]
 
 
-def write(out: Path, outcomes: Sequence[Outcome], limit: float) -> None:
-    """What became of every part, beside machine, versions and commit."""
-    payload = {
-        "format": 1,
-        "date": now(),
-        "seconds_limit": limit,
-        "machine": describe_machine(),
-        "versions": describe_versions(),
-        **describe_commit(),
-        "parts": [dataclasses.asdict(outcome) for outcome in outcomes],
-    }
-    part = out / f"{FILE}.part"
-    part.write_text(json.dumps(payload, indent=1) + "\n")
-    part.replace(out / FILE)
-
-
 def report(out: Path, outcomes: Sequence[Outcome]) -> list[str]:
     """Probes, the sampler's table, and a line for every part."""
-    lines: list[str] = []
-    found = gpu_probes.load(out)
-    if found is not None:
-        lines += [*gpu_probes.lines(found), ""]
-    sampler = out / gpu_sampler.FILE
-    if sampler.is_file():
-        lines += [*gpu_report.summary(json.loads(sampler.read_text())), *gpu_report.LEGEND, ""]
-    width = max((len(outcome.name) for outcome in outcomes), default=0)
-    states = max((len(outcome.status) for outcome in outcomes), default=0)
-    return lines + [
-        f"{one.name:<{width}}  {one.status:<{states}}  {one.seconds:4.0f} s  {one.detail}" for one in outcomes
-    ]
+    said: list[str] = []
+    if (found := load(out / probes.FILE)) is not None:
+        said += [*probes.lines(found), ""]
+    if (found := load(out / sampler.FILE)) is not None:
+        lines = [Line(**stored) for stored in found["lines"]]
+        said += [*table(lines), *both_levels(lines), *LEGEND, ""]
+    return said + aligned([(one.name, one.status, f"{one.seconds:4.0f} s", one.detail) for one in outcomes])
 
 
 class _Parser(argparse.ArgumentParser):
@@ -172,14 +151,17 @@ def main(arguments: Sequence[str]) -> int:
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     # Files of an earlier run must not pass for this one's.
-    for name in ("tests.xml", "operations.xml", gpu_probes.FILE, gpu_sampler.FILE, FILE):
+    for name in ("tests.xml", "operations.xml", probes.FILE, sampler.FILE, FILE):
         if options.only is None:
             (out / name).unlink(missing_ok=True)
     chosen = [part for part in parts(out) if options.only is None or part.name in options.only]
     outcomes = run_parts(
         chosen, out, options.seconds - _REPORT_SECONDS - GRACE_SECONDS, lambda line: print(line, flush=True)
     )
-    write(out, outcomes, options.seconds)
+    save(
+        out / FILE,
+        {"seconds_limit": options.seconds, "parts": [dataclasses.asdict(outcome) for outcome in outcomes]},
+    )
     print("\n".join(["", *report(out, outcomes)]))
     return exit_status(outcomes, allow_missing=options.allow_missing)
 

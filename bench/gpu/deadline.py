@@ -1,4 +1,4 @@
-"""A pytest plugin (``-p bench.gpu_deadline --start-within SECONDS``): tests that would start later are skipped."""
+"""A pytest plugin (``-p bench.gpu.deadline --start-within SECONDS``): tests that would start later are skipped."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""The parts of the GPU check: their time, what is said about them, and which tests they choose."""
+"""The whole check as far as it goes without a GPU: its parts, their time, and what is said about them."""
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 import time
@@ -11,8 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from bench import gpu_selection
-from bench.gpu_parts import Found, Outcome, Part, by_status, exit_status, judge_sanitizer, judge_tests, run_parts
+from bench.gpu import __main__ as command
+from bench.gpu.files import save
+from bench.gpu.lines import Line
+from bench.gpu.parts import Found, Outcome, Part, by_status, exit_status, judge_sanitizer, judge_tests, run_parts
 from bench.machine import ROOT
 
 
@@ -127,47 +130,73 @@ class TestVerdicts:
         assert by_status(0, "\n") == Found("passed", "no output")
 
 
-class TestSelection:
-    def test_only_tests_that_need_a_gpu_are_left(self, tmp_path: Path) -> None:
-        text = """
-            import pytest, torch
-            needs = pytest.mark.skipif(not torch.cuda.is_available(), reason="runs on a GPU")
-            def test_on_a_gpu(): pass
-            @needs
-            def test_other(): pass
-            @pytest.mark.skipif(True, reason="no compiler")
-            def test_compiler(): pass
-            def test_plain(): raise AssertionError
-        """
-        path = tmp_path / "test_some.py"
-        path.write_text("\n".join(line[12:] for line in text.splitlines()))
-        (tmp_path / "test_none.py").write_text("def test_plain(): pass\n")
-        assert gpu_selection.files(tmp_path) == [path]
-        junit = tmp_path / "tests.xml"
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "bench.gpu_selection", "-q"]
-        done = subprocess.run(
-            [*command, f"--junitxml={junit}", "-c", "/dev/null", str(path)],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout
-        count = 2 if torch.cuda.is_available() else 1
-        assert judge_tests(junit)(0, "") == Found("passed", f"{count} run, {2 - count} skipped, 0 failed")
-
-    def test_the_repository_has_such_files(self) -> None:
-        names = {path.name for path in gpu_selection.files(ROOT / "tests")}
-        kernels = {f"test_triton_{name}.py" for name in ("nearest_code", "causal_conv", "causal_attention")}
-        assert kernels | {"test_causal_registered.py", "test_cuda_engine.py"} <= names
-
-
 def test_no_test_starts_after_the_deadline(tmp_path: Path) -> None:
     path = tmp_path / "test_some.py"
     path.write_text("import time\ndef test_first(): time.sleep(1.2)\ndef test_late(): raise AssertionError\n")
     junit = tmp_path / "tests.xml"
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "bench.gpu_deadline", "-q"]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "bench.gpu.deadline", "-q"]
     options = ["--start-within", "1", f"--junitxml={junit}", "-c", "/dev/null"]
     done = subprocess.run([*command, *options, str(path)], cwd=ROOT, capture_output=True, text=True, check=False)
     found = judge_tests(junit, name_skipped=True)(done.returncode, "")
     assert found == Found("passed", "1 run, 1 skipped, 0 failed; skipped: test_late")
+
+
+class TestCommand:
+    def test_cases_of_operations_exist(self) -> None:
+        from bench.cases import NEAREST_CODE_GPU_CASES
+        from bench.causal_cases import CAUSAL_GPU_CASES, PRIOR_GPU_CASES
+
+        known = {case.id for case in (*NEAREST_CODE_GPU_CASES, *CAUSAL_GPU_CASES, *PRIOR_GPU_CASES)}
+        assert {name.partition("[")[2].removesuffix("]") for name in command.OPERATION_CASES} <= known
+
+    def test_all_parts_fit_into_nine_minutes(self) -> None:
+        parts = command.parts(Path("out"))
+        assert [part.name for part in parts] == ["tests", "probes", "sampler", "memcheck", "racecheck", "operations"]
+        # The last one takes what the others leave.
+        assert sum(part.seconds for part in parts[:-1]) + parts[-1].least <= command.LIMIT - 15 <= 525
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ([], "--out"),
+            (["--out", "x", "--seconds", "541"], "--seconds: expected 30 to 540, got 541"),
+            (["--out", "x", "--seconds", "nan"], "--seconds: expected 30 to 540, got nan"),
+            (["--out", "x", "--only", "nothing"], "--only"),
+            (["--out", __file__], "--out: expected a folder"),
+        ],
+        ids=["no-folder", "too-long", "nan", "no-such-part", "a-file"],
+    )
+    def test_wrong_arguments(self, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit) as raised:
+            command.main(arguments)
+        assert raised.value.code == command.WRONG_ARGUMENTS
+        assert message in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("code", "status"), [("print('fine')", 0), ("raise SystemExit(1)", 1)], ids=["good", "bad"]
+    )
+    def test_whole_command(
+        self,
+        code: str,
+        status: int,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        part = Part("only", lambda _: [sys.executable, "-c", code], 20.0)
+        monkeypatch.setattr(command, "parts", lambda out: [part])
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(command, "save", lambda path, found: path.write_text(repr(found)))
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "sampler.json").write_text("from an earlier run")
+        assert command.main(["--out", str(tmp_path / "out")]) == status
+        assert {path.name for path in (tmp_path / "out").iterdir()} == {"gpu.json", "only.log"}
+        last = capsys.readouterr().out.splitlines()[-1]
+        assert last.split()[:2] == ["only", "failed" if status else "passed"]
+
+    def test_report_and_file(self, tmp_path: Path) -> None:
+        save(tmp_path / "sampler.json", {"lines": [dataclasses.asdict(Line("a-top", 1, "cuda", [2.0], [1.0]))]})
+        outcomes = [Outcome("probes", "passed", 3.0, "fine"), Outcome("racecheck", "missing", 0.0, "not run")]
+        said = command.report(tmp_path, outcomes)
+        assert said[1].split() == ["a-top", "1", "cuda", "2", "s", "1", "s", "1", "-", "-", "-", "ok"]
+        assert said[-2:] == ["probes     passed      3 s  fine", "racecheck  missing     0 s  not run"]

@@ -1,4 +1,4 @@
-"""What a GPU does at best: ``python -m bench.gpu_probes --out DIR`` writes DIR/probes.json and prints a table.
+"""What a GPU does at best: ``python -m bench.gpu.probes --out DIR`` writes DIR/probes.json and prints a table.
 
 Blocks meeting and passing a flag on, starting kernels, copying, and library products in float32, TF32 and bfloat16.
 """
@@ -6,7 +6,7 @@ Blocks meeting and passing a flag on, starting kernels, copying, and library pro
 from __future__ import annotations
 
 import argparse
-import json
+import importlib
 import statistics
 import sys
 from pathlib import Path
@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from bench.gpu_floors import GpuRates
-from bench.machine import GPU_UNITS, Ceilings, describe_commit, describe_machine, describe_versions, now
-from fastvq import _engine
+from bench.gpu.files import aligned, save
+from bench.gpu.floors import Rates
+from bench.machine import GPU_UNITS, Ceilings
 
 FILE = "probes.json"
 _ROUNDS = 20_000
@@ -27,9 +27,14 @@ _PRODUCTS = ((8192, 8192, 8192), (4096, 5120, 512), (16384, 5120, 512))
 
 
 def measure(device: int = 0) -> dict[str, Any]:
-    """All of it, as JSON. Probes of blocks and launches are missing, with the reason, where the extension has none."""
+    """All of it, as JSON. Probes of blocks and launches are missing, with the reason, where they are not built."""
     properties = torch.cuda.get_device_properties(device)
-    found: dict[str, Any] = {
+    ceilings = Ceilings()
+    with torch.cuda.device(device):
+        for unit in GPU_UNITS:
+            for product in _PRODUCTS:
+                ceilings.measure_gpu(unit, *product)
+    return {
         "device": properties.name,
         "multiprocessors": properties.multi_processor_count,
         "cache_bytes": properties.L2_cache_size,
@@ -37,27 +42,27 @@ def measure(device: int = 0) -> dict[str, Any]:
         "copy_bytes_per_s": copy_rate(_LARGE_BYTES, device),
         # Source and destination together take half of the cache.
         "cached_copy_bytes_per_s": copy_rate(properties.L2_cache_size // 4, device),
+        "gpu_flops_per_s": ceilings.gpu,
+        **blocks_and_launches(device),
     }
-    ceilings = Ceilings()
-    with torch.cuda.device(device):
-        for unit in GPU_UNITS:
-            for product in _PRODUCTS:
-                ceilings.measure_gpu(unit, *product)
-    found["gpu_flops_per_s"] = ceilings.gpu
-    extension = _engine.require() if _engine.available() else None
-    if extension is None or not hasattr(extension, "probe_barrier"):
-        found["missing"] = _engine.why_unavailable() or "the extension was built without CUDA"
-        return found
-    barrier = [extension.probe_barrier(0, _ROUNDS, device) for _ in range(5)]
-    hop = [extension.probe_flag_hop(_ROUNDS, device) for _ in range(5)]
-    launches = [extension.probe_launch(_LAUNCHES, device) for _ in range(5)]
-    found["microseconds"] = {
-        "barrier of all blocks": barrier,
-        "flag from block to block": hop,
-        "empty kernel": [plain for plain, _ in launches],
-        "empty kernel in a graph": [graph for _, graph in launches],
+
+
+def blocks_and_launches(device: int) -> dict[str, Any]:
+    """Microseconds of each probe of the module ``fastvq._probes``, or why they are missing."""
+    try:
+        probes = importlib.import_module("fastvq._probes")
+    except ImportError as error:
+        how = "CMAKE_ARGS=-DFASTVQ_PROBES=ON pip install -e . builds it where there is a CUDA compiler"
+        return {"missing": f"fastvq._probes cannot be imported ({error}); {how}"}
+    launches = [probes.launch(_LAUNCHES, device) for _ in range(5)]
+    return {
+        "microseconds": {
+            "barrier of all blocks": [probes.barrier(0, _ROUNDS, device) for _ in range(5)],
+            "flag from block to block": [probes.flag_hop(_ROUNDS, device) for _ in range(5)],
+            "empty kernel": [plain for plain, _ in launches],
+            "empty kernel in a graph": [graph for _, graph in launches],
+        }
     }
-    return found
 
 
 def copy_rate(size: int, device: int, repeats: int = 20) -> float:
@@ -79,11 +84,13 @@ def copy_rate(size: int, device: int, repeats: int = 20) -> float:
     return 2 * source.numel() * 8 / statistics.median(seconds[2:])
 
 
-def rates_of(found: dict[str, Any]) -> GpuRates | None:
+def rates_of(found: dict[str, Any]) -> Rates | None:
     """What floors need; None where the probes of blocks are missing."""
     if "microseconds" not in found:
         return None
-    return GpuRates(
+    products = found["gpu_flops_per_s"]
+    return Rates(
+        flops={unit.removeprefix("cuda "): max(map(max, rates.values())) for unit, rates in products.items()},
         hop=1e-6 * statistics.median(found["microseconds"]["flag from block to block"]),
         copy=found["copy_bytes_per_s"],
         cached=max(found["cached_copy_bytes_per_s"], found["copy_bytes_per_s"]),
@@ -102,31 +109,15 @@ def lines(found: dict[str, Any]) -> list[str]:
     for unit, products in found["gpu_flops_per_s"].items():
         name, best = max(((name, max(rates)) for name, rates in products.items()), key=lambda pair: pair[1])
         rows.append((f"product, {unit.removeprefix('cuda ')}", f"{best / 1e12:.1f} TFLOP/s ({name})"))
-    width = max(len(name) for name, _ in rows)
-    return [f"{name:<{width}}  {value}" for name, value in rows]
-
-
-def load(folder: Path) -> dict[str, Any] | None:
-    """What an earlier run in the same folder found."""
-    path = folder / FILE
-    found: dict[str, Any] | None = json.loads(path.read_text()) if path.is_file() else None
-    return found
-
-
-def save(found: dict[str, Any], folder: Path) -> None:
-    facts = {"date": now(), "machine": describe_machine(), "versions": describe_versions(), **describe_commit()}
-    folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f"{FILE}.part"
-    part.write_text(json.dumps({"format": 1, **facts, **found}, indent=1) + "\n")
-    part.replace(folder / FILE)
+    return aligned(rows)
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu_probes", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.probes", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     options = parser.parse_args(arguments)
     found = measure()
-    save(found, options.out)
+    save(options.out / FILE, found)
     print("\n".join(lines(found)))
     return 1 if "missing" in found else 0
 

@@ -1,4 +1,4 @@
-"""A little of every GPU kernel, for a memory or race checker: ``python -m bench.gpu_tiny [--what engine|ops|all]``.
+"""A little of every GPU kernel, for a memory or race checker: ``python -m bench.gpu.tiny [--what engine|ops|all]``.
 
 Tiny priors sampled by the ``cuda`` engine (float32, bfloat16 with and without matrix instructions, filtered draws,
 in-painting), and the Triton operations forward and backward, each compared with PyTorch. Ends with `LAST_WORDS`.
@@ -9,20 +9,18 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastvq import GatedPixelCNN, PixelSNAIL
+from fastvq import GatedPixelCNN, PixelSNAIL, sample
 from fastvq.models.prior import Prior
 from fastvq.ops.causal_attention import causal_attention
 from fastvq.ops.causal_conv import fused_causal_conv2d
 from fastvq.ops.nearest_code import nearest_code_statistics
-from fastvq.sampling import EngineOptions
-from fastvq.sampling.engines import fill
-from fastvq.sampling.request import Settings, build_request
 
-LAST_WORDS = "gpu_tiny: all of it has run"
+LAST_WORDS = "tiny: all of it has run"
 
 
 def priors() -> dict[str, Prior]:
@@ -35,34 +33,24 @@ def priors() -> dict[str, Prior]:
     }
 
 
-def sample_tiny(
-    prior: Prior, batch: int, engine: str, device: str, options: EngineOptions, settings: Settings, compare: bool
-) -> None:
+def sample_tiny(prior: Prior, batch: int, device: str, engine: str, options: dict[str, Any], compare: bool) -> None:
     """Sample with an engine, some codes being known; a float32 engine is to agree with the naive sampler."""
-    prior = prior.to(device)
-    config = prior.config
-    grids = [
-        torch.randint(count, (batch, *shape))
-        for count, shape in zip(config.condition_num_codes, config.condition_shapes, strict=True)
-    ]
-    codes = torch.randint(config.num_codes, (batch, *config.shape))
-    request = build_request(
-        prior,
-        batch,
-        condition=grids or None,
-        label=None if config.num_classes is None else torch.arange(batch) % config.num_classes,
-        settings=settings,
-        seed=1,
-        noise=None,
-        init_codes=codes,
-        mask=torch.rand(batch, *config.shape) < 0.3,
-        start=0,
-    )
-    drawn = fill(engine, prior, request, lambda: None, options)
-    assert torch.equal(drawn[request.known], request.init_codes[request.known])
-    if compare and options.precision == "float32":
+    prior, config = prior.to(device), prior.config
+    grids = zip(config.condition_num_codes, config.condition_shapes, strict=True)
+    codes, mask = torch.randint(config.num_codes, (batch, *config.shape)), torch.rand(batch, *config.shape) < 0.3
+    given: dict[str, Any] = {
+        "condition": [torch.randint(count, (batch, *shape)) for count, shape in grids] or None,
+        "label": None if config.num_classes is None else torch.arange(batch) % config.num_classes,
+        "init_codes": codes,
+        "mask": mask,
+        "seed": 1,
+        "micro_batch": batch,
+    }
+    drawn = sample(prior, batch, **given, **options, engine=engine).cpu()
+    assert torch.equal(drawn[mask], codes[mask])
+    if compare and options["precision"] == "float32":
         # On so few codes a uniform number within rounding of a boundary would be a great coincidence.
-        assert torch.equal(drawn, fill("naive", prior, request, lambda: None))
+        assert torch.equal(drawn, sample(prior, batch, **given, **options, engine="naive").cpu())
 
 
 def run_engine(device: str, engine: str = "cuda", compare: bool = True) -> int:
@@ -72,8 +60,8 @@ def run_engine(device: str, engine: str = "cuda", compare: bool = True) -> int:
         for precision in ("float32", "bfloat16"):
             # Matrix instructions begin at 8 samples.
             for batch in (3, 9):
-                for settings in (Settings(), Settings(temperature=0.9, top_k=5, top_p=0.8)):
-                    sample_tiny(prior, batch, engine, device, EngineOptions(precision=precision), settings, compare)
+                for filters in ({}, {"temperature": 0.9, "top_k": 5, "top_p": 0.8}):
+                    sample_tiny(prior, batch, device, engine, {"precision": precision, **filters}, compare)
                     count += 1
             print(f"{name}, {precision}", flush=True)
     return count
@@ -99,7 +87,7 @@ def run_ops(device: str, backend: str | None = "triton") -> int:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu_tiny", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.tiny", description=__doc__)
     parser.add_argument("--what", choices=("engine", "ops", "all"), default="all")
     parser.add_argument("--no-compare", action="store_true", help="leave out the naive sampler, most of the work")
     parser.add_argument("--device", default="cuda")

@@ -11,7 +11,7 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from bench.machine import ROOT
 
@@ -20,8 +20,7 @@ Status = Literal["passed", "failed", "out of time", "skipped", "missing"]
 GRACE_SECONDS = 5.0
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(NamedTuple):
     """What became of a part, and in a few words why."""
 
     status: Status
