@@ -24,9 +24,11 @@ from typing import NoReturn
 
 import torch
 
+import bench.peers  # noqa: F401
 from bench import gpu_probes, gpu_report, gpu_sampler, gpu_selection, gpu_tiny
 from bench.gpu_parts import GRACE_SECONDS, Outcome, Part, exit_status, judge_sanitizer, judge_tests, run_parts
 from bench.machine import ROOT, describe_commit, describe_machine, describe_versions, now
+from bench.registry import every_peer
 
 LIMIT = 540.0
 NO_GPU, WRONG_ARGUMENTS = 2, 64
@@ -96,7 +98,7 @@ def parts(out: Path) -> list[Part]:
                 *pytest,
                 *("-p", "bench.gpu_deadline", "--start-within", f"{seconds - _CASE_SECONDS:.0f}"),
                 *("--benchmark", "--results", str(out / "operations"), f"--junitxml={operations}"),
-                *OPERATION_CASES,
+                *every_peer(OPERATION_CASES),
             ],
             150.0,
             least=_CASE_SECONDS + 15,

@@ -24,11 +24,13 @@ from torch import Tensor
 
 from bench import gpu_probes
 from bench.cases import SAMPLER_CASES, SamplerCase
+from bench.engines import request_of, torch_row
+from bench.files import write_json
 from bench.gpu_floors import GpuRates, floor_seconds, work_of
 from bench.gpu_report import LATE, LEGEND, both_levels, failures, table
 from bench.harness import Check, Entry, Memory, Recorder, Result, synchronise, timed
-from bench.report import seconds, write_json
-from bench.sampler import _sum_over_rows, _torch_row, check_codes, naive_pace, request_of, torch_rows
+from bench.report import seconds
+from bench.sampler import check_codes, naive_pace, sum_over_rows, torch_rows
 from fastvq._precision import full_float32
 from fastvq.errors import FastvqError
 from fastvq.models.prior import Prior
@@ -261,12 +263,12 @@ def graph_rows(problem: Problem) -> Entry:
     spent, check = [], Check(True, "not compared")
     for row in rows:
         begin = timed(state.begin_row, row, device=problem.device)
-        _torch_row(step, state, problem.request, row, width)  # loads kernels, and the codes to compare with
+        torch_row(step, state, problem.request, row, width)  # loads kernels, and the codes to compare with
         expected = state.codes[:, row].clone()
         with mock.patch("fastvq.ops.draw._check_rows", _unchecked):
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                _torch_row(step, state, problem.request, row, width)
+                torch_row(step, state, problem.request, row, width)
         state.codes[:, row].random_(compiled.plan.num_codes)  # what was drawn must not pass for what is drawn now
         graph.replay()
         replays = [timed(graph.replay, device=problem.device) for _ in range(3)]
@@ -275,7 +277,7 @@ def graph_rows(problem: Problem) -> Entry:
         if differ or row == rows[0]:
             check = Check(differ == 0, f"{differ} codes of row {row} differ from eager ones")
     how = f"extrapolated from complete rows {rows}, steps replayed from graphs"
-    total = _sum_over_rows(rows, spent, height, degree=1)
+    total = sum_over_rows(rows, spent, height, degree=1)
     return Entry("torch graph", [total], check, extrapolated=how, facts={"rows": rows, "seconds_per_row": spent})
 
 

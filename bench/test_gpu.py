@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from bench import gpu, gpu_probes, gpu_report, gpu_sampler, gpu_tiny
-from bench.cases import SAMPLER_CASES
+from bench.cases import CASES, SAMPLER_CASES
+from bench.files import write_json
 from bench.gpu_floors import DeviceWork, GpuRates, floor_seconds, work_of
 from bench.gpu_parts import Outcome, Part
 from bench.harness import Check, Entry, Recorder, Result
 from bench.machine import Ceilings
-from bench.report import write_json
 from fastvq import PixelSNAIL, _engine
 from fastvq.sampling import describe
 
@@ -235,10 +235,7 @@ def test_tiny_plans_run_on_a_cpu(one_thread: None) -> None:
 
 class TestCommand:
     def test_cases_of_operations_exist(self) -> None:
-        from bench.cases import NEAREST_CODE_GPU_CASES
-        from bench.causal_cases import CAUSAL_GPU_CASES, PRIOR_GPU_CASES
-
-        known = {case.id for case in (*NEAREST_CODE_GPU_CASES, *CAUSAL_GPU_CASES, *PRIOR_GPU_CASES)}
+        known = {case.id for case in CASES if case.device == "cuda"}
         assert {name.partition("[")[2].removesuffix("]") for name in gpu.OPERATION_CASES} <= known
 
     def test_all_parts_fit_into_nine_minutes(self) -> None:
