@@ -36,6 +36,9 @@ class Case(ABC):
     def id(self) -> str:
         return f"{self.name}-b{self.batch}"
 
+    def __str__(self) -> str:
+        return self.id
+
     @abstractmethod
     def small(self) -> Case:
         """The twin for the smoke run."""
@@ -202,8 +205,8 @@ class NearestCodeCase(Case):
         """The twin for the smoke run, with sizes that are multiples of nothing."""
         return dataclasses.replace(
             self,
-            batch=_SMALL_SIZES.get(self.batch, 1003),
-            num_codes=_SMALL_CODES[self.num_codes],
+            batch=_SMALL_SIZES.get(self.batch, min(self.batch, 1003)),
+            num_codes=_SMALL_CODES.get(self.num_codes, min(self.num_codes, 515)),
             code_dim=self.code_dim // 8 + 1,
         )
 

@@ -21,9 +21,8 @@ class Group:
     """
 
     def __init__(self, case: Case, recorder: Recorder, *, small: bool = False) -> None:
-        # What the case before has left in cycles and in compiled functions can be gigabytes.
-        clear()
-        self.case, self.recorder = case, recorder
+        self.case, self.recorder, self.small = case, recorder, small
+        self.clear()
         size = case.small() if small else case
         self.problem = PROBLEMS[case.operation](size, tuned=not recorder.quick, ceilings=recorder.ceilings)
         if not recorder.quick:
@@ -44,9 +43,10 @@ class Group:
             except LeftOutError as error:
                 self.result.left_out[name] = str(error)
                 self.recorder.log(f"  {name}: left out: {error}")
-                clear()
+                self.clear()
                 continue
-            return_freed_memory()
+            if not self.small:
+                return_freed_memory()
             if isinstance(found, Entry):
                 self._add(found)
             else:
@@ -81,6 +81,12 @@ class Group:
             lines = str(error).strip().splitlines()
             raise LeftOutError(f"{type(error).__name__}: {lines[0] if lines else ''}"[:120]) from error
 
+    def clear(self) -> None:
+        """Give memory that nobody uses back: what a case leaves in cycles and compiled functions can be gigabytes."""
+        if not self.small:
+            gc.collect()
+            return_freed_memory()
+
     def _add(self, entry: Entry) -> None:
         self.result.entries.append(entry)
         if entry.extrapolated:
@@ -90,12 +96,6 @@ class Group:
         else:
             how = ("" if entry.check.passed else "CHECK FAILED: ") + entry.check.summary
         self.recorder.log(f"  {entry.peer}: {entry.median:.3g} s x {len(entry.seconds)}; {how}")
-
-
-def clear() -> None:
-    """Give memory that nobody uses back to the system."""
-    gc.collect()
-    return_freed_memory()
 
 
 def run_case(case: Case, recorder: Recorder, names: Sequence[str] | None = None) -> Result:

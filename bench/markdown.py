@@ -22,8 +22,8 @@ Made from the recorded results named below, on {machine}. Every time is the medi
 against its reference in the same run, and what failed would have no ratio here. *e*: rests on a time extrapolated from
 part of the work. Columns: the time; how many times faster than the best of the others and than each of them; the time
 as a multiple of the floor, which is the case's arithmetic (and bytes, where weights are streamed) at the best rates
-measured in that session. `pytest bench/ --benchmark --results DIR` makes such results on your machine, and
-`python -m bench.markdown DIR/*.json` such tables.
+measured in that session. `pytest bench/ --benchmark --results DIR` makes such results on your machine (as does
+pytest-benchmark's `--benchmark-json FILE`), and `python -m bench.markdown DIR/*.json` such tables.
 """
 
 
