@@ -1,14 +1,18 @@
-"""What every benchmark is made of: cases, peers timed in turns, checks, work and memory.
+"""What every benchmark is made of: peers timed in turns, checks, work and memory.
 
-A benchmark makes a :class:`Result` per case and hands it to the session's :class:`Recorder`; tables, ratios and files
-are made from these alone. A ratio exists only between entries that are exact and whose check has passed in this run.
+The session's :class:`Recorder` has a :class:`Result` per case; tables, ratios and files are made from these alone. A
+ratio exists only between entries that are exact and whose check has passed in this run.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
+import json
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,26 +20,13 @@ from typing import Any
 
 import torch
 
-from bench.machine import CPU_FLOAT32, Ceilings, describe_commit, load_average
+from bench.machine import CPU_FLOAT32, ROOT, Ceilings, describe_commit, load_average
 
 # Peers run until they have used about this long each, at least once and at most MOST_REPEATS times.
 TARGET_SECONDS = 3.0
 MOST_REPEATS = 25
 # Below this a median of at least three runs is affordable whatever the target.
 SHORT_SECONDS = 8.0
-
-
-@dataclass(frozen=True)
-class Case:
-    """One row of a benchmark: an operation on inputs of a given kind and batch size."""
-
-    operation: str
-    name: str
-    batch: int
-
-    @property
-    def id(self) -> str:
-        return f"{self.name}-b{self.batch}"
 
 
 def _nothing() -> None:
@@ -135,6 +126,7 @@ class Result:
 
     Attributes:
         left_out: peers that were not run, each with the reason.
+        floor_seconds: as it was worked out in the session that this was read from.
     """
 
     operation: str
@@ -145,12 +137,13 @@ class Result:
     memory: list[Memory] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    floor_seconds: float | None = None
 
     def entry(self, peer: str) -> Entry | None:
         return next((entry for entry in self.entries if entry.peer == peer), None)
 
     def floor(self, ceilings: Ceilings) -> float | None:
-        return sum(part.seconds(ceilings) for part in self.work) if self.work else None
+        return sum(part.seconds(ceilings) for part in self.work) if self.work else self.floor_seconds
 
     def speedup(self, entry: Entry, over: str) -> float | None:
         """How many times faster an entry is than a peer; None unless both are exact and have been checked."""
@@ -241,6 +234,21 @@ def using_threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def return_freed_memory() -> None:
+    """Give what the C library keeps of freed memory back to the system."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def fresh_process(peer: str, *arguments: str, small: bool = False) -> Memory:
+    """What ``python -m bench.memory`` finds out about a peer."""
+    command = [sys.executable, "-m", "bench.memory", *arguments, *(["--small"] if small else [])]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"measuring memory failed: {done.stderr}")
+    return Memory(peer, **json.loads(done.stdout.splitlines()[-1]))
 
 
 def synchronise(device: str) -> None:

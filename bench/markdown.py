@@ -6,11 +6,12 @@ Where several files hold the same case, the last file named counts.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.files import Session, load
+from bench.harness import Result
 from bench.report import number, seconds
 
 # Who stands for this package in each operation; "fastvq" elsewhere.
@@ -21,8 +22,8 @@ Made from the recorded results named below, on {machine}. Every time is the medi
 against its reference in the same run, and what failed would have no ratio here. *e*: rests on a time extrapolated from
 part of the work. Columns: the time; how many times faster than the best of the others and than each of them; the time
 as a multiple of the floor, which is the case's arithmetic (and bytes, where weights are streamed) at the best rates
-measured in that session. `pytest bench/ --benchmark --results DIR` makes such results on your machine, and
-`python -m bench.markdown DIR/*.json` such tables.
+measured in that session. `pytest bench/ --benchmark --results DIR` makes such results on your machine (as does
+pytest-benchmark's `--benchmark-json FILE`), and `python -m bench.markdown DIR/*.json` such tables.
 """
 
 
@@ -30,23 +31,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print the page."""
     parser = argparse.ArgumentParser(prog="python -m bench.markdown", description=__doc__)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE.json")
-    print(page({file.name: json.loads(file.read_text()) for file in parser.parse_args(arguments).files}), end="")
+    print(page({file.name: load(file) for file in parser.parse_args(arguments).files}), end="")
 
 
-def page(sessions: Mapping[str, dict[str, Any]]) -> str:
-    """The whole page, from the contents of result files by name.
+def page(sessions: Mapping[str, Session]) -> str:
+    """The whole page, from the sessions by the names of their files.
 
     Raises:
         ValueError: the files come from different processors.
     """
-    machines = list(dict.fromkeys(_machine(session["machine"]) for session in sessions.values()))
+    machines = list(dict.fromkeys(_machine(session.machine) for session in sessions.values()))
     if len(machines) != 1:
         raise ValueError(f"expected results of one machine, got those of {'; '.join(machines)}")
     sources = [f"[{index + 1}] {_source(session)}: {name}" for index, (name, session) in enumerate(sessions.items())]
-    latest: dict[tuple[str, str, int], tuple[dict[str, Any], int]] = {}
+    latest: dict[tuple[str, str, int], tuple[Result, int]] = {}
     for index, session in enumerate(sessions.values()):
-        for result in session["results"]:
-            latest[result["operation"], result["case"], result["batch"]] = (result, index + 1)
+        for result in session.results:
+            latest[result.operation, result.case, result.batch] = (result, index + 1)
     lines = [_INTRODUCTION.format(machine=machines[0]), "\n".join(f"- {source}" for source in sources), ""]
     for operation in dict.fromkeys(key[0] for key in latest):
         lines += [
@@ -60,24 +61,23 @@ def page(sessions: Mapping[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _row(result: dict[str, Any], session: int) -> str:
-    ours = next((e for e in result["entries"] if e["peer"] == _OURS.get(result["operation"], "fastvq")), None)
-    if ours is None or not ours["speedup_over"]:
-        return f"| {result['case']} | {result['batch']} | not comparable | | | | [{session}] |"
-    guessed = {e["peer"] for e in result["entries"] if e["extrapolated"] or ours["extrapolated"]}
-    over = sorted(ours["speedup_over"].items(), key=lambda item: item[1])
+def _row(result: Result, session: int) -> str:
+    ours = result.entry(_OURS.get(result.operation, "fastvq"))
+    found = {} if ours is None else {e.peer: result.speedup(ours, e.peer) for e in result.entries}
+    over = sorted(((peer, ratio) for peer, ratio in found.items() if ratio is not None), key=lambda item: item[1])
+    if ours is None or not over:
+        return f"| {result.case} | {result.batch} | not comparable | | | | [{session}] |"
+    guessed = {e.peer for e in result.entries if e.extrapolated or ours.extrapolated}
     # The package's own slower forms are no rivals.
-    rivals = [(peer, ratio) for peer, ratio in over if peer != "torch" or result["operation"] == "sampling"]
+    rivals = [(peer, ratio) for peer, ratio in over if peer != "torch" or result.operation == "sampling"]
     each = ", ".join(f"{peer} {_times(peer, ratio, guessed)}" for peer, ratio in over)
-    parts = [
-        f"{e['peer']} {number(ours['median'] / e['median'])}" for e in result["entries"] if not e.get("whole", True)
-    ]
+    parts = [f"{e.peer} {number(ours.median / e.median)}" for e in result.entries if not e.whole]
     if parts:
         each += f"; time / {', '.join(parts)}"
     best = f"{_times(*rivals[0], guessed)} ({rivals[0][0]})" if rivals else "-"
-    floor = "-" if ours["over_floor"] is None else number(ours["over_floor"])
-    cells = [result["case"], result["batch"], seconds(ours["median"]), best, each, floor, f"[{session}]"]
-    return f"| {' | '.join(map(str, cells))} |"
+    floor = result.floor_seconds
+    cells = [result.case, result.batch, seconds(ours.median), best, each, number(ours.median / floor) if floor else "-"]
+    return f"| {' | '.join(map(str, cells))} | [{session}] |"
 
 
 def _times(peer: str, ratio: float, guessed: set[str]) -> str:
@@ -89,11 +89,11 @@ def _machine(machine: dict[str, Any]) -> str:
     return f"{machine['cpu']}, {machine['cores']} cores" + (f", {', '.join(map(str, gpus))}" if gpus else "")
 
 
-def _source(session: dict[str, Any]) -> str:
-    versions = session["versions"]
+def _source(session: Session) -> str:
+    versions = session.versions
     peers = ", ".join(f"{name} {version}" for name, version in versions.get("peers", {}).items())
     return (
-        f"{session['date'][:10]}, commit {session['commit'][:8]}{' with changes' if session['dirty'] else ''},"
+        f"{session.date[:10]}, commit {(session.commit or 'unknown')[:8]}{' with changes' if session.dirty else ''},"
         f" Python {versions['python']}, PyTorch {versions['torch']}{', ' + peers if peers else ''}"
     )
 

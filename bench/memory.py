@@ -7,28 +7,22 @@ nearest code: that of the peer above those with inputs and codebook, and no pred
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-from bench.cases import NEAREST_CODE_CASES, SAMPLER_CASES, NearestCodeCase, SamplerCase
-from bench.nearest_code_contender import Contender, Problem, return_freed_memory
-from bench.nearest_code_peers import factories
-from bench.sampler import request_of
+import bench.peers  # noqa: F401
+from bench.cases import NearestCodeCase, SamplerCase, case_of
+from bench.engines import fill_rows, request_of, touched_caches
+from bench.harness import return_freed_memory
+from bench.nearest_code import NearestCode
+from bench.registry import contender
 from fastvq import PixelSNAIL, sample
 from fastvq.sampling import describe
-from fastvq.sampling.engines import fill
-from fastvq.sampling.engines.state import GridState
 
 # The first row has no rows above it; in the second the row phase allocates all that it ever does.
 _ROWS = 3
-
-
-class _EnoughError(Exception):
-    pass
 
 
 def sampler_memory(case: SamplerCase) -> dict[str, int]:
@@ -37,15 +31,8 @@ def sampler_memory(case: SamplerCase) -> dict[str, int]:
     warm = PixelSNAIL.from_preset("tiny-top").eval()
     sample(warm, 2, seed=0, micro_batch=2, engine="cpu")
     before = _start()
-    rows: list[int] = []
-
-    def row_done() -> None:
-        rows.append(len(rows))
-        if len(rows) == _ROWS:
-            raise _EnoughError
-
-    with contextlib.suppress(_EnoughError), mock.patch.object(GridState, "__init__", _touching(GridState.__init__)):
-        fill("cpu", prior, request, row_done)
+    with touched_caches():
+        fill_rows("cpu", prior, request, _ROWS)
     return {"measured": _resident("VmHWM") - before, "predicted": describe(prior).memory(case.batch)}
 
 
@@ -53,16 +40,15 @@ def nearest_code_memory(case: NearestCodeCase, peer: str) -> dict[str, int | Non
     warm = _contender(case.small(), peer)
     warm.prepare()
     warm.run()
-    contender = _contender(case, peer)
-    contender.prepare()
+    one = _contender(case, peer)
+    one.prepare()
     before = _start()
-    contender.run()
+    one.run()
     return {"measured": _resident("VmHWM") - before, "predicted": None}
 
 
-def _contender(case: NearestCodeCase, peer: str) -> Contender:
-    problem = Problem(case, tuned=False, inputs=1)
-    return next(make(problem) for name, _, make in factories(problem) if name == peer)
+def _contender(case: NearestCodeCase, peer: str) -> Any:
+    return contender(NearestCode(case, tuned=False, inputs=1), peer)
 
 
 def _start() -> int:
@@ -73,17 +59,6 @@ def _start() -> int:
     return _resident("VmRSS")
 
 
-def _touching(init: Any) -> Any:
-    """Caches are written once in full, because pages that nobody has written to do not count as resident."""
-
-    def touched(state: GridState, *arguments: Any) -> None:
-        init(state, *arguments)
-        for cache in (*(ring.data for ring in state.rings.values()), *state.keys.values(), *state.values.values()):
-            cache.zero_()
-
-    return touched
-
-
 def _resident(name: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{name}:"):
@@ -92,11 +67,9 @@ def _resident(name: str) -> int:
 
 
 def main(arguments: list[str]) -> None:
-    small = "--small" in arguments
     case_id, *peer = (argument for argument in arguments if argument != "--small")
-    cases: tuple[SamplerCase | NearestCodeCase, ...] = (*SAMPLER_CASES, *NEAREST_CODE_CASES)
-    case = next(case for case in cases if case.id == case_id)
-    case = case.small() if small else case
+    case = case_of(case_id)
+    case = case.small() if "--small" in arguments else case
     print(json.dumps(sampler_memory(case) if isinstance(case, SamplerCase) else nearest_code_memory(case, *peer)))
 
 

@@ -1,41 +1,51 @@
-"""How assigning vectors to codes is timed, checked against float64, and measured against the product it needs."""
+"""What those who look for the nearest code share: data, EMA buffers, a run's course, and the check against float64."""
 
 from __future__ import annotations
 
-import gc
-import json
-import subprocess
-import sys
+import contextlib
+import functools
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from bench import registry
 from bench.cases import NearestCodeCase
-from bench.harness import (
-    SHORT_SECONDS,
-    Check,
-    Entry,
-    Memory,
-    Peer,
-    Recorder,
-    Result,
-    Work,
-    measure,
-    synchronise,
-    timed,
-)
-from bench.machine import CPU_FLOAT32, GPU_UNITS, ROOT, Ceilings
-from bench.nearest_code_contender import (
-    DECAY,
-    EPS,
-    MOST_SECONDS,
-    Averages,
-    Contender,
-    Problem,
-    return_freed_memory,
-)
-from bench.nearest_code_peers import Compiled, factories
+from bench.harness import SHORT_SECONDS, Check, Memory, Peer, Result, Work, fresh_process, synchronise, timed
+from bench.machine import CPU_FLOAT32, GPU_UNITS, Ceilings, shared_cache_bytes
+from bench.registry import LeftOutError
+
+DECAY, EPS, COMMITMENT = 0.99, 1e-5, 0.25
+# What would take more memory for N x K or more time per call is left out; on a CPU also what would take more than this
+# part of the memory that is available just then.
+MOST_BYTES = {"cpu": 9e9, "cuda": 32e9}
+_MOST_AVAILABLE = 0.5
+MOST_SECONDS = 30.0
+# Forms are chosen on this many rows, and times of slow peers are estimated from them.
+TRIAL_ROWS = 8192
+_MOST_INPUTS = 64
+
+
+def most_bytes(device: str) -> float:
+    """Memory that a contender may use for N x K."""
+    limit = MOST_BYTES[device]
+    available = available_memory() if device == "cpu" else None
+    return limit if available is None else min(limit, _MOST_AVAILABLE * available)
+
+
+def available_memory() -> int | None:
+    """Bytes that can be had without anything else being pushed out; None where it is not known."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return None
+
 
 U = 2.0**-24
 # How much farther than the nearest a chosen code may be, in units of u (|x| + |c|)^2, c being the
@@ -49,81 +59,40 @@ _CHECKED_ROWS = 4096
 _CHECKED_SCORES = 1 << 24
 
 
-def run_case(case: NearestCodeCase, recorder: Recorder) -> Result:
-    """Time everyone on a case, and check what each has found in the same run."""
-    # What the case before has left in cycles and in compiled functions can be gigabytes.
-    _clear()
-    problem = Problem(case, tuned=not recorder.quick)
-    result = Result(case.operation, case.name, case.batch, [], work=[_work(case)])
-    result.facts = {"shape": [case.batch, case.num_codes, case.code_dim], "what": case.what, "dtype": str(case.dtype)}
-    result.facts |= {"device": case.device, "inputs": len(problem.inputs)}
-    if not recorder.quick:
-        _measure_ceilings(case, recorder.ceilings)
-    contenders: dict[str, Contender] = {}
-    peers: list[Peer] = []
-    for name, kind, make in factories(problem):
-        reason, contender = kind.missing(case), None
-        if reason is None:
-            contender = make(problem)
-            expected, reason = _warm(contender, quick=recorder.quick)
-        if reason is not None:
-            contender = None
-            _clear()
-            result.left_out[name] = reason
-            recorder.log(f"  {name}: left out: {reason}")
-            continue
-        assert contender is not None
-        return_freed_memory()
-        contenders[name] = contender
-        peers.append(Peer(name, contender.run, expected, problem.threads, contender.prepare, case.device))
-    seconds, found = measure(peers, quick=recorder.quick)
-    reference = Reference()
-    for name, contender in contenders.items():
-        indices = found.pop(name)
-        assert isinstance(indices, Tensor)
-        check = check_case(reference, contender, indices) if contender.exact and contender.whole else None
-        entry = Entry(name, seconds[name], check, exact=contender.exact, whole=contender.whole)
-        entry.facts["threads"] = problem.threads
-        entry.remarks = contender.remarks
-        result.entries.append(entry)
-        verdict = "" if check is None else ("" if check.passed else "CHECK FAILED: ") + check.summary
-        recorder.log(f"  {name}: {entry.median:.3g} s x {len(entry.seconds)}; {verdict}")
-    if not recorder.quick:
-        _compare_with_forward(result, recorder.results)
-        measured = [contenders[name] for name in case.memory if name in contenders]
-        result.memory = [_gpu_memory(c) if case.device == "cuda" else measure_memory(case, c.name) for c in measured]
-    return result
+def add_up(x: Tensor, indices: Tensor, num_codes: int, way: str) -> tuple[Tensor, Tensor]:
+    """Counts [K] and sums [K, D] of the vectors of each code."""
+    counts = torch.bincount(indices, minlength=num_codes)
+    sums = torch.zeros(num_codes, x.shape[1], device=x.device)
+    x = x.float()
+    if way == "index_add_":
+        return counts, sums.index_add_(0, indices, x)
+    return counts, sums.scatter_add_(0, indices[:, None].expand_as(x), x)
 
 
-def _clear() -> None:
-    gc.collect()
-    return_freed_memory()
+@dataclass
+class Averages:
+    """What an EMA codebook consists of: N_i [K], m_i [K, D] and the codes e_i [K, D]."""
 
+    cluster_size: Tensor
+    embedding_sum: Tensor
+    embedding: Tensor
 
-def _warm(contender: Contender, *, quick: bool) -> tuple[float, str | None]:
-    """Seconds that a run is thought to take, or why it is not run; everything that happens once has happened then."""
-    reason = contender.reason()
-    if reason is not None:
-        return 0.0, reason
-    try:
-        contender.tune()
-        if quick:
-            return 0.0, None
-        expected = contender.pace()
-    except Exception as error:
-        # There may be no compiler for it, or one that fails.
-        if not isinstance(contender, Compiled):
-            raise
-        return 0.0, f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-    if expected > MOST_SECONDS and contender.name != "fastvq":
-        return expected, f"about {expected:.0f} s per call, limit {MOST_SECONDS:.0f}"
-    if expected < SHORT_SECONDS:
-        contender.prepare()
-        expected = timed(contender.run, device=contender.case.device)
-    return expected, None
+    @staticmethod
+    def of(codebook: Tensor) -> Averages:
+        return Averages(codebook.new_ones(codebook.shape[0]), codebook.clone(), codebook.clone())
 
+    def reset(self, codebook: Tensor) -> None:
+        self.cluster_size.fill_(1)
+        self.embedding_sum.copy_(codebook)
+        self.embedding.copy_(codebook)
 
-# --- whether it is right ------------------------------------------------------------------------------------------
+    def update(self, counts: Tensor, sums: Tensor) -> None:
+        """van den Oord et al. 2017, appendix A.1, with Laplace smoothing."""
+        self.cluster_size.lerp_(counts.to(self.cluster_size.dtype), 1 - DECAY)
+        self.embedding_sum.lerp_(sums, 1 - DECAY)
+        total = self.cluster_size.sum()
+        smoothed = (self.cluster_size + EPS) * (total / (total + len(counts) * EPS))
+        torch.div(self.embedding_sum, smoothed[:, None], out=self.embedding)
 
 
 @dataclass
@@ -134,19 +103,6 @@ class Checked:
     least: Tensor
     nearest: Tensor
     lengths: Tensor
-
-
-class Reference:
-    """Results in float64, kept for the inputs that several contenders worked on."""
-
-    def __init__(self) -> None:
-        self._known: dict[int, Checked] = {}
-
-    def of(self, x: Tensor, codebook: Tensor) -> Checked:
-        key = x.data_ptr()
-        if key not in self._known:
-            self._known[key] = _checked(x, codebook)
-        return self._known[key]
 
 
 @torch.no_grad()
@@ -160,34 +116,6 @@ def _checked(x: Tensor, codebook: Tensor) -> Checked:
     found = [torch.addmm(half_norms, chunk, codes.T, alpha=-1).min(1) for chunk in chunks]
     nearest = torch.cat([f.indices for f in found])
     return Checked(rows, torch.cat([f.values for f in found]), nearest, part.norm(dim=1))
-
-
-@torch.no_grad()
-def check_case(reference: Reference, contender: Contender, indices: Tensor) -> Check:
-    """Is every chosen code as near as the nearest, up to rounding, and does every average hold what it should?"""
-    x, codebook = contender.x.detach(), contender.problem.codebook
-    if indices.shape != x.shape[:1] or not bool(((indices >= 0) & (indices < len(codebook))).all()):
-        return Check(False, f"indices of shape {list(indices.shape)} for {len(x)} vectors, or beyond the codebook")
-    indices = indices.cpu()
-    exact = reference.of(x, codebook)
-    codes = codebook.double().cpu()
-    mean = codes.mean(0)
-    chosen = codes[indices[exact.rows]] - mean
-    scores = (chosen / 2 - (x.cpu()[exact.rows].double() - mean)).mul_(chosen).sum(1)
-    longer = torch.maximum(chosen.norm(dim=1), (codes[exact.nearest] - mean).norm(dim=1))
-    gap = float((2 * (scores - exact.least) / (U * (exact.lengths + longer).square())).max())
-    wrong = int((indices[exact.rows] != exact.nearest).sum())
-    rows, limit = len(exact.rows), GAP * max(1.0, x.shape[1] / _GAP_WIDTH) ** 0.5
-    facts = {"rows": rows, "differ": wrong, "differ_per_million": wrong / rows * 1e6, "worst_gap": gap}
-    passed = gap <= limit
-    summary = f"{wrong} of {rows} codes differ, farther by at most {max(gap, 0):.2g} u"
-    averages = contender.averages()
-    if averages is not None:
-        error = averages_error(averages, x, codebook, indices)
-        facts["averages_error"] = error
-        passed = passed and error <= AVERAGES_ERROR
-        summary += f", averages within {error:.1e}"
-    return Check(passed, summary, facts)
 
 
 @torch.no_grad()
@@ -209,53 +137,251 @@ def averages_error(averages: Averages, x: Tensor, codebook: Tensor, indices: Ten
     return max(float(error.max()) for error in errors)
 
 
-# --- what has to be done ------------------------------------------------------------------------------------------
+@registry.problem("nearest code", "quantiser module")
+class NearestCode(registry.Problem):
+    """A case's data, made once for all.
+
+    Attributes:
+        inputs: different x [N, D] that runs take in turn, together larger than the shared cache if a few of them are.
+    """
+
+    legend = (
+        "nearest code: batch is the number N of vectors; the floor is 2 N K D operations, nothing else.",
+        "Check, in float64, of a sample of rows: no chosen code is farther than the nearest one by more than",
+        "16 u (|x| + |c|)^2, u = 2^-24, c the longer of the two (for D > 256 sqrt(D / 256) times that); with EMA also",
+        "the averages of all.",
+        "time/gemm only: the product alone, written to memory in full where that is less than 3 GB.",
+        "With EMA fastvq and vector-quantize-pytorch work out the commitment loss too, the latter the chosen vectors.",
+        "All threads. Memory: beyond inputs and codebook.",
+        "quantiser module: training forward for inputs that need a gradient: codes, straight-through vectors,",
+        "commitment loss, EMA update. Floor, check, threads and memory as for nearest code.",
+    )
+    case: NearestCodeCase
+
+    def __init__(
+        self,
+        case: NearestCodeCase,
+        *,
+        tuned: bool = True,
+        ceilings: Ceilings | None = None,
+        inputs: int | None = None,
+    ) -> None:
+        super().__init__(case, tuned=tuned, ceilings=ceilings)
+        size = case.batch * case.code_dim * case.dtype.itemsize
+        count = inputs or max(2, min(_MOST_INPUTS, math.ceil(2 * shared_cache_bytes() / size)))
+        self.inputs, self.codebook = case.inputs(count)
+        for x in self.inputs:
+            # A quantiser in training gets the output of an encoder.
+            x.requires_grad_(case.what == "module")
+        # Where the product can be computed at best: float32 vectors can be screened at the rate of TF32.
+        unit = CPU_FLOAT32
+        if case.device == "cuda":
+            unit = "cuda bfloat16" if case.dtype == torch.bfloat16 else "cuda tf32"
+        self.work = [Work("product of vectors and codes", case.flops, unit=unit)]
+        self.facts = {"shape": [case.batch, case.num_codes, case.code_dim], "what": case.what, "dtype": str(case.dtype)}
+        self.facts |= {"device": case.device, "inputs": len(self.inputs)}
+        self._known: dict[int, Checked] = {}
+
+    def measure_ceilings(self) -> None:
+        case = self.case
+        rows, codes = min(case.batch, 1024), min(case.num_codes, 1024)
+        if case.device == "cpu":
+            self.ceilings.measure_gemm()
+            self.ceilings.measure_tile(rows, case.code_dim, codes)
+            return
+        rows = min(case.batch, (1 << 28) // case.num_codes)
+        for unit in GPU_UNITS:
+            self.ceilings.measure_gpu(unit, rows, case.code_dim, case.num_codes)
+            self.ceilings.measure_gpu(unit, 8192, 8192, 8192)
+
+    def best(self, forms: Mapping[str, Callable[[], object]]) -> str:
+        """Name of the quickest form; of the first where nothing is tuned."""
+        names = list(forms)
+        if not self.tuned or len(names) == 1:
+            return names[0]
+        times = {name: min(timed(forms[name], device=self.case.device) for _ in range(4)) for name in names}
+        return min(names, key=times.__getitem__)
+
+    @functools.cached_property
+    def add(self) -> str:
+        """The quicker way to add vectors up by code."""
+        x = self.inputs[0].detach().float()
+        indices = torch.randint(self.case.num_codes, (x.shape[0],), device=x.device)
+        ways = ("index_add_", "scatter_add_")
+        return self.best({way: functools.partial(add_up, x, indices, self.case.num_codes, way) for way in ways})
+
+    @torch.no_grad()
+    def check(self, contender: Contender, output: Any) -> Check:
+        """Is every chosen code as near as the nearest, up to rounding, and does every average hold what it should?"""
+        indices: Tensor = output
+        x, codebook = contender.x.detach(), self.codebook
+        if indices.shape != x.shape[:1] or not bool(((indices >= 0) & (indices < len(codebook))).all()):
+            return Check(False, f"indices of shape {list(indices.shape)} for {len(x)} vectors, or beyond the codebook")
+        indices = indices.cpu()
+        exact = self._exact(x)
+        codes = codebook.double().cpu()
+        mean = codes.mean(0)
+        chosen = codes[indices[exact.rows]] - mean
+        scores = (chosen / 2 - (x.cpu()[exact.rows].double() - mean)).mul_(chosen).sum(1)
+        longer = torch.maximum(chosen.norm(dim=1), (codes[exact.nearest] - mean).norm(dim=1))
+        gap = float((2 * (scores - exact.least) / (U * (exact.lengths + longer).square())).max())
+        wrong = int((indices[exact.rows] != exact.nearest).sum())
+        rows, limit = len(exact.rows), GAP * max(1.0, x.shape[1] / _GAP_WIDTH) ** 0.5
+        facts = {"rows": rows, "differ": wrong, "differ_per_million": wrong / rows * 1e6, "worst_gap": gap}
+        passed = gap <= limit
+        summary = f"{wrong} of {rows} codes differ, farther by at most {max(gap, 0):.2g} u"
+        averages = contender.averages()
+        if averages is not None:
+            error = averages_error(averages, x, codebook, indices)
+            facts["averages_error"] = error
+            passed = passed and error <= AVERAGES_ERROR
+            summary += f", averages within {error:.1e}"
+        return Check(passed, summary, facts)
+
+    def _exact(self, x: Tensor) -> Checked:
+        """Kept for inputs that several contenders worked on."""
+        key = x.data_ptr()
+        if key not in self._known:
+            self._known[key] = _checked(x, self.codebook)
+        return self._known[key]
+
+    def finish(self, result: Result, others: Sequence[Result]) -> None:
+        """Note how much longer each takes with the EMA update than without."""
+        if self.case.what != "forward + EMA":
+            return
+        wanted = {**result.facts, "what": "forward"}
+        forward = next(
+            (other for other in others if other.operation == result.operation and other.facts == wanted), None
+        )
+        for entry in result.entries if forward is not None else []:
+            assert forward is not None
+            other = forward.entry(entry.peer)
+            if other is not None and entry.comparable and other.comparable and "over_forward" not in entry.facts:
+                entry.facts["over_forward"] = entry.median / other.median
+                entry.remarks = [*entry.remarks, f"{entry.median / other.median:.2f} x its forward"]
+
+    def memory(self, contenders: Sequence[Contender]) -> list[Memory]:
+        chosen = [one for one in contenders if one.name in self.case.memory]
+        return [
+            _gpu_memory(one) if self.case.device == "cuda" else measure_memory(self.case, one.name) for one in chosen
+        ]
 
 
-def _unit(case: NearestCodeCase) -> str:
-    """Where the product can be computed at best: float32 vectors can be screened at the rate of TF32."""
-    if case.device == "cpu":
-        return CPU_FLOAT32
-    return "cuda bfloat16" if case.dtype == torch.bfloat16 else "cuda tf32"
+class Contender(registry.Contender):
+    """Something that does a case's work, one input per run.
+
+    Attributes:
+        bytes_per_score: of memory for each pair of a vector and a code, at the peak.
+        x: what the last run worked on.
+    """
+
+    bytes_per_score = 0.0
+
+    def __init__(self, problem: NearestCode) -> None:
+        super().__init__()
+        self.problem, self.case = problem, problem.case
+        self.x = problem.inputs[0]
+        self._next = 0
+
+    def warm(self) -> list[Peer]:
+        size, limit = self.bytes_per_score * self.case.scores, most_bytes(self.case.device)
+        if size > limit:
+            raise LeftOutError(f"about {size / 1e9:.0f} GB for N x K, limit {limit / 1e9:.0f}")
+        self.tune()
+        expected = 0.0
+        if self.problem.tuned:
+            expected = self.pace()
+            if expected > MOST_SECONDS and self.name != "fastvq":
+                raise LeftOutError(f"about {expected:.0f} s per call, limit {MOST_SECONDS:.0f}")
+            if expected < SHORT_SECONDS:
+                self.prepare()
+                expected = timed(self.run, device=self.case.device)
+        return [Peer(self.name, self.run, expected, self.problem.threads, self.prepare, self.case.device)]
+
+    def tune(self) -> None:
+        """Choose the best form; not timed."""
+
+    def pace(self) -> float:
+        """Seconds that a run is thought to take."""
+        part = self.x[:TRIAL_ROWS]
+        return min(timed(self.step, part, device=self.case.device) for _ in range(2)) * len(self.x) / len(part)
+
+    def prepare(self) -> None:
+        """Take the next input and start from the first codebook again."""
+        self.x = self.problem.inputs[self._next % len(self.problem.inputs)]
+        self._next += 1
+        averages = self.averages()
+        if averages is not None:
+            averages.reset(self.problem.codebook)
+
+    def run(self) -> Tensor:
+        """Indices of the input taken last."""
+        return self.step(self.x)
+
+    @abstractmethod
+    def step(self, x: Tensor) -> Tensor:
+        """Index of the nearest code [N], and the update where the case has one."""
+
+    @abstractmethod
+    def averages(self) -> Averages | None:
+        """After the last run; None where there are none."""
 
 
-def _work(case: NearestCodeCase) -> Work:
-    return Work("product of vectors and codes", case.flops, unit=_unit(case))
+Find = Callable[[Tensor, Tensor], Tensor]
 
 
-def _measure_ceilings(case: NearestCodeCase, ceilings: Ceilings) -> None:
-    rows, codes = min(case.batch, 1024), min(case.num_codes, 1024)
-    if case.device == "cpu":
-        ceilings.measure_gemm()
-        ceilings.measure_tile(rows, case.code_dim, codes)
-        return
-    rows = min(case.batch, (1 << 28) // case.num_codes)
-    for unit in GPU_UNITS:
-        ceilings.measure_gpu(unit, rows, case.code_dim, case.num_codes)
-        ceilings.measure_gpu(unit, 8192, 8192, 8192)
+class Search(Contender):
+    """One who finds indices [N] from x [N, D] and a codebook [K, D]; the EMA update is the same code for all.
 
+    Attributes:
+        forms: by name; the quickest is taken.
+        rows: of a form, the number of vectors below which it cannot be tried.
+    """
 
-def _compare_with_forward(result: Result, others: list[Result]) -> None:
-    """Note how much longer each takes with the EMA update than without."""
-    if result.facts["what"] != "forward + EMA":
-        return
-    wanted = {**result.facts, "what": "forward"}
-    forward = next((other for other in others if other.operation == result.operation and other.facts == wanted), None)
-    for entry in result.entries if forward is not None else []:
-        assert forward is not None
-        other = forward.entry(entry.peer)
-        if other is not None and entry.comparable and other.comparable:
-            entry.facts["over_forward"] = entry.median / other.median
-            entry.remarks = [*entry.remarks, f"{entry.median / other.median:.2f} x its forward"]
+    def __init__(
+        self, problem: NearestCode, forms: Mapping[str, Find], bytes_per_score: float = 0.0, rows: Sequence[int] = ()
+    ) -> None:
+        super().__init__(problem)
+        self.forms, self.bytes_per_score = forms, bytes_per_score
+        self.rows = dict(zip(forms, rows or [0] * len(forms), strict=True))
+        self.form = next(iter(forms))
+        self._averages = Averages.of(problem.codebook) if self.case.what != "forward" else None
+
+    def averages(self) -> Averages | None:
+        return self._averages
+
+    @torch.no_grad()
+    def tune(self) -> None:
+        times = dict.fromkeys(self.forms, 0.0)
+        for name in self.forms if self.problem.tuned and len(self.forms) > 1 else ():
+            part = self._trial(name)
+            run = functools.partial(self.forms[name], part, self.problem.codebook)
+            run()
+            times[name] = min(timed(run, device=self.case.device) for _ in range(3)) / len(part)
+        self.form = min(self.forms, key=times.__getitem__)
+        if self.form:
+            self.remarks = [self.form]
+
+    def pace(self) -> float:
+        part = self._trial(self.form)
+        return min(timed(self.step, part, device=self.case.device) for _ in range(2)) * len(self.x) / len(part)
+
+    def _trial(self, form: str) -> Tensor:
+        return self.problem.inputs[0][: max(self.rows[form], TRIAL_ROWS)]
+
+    def step(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            find = self.forms[self.form]
+            if self._averages is None:
+                return find(x, self.problem.codebook)
+            indices = find(x, self._averages.embedding)
+            self._averages.update(*add_up(x, indices, self.case.num_codes, self.problem.add))
+            return indices
 
 
 def measure_memory(case: NearestCodeCase, peer: str, *, small: bool = False) -> Memory:
     """Peak memory of a peer beyond inputs and codebook, in a process of its own."""
-    command = [sys.executable, "-m", "bench.memory", case.id, peer, *(["--small"] if small else [])]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"measuring memory failed: {done.stderr}")
-    return Memory(peer, json.loads(done.stdout.splitlines()[-1])["measured"])
+    return fresh_process(peer, case.id, peer, small=small)
 
 
 def _gpu_memory(contender: Contender) -> Memory:

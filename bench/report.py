@@ -1,19 +1,17 @@
-"""Results as a table and as JSON."""
+"""Results as tables: of a session, or of files: ``python -m bench.report FILE.json ...``."""
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
-import json
+import argparse
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from bench.harness import Entry, Recorder, Result
-from bench.machine import Ceilings, describe_commit, describe_machine, describe_versions, now
-
-FORMAT = 2
+import bench.peers  # noqa: F401
+from bench.files import load
+from bench.harness import Entry, Result
+from bench.machine import Ceilings
+from bench.registry import PROBLEMS
 
 
 def tables(results: Sequence[Result], ceilings: Ceilings) -> list[str]:
@@ -25,44 +23,14 @@ def tables(results: Sequence[Result], ceilings: Ceilings) -> list[str]:
     return lines
 
 
-_LEGENDS = {
-    "sampling": [
-        "sampling: weights that exceed the second-level caches are read anew at every position, in the floor too.",
-        "Check: the naive model's logits for the drawn codes must give these codes, up to a margin of rounding.",
-        "Every engine runs with one thread or all, whichever suits it.",
-        "Memory: beyond the model, and what was predicted.",
-    ],
-    "nearest code": [
-        "nearest code: batch is the number N of vectors; the floor is 2 N K D operations, nothing else.",
-        "Check, in float64, of a sample of rows: no chosen code is farther than the nearest one by more than",
-        "16 u (|x| + |c|)^2, u = 2^-24, c the longer of the two (for D > 256 sqrt(D / 256) times that); with EMA also",
-        "the averages of all.",
-        "time/gemm only: the product alone, written to memory in full where that is less than 3 GB.",
-        "With EMA fastvq and vector-quantize-pytorch work out the commitment loss too, the latter the chosen vectors.",
-        "All threads. Memory: beyond inputs and codebook.",
-    ],
-    "quantiser module": [
-        "quantiser module: training forward for inputs that need a gradient: codes, straight-through vectors,",
-        "commitment loss, EMA update. Floor, check, threads and memory as for nearest code.",
-    ],
-    "causal conv": [
-        "causal conv: the floor counts the taps that the mask leaves. Every peer multiplies the masked ones too, in",
-        "the quicker memory layout and way of padding.",
-    ],
-    "gated block": ["gated block: two causal convolutions and what lies around them, in a residual layer."],
-    "causal attention": ["causal attention: the floor is half of the two full products."],
-    "causal prior": ["causal prior: the peer is the same prior with masked convolutions in place of causal ones."],
-}
-
-
 def legend(results: Sequence[Result], ceilings: Ceilings) -> list[str]:
     """What the columns mean, and the rates that floors were worked out with."""
-    operations = dict.fromkeys(result.operation for result in results)
+    kinds = dict.fromkeys(PROBLEMS[result.operation] for result in results if result.operation in PROBLEMS)
     return [
         "time: median of the runs; e: rests on an extrapolated time. over X: time of X / time.",
         f"floor: the case's work at the best rates of this session ({ceilings.rate / 1e9:.0f} GFLOP/s).",
         "No ratios for what is not exact or failed its check. memory: peak of a fresh process.",
-        *(line for operation in operations for line in _LEGENDS.get(operation, [])),
+        *dict.fromkeys(line for kind in kinds for line in kind.legend),
         "Best rates:",
         *(f"  {line}" for line in ceilings.lines()),
     ]
@@ -161,44 +129,15 @@ def number(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def to_json(recorder: Recorder) -> dict[str, Any]:
-    """Everything that was measured, every repeat included."""
-    return {
-        "format": FORMAT,
-        "date": now(),
-        "quick": recorder.quick,
-        "machine": describe_machine(),
-        "load_before": recorder.load,
-        "versions": describe_versions(),
-        **recorder.source,
-        "ceilings": recorder.ceilings.to_json(),
-        "results": [_result_json(result, recorder) for result in recorder.results],
-    }
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the tables of result files, of either format."""
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=main.__doc__)
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE.json")
+    for path in parser.parse_args(arguments).files:
+        session = load(path)
+        print(f"{path}: {session.machine['cpu']}, {session.date[:10]}, commit {session.commit}", "", sep="\n")
+        print("\n".join([*tables(session.results, session.ceilings), *legend(session.results, session.ceilings), ""]))
 
 
-def _result_json(result: Result, recorder: Recorder) -> dict[str, Any]:
-    floor = None if recorder.quick else result.floor(recorder.ceilings)
-    values = dataclasses.asdict(result)
-    values["floor_seconds"] = floor
-    for entry, stored in zip(result.entries, values["entries"], strict=True):
-        stored["median"] = entry.median
-        stored["over_floor"] = entry.median / floor if floor and entry.comparable else None
-        stored["speedup_over"] = {
-            other.peer: ratio for other in result.entries if (ratio := result.speedup(entry, other.peer)) is not None
-        }
-    return values
-
-
-def free_path(folder: Path) -> Path:
-    """A file in the folder, named after date and commit, that does not exist yet."""
-    stem = f"{now()[:19].replace(':', '')}-{(describe_commit()['commit'] or 'unknown')[:8]}"
-    free = (folder / f"{stem}{suffix}.json" for suffix in itertools.chain([""], (f"-{i}" for i in itertools.count(2))))
-    return next(path for path in free if not path.exists())
-
-
-def write_json(recorder: Recorder, path: Path) -> None:
-    """Everything so far; the file is replaced as a whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(to_json(recorder), indent=1) + "\n")
-    part.replace(path)
+if __name__ == "__main__":
+    main()

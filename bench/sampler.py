@@ -1,36 +1,27 @@
-"""How the sampler's engines are timed, checked against the naive model, and measured against what has to be done."""
+"""What the sampler's engines share in the benchmark, and how they are checked against the naive model."""
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import json
 import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from bench import registry
 from bench.cases import SamplerCase
-from bench.harness import Check, Entry, Memory, Peer, Recorder, Result, Work, measure, timed, using_threads
-from bench.machine import ROOT, private_cache_bytes
-from fastvq import _engine, sample
+from bench.engines import TorchRows, request_of
+from bench.harness import Check, Entry, Memory, Work, fresh_process, timed, using_threads
+from bench.machine import private_cache_bytes
+from fastvq import _engine
 from fastvq.models.prior import Prior
 from fastvq.ops.draw import draw, draw_margin
-from fastvq.sampling import EngineOptions, Explanation, describe
-from fastvq.sampling.engines import fill, plan_of, static_inputs
-from fastvq.sampling.engines.pytorch import TorchStep, sample_torch
-from fastvq.sampling.engines.state import CompiledPlan, GridState
-from fastvq.sampling.request import SampleRequest, Settings, build_request
+from fastvq.sampling import Explanation, describe
+from fastvq.sampling.request import SampleRequest
 
-BF16 = "cpu bf16"
 # How far outside its code's interval a uniform number may lie. Float32 engines round sums of some thousand products
 # differently: logits of order 1 differ by up to about 5e-6, and the ends of an interval by at most as much.
 MARGIN = 5e-6
@@ -38,156 +29,67 @@ MARGIN = 5e-6
 _MANY_THREADS_PAY = 2.0
 
 
-class _EnoughError(Exception):
-    """Raised to leave an engine after some rows."""
+@registry.problem("sampling")
+class Sampling(registry.Problem):
+    """A prior and a request for a batch of grids."""
 
+    legend = (
+        "sampling: weights that exceed the second-level caches are read anew at every position, in the floor too.",
+        "Check: the naive model's logits for the drawn codes must give these codes, up to a margin of rounding.",
+        "Every engine runs with one thread or all, whichever suits it.",
+        "Memory: beyond the model, and what was predicted.",
+    )
+    case: SamplerCase
 
-def run_case(case: SamplerCase, recorder: Recorder) -> Result:
-    """Time every engine on a case, and check what each has drawn in the same run."""
-    prior = case.prior()
-    inputs = case.inputs(prior)
-    request = request_of(prior, case.batch, inputs)
-    explanation = describe(prior)
-    result = Result(case.operation, case.name, case.batch, [], work=_work(explanation, case.batch))
-    if not recorder.quick:
-        recorder.ceilings.measure_gemm()
-        recorder.ceilings.measure_read(explanation.step_weight_bytes)
+    def __init__(self, case: SamplerCase, **rest: Any) -> None:
+        super().__init__(case, **rest)
+        self.prior = case.prior()
+        self.inputs = case.inputs(self.prior)
+        self.request = request_of(self.prior, case.batch, self.inputs)
+        self.explanation = describe(self.prior)
+        self.work = _work(self.explanation, case.batch)
+        self.codes: dict[str, Tensor] = {}
 
-    peers: list[Peer] = []
-    phases: dict[str, list[float]] = {}
-    for name in _names(case):
-        if recorder.quick:
-            paces = [Pace(0.0, torch.get_num_threads())]
-        else:
-            flops = explanation.naive_flops if name == "naive" else explanation.row_flops + explanation.step_flops
-            small = flops * case.batch / recorder.ceilings.rate < _MANY_THREADS_PAY
-            paces = _paces(name, case, prior, request, both=small)
-        if name in ("naive", "torch") and paces[0].seconds > case.full_seconds:
-            entry = paces[0].entry() if name == "naive" else torch_rows(prior, request, paces[0].threads)
-            result.entries.append(entry)
-            recorder.log(f"  {name}: {entry.median:.3g} s, {entry.extrapolated}")
-        else:
-            peers += [_peer(name, pace.prior or prior, case.batch, inputs, pace, phases) for pace in paces]
-    seconds, codes = measure(peers, quick=recorder.quick)
+    def measure_ceilings(self) -> None:
+        self.ceilings.measure_gemm()
+        self.ceilings.measure_read(self.explanation.step_weight_bytes)
 
-    # Each engine in its better form: one thread or all.
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
-    best: dict[str, Peer] = {}
-    for peer in sorted(peers, key=lambda peer: medians[peer.name]):
-        best.setdefault(peer.name.partition("/")[0], peer)
-    reference = codes[best["naive"].name] if "naive" in best else None
-    for name, peer in best.items():
-        drawn = codes[peer.name]
-        assert isinstance(drawn, Tensor)
-        others = {other: times for other, times in seconds.items() if other.startswith(f"{name}/")}
-        facts = {"threads": peer.threads, "seconds_by_threads": others}
-        entry = Entry(name, seconds[peer.name], None, exact=name != BF16, facts=facts)
-        if entry.exact:
-            entry.check = check_codes(prior, request, drawn, case.checked)
-            entry.facts.update(_agreement(drawn, reference))
-        if phases.get(peer.name):
-            entry.facts["row_phase_seconds"] = phases[peer.name]
-        result.entries.append(entry)
-        recorder.log(f"  {name}: {entry.median:.3g} s x {len(entry.seconds)}; {_verdict(entry)}")
-    result.entries.sort(key=lambda entry: ("naive", "torch", "cpu", BF16).index(entry.peer))
-    if case.memory and not recorder.quick and _engine.available():
-        result.memory.append(measure_memory(case))
-    return result
+    def thread_counts(self, name: str) -> set[int]:
+        """Numbers of threads to try.
 
+        On small tensors threads mostly wait for each other, in the naive sampler most of all. No ratio should owe
+        anything to that, so every engine is timed both ways and the better one counts.
+        """
+        explanation = self.explanation
+        flops = explanation.naive_flops if name == "naive" else explanation.row_flops + explanation.step_flops
+        both = self.tuned and flops * self.case.batch / self.ceilings.rate < _MANY_THREADS_PAY
+        return {self.threads, 1} if both else {self.threads}
 
-def _names(case: SamplerCase) -> list[str]:
-    """Engines that this machine can run."""
-    names = ["naive", "torch"]
-    if _engine.available():
-        names += ["cpu", *([BF16] if case.batch in case.bf16_batches else [])]
-    return names
+    def check(self, contender: registry.Contender, output: Tensor) -> Check:
+        check = check_codes(self.prior, self.request, output, self.case.checked)
+        self.codes[contender.name] = output
+        if "naive" in self.codes:
+            same = (output == self.codes["naive"]).flatten(1).all(1).float().mean()
+            contender.facts["identical_grids"] = float(same)
+        return check
 
-
-def request_of(prior: Prior, batch: int, inputs: dict[str, Any]) -> SampleRequest:
-    """What :func:`fastvq.sample` makes of its arguments."""
-    rest: dict[str, Any] = {"noise": None, "init_codes": None, "mask": None, "start": 0}
-    return build_request(prior, batch, settings=Settings(), **inputs, **rest)
-
-
-def _peer(
-    name: str, prior: Prior, batch: int, inputs: dict[str, Any], pace: Pace, phases: dict[str, list[float]]
-) -> Peer:
-    """The public call, with a note of the seconds that it spends on whole rows."""
-    options, label = _options(name), f"{name}/{pace.threads}"
-
-    def run() -> Tensor:
-        with _timed_rows() as spent:
-            codes = sample(
-                prior, batch, **inputs, engine=name.split()[0], micro_batch=batch, precision=options.precision
-            )
-        if spent:
-            phases.setdefault(label, []).append(sum(spent))
-        return codes
-
-    return Peer(label, run, pace.seconds, pace.threads)
-
-
-def _options(name: str) -> EngineOptions:
-    return EngineOptions(precision="bfloat16" if name == BF16 else "float32")
-
-
-@contextlib.contextmanager
-def _timed_rows() -> Iterator[list[float]]:
-    """Seconds of every row phase inside the block."""
-    spent: list[float] = []
-    begin_row = GridState.begin_row
-
-    def timed_row(state: GridState, row: int) -> None:
-        start = time.perf_counter()
-        begin_row(state, row)
-        spent.append(time.perf_counter() - start)
-
-    with mock.patch.object(GridState, "begin_row", timed_row):
-        yield spent
-
-
-# --- how long it would take ---------------------------------------------------------------------------------------
+    def memory(self, contenders: Sequence[registry.Contender]) -> list[Memory]:
+        measured = self.case.memory and _engine.available() and any(one.name == "cpu" for one in contenders)
+        return [measure_memory(self.case)] if measured else []
 
 
 @dataclass(frozen=True)
 class Pace:
-    """What an engine is expected to take, and with how many threads; of the naive one also how that was found out.
-
-    Attributes:
-        prior: of its own, where the engine keeps weights packed for this number of threads or precision.
-    """
+    """What the naive engine is expected to take with a number of threads, and how that was found out."""
 
     seconds: float
     threads: int
     how: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
-    prior: Prior | None = None
 
     def entry(self) -> Entry:
         facts = {"threads": self.threads, **self.facts}
         return Entry("naive", [self.seconds], Check(True, "the reference"), extrapolated=self.how, facts=facts)
-
-
-def _paces(name: str, case: SamplerCase, prior: Prior, request: SampleRequest, *, both: bool) -> list[Pace]:
-    """The pace of an engine with all threads, and if ``both`` with one; it is warm for both afterwards.
-
-    On small tensors threads mostly wait for each other, in the naive sampler most of all. No ratio should owe anything
-    to that, so every engine is timed both ways and the better one counts.
-    """
-
-    def pace(threads: int) -> Pace:
-        # An engine keeps weights packed for one setting only.
-        own = copy.deepcopy(prior) if name == BF16 or (threads == 1 and name == "cpu") else None
-        with using_threads(threads):
-            if name == "naive":
-                return naive_pace(case, prior, request, threads)
-            _first_rows(name, own or prior, request)  # packs weights and sets up kernels
-            return Pace(_first_rows(name, own or prior, request), threads, prior=own)
-
-    counts = {torch.get_num_threads(), 1} if both else {torch.get_num_threads()}
-    # The quickest first: it decides whether the engine can be measured in full.
-    paces = sorted((pace(threads) for threads in counts), key=lambda pace: pace.seconds)
-    return [pace for pace in paces if pace.seconds < 3 * paces[0].seconds]
 
 
 def naive_pace(case: SamplerCase, prior: Prior, request: SampleRequest, threads: int) -> Pace:
@@ -196,26 +98,11 @@ def naive_pace(case: SamplerCase, prior: Prior, request: SampleRequest, threads:
     rows, seconds = _naive_rows(prior, request.rows(torch.arange(batch)))
     height, width = prior.config.shape
     # Work per position is linear in the number of rows for convolutions and quadratic for attention.
-    total = _sum_over_rows(rows, seconds, height, degree=2) * width * case.batch / batch
+    total = sum_over_rows(rows, seconds, height, degree=2) * width * case.batch / batch
     how = f"extrapolated from a forward pass at each of rows {rows}"
     if batch < case.batch:
         how += f" at batch {batch}, times {case.batch / batch:g}"
     return Pace(total, threads, how, {"rows": rows, "seconds_per_position": seconds, "measured_batch": batch})
-
-
-def _first_rows(name: str, prior: Prior, request: SampleRequest, count: int = 3) -> float:
-    """Seconds that all rows would take at the pace of the last of the first few."""
-    height = prior.config.shape[0]
-    ticks = [time.perf_counter()]
-
-    def row_done() -> None:
-        ticks.append(time.perf_counter())
-        if len(ticks) > count:
-            raise _EnoughError
-
-    with contextlib.suppress(_EnoughError):
-        fill(name.split()[0], prior, request, row_done, _options(name))
-    return (ticks[-1] - ticks[-2]) * height
 
 
 @torch.inference_mode()
@@ -248,64 +135,29 @@ def _naive_rows(prior: Prior, request: SampleRequest) -> tuple[list[int], list[f
 @torch.inference_mode()
 def torch_rows(prior: Prior, request: SampleRequest, threads: int, samples: int | None = None) -> Entry:
     """The ``torch`` engine's time from complete rows spread over the grid, and a check of its first rows."""
+    height = prior.config.shape[0]
     with using_threads(threads):
-        return _timed_torch_rows(prior, request, threads, samples)
-
-
-def _timed_torch_rows(prior: Prior, request: SampleRequest, threads: int, samples: int | None) -> Entry:
-    batch = request.noise.shape[0]
-    height, width = prior.config.shape
-    compiled = CompiledPlan(plan_of(prior), request.noise.device)
-    step = TorchStep(compiled)
-    state = GridState(compiled, batch, static_inputs(prior, request))
-    done: list[int] = []
-
-    def row_done() -> None:
-        done.append(len(done))
-        if len(done) == 3:
-            raise _EnoughError
-
-    with contextlib.suppress(_EnoughError):
-        sample_torch(compiled, step, state, request, row_done)
-    check = check_codes(prior, request, state.codes[:, : len(done)].clone(), samples)
-    # What the caches hold does not change the amount of work, so a row in the middle needs no rows before it.
-    for ring in state.rings.values():
-        ring.data.normal_()
-    for cache in (*state.keys.values(), *state.values.values()):
-        cache.normal_()
-    state.codes.random_(compiled.plan.num_codes)
-    rows = sorted({height // 4, height // 2, 3 * height // 4})
-    seconds, spent = [], []
-    device = str(request.noise.device)
-    for row in rows:
-        spent.append(timed(state.begin_row, row, device=device))
-        seconds.append(spent[-1] + timed(_torch_row, step, state, request, row, width, device=device))
-    total = _sum_over_rows(rows, seconds, height, degree=1)
-    how = f"extrapolated from complete rows {rows}; codes of the first {len(done)} rows checked"
+        rows = TorchRows(prior, request)
+        check = check_codes(prior, request, rows.codes, samples)
+        chosen = sorted({height // 4, height // 2, 3 * height // 4})
+        phases, steps = zip(*(rows.seconds(row) for row in chosen), strict=True)
+    seconds = [phase + step for phase, step in zip(phases, steps, strict=True)]
     facts = {
         "threads": threads,
-        "rows": rows,
+        "rows": chosen,
         "seconds_per_row": seconds,
-        "row_phase_seconds": [_sum_over_rows(rows, spent, height, degree=1)],
+        "row_phase_seconds": [sum_over_rows(chosen, list(phases), height, degree=1)],
     }
+    how = f"extrapolated from complete rows {chosen}; codes of the first {rows.codes.shape[1]} rows checked"
+    total = sum_over_rows(chosen, seconds, height, degree=1)
     return Entry("torch", [total], check, extrapolated=how, facts=facts)
 
 
-def _torch_row(step: TorchStep, state: GridState, request: SampleRequest, row: int, width: int) -> None:
-    for column in range(width):
-        drawn = draw(step.logits(state, row, column), request.noise[:, row, column], backend="torch")
-        known = request.known[:, row, column]
-        state.codes[:, row, column] = torch.where(known, request.init_codes[:, row, column], drawn)
-
-
-def _sum_over_rows(rows: list[int], seconds: list[float], height: int, *, degree: int) -> float:
+def sum_over_rows(rows: list[int], seconds: list[float], height: int, *, degree: int) -> float:
     """Sum over all rows of the polynomial that fits the measured ones best."""
     # Trapezoids would overestimate a convex cost, which is that of an opponent.
     fit = np.polyfit(rows, seconds, min(degree, len(rows) - 1))
     return max(float(np.polyval(fit, np.arange(height)).sum()), max(seconds))
-
-
-# --- whether it is right ------------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
@@ -332,22 +184,6 @@ def check_codes(prior: Prior, request: SampleRequest, codes: Tensor, samples: in
     return Check(worst >= -MARGIN, f"{outside} of {codes.numel()} codes differ, worst margin {worst:.1e}", facts)
 
 
-def _agreement(codes: Tensor, reference: object) -> dict[str, Any]:
-    """Share of grids that equal those of the naive sampler."""
-    if not isinstance(reference, Tensor):
-        return {}
-    return {"identical_grids": float((codes == reference).flatten(1).all(1).float().mean())}
-
-
-def _verdict(entry: Entry) -> str:
-    if entry.check is None:
-        return "not exact"
-    return ("" if entry.check.passed else "CHECK FAILED: ") + entry.check.summary
-
-
-# --- what has to be done ------------------------------------------------------------------------------------------
-
-
 def _work(explanation: Explanation, batch: int) -> list[Work]:
     """Products of the row phase; products of the step phase, or reading its weights anew at each position."""
     height, width = explanation.shape
@@ -362,9 +198,4 @@ def _work(explanation: Explanation, batch: int) -> list[Work]:
 
 def measure_memory(case: SamplerCase, *, small: bool = False) -> Memory:
     """Peak memory of the ``cpu`` engine in a process of its own."""
-    command = [sys.executable, "-m", "bench.memory", case.id, *(["--small"] if small else [])]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"measuring memory failed: {done.stderr}")
-    found = json.loads(done.stdout.splitlines()[-1])
-    return Memory("cpu", found["measured"], found["predicted"])
+    return fresh_process("cpu", case.id, small=small)

@@ -4,91 +4,69 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 
-from bench import nearest_code, nearest_code_contender
-from bench.cases import NEAREST_CODE_CASES, NEAREST_CODE_GPU_CASES, NearestCodeCase, nearest_code_case
+from bench import nearest_code, registry
+from bench.cases import Case, case_of, nearest_code_case
+from bench.groups import run_case
 from bench.harness import Recorder
-from bench.nearest_code import Reference, check_case, measure_memory, run_case
-from bench.nearest_code_contender import Problem
-from bench.nearest_code_peers import Chunked, Fastvq, Tiled
+from bench.nearest_code import NearestCode, measure_memory
+from bench.peers.nearest_code import TILES, Fastvq, chunked, tiled
 
-CASES = [*NEAREST_CODE_CASES, *(NEAREST_CODE_GPU_CASES if torch.cuda.is_available() else [])]
 CASE = nearest_code_case(389, 61, 9, "forward + EMA")
+pytestmark = pytest.mark.usefixtures("threads")
 
 
-@pytest.fixture(autouse=True)
-def threads(recorder: Recorder) -> Iterator[None]:
-    """One thread in the smoke run: on tensors this small more only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1 if recorder.quick else before)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_nearest_code(case: NearestCodeCase, recorder: Recorder) -> None:
-    recorder.log(case.id)
-    result = run_case(case.small() if recorder.quick else case, recorder)
-    recorder.results.append(result)
-    assert result.entry("fastvq") is not None
-    for entry in result.entries:
-        if entry.exact and entry.whole:
-            assert entry.check is not None
-            assert entry.check.passed, f"{entry.peer}: {entry.check.summary}"
-
-
-def test_case_ids_are_unique() -> None:
-    ids = [case.id for case in (*NEAREST_CODE_CASES, *NEAREST_CODE_GPU_CASES)]
-    assert len(set(ids)) == len(ids)
+@registry.contest("nearest code", "quantiser module")
+def test_nearest_code(case: Case, name: str, contest: Callable[[Case, str], None]) -> None:
+    contest(case, name)
 
 
 @pytest.mark.parametrize("what", ["indices", "averages"])
 def test_check_finds_what_is_wrong(what: str) -> None:
-    contender = Fastvq("fastvq", Problem(CASE, tuned=False))
+    contender = Fastvq(NearestCode(CASE, tuned=False))
     contender.prepare()
     indices = contender.run()
-    assert check_case(Reference(), contender, indices).passed
+    assert contender.problem.check(contender, indices).passed
     averages = contender.averages()
     assert averages is not None
     if what == "indices":
         indices[0] = (indices[0] + 1) % CASE.num_codes
-        check = check_case(Reference(), contender, indices)
+        check = contender.problem.check(contender, indices)
         assert check.facts["differ"] == 1
         assert check.facts["worst_gap"] > nearest_code.GAP
     else:
         # One vector of one code is missing in what the sums became.
         averages.embedding_sum[indices[5]] -= 0.01 * contender.x[5]
-        check = check_case(Reference(), contender, indices)
+        check = contender.problem.check(contender, indices)
         assert check.facts["averages_error"] > nearest_code.AVERAGES_ERROR
     assert not check.passed
 
 
 def test_check_refuses_indices_beyond_the_codebook() -> None:
-    contender = Fastvq("fastvq", Problem(CASE, tuned=False))
+    contender = Fastvq(NearestCode(CASE, tuned=False))
     contender.prepare()
     indices = contender.run()
     for wrong in (indices[:-1], indices + CASE.num_codes, indices - CASE.num_codes):
-        assert not check_case(Reference(), contender, wrong).passed
+        assert not contender.problem.check(contender, wrong).passed
 
 
-@pytest.mark.parametrize("kind", [Chunked, Tiled], ids=["chunked", "tiled"])
-def test_every_form_of_a_peer_finds_the_same_codes(kind: type[Chunked | Tiled]) -> None:
-    problem = Problem(nearest_code_case(1003, 1500, 9, "forward"), tuned=False)
-    contender, expected = kind("peer", problem), Fastvq("fastvq", problem, backend="torch").run()
-    if isinstance(contender, Chunked):
-        for contender.rows, contender.way in ((1, "argmin"), (7, "min"), (1003, "argmin")):
-            assert torch.equal(contender.run(), expected)
-    else:
-        for contender.tile in (*Tiled.tiles, (7, 11)):
-            assert torch.equal(contender.run(), expected)
+@pytest.mark.parametrize("kind", ["chunked", "tiled"])
+def test_every_form_of_a_peer_finds_the_same_codes(kind: str) -> None:
+    problem = NearestCode(nearest_code_case(1003, 1500, 9, "forward"), tuned=False)
+    contender = chunked(problem, (1, 7, 1003)) if kind == "chunked" else tiled(problem, (*TILES, (7, 11)))
+    expected = Fastvq(problem, backend="torch").run()
+    assert len(contender.forms) == 6
+    for form in contender.forms:
+        contender.form = form
+        assert torch.equal(contender.run(), expected)
 
 
 def test_inputs_change_from_run_to_run_and_the_codebook_does_not() -> None:
-    contender = Fastvq("fastvq", Problem(CASE, tuned=False))
+    contender = Fastvq(NearestCode(CASE, tuned=False))
     seen = []
     for _ in range(2):
         contender.prepare()
@@ -102,7 +80,7 @@ def test_inputs_change_from_run_to_run_and_the_codebook_does_not() -> None:
 
 
 def test_hopeless_peers_are_left_out_with_the_reason(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(nearest_code_contender.MOST_BYTES, "cpu", 1e4)
+    monkeypatch.setitem(nearest_code.MOST_BYTES, "cpu", 1e4)
     recorder = Recorder(quick=True, log=recorder.log)
     result = run_case(CASE, recorder)
     assert result.left_out["eager"].endswith("GB for N x K, limit 0")
@@ -113,9 +91,9 @@ def test_hopeless_peers_are_left_out_with_the_reason(recorder: Recorder, monkeyp
 
 def test_what_the_machine_cannot_hold_is_left_out(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
     scores = 4 * CASE.scores
-    monkeypatch.setattr(nearest_code_contender, "available_memory", lambda: 2 * scores - 2)
+    monkeypatch.setattr(nearest_code, "available_memory", lambda: 2 * scores - 2)
     assert run_case(CASE, Recorder(quick=True, log=recorder.log)).left_out["eager"].endswith("GB for N x K, limit 0")
-    monkeypatch.setattr(nearest_code_contender, "available_memory", lambda: 2 * scores + 2)
+    monkeypatch.setattr(nearest_code, "available_memory", lambda: 2 * scores + 2)
     assert "eager" not in run_case(CASE, Recorder(quick=True, log=recorder.log)).left_out
 
 
@@ -135,7 +113,7 @@ def test_missing_libraries_are_left_out_and_named(recorder: Recorder, monkeypatc
 
 
 def test_memory_of_a_fresh_process() -> None:
-    case = next(case for case in NEAREST_CODE_CASES if case.id == "n4096-k512-d64-forward")
+    case = case_of("n4096-k512-d64-forward")
     # All scores of 4096 vectors and 512 codes, in float32.
     scores = 4 * case.scores
     assert 0.9 * scores < measure_memory(case, "eager").measured < 2 * scores

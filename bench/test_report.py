@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any
 import pytest
 
 from bench import markdown
+from bench.files import Session, benchmark_json, free_path, load, session_of, to_json, write_json
 from bench.harness import Check, Entry, Memory, Peer, Recorder, Result, Work, measure, repeats
-from bench.report import free_path, legend, number, seconds, tables, write_json
+from bench.machine import ROOT
+from bench.report import legend, number, seconds, tables
 
 GOOD, BAD = Check(True, "0 of 9 codes differ"), Check(False, "3 of 9 codes differ")
 
@@ -177,11 +180,11 @@ def test_numbers_are_readable() -> None:
     assert number(1999.6) == "2000"
 
 
-def _session(tmp_path: Path, *entries: Entry) -> dict[str, Any]:
+def _session(tmp_path: Path, *entries: Entry) -> Session:
     recorder = _recorder(*entries)
     path = tmp_path / f"{len(list(tmp_path.iterdir()))}.json"
     write_json(recorder, path)
-    return json.loads(path.read_text())
+    return load(path)
 
 
 def test_page_of_tables(tmp_path: Path) -> None:
@@ -199,6 +202,45 @@ def test_page_of_tables(tmp_path: Path) -> None:
 
 def test_page_of_one_machine_only(tmp_path: Path) -> None:
     session = _session(tmp_path, Entry("naive", [20.0], GOOD), Entry("cpu", [4.0], GOOD))
-    other = {**session, "machine": {**session["machine"], "cpu": "another"}}
+    other = dataclasses.replace(session, machine={**session.machine, "cpu": "another"})
     with pytest.raises(ValueError, match="expected results of one machine, got those of"):
         markdown.page({"1.json": session, "2.json": other})
+
+
+def test_files_of_pytest_benchmark_are_read_like_the_others(tmp_path: Path) -> None:
+    guess = Entry("naive", [20.0], GOOD, extrapolated="from a few rows")
+    recorder = _recorder(guess, Entry("cpu", [3.0, 2.0, 4.0], GOOD, facts={"threads": 2}, remarks=["fine"]))
+    output: dict[str, Any] = {"benchmarks": []}
+    for entry in recorder.results[0].entries:
+        info = {"operation": "sampling", "case": "a case", "batch": 8, "peer": entry.peer}
+        output["benchmarks"].append({"extra_info": info, "stats": {"data": entry.seconds, "median": entry.median}})
+    output["benchmarks"].append({"extra_info": {}, "stats": {"median": 1.0}})
+    benchmark_json(recorder, output)
+    naive, cpu, other = (one["extra_info"] for one in output["benchmarks"])
+    assert naive["extrapolated"] == "from a few rows"
+    assert cpu["speedup_over"] == {"naive": pytest.approx(20 / 3)}
+    assert cpu["over_floor"] == pytest.approx(2)
+    assert other == {}
+    path = tmp_path / "saved.json"
+    path.write_text(json.dumps(output))
+    assert load(path).results == session_of(json.loads(json.dumps(to_json(recorder)))).results
+    # As --benchmark-save writes them.
+    del output["benchmarks"][1]["stats"]["data"]
+    path.write_text(json.dumps(output))
+    assert load(path).results[0].entries[1].seconds == [3.0]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "bench" / "results").glob("*.json")), ids=lambda path: path.stem)
+def test_recorded_results_stay_readable(path: Path) -> None:
+    session = load(path)
+    lines = tables(session.results, session.ceilings)
+    assert sum(len(result.entries) + len(result.left_out) for result in session.results) == sum(
+        line != "" for line in lines
+    ) - 3 * len({result.operation for result in session.results})
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('{"machine_info": {}, "benchmarks": []}')
+    with pytest.raises(ValueError, match="expected results of benchmarks, got a file with machine_info, benchmarks"):
+        load(path)

@@ -3,38 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import pytest
-import torch
 
-from bench.cases import SAMPLER_CASES, SamplerCase
-from bench.harness import Recorder
-from bench.sampler import check_codes, measure_memory, naive_pace, request_of, run_case, torch_rows
+from bench import registry
+from bench.cases import SAMPLER_CASES, Case
+from bench.engines import request_of
+from bench.sampler import check_codes, measure_memory, naive_pace, torch_rows
 from fastvq import _engine, sample
 
 CASES = {case.id: case for case in SAMPLER_CASES}
 
 
-@pytest.fixture
-def threads(recorder: Recorder) -> Iterator[None]:
-    """One thread in the smoke run: on tensors this small more only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1 if recorder.quick else before)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("case", SAMPLER_CASES, ids=lambda case: case.id)
-def test_sampler(case: SamplerCase, recorder: Recorder) -> None:
-    recorder.log(case.id)
-    result = run_case(case.small() if recorder.quick else case, recorder)
-    recorder.results.append(result)
-    for entry in result.entries:
-        if entry.exact:
-            assert entry.check is not None
-            assert entry.check.passed, f"{entry.peer}: {entry.check.summary}"
+@registry.contest("sampling")
+def test_sampler(case: Case, name: str, contest: Callable[[Case, str], None]) -> None:
+    contest(case, name)
 
 
 @pytest.mark.skipif(not _engine.available(), reason="the cpu engine needs the extension")

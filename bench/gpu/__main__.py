@@ -24,10 +24,12 @@ from typing import NoReturn
 
 import torch
 
+import bench.peers  # noqa: F401
 from bench.gpu import probes, sampler, tiny
 from bench.gpu.files import aligned, load, save
 from bench.gpu.lines import LEGEND, Line, both_levels, table
 from bench.gpu.parts import GRACE_SECONDS, Outcome, Part, exit_status, judge_sanitizer, judge_tests, run_parts
+from bench.registry import every_peer
 
 LIMIT = 540.0
 NO_GPU, WRONG_ARGUMENTS = 2, 64
@@ -96,7 +98,7 @@ def parts(out: Path) -> list[Part]:
                 *pytest,
                 *("-p", "bench.gpu.deadline", "--start-within", f"{seconds - _CASE_SECONDS:.0f}"),
                 *("--benchmark", "--results", str(out / "operations"), f"--junitxml={operations}"),
-                *OPERATION_CASES,
+                *every_peer(OPERATION_CASES),
             ],
             150.0,
             least=_CASE_SECONDS + 15,
