@@ -1,4 +1,8 @@
-"""Triton kernels. Importing this package imports neither Triton nor PyTorch."""
+"""Triton kernels. Importing this package imports neither Triton nor PyTorch.
+
+In kernels ``x_ptr`` is a pointer and ``x_ptrs`` a block of them, ``offs_m`` are a block's offsets along m, ``mask_m``
+those that exist, ``BLOCK_M`` is its size; other values bear no prefix. A comment gives the shape of each new block.
+"""
 
 # The folder lies at the top of the source tree, where Python would also find it as a global package "kernels": a second
 # copy of every kernel, and a name that others use too.

@@ -42,66 +42,70 @@ class Tiles(NamedTuple):
 
 @triton.jit
 def load_rows(
-    base, first, stride_n, stride_w, length,
-    MASKED: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK_W: tl.constexpr,
+    base_ptr, first, stride_n, stride_w, length,
+    MASKED: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """Rows first .. first + ROWS of one head, [ROWS, BLOCK_W]; zeros beyond the width, and with MASKED the length."""
-    rows, cols = tl.arange(0, ROWS), tl.arange(0, BLOCK_W)
-    places = base + tl.cast(first, tl.int64) * stride_n
-    places += rows.to(tl.int64)[:, None] * stride_n + cols.to(tl.int64)[None, :] * stride_w
+    """Rows from ``first`` of one head, [BLOCK_N, BLOCK_W]; zeros beyond the width, and with MASKED the length."""
+    offs_n, offs_w = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_W)  # [BLOCK_N], [BLOCK_W]
+    ptrs = base_ptr + tl.cast(first, tl.int64) * stride_n
+    ptrs += offs_n.to(tl.int64)[:, None] * stride_n + offs_w.to(tl.int64)[None, :] * stride_w  # [BLOCK_N, BLOCK_W]
     if MASKED and WIDTH < BLOCK_W:
-        return tl.load(places, mask=(first + rows < length)[:, None] & (cols < WIDTH)[None, :], other=0.0)
+        return tl.load(ptrs, mask=(first + offs_n < length)[:, None] & (offs_w < WIDTH)[None, :], other=0.0)
     if MASKED:
-        return tl.load(places, mask=(first + rows < length)[:, None], other=0.0)
+        return tl.load(ptrs, mask=(first + offs_n < length)[:, None], other=0.0)
     if WIDTH < BLOCK_W:
-        return tl.load(places, mask=(cols < WIDTH)[None, :], other=0.0)
-    return tl.load(places)
+        return tl.load(ptrs, mask=(offs_w < WIDTH)[None, :], other=0.0)
+    return tl.load(ptrs)
 
 
 @triton.jit
 def store_rows(
-    base, first, stride_n, stride_w, length, values,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK_W: tl.constexpr,
+    base_ptr, first, stride_n, stride_w, length, values,
+    WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    rows, cols = tl.arange(0, ROWS), tl.arange(0, BLOCK_W)
-    places = base + tl.cast(first, tl.int64) * stride_n
-    places += rows.to(tl.int64)[:, None] * stride_n + cols.to(tl.int64)[None, :] * stride_w
-    mask = (first + rows < length)[:, None] & (cols < WIDTH)[None, :]
-    tl.store(places, values.to(base.dtype.element_ty), mask=mask)
+    """Stores values [BLOCK_N, BLOCK_W] where `load_rows` reads."""
+    offs_n, offs_w = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_W)  # [BLOCK_N], [BLOCK_W]
+    ptrs = base_ptr + tl.cast(first, tl.int64) * stride_n
+    ptrs += offs_n.to(tl.int64)[:, None] * stride_n + offs_w.to(tl.int64)[None, :] * stride_w  # [BLOCK_N, BLOCK_W]
+    mask = (first + offs_n < length)[:, None] & (offs_w < WIDTH)[None, :]  # [BLOCK_N, BLOCK_W]
+    tl.store(ptrs, values.to(base_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def kept(seed, dropout, head, row, col, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Which logits dropout keeps, [ROWS, COLS] from (row, col), both multiples of 16.
+def kept(seed, dropout, head, first_m, first_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Which logits dropout keeps, [BLOCK_M, BLOCK_N] from (first_m, first_n), both multiples of 16.
 
     Logit (head, i, j) reads word 2 (i // 8 % 2) + j // 8 % 2 of Philox at the counter (i // 16 * 8 + i % 8,
     j // 16 * 8 + j % 8, head, 0). So a call serves four logits, and they are four that one thread holds when
     the logits, or their transpose, come out of a tensor core.
     """
-    i = tl.cast(row // 2, tl.int32) + tl.arange(0, ROWS // 2)
-    j = tl.cast(col // 2, tl.int32) + tl.arange(0, COLS // 2)
-    zero = tl.zeros([ROWS // 2, COLS // 2], tl.int32)
-    a, b, c, d = tl.philox(seed, i[:, None] + zero, j[None, :] + zero, head + zero, zero)
+    offs_i = tl.cast(first_m // 2, tl.int32) + tl.arange(0, BLOCK_M // 2)  # [BLOCK_M / 2]
+    offs_j = tl.cast(first_n // 2, tl.int32) + tl.arange(0, BLOCK_N // 2)  # [BLOCK_N / 2]
+    zero = tl.zeros([BLOCK_M // 2, BLOCK_N // 2], tl.int32)  # [BLOCK_M / 2, BLOCK_N / 2], as are the four words
+    a, b, c, d = tl.philox(seed, offs_i[:, None] + zero, offs_j[None, :] + zero, head + zero, zero)
+    # [BLOCK_M / 2, BLOCK_N / 2, 2] each.
     upper = tl.join(tl.uint_to_uniform_float(a) >= dropout, tl.uint_to_uniform_float(b) >= dropout)
     lower = tl.join(tl.uint_to_uniform_float(c) >= dropout, tl.uint_to_uniform_float(d) >= dropout)
-    kept = tl.reshape(tl.join(upper, lower), [ROWS // 16, 8, COLS // 16, 8, 2, 2])
-    return tl.reshape(tl.permute(kept, [0, 5, 1, 2, 4, 3]), [ROWS, COLS])
+    kept = tl.reshape(tl.join(upper, lower), [BLOCK_M // 16, 8, BLOCK_N // 16, 8, 2, 2])
+    return tl.reshape(tl.permute(kept, [0, 5, 1, 2, 4, 3]), [BLOCK_M, BLOCK_N])  # [BLOCK_M, BLOCK_N]
 
 
 @triton.jit
-def kept_column(seed, dropout, head, rows, col):
-    """`kept` of one column, for int32 rows [ROWS]."""
-    zero = tl.zeros_like(rows)
-    a, b, c, d = tl.philox(seed, rows // 16 * 8 + rows % 8, zero + (col // 16 * 8 + col % 8), zero + head, zero)
-    right = zero + col // 8 % 2 > 0
-    word = tl.where(rows // 8 % 2 > 0, tl.where(right, d, c), tl.where(right, b, a))
-    return tl.uint_to_uniform_float(word) >= dropout
+def kept_column(seed, dropout, head, offs_m, col):
+    """`kept` of one column, for int32 rows offs_m [BLOCK_M]."""
+    zero = tl.zeros_like(offs_m)  # [BLOCK_M], as are the four words
+    a, b, c, d = tl.philox(seed, offs_m // 16 * 8 + offs_m % 8, zero + (col // 16 * 8 + col % 8), zero + head, zero)
+    right = zero + col // 8 % 2 > 0  # [BLOCK_M]
+    word = tl.where(offs_m // 8 % 2 > 0, tl.where(right, d, c), tl.where(right, b, a))  # [BLOCK_M]
+    return tl.uint_to_uniform_float(word) >= dropout  # [BLOCK_M]
 
 
 @triton.jit
-def visible(row, col, STRICT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    rows, cols = row + tl.arange(0, ROWS)[:, None], col + tl.arange(0, COLS)[None, :]
-    return cols < rows if STRICT else cols <= rows
+def visible(first_m, first_n, STRICT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Which keys from ``first_n`` on the queries from ``first_m`` on attend to, [BLOCK_M, BLOCK_N]."""
+    offs_m = first_m + tl.arange(0, BLOCK_M)[:, None]  # [BLOCK_M, 1]
+    offs_n = first_n + tl.arange(0, BLOCK_N)[None, :]  # [1, BLOCK_N]
+    return offs_n < offs_m if STRICT else offs_n <= offs_m  # [BLOCK_M, BLOCK_N]
 
 
 def check(mask: str, dropout: float, precision: str, *tensors: Tensor) -> None:

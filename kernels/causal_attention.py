@@ -55,73 +55,77 @@ def forward_tiles(
 
 @triton.jit
 def _attend(
-    q, acc, top, total, key, value, key_stride_n, key_stride_d, value_stride_n, value_stride_e,
+    q, acc, top, total, key_ptr, value_ptr, key_stride_n, key_stride_d, value_stride_n, value_stride_e,
     first, start, length, head, scale, seed, dropout, rescale,
     MASKED: tl.constexpr, D: tl.constexpr, E: tl.constexpr, STRICT: tl.constexpr, DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of keys: new sum of weighted values, running maximum (base 2) and sum of weights."""
-    k = load_rows(key, start, key_stride_n, key_stride_d, length, MASKED, D, BLOCK_N, BLOCK_D)
+    k = load_rows(key_ptr, start, key_stride_n, key_stride_d, length, MASKED, D, BLOCK_N, BLOCK_D)  # [BLOCK_N, BLOCK_D]
     logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
     if DROPOUT:
         logits = tl.where(kept(seed, dropout, head, first, start, BLOCK_M, BLOCK_N), logits * rescale, 0.0)
     if MASKED:
         logits = tl.where(visible(first, start, STRICT, BLOCK_M, BLOCK_N), logits, -float("inf"))
-    higher = tl.maximum(top, tl.max(logits, axis=1) * scale)
+    higher = tl.maximum(top, tl.max(logits, axis=1) * scale)  # [BLOCK_M]
     shift = higher
     if MASKED and STRICT:
         # The first row of the block sees nothing on the diagonal.
-        shift = tl.where(higher == -float("inf"), 0.0, higher)
-    weights = tl.exp2(logits * scale - shift[:, None])
-    fade = tl.exp2(top - shift)
-    total = total * fade + tl.sum(weights, axis=1)
-    v = load_rows(value, start, value_stride_n, value_stride_e, length, MASKED, E, BLOCK_N, BLOCK_E)
-    acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
+        shift = tl.where(higher == -float("inf"), 0.0, higher)  # [BLOCK_M]
+    weights = tl.exp2(logits * scale - shift[:, None])  # [BLOCK_M, BLOCK_N]
+    fade = tl.exp2(top - shift)  # [BLOCK_M]
+    total = total * fade + tl.sum(weights, axis=1)  # [BLOCK_M]
+    v = load_rows(
+        value_ptr, start, value_stride_n, value_stride_e, length, MASKED, E, BLOCK_N, BLOCK_E
+    )  # [BLOCK_N, BLOCK_E]
+    acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)  # [BLOCK_M, BLOCK_E]
     return acc, higher, total
 
 
 @triton.jit
 def _attend_one_by_one(
-    acc, query, key, value, query_stride_n, query_stride_d, key_stride_n, key_stride_d, value_stride_n, value_stride_e,
+    acc, query_ptr, key_ptr, value_ptr,
+    query_stride_n, query_stride_d, key_stride_n, key_stride_d, value_stride_n, value_stride_e,
     top, first, start, length, head, scale, seed, dropout, rescale,
     D: tl.constexpr, E: tl.constexpr, STRICT: tl.constexpr, DROPOUT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Weighted values of keys start .. first + BLOCK_M, none of them multiplied by the weight 0 of a masked position.
 
-    ``top`` is the maximum after these keys, as `_attend` returns it.
+    ``top`` is the maximum after these keys, as `_attend` returns it. A key is read BLOCK_K columns at a time.
     """
-    rows, cols = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_E)
-    shift = tl.where(top == -float("inf"), 0.0, top)
+    offs_m, offs_e = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_E)  # [BLOCK_M], [BLOCK_E]
+    shift = tl.where(top == -float("inf"), 0.0, top)  # [BLOCK_M]
     # All zeros, in the layout that the products need.
-    acc = tl.where(acc == 0, acc, 0.0)
-    for j in range(start, tl.minimum(first + BLOCK_M, length)):
-        logits = tl.zeros([BLOCK_M], tl.float32)
-        for depth in range(0, D, CHUNK):
-            d = (depth + tl.arange(0, CHUNK)).to(tl.int64)
-            there = d < D
-            k = tl.load(key + tl.cast(j, tl.int64) * key_stride_n + d * key_stride_d, mask=there, other=0.0)
-            q = tl.load(
-                query + rows.to(tl.int64)[:, None] * query_stride_n + d[None, :] * query_stride_d,
-                mask=(rows < length)[:, None] & there[None, :], other=0.0,
-            )  # fmt: skip
-            logits += tl.sum(q.to(tl.float32) * k.to(tl.float32)[None, :], axis=1)
+    acc = tl.where(acc == 0, acc, 0.0)  # [BLOCK_M, BLOCK_E]
+    for n in range(start, tl.minimum(first + BLOCK_M, length)):
+        logits = tl.zeros([BLOCK_M], tl.float32)  # [BLOCK_M]
+        for depth in range(0, D, BLOCK_K):
+            offs_k = (depth + tl.arange(0, BLOCK_K)).to(tl.int64)  # [BLOCK_K]
+            mask_k = offs_k < D  # [BLOCK_K]
+            key_ptrs = key_ptr + tl.cast(n, tl.int64) * key_stride_n + offs_k * key_stride_d  # [BLOCK_K]
+            k = tl.load(key_ptrs, mask=mask_k, other=0.0)  # [BLOCK_K]
+            mask = (offs_m < length)[:, None] & mask_k[None, :]  # [BLOCK_M, BLOCK_K]
+            query_ptrs = query_ptr + offs_m.to(tl.int64)[:, None] * query_stride_n + offs_k[None, :] * query_stride_d
+            q = tl.load(query_ptrs, mask=mask, other=0.0)  # [BLOCK_M, BLOCK_K]
+            logits += tl.sum(q.to(tl.float32) * k.to(tl.float32)[None, :], axis=1)  # [BLOCK_M]
         if DROPOUT:
-            keep = kept_column(seed, dropout, head, rows, j)
+            keep = kept_column(seed, dropout, head, offs_m, n)  # [BLOCK_M]
             logits = tl.where(keep, logits * rescale, 0.0)
-        v = tl.load(
-            value + tl.cast(j, tl.int64) * value_stride_n + cols.to(tl.int64) * value_stride_e, mask=cols < E, other=0.0
-        )
-        sees = j < rows if STRICT else j <= rows
-        weights = tl.exp2(logits * scale - shift)
+        mask_e = offs_e < E  # [BLOCK_E]
+        value_ptrs = value_ptr + tl.cast(n, tl.int64) * value_stride_n + offs_e.to(tl.int64) * value_stride_e
+        v = tl.load(value_ptrs, mask=mask_e, other=0.0)  # [BLOCK_E]
+        sees = n < offs_m if STRICT else n <= offs_m  # [BLOCK_M]
+        weights = tl.exp2(logits * scale - shift)  # [BLOCK_M]
+        # [BLOCK_M, BLOCK_E]
         acc = tl.where(sees[:, None], acc + weights[:, None] * v.to(tl.float32)[None, :], acc)
     return acc
 
 
 @triton.jit(do_not_specialize=["seed"])
 def _forward_kernel(
-    query, key, value, out, lse,
+    query_ptr, key_ptr, value_ptr, out_ptr, lse_ptr,
     query_stride_b, query_stride_h, query_stride_n, query_stride_d,
     key_stride_b, key_stride_h, key_stride_n, key_stride_d,
     value_stride_b, value_stride_h, value_stride_n, value_stride_e,
@@ -135,18 +139,20 @@ def _forward_kernel(
     head = tl.program_id(0) // blocks
     first = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M
     b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
-    query += b * query_stride_b + h * query_stride_h
-    key += b * key_stride_b + h * key_stride_h
-    value += b * value_stride_b + h * value_stride_h
+    query_ptr += b * query_stride_b + h * query_stride_h
+    key_ptr += b * key_stride_b + h * key_stride_h
+    value_ptr += b * value_stride_b + h * value_stride_h
 
-    q = load_rows(query, first, query_stride_n, query_stride_d, length, True, D, BLOCK_M, BLOCK_D)
-    acc = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
-    top = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    q = load_rows(
+        query_ptr, first, query_stride_n, query_stride_d, length, True, D, BLOCK_M, BLOCK_D
+    )  # [BLOCK_M, BLOCK_D]
+    acc = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)  # [BLOCK_M, BLOCK_E]
+    top = tl.full([BLOCK_M], -float("inf"), tl.float32)  # [BLOCK_M]
+    total = tl.zeros([BLOCK_M], tl.float32)  # [BLOCK_M]
     whole = first // BLOCK_N * BLOCK_N
     for start in range(whole, tl.minimum(first + BLOCK_M, length), BLOCK_N):
         acc, top, total = _attend(
-            q, acc, top, total, key, value, key_stride_n, key_stride_d, value_stride_n, value_stride_e,
+            q, acc, top, total, key_ptr, value_ptr, key_stride_n, key_stride_d, value_stride_n, value_stride_e,
             first, start, length, head, scale, seed, dropout, rescale,
             True, D, E, STRICT, DROPOUT, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E, PRECISION,
         )  # fmt: skip
@@ -154,23 +160,25 @@ def _forward_kernel(
     # diagonal first leaves nothing to undo but the weighted values.
     if tl.max(tl.max((acc != acc).to(tl.int32), axis=1), axis=0) > 0:
         acc = _attend_one_by_one(
-            acc, query, key, value, query_stride_n, query_stride_d, key_stride_n, key_stride_d, value_stride_n,
-            value_stride_e, top, first, whole, length, head, scale, seed, dropout, rescale,
+            acc, query_ptr, key_ptr, value_ptr,
+            query_stride_n, query_stride_d, key_stride_n, key_stride_d, value_stride_n, value_stride_e,
+            top, first, whole, length, head, scale, seed, dropout, rescale,
             D, E, STRICT, DROPOUT, BLOCK_M, BLOCK_E, 16,
         )  # fmt: skip
     for start in range(0, whole, BLOCK_N):
         acc, top, total = _attend(
-            q, acc, top, total, key, value, key_stride_n, key_stride_d, value_stride_n, value_stride_e,
+            q, acc, top, total, key_ptr, value_ptr, key_stride_n, key_stride_d, value_stride_n, value_stride_e,
             first, start, length, head, scale, seed, dropout, rescale,
             False, D, E, STRICT, DROPOUT, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E, PRECISION,
         )  # fmt: skip
 
-    rows = first + tl.arange(0, BLOCK_M)
-    tl.store(lse + head.to(tl.int64) * length + rows, (top + tl.log2(total)) * LN_2, mask=rows < length)
+    offs_m = first + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    lse_ptrs = lse_ptr + head.to(tl.int64) * length + offs_m  # [BLOCK_M]
+    tl.store(lse_ptrs, (top + tl.log2(total)) * LN_2, mask=offs_m < length)
     if STRICT:
-        total = tl.where(rows == 0, 1.0, total)
-    out += b * out_stride_b + h * out_stride_h
-    store_rows(out, first, out_stride_n, out_stride_e, length, acc / total[:, None], E, BLOCK_M, BLOCK_E)
+        total = tl.where(offs_m == 0, 1.0, total)  # [BLOCK_M]
+    out_ptr += b * out_stride_b + h * out_stride_h
+    store_rows(out_ptr, first, out_stride_n, out_stride_e, length, acc / total[:, None], E, BLOCK_M, BLOCK_E)
 
 
 @torch.no_grad()

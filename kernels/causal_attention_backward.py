@@ -54,7 +54,7 @@ def key_tiles(
 
 @triton.jit
 def _weights_again(logits, scale, lse):
-    """Weights from logits and ``lse`` in base 2, at most 1.
+    """Weights from logits and ``lse`` in base 2, at most 1; blocks of one shape, once ``lse`` is broadcast.
 
     Logits that are as large as a rounding of them is may exceed lse: this product adds in another order than the
     forward pass did.
@@ -64,31 +64,34 @@ def _weights_again(logits, scale, lse):
 
 @triton.jit
 def _query_step(
-    q, grad, dq, lse, delta, key, value, key_stride_n, key_stride_d, value_stride_n, value_stride_e,
+    q, grad, dq, lse, delta, key_ptr, value_ptr, key_stride_n, key_stride_d, value_stride_n, value_stride_e,
     first, start, length, head, scale, seed, dropout, rescale,
     MASKED: tl.constexpr, D: tl.constexpr, E: tl.constexpr, STRICT: tl.constexpr, DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds what one block of keys brings to the gradient of the queries, but for 1 / sqrt(D)."""
-    k = load_rows(key, start, key_stride_n, key_stride_d, length, MASKED, D, BLOCK_N, BLOCK_D)
-    v = load_rows(value, start, value_stride_n, value_stride_e, length, MASKED, E, BLOCK_N, BLOCK_E)
+    k = load_rows(key_ptr, start, key_stride_n, key_stride_d, length, MASKED, D, BLOCK_N, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+    v = load_rows(
+        value_ptr, start, value_stride_n, value_stride_e, length, MASKED, E, BLOCK_N, BLOCK_E
+    )  # [BLOCK_N, BLOCK_E]
     logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
     if DROPOUT:
-        keep = kept(seed, dropout, head, first, start, BLOCK_M, BLOCK_N)
+        keep = kept(seed, dropout, head, first, start, BLOCK_M, BLOCK_N)  # [BLOCK_M, BLOCK_N]
         logits = tl.where(keep, logits * rescale, 0.0)
-    weights = _weights_again(logits, scale, lse[:, None])
+    weights = _weights_again(logits, scale, lse[:, None])  # [BLOCK_M, BLOCK_N]
+    # [BLOCK_M, BLOCK_N]
     slopes = weights * (tl.dot(grad, tl.trans(v), input_precision=PRECISION) - delta[:, None])
     if MASKED:
         slopes = tl.where(visible(first, start, STRICT, BLOCK_M, BLOCK_N), slopes, 0.0)
     if DROPOUT:
         slopes = tl.where(keep, slopes * rescale, 0.0)
-    return tl.dot(slopes.to(k.dtype), k, dq, input_precision=PRECISION)
+    return tl.dot(slopes.to(k.dtype), k, dq, input_precision=PRECISION)  # [BLOCK_M, BLOCK_D]
 
 
 @triton.jit(do_not_specialize=["seed"])
 def _query_gradient_kernel(
-    query, key, value, out, grad, lse, delta, dquery,
+    query_ptr, key_ptr, value_ptr, out_ptr, grad_ptr, lse_ptr, delta_ptr, dquery_ptr,
     query_stride_b, query_stride_h, query_stride_n, query_stride_d,
     key_stride_b, key_stride_h, key_stride_n, key_stride_d,
     value_stride_b, value_stride_h, value_stride_n, value_stride_e,
@@ -99,78 +102,87 @@ def _query_gradient_kernel(
     D: tl.constexpr, E: tl.constexpr, STRICT: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of a block of queries, and ``delta`` [B, heads, N], which the other kernel reads."""
+    """Gradient of a block of queries, and delta [B, heads, N], which the other kernel reads."""
     blocks = tl.cdiv(length, BLOCK_M)
     head = tl.program_id(0) // blocks
     first = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M
     b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
-    query += b * query_stride_b + h * query_stride_h
-    key += b * key_stride_b + h * key_stride_h
-    value += b * value_stride_b + h * value_stride_h
-    out += b * out_stride_b + h * out_stride_h
-    grad += b * grad_stride_b + h * grad_stride_h
-    rows = first + tl.arange(0, BLOCK_M)
-    lse += head.to(tl.int64) * length + rows
-    delta += head.to(tl.int64) * length + rows
+    query_ptr += b * query_stride_b + h * query_stride_h
+    key_ptr += b * key_stride_b + h * key_stride_h
+    value_ptr += b * value_stride_b + h * value_stride_h
+    out_ptr += b * out_stride_b + h * out_stride_h
+    grad_ptr += b * grad_stride_b + h * grad_stride_h
+    offs_m = first + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    lse_ptrs = lse_ptr + (head.to(tl.int64) * length + offs_m)  # [BLOCK_M]
+    delta_ptrs = delta_ptr + (head.to(tl.int64) * length + offs_m)  # [BLOCK_M]
 
-    o = load_rows(out, first, out_stride_n, out_stride_e, length, True, E, BLOCK_M, BLOCK_E)
-    do = load_rows(grad, first, grad_stride_n, grad_stride_e, length, True, E, BLOCK_M, BLOCK_E)
-    sums = tl.sum(o.to(tl.float32) * do.to(tl.float32), axis=1)
-    tl.store(delta, sums, mask=rows < length)
-    q = load_rows(query, first, query_stride_n, query_stride_d, length, True, D, BLOCK_M, BLOCK_D)
-    norm = tl.load(lse, mask=rows < length, other=0.0) * LOG2_E
-    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    # [BLOCK_M, BLOCK_E] each.
+    out = load_rows(out_ptr, first, out_stride_n, out_stride_e, length, True, E, BLOCK_M, BLOCK_E)
+    grad = load_rows(grad_ptr, first, grad_stride_n, grad_stride_e, length, True, E, BLOCK_M, BLOCK_E)
+    delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), axis=1)  # [BLOCK_M]
+    tl.store(delta_ptrs, delta, mask=offs_m < length)
+    q = load_rows(
+        query_ptr, first, query_stride_n, query_stride_d, length, True, D, BLOCK_M, BLOCK_D
+    )  # [BLOCK_M, BLOCK_D]
+    lse = tl.load(lse_ptrs, mask=offs_m < length, other=0.0) * LOG2_E  # [BLOCK_M]
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)  # [BLOCK_M, BLOCK_D]
     whole = first // BLOCK_N * BLOCK_N
     for start in range(0, whole, BLOCK_N):
         dq = _query_step(
-            q, do, dq, norm, sums, key, value, key_stride_n, key_stride_d, value_stride_n, value_stride_e,
+            q, grad, dq, lse, delta, key_ptr, value_ptr, key_stride_n, key_stride_d, value_stride_n, value_stride_e,
             first, start, length, head, scale, seed, dropout, rescale,
             False, D, E, STRICT, DROPOUT, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E, PRECISION,
         )  # fmt: skip
     for start in range(whole, tl.minimum(first + BLOCK_M, length), BLOCK_N):
         dq = _query_step(
-            q, do, dq, norm, sums, key, value, key_stride_n, key_stride_d, value_stride_n, value_stride_e,
+            q, grad, dq, lse, delta, key_ptr, value_ptr, key_stride_n, key_stride_d, value_stride_n, value_stride_e,
             first, start, length, head, scale, seed, dropout, rescale,
             True, D, E, STRICT, DROPOUT, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E, PRECISION,
         )  # fmt: skip
-    dquery += b * dquery_stride_b + h * dquery_stride_h
-    store_rows(dquery, first, dquery_stride_n, dquery_stride_d, length, dq * factor, D, BLOCK_M, BLOCK_D)
+    dquery_ptr += b * dquery_stride_b + h * dquery_stride_h
+    store_rows(dquery_ptr, first, dquery_stride_n, dquery_stride_d, length, dq * factor, D, BLOCK_M, BLOCK_D)
 
 
 @triton.jit
 def _key_value_step(
-    k, v, dk, dv, query, grad, lse, delta, query_stride_n, query_stride_d, grad_stride_n, grad_stride_e,
+    k, v, dk, dv, query_ptr, grad_ptr, lse_ptr, delta_ptr,
+    query_stride_n, query_stride_d, grad_stride_n, grad_stride_e,
     first, start, length, head, scale, seed, dropout, rescale,
     MASKED: tl.constexpr, D: tl.constexpr, E: tl.constexpr, STRICT: tl.constexpr, DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds what queries start .. start + BLOCK_M bring to the gradients of keys (but for 1 / sqrt(D)) and values."""
-    rows = start + tl.arange(0, BLOCK_M)
-    q = load_rows(query, start, query_stride_n, query_stride_d, length, True, D, BLOCK_M, BLOCK_D)
-    do = load_rows(grad, start, grad_stride_n, grad_stride_e, length, True, E, BLOCK_M, BLOCK_E)
+    offs_m = start + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    q = load_rows(
+        query_ptr, start, query_stride_n, query_stride_d, length, True, D, BLOCK_M, BLOCK_D
+    )  # [BLOCK_M, BLOCK_D]
+    grad = load_rows(
+        grad_ptr, start, grad_stride_n, grad_stride_e, length, True, E, BLOCK_M, BLOCK_E
+    )  # [BLOCK_M, BLOCK_E]
     # Rows beyond the length get the weight 0.
-    norm = tl.load(lse + rows, mask=rows < length, other=float("inf")) * LOG2_E
-    sums = tl.load(delta + rows, mask=rows < length, other=0.0)
+    lse = tl.load(lse_ptr + offs_m, mask=offs_m < length, other=float("inf")) * LOG2_E  # [BLOCK_M]
+    delta = tl.load(delta_ptr + offs_m, mask=offs_m < length, other=0.0)  # [BLOCK_M]
     logits = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
     if DROPOUT:
-        keep = tl.trans(kept(seed, dropout, head, start, first, BLOCK_M, BLOCK_N))
+        keep = tl.trans(kept(seed, dropout, head, start, first, BLOCK_M, BLOCK_N))  # [BLOCK_N, BLOCK_M]
         logits = tl.where(keep, logits * rescale, 0.0)
-    weights = _weights_again(logits, scale, norm[None, :])
+    weights = _weights_again(logits, scale, lse[None, :])  # [BLOCK_N, BLOCK_M]
     if MASKED:
-        seen = tl.trans(visible(start, first, STRICT, BLOCK_M, BLOCK_N))
+        seen = tl.trans(visible(start, first, STRICT, BLOCK_M, BLOCK_N))  # [BLOCK_N, BLOCK_M]
         weights = tl.where(seen, weights, 0.0)
-    dv = tl.dot(weights.to(do.dtype), do, dv, input_precision=PRECISION)
-    slopes = weights * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - sums[None, :])
+    dv = tl.dot(weights.to(grad.dtype), grad, dv, input_precision=PRECISION)  # [BLOCK_N, BLOCK_E]
+    # [BLOCK_N, BLOCK_M]
+    slopes = weights * (tl.dot(v, tl.trans(grad), input_precision=PRECISION) - delta[None, :])
     if DROPOUT:
         slopes = tl.where(keep, slopes * rescale, 0.0)
-    dk = tl.dot(slopes.to(q.dtype), q, dk, input_precision=PRECISION)
+    dk = tl.dot(slopes.to(q.dtype), q, dk, input_precision=PRECISION)  # [BLOCK_N, BLOCK_D]
     return dk, dv
 
 
 @triton.jit(do_not_specialize=["seed"])
 def _key_value_gradient_kernel(
-    query, key, value, grad, lse, delta, dkey, dvalue,
+    query_ptr, key_ptr, value_ptr, grad_ptr, lse_ptr, delta_ptr, dkey_ptr, dvalue_ptr,
     query_stride_b, query_stride_h, query_stride_n, query_stride_d,
     key_stride_b, key_stride_h, key_stride_n, key_stride_d,
     value_stride_b, value_stride_h, value_stride_n, value_stride_e,
@@ -187,34 +199,38 @@ def _key_value_gradient_kernel(
     # The first keys are seen by the most queries.
     first = tl.program_id(0) % blocks * BLOCK_N
     b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
-    query += b * query_stride_b + h * query_stride_h
-    key += b * key_stride_b + h * key_stride_h
-    value += b * value_stride_b + h * value_stride_h
-    grad += b * grad_stride_b + h * grad_stride_h
-    lse += head.to(tl.int64) * length
-    delta += head.to(tl.int64) * length
+    query_ptr += b * query_stride_b + h * query_stride_h
+    key_ptr += b * key_stride_b + h * key_stride_h
+    value_ptr += b * value_stride_b + h * value_stride_h
+    grad_ptr += b * grad_stride_b + h * grad_stride_h
+    lse_ptr += head.to(tl.int64) * length
+    delta_ptr += head.to(tl.int64) * length
 
-    k = load_rows(key, first, key_stride_n, key_stride_d, length, True, D, BLOCK_N, BLOCK_D)
-    v = load_rows(value, first, value_stride_n, value_stride_e, length, True, E, BLOCK_N, BLOCK_E)
-    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    dv = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
+    k = load_rows(key_ptr, first, key_stride_n, key_stride_d, length, True, D, BLOCK_N, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+    v = load_rows(
+        value_ptr, first, value_stride_n, value_stride_e, length, True, E, BLOCK_N, BLOCK_E
+    )  # [BLOCK_N, BLOCK_E]
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)  # [BLOCK_N, BLOCK_D]
+    dv = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)  # [BLOCK_N, BLOCK_E]
     whole = tl.cdiv(first + BLOCK_N, BLOCK_M) * BLOCK_M
     for start in range(first // BLOCK_M * BLOCK_M, tl.minimum(whole, length), BLOCK_M):
         dk, dv = _key_value_step(
-            k, v, dk, dv, query, grad, lse, delta, query_stride_n, query_stride_d, grad_stride_n, grad_stride_e,
+            k, v, dk, dv, query_ptr, grad_ptr, lse_ptr, delta_ptr,
+            query_stride_n, query_stride_d, grad_stride_n, grad_stride_e,
             first, start, length, head, scale, seed, dropout, rescale,
             True, D, E, STRICT, DROPOUT, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E, PRECISION,
         )  # fmt: skip
     for start in range(whole, length, BLOCK_M):
         dk, dv = _key_value_step(
-            k, v, dk, dv, query, grad, lse, delta, query_stride_n, query_stride_d, grad_stride_n, grad_stride_e,
+            k, v, dk, dv, query_ptr, grad_ptr, lse_ptr, delta_ptr,
+            query_stride_n, query_stride_d, grad_stride_n, grad_stride_e,
             first, start, length, head, scale, seed, dropout, rescale,
             False, D, E, STRICT, DROPOUT, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E, PRECISION,
         )  # fmt: skip
-    dkey += b * dkey_stride_b + h * dkey_stride_h
-    dvalue += b * dvalue_stride_b + h * dvalue_stride_h
-    store_rows(dkey, first, dkey_stride_n, dkey_stride_d, length, dk * factor, D, BLOCK_N, BLOCK_D)
-    store_rows(dvalue, first, dvalue_stride_n, dvalue_stride_e, length, dv, E, BLOCK_N, BLOCK_E)
+    dkey_ptr += b * dkey_stride_b + h * dkey_stride_h
+    dvalue_ptr += b * dvalue_stride_b + h * dvalue_stride_h
+    store_rows(dkey_ptr, first, dkey_stride_n, dkey_stride_d, length, dk * factor, D, BLOCK_N, BLOCK_D)
+    store_rows(dvalue_ptr, first, dvalue_stride_n, dvalue_stride_e, length, dv, E, BLOCK_N, BLOCK_E)
 
 
 @torch.no_grad()

@@ -20,15 +20,16 @@ __all__ = ["backward_input", "backward_weight", "forward", "gate_backward"]
 
 
 @triton.jit
-def _gate_backward_kernel(grad, pre_gate, out, size, channels, BLOCK: tl.constexpr):
-    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = places < size
-    wide = places + places // channels * channels
-    value = tl.load(grad + places, mask=inside, other=0.0).to(tl.float32)
-    a = tl.load(pre_gate + wide, mask=inside, other=0.0).to(tl.float32)
-    gate = tl.sigmoid(tl.load(pre_gate + wide + channels, mask=inside, other=0.0).to(tl.float32))
-    tl.store(out + wide, value * gate, mask=inside)
-    tl.store(out + wide + channels, value * a * gate * (1 - gate), mask=inside)
+def _gate_backward_kernel(grad_ptr, pre_gate_ptr, out_ptr, size, channels, BLOCK: tl.constexpr):
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    mask = offs < size  # [BLOCK]
+    # Of the first half of the channels, where there are twice as many.
+    offs_wide = offs + offs // channels * channels  # [BLOCK]
+    value = tl.load(grad_ptr + offs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK]
+    a = tl.load(pre_gate_ptr + offs_wide, mask=mask, other=0.0).to(tl.float32)  # [BLOCK]
+    gate = tl.sigmoid(tl.load(pre_gate_ptr + offs_wide + channels, mask=mask, other=0.0).to(tl.float32))  # [BLOCK]
+    tl.store(out_ptr + offs_wide, value * gate, mask=mask)
+    tl.store(out_ptr + offs_wide + channels, value * a * gate * (1 - gate), mask=mask)
 
 
 @torch.no_grad()

@@ -89,7 +89,7 @@ def product_tiles(
 
 @triton.jit
 def expm1_negative(x, PRECISE: tl.constexpr):
-    """exp(x) - 1 for x <= 0; PRECISE keeps float32's relative error near zero, where the difference loses it."""
+    """exp(x) - 1 of a block <= 0; PRECISE keeps float32's relative error near zero, where the difference loses it."""
     value = tl.exp(x) - 1
     if PRECISE:
         series = 1 + x * (1 / 7) * (1 + x * 0.125)
@@ -101,85 +101,95 @@ def expm1_negative(x, PRECISE: tl.constexpr):
 
 @triton.jit
 def elu_pair(x, PRECISE: tl.constexpr):
-    """elu(x) and elu(-x), which share their exponential."""
+    """elu(x) and elu(-x) of a block, which share their exponential."""
     below = expm1_negative(-tl.abs(x), PRECISE)
     return tl.where(x > 0, x, below), tl.where(x < 0, -x, below)
 
 
 @triton.jit
 def multiply(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a b, where PRECISION may also be ``interpreted``: Triton's interpreter multiplies bfloat16 as integers."""
+    """acc + a b for blocks acc [M, N], a [M, K] and b [K, N].
+
+    PRECISION may also be ``interpreted``: Triton's interpreter multiplies bfloat16 as integers.
+    """
     if PRECISION == "interpreted":
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
-    return tl.dot(a, b, acc, input_precision=PRECISION)
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")  # [M, N]
+    return tl.dot(a, b, acc, input_precision=PRECISION)  # [M, N]
 
 
 @triton.jit
-def _add_products(acc, a, weights, inside, EVEN: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + a b^T for a block b [N, K] of weights."""
-    b = tl.load(weights) if EVEN else tl.load(weights, mask=inside[None, :], other=0.0)
-    return multiply(a, tl.trans(b), acc, PRECISION)
+def _add_products(acc, a, weight_ptrs, mask_k, EVEN: tl.constexpr, PRECISION: tl.constexpr):
+    """acc [M, N] + a b^T for blocks a [M, K] and b [N, K], b at ``weight_ptrs``."""
+    b = tl.load(weight_ptrs) if EVEN else tl.load(weight_ptrs, mask=mask_k[None, :], other=0.0)  # [N, K]
+    return multiply(a, tl.trans(b), acc, PRECISION)  # [M, N]
 
 
 @triton.jit
 def _halves(block):
-    """The left and the right half of the columns."""
-    return tl.split(tl.permute(tl.reshape(block, [block.shape[0], 2, block.shape[1] // 2]), [0, 2, 1]))
+    """The left and the right half of the columns of a block [M, N]."""
+    pairs = tl.reshape(block, [block.shape[0], 2, block.shape[1] // 2])  # [M, 2, N / 2]
+    return tl.split(tl.permute(pairs, [0, 2, 1]))  # [M, N / 2] twice
 
 
 @triton.jit
 def _finish(
-    acc, other, bias, context, residual, given, out, pre_gate, m, image, n_first, positions, columns,
+    acc, other, bias_ptr, context_ptr, residual_ptr, given_ptr, out_ptr, pre_gate_ptr,
+    offs_m, image, first_n, positions, columns,
     PAIR: tl.constexpr, GATE: tl.constexpr, DERIVATIVE: tl.constexpr, SAMPLE_CONTEXT: tl.constexpr,
 ):  # fmt: skip
-    """What follows the product, for columns ``n_first`` onwards."""
-    if acc.shape[1] * out.dtype.element_ty.primitive_bitwidth > _FINISHED_BITS:
-        left, right = _halves(acc)
-        other_left, other_right = _halves(other) if PAIR else (left, right)
+    """What follows the products acc and other [M, N], for columns ``first_n`` onwards.
+
+    ``offs_m`` and ``image``, [M], say of which positions and images.
+    """
+    if acc.shape[1] * out_ptr.dtype.element_ty.primitive_bitwidth > _FINISHED_BITS:
+        left, right = _halves(acc)  # [M, N / 2] each
+        other_left, other_right = _halves(other) if PAIR else (left, right)  # [M, N / 2] each
         _finish(
-            left, other_left, bias, context, residual, given, out, pre_gate, m, image, n_first, positions,
-            columns, PAIR, GATE, DERIVATIVE, SAMPLE_CONTEXT,
+            left, other_left, bias_ptr, context_ptr, residual_ptr, given_ptr, out_ptr, pre_gate_ptr,
+            offs_m, image, first_n, positions, columns, PAIR, GATE, DERIVATIVE, SAMPLE_CONTEXT,
         )  # fmt: skip
         _finish(
-            right, other_right, bias, context, residual, given, out, pre_gate, m, image, n_first + acc.shape[1] // 2,
-            positions, columns, PAIR, GATE, DERIVATIVE, SAMPLE_CONTEXT,
+            right, other_right, bias_ptr, context_ptr, residual_ptr, given_ptr, out_ptr, pre_gate_ptr,
+            offs_m, image, first_n + acc.shape[1] // 2, positions, columns, PAIR, GATE, DERIVATIVE, SAMPLE_CONTEXT,
         )  # fmt: skip
     else:
-        n = n_first + tl.arange(0, acc.shape[1])
+        offs_n = first_n + tl.arange(0, acc.shape[1])  # [N]
         total = columns * 2 if PAIR else columns
-        stored = (m < positions)[:, None] & (n < columns)[None, :]
-        rows = m.to(tl.int64)[:, None]
-        if bias is not None:
-            acc += tl.load(bias + n, mask=n < columns, other=0.0).to(tl.float32)[None, :]
+        mask_n = offs_n < columns  # [N]
+        mask = (offs_m < positions)[:, None] & (offs_n < columns)[None, :]  # [M, N]
+        offs_row = offs_m.to(tl.int64)[:, None]  # [M, 1]
+        if bias_ptr is not None:
+            acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]  # [M, N]
             if PAIR:
-                other += tl.load(bias + columns + n, mask=n < columns, other=0.0).to(tl.float32)[None, :]
-        if context is not None:
-            source = image[:, None] if SAMPLE_CONTEXT else rows
-            places = context + source * total + n[None, :]
-            acc += tl.load(places, mask=stored, other=0.0).to(tl.float32)
+                other += tl.load(bias_ptr + columns + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]  # [M, N]
+        if context_ptr is not None:
+            source = image[:, None] if SAMPLE_CONTEXT else offs_row  # [M, 1]
+            context_ptrs = context_ptr + source * total + offs_n[None, :]  # [M, N]
+            acc += tl.load(context_ptrs, mask=mask, other=0.0).to(tl.float32)  # [M, N]
             if PAIR:
-                other += tl.load(places + columns, mask=stored, other=0.0).to(tl.float32)
-        if pre_gate is not None:
-            places = pre_gate + rows * total + n[None, :]
-            tl.store(places, acc, mask=stored)
-            tl.store(places + columns, other, mask=stored)
+                other += tl.load(context_ptrs + columns, mask=mask, other=0.0).to(tl.float32)  # [M, N]
+        if pre_gate_ptr is not None:
+            pre_gate_ptrs = pre_gate_ptr + offs_row * total + offs_n[None, :]  # [M, N]
+            tl.store(pre_gate_ptrs, acc, mask=mask)
+            tl.store(pre_gate_ptrs + columns, other, mask=mask)
         if GATE:
-            acc = acc * tl.sigmoid(other)
+            acc = acc * tl.sigmoid(other)  # [M, N]
         if DERIVATIVE != 0:
-            value = tl.load(given + rows * columns + n[None, :], mask=stored, other=0.0).to(tl.float32)
-            slope = tl.exp(-tl.abs(value))
+            given_ptrs = given_ptr + offs_row * columns + offs_n[None, :]  # [M, N]
+            value = tl.load(given_ptrs, mask=mask, other=0.0).to(tl.float32)  # [M, N]
+            slope = tl.exp(-tl.abs(value))  # [M, N]
             acc *= tl.where(value > 0, 1.0, slope)
             if DERIVATIVE == _CONCAT_ELU:
                 acc -= other * tl.where(value < 0, 1.0, slope)
-        places = rows * columns + n[None, :]
-        if residual is not None:
-            acc += tl.load(residual + places, mask=stored, other=0.0).to(tl.float32)
-        tl.store(out + places, acc, mask=stored)
+        offs = offs_row * columns + offs_n[None, :]  # [M, N]
+        if residual_ptr is not None:
+            acc += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)  # [M, N]
+        tl.store(out_ptr + offs, acc, mask=mask)
 
 
 @triton.jit
 def _conv_kernel(
-    x, weight, bias, context, residual, given, out, pre_gate,
+    x_ptr, weight_ptr, bias_ptr, context_ptr, residual_ptr, given_ptr, out_ptr, pre_gate_ptr,
     positions, height, width, first_row, out_rows, channels, columns,
     KERNEL: tl.constexpr, ABOVE: tl.constexpr, LEFT: tl.constexpr, TAPS: tl.constexpr, REVERSE: tl.constexpr,
     PROLOGUE: tl.constexpr, GATE: tl.constexpr, DERIVATIVE: tl.constexpr, SAMPLE_CONTEXT: tl.constexpr,
@@ -189,77 +199,77 @@ def _conv_kernel(
     """out [positions, columns], for rows ``first_row`` onwards of every image.
 
     x [images, height, width, channels]; weight [TAPS, N, K], where K is ``channels``, or twice as many for concat-ELU,
-    and N is ``columns``, or twice as many with a gate or the derivative of concat-ELU (at ``given``).
+    and N is ``columns``, or twice as many with a gate or the derivative of concat-ELU (at ``given_ptr``).
     """
     PAIR: tl.constexpr = GATE or DERIVATIVE == _CONCAT_ELU
     blocks = tl.cdiv(columns, BLOCK_N)
-    m = tl.program_id(0) // blocks * BLOCK_M + tl.arange(0, BLOCK_M)
-    n_first = tl.program_id(0) % blocks * BLOCK_N
-    n = n_first + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    inside = m < positions
-    col = m % width
-    line = m // width
-    row = line % out_rows + first_row
-    image = (line // out_rows).to(tl.int64)
-    x_rows = x + ((image * height + row) * width + col) * channels  # [BLOCK_M]
+    offs_m = tl.program_id(0) // blocks * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    first_n = tl.program_id(0) % blocks * BLOCK_N
+    offs_n = first_n + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    offs_k = tl.arange(0, BLOCK_K)  # [BLOCK_K]
+    mask_m = offs_m < positions  # [BLOCK_M]
+    col = offs_m % width  # [BLOCK_M]
+    line = offs_m // width  # [BLOCK_M]
+    row = line % out_rows + first_row  # [BLOCK_M]
+    image = (line // out_rows).to(tl.int64)  # [BLOCK_M]
+    x_ptrs = x_ptr + ((image * height + row) * width + col) * channels  # [BLOCK_M]
     depth = channels * 2 if PROLOGUE == _CONCAT_ELU else channels
     total = columns * 2 if PAIR else columns
     # Columns past the end repeat the last one and are not stored, which spares a mask.
-    weights = weight + tl.minimum(n, columns - 1).to(tl.int64)[:, None] * depth + k[None, :]  # [BLOCK_N, BLOCK_K]
+    offs_column = tl.minimum(offs_n, columns - 1).to(tl.int64)  # [BLOCK_N]
+    weight_ptrs = weight_ptr + offs_column[:, None] * depth + offs_k[None, :]  # [BLOCK_N, BLOCK_K]
     second = columns * depth
 
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    other = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)  # [BLOCK_M, BLOCK_N]
+    other = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)  # [BLOCK_M, BLOCK_N]
     for step in range(TAPS * CHUNKS):
         tap = step // CHUNKS
         down = ABOVE - tap // KERNEL if REVERSE else tap // KERNEL - ABOVE
         right = LEFT - tap % KERNEL if REVERSE else tap % KERNEL - LEFT
-        there = inside & (col + right >= 0) & (col + right < width)
-        there = there & (row + down < height) if REVERSE else there & (row + down >= 0)
+        mask_tap = mask_m & (col + right >= 0) & (col + right < width)  # [BLOCK_M]
+        mask_tap = mask_tap & (row + down < height) if REVERSE else mask_tap & (row + down >= 0)
         start = step % CHUNKS * BLOCK_K
-        held = k < channels - start
-        place = (down * width + right) * channels + start
-        if EVEN:
-            a = tl.load(x_rows[:, None] + (place + k)[None, :], mask=there[:, None], other=0.0)
-        else:
-            a = tl.load(x_rows[:, None] + (place + k)[None, :], mask=there[:, None] & held[None, :], other=0.0)
-        b = weights + (tap * total * depth + start)
+        mask_k = offs_k < channels - start  # [BLOCK_K]
+        offs_tap = (down * width + right) * channels + start
+        mask_a = mask_tap[:, None] if EVEN else mask_tap[:, None] & mask_k[None, :]  # [BLOCK_M, 1 or BLOCK_K]
+        a = tl.load(x_ptrs[:, None] + (offs_tap + offs_k)[None, :], mask=mask_a, other=0.0)  # [BLOCK_M, BLOCK_K]
+        tap_ptrs = weight_ptrs + (tap * total * depth + start)  # [BLOCK_N, BLOCK_K]
         if PROLOGUE == 0:
-            acc = _add_products(acc, a, b, held, EVEN, PRECISION)
+            acc = _add_products(acc, a, tap_ptrs, mask_k, EVEN, PRECISION)  # [BLOCK_M, BLOCK_N]
             if PAIR:
-                other = _add_products(other, a, b + second, held, EVEN, PRECISION)
+                other = _add_products(other, a, tap_ptrs + second, mask_k, EVEN, PRECISION)
         else:
             # Rounded to 11 bits at most right after: see is_fused.
-            positive, negative = elu_pair(a.to(tl.float32), False)
+            positive, negative = elu_pair(a.to(tl.float32), False)  # [BLOCK_M, BLOCK_K] each
             positive = positive.to(a.dtype)
-            acc = _add_products(acc, positive, b, held, EVEN, PRECISION)
+            acc = _add_products(acc, positive, tap_ptrs, mask_k, EVEN, PRECISION)  # [BLOCK_M, BLOCK_N]
             if PAIR:
-                other = _add_products(other, positive, b + second, held, EVEN, PRECISION)
+                other = _add_products(other, positive, tap_ptrs + second, mask_k, EVEN, PRECISION)
             if PROLOGUE == _CONCAT_ELU:
                 negative = negative.to(a.dtype)
-                acc = _add_products(acc, negative, b + channels, held, EVEN, PRECISION)
+                acc = _add_products(acc, negative, tap_ptrs + channels, mask_k, EVEN, PRECISION)
                 if PAIR:
-                    other = _add_products(other, negative, b + channels + second, held, EVEN, PRECISION)
+                    other = _add_products(other, negative, tap_ptrs + channels + second, mask_k, EVEN, PRECISION)
 
     _finish(
-        acc, other, bias, context, residual, given, out, pre_gate, m, image, n_first, positions, columns,
-        PAIR, GATE, DERIVATIVE, SAMPLE_CONTEXT,
+        acc, other, bias_ptr, context_ptr, residual_ptr, given_ptr, out_ptr, pre_gate_ptr,
+        offs_m, image, first_n, positions, columns, PAIR, GATE, DERIVATIVE, SAMPLE_CONTEXT,
     )  # fmt: skip
 
 
 @triton.jit
-def _activate_kernel(x, out, size, channels, PAIR: tl.constexpr, BLOCK: tl.constexpr):
+def _activate_kernel(x_ptr, out_ptr, size, channels, PAIR: tl.constexpr, BLOCK: tl.constexpr):
     """ELU of x [P, channels]; with PAIR that of -x beside it."""
-    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    value = tl.load(x + places, mask=places < size, other=0.0)
-    positive, negative = elu_pair(value.to(tl.float32), x.dtype.element_ty == tl.float32)
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    mask = offs < size  # [BLOCK]
+    value = tl.load(x_ptr + offs, mask=mask, other=0.0)  # [BLOCK]
+    positive, negative = elu_pair(value.to(tl.float32), x_ptr.dtype.element_ty == tl.float32)  # [BLOCK] each
     if PAIR:
-        places_out = places + places // channels * channels
-        tl.store(out + places_out, positive, mask=places < size)
-        tl.store(out + places_out + channels, negative, mask=places < size)
+        offs_out = offs + offs // channels * channels  # [BLOCK]
+        tl.store(out_ptr + offs_out, positive, mask=mask)
+        tl.store(out_ptr + offs_out + channels, negative, mask=mask)
     else:
-        tl.store(out + places, positive, mask=places < size)
+        tl.store(out_ptr + offs, positive, mask=mask)
 
 
 def activated(x: Tensor, kind: int) -> Tensor:

@@ -53,7 +53,7 @@ def weight_tiles(channels: int, columns: int, dtype: torch.dtype, precision: str
 
 @triton.jit
 def _weight_kernel(
-    x, grad, partial, positions, height, width, channels, columns, span,
+    x_ptr, grad_ptr, partial_ptr, positions, height, width, channels, columns, span,
     KERNEL: tl.constexpr, ABOVE: tl.constexpr, LEFT: tl.constexpr, PROLOGUE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -62,41 +62,43 @@ def _weight_kernel(
     blocks = tl.cdiv(channels, BLOCK_M) * blocks_n
     tap = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
-    c = block // blocks_n * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = block % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    local = tl.arange(0, BLOCK_K)
+    offs_m = block // blocks_n * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M], channels
+    offs_n = block % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N], columns
+    local = tl.arange(0, BLOCK_K)  # [BLOCK_K]
     down = tap // KERNEL - ABOVE
     right = tap % KERNEL - LEFT
-    moved = (down * width + right) * channels
+    offs_tap = (down * width + right) * channels
     first = tl.program_id(1) * span
     last = tl.minimum(first + span, positions)
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    other = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)  # [BLOCK_M, BLOCK_N]
+    other = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)  # [BLOCK_M, BLOCK_N]
     for start in range(first, last, BLOCK_K):
-        p = start + local
-        col = p % width
-        row = p // width % height
+        offs_k = start + local  # [BLOCK_K], positions
+        col = offs_k % width  # [BLOCK_K]
+        row = offs_k // width % height  # [BLOCK_K]
         # Both operands are masked, so that no gradient meets a zero of the padding: it may be infinite.
-        there = (p < last) & (col + right >= 0) & (col + right < width) & (row + down >= 0)
-        wide = p.to(tl.int64)[:, None]
-        a = tl.load(
-            x + wide * channels + (moved + c)[None, :], mask=there[:, None] & (c < channels)[None, :], other=0.0
-        )
-        b = tl.load(grad + wide * columns + n[None, :], mask=there[:, None] & (n < columns)[None, :], other=0.0)
+        mask_k = (offs_k < last) & (col + right >= 0) & (col + right < width) & (row + down >= 0)  # [BLOCK_K]
+        offs_row = offs_k.to(tl.int64)[:, None]  # [BLOCK_K, 1]
+        mask_x = mask_k[:, None] & (offs_m < channels)[None, :]  # [BLOCK_K, BLOCK_M]
+        x_ptrs = x_ptr + offs_row * channels + (offs_tap + offs_m)[None, :]  # [BLOCK_K, BLOCK_M]
+        a = tl.load(x_ptrs, mask=mask_x, other=0.0)  # [BLOCK_K, BLOCK_M]
+        mask_grad = mask_k[:, None] & (offs_n < columns)[None, :]  # [BLOCK_K, BLOCK_N]
+        grad_ptrs = grad_ptr + offs_row * columns + offs_n[None, :]  # [BLOCK_K, BLOCK_N]
+        b = tl.load(grad_ptrs, mask=mask_grad, other=0.0)  # [BLOCK_K, BLOCK_N]
         if PROLOGUE == 0:
-            acc = multiply(tl.trans(a), b, acc, PRECISION)
+            acc = multiply(tl.trans(a), b, acc, PRECISION)  # [BLOCK_M, BLOCK_N]
         else:
-            positive, negative = elu_pair(a.to(tl.float32), False)
-            acc = multiply(tl.trans(positive.to(a.dtype)), b, acc, PRECISION)
+            positive, negative = elu_pair(a.to(tl.float32), False)  # [BLOCK_K, BLOCK_M] each
+            acc = multiply(tl.trans(positive.to(a.dtype)), b, acc, PRECISION)  # [BLOCK_M, BLOCK_N]
             if PROLOGUE == _PAIR:
-                other = multiply(tl.trans(negative.to(a.dtype)), b, other, PRECISION)
+                other = multiply(tl.trans(negative.to(a.dtype)), b, other, PRECISION)  # [BLOCK_M, BLOCK_N]
     depth = channels * 2 if PROLOGUE == _PAIR else channels
     slot = tl.program_id(1).to(tl.int64) * (tl.num_programs(0) // blocks) + tap
-    places = partial + (slot * depth + c)[:, None] * columns + n[None, :]
-    stored = (c < channels)[:, None] & (n < columns)[None, :]
-    tl.store(places, acc, mask=stored)
+    partial_ptrs = partial_ptr + (slot * depth + offs_m)[:, None] * columns + offs_n[None, :]  # [BLOCK_M, BLOCK_N]
+    mask = (offs_m < channels)[:, None] & (offs_n < columns)[None, :]  # [BLOCK_M, BLOCK_N]
+    tl.store(partial_ptrs, acc, mask=mask)
     if PROLOGUE == _PAIR:
-        tl.store(places + channels * columns, other, mask=stored)
+        tl.store(partial_ptrs + channels * columns, other, mask=mask)
 
 
 @torch.no_grad()

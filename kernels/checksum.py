@@ -18,31 +18,31 @@ _CHUNK = 32 * _BLOCK
 
 
 @triton.jit
-def _checksum_kernel(chunks, total, BLOCK: tl.constexpr):
-    """Adds one chunk's share: a row (address, words, bytes of a word: 8 or 1) of ``chunks``.
+def _checksum_kernel(chunks_ptr, total_ptr, BLOCK: tl.constexpr):
+    """Adds one chunk's share: a row (address, words, bytes of a word: 8 or 1) of chunks.
 
     Each of BLOCK lanes takes every BLOCK-th word. A step loses nothing of the lane nor of the word, so that no change
     of a single word goes unnoticed.
     """
     chunk = tl.program_id(0).to(tl.int64)
-    address = tl.load(chunks + 3 * chunk)
-    count = tl.load(chunks + 3 * chunk + 1)
-    wide = tl.load(chunks + 3 * chunk + 2) == 8
-    local = tl.arange(0, BLOCK)
-    lanes = (chunk * BLOCK + local + 1).to(tl.uint64) * 0x9E3779B97F4A7C15
+    address = tl.load(chunks_ptr + 3 * chunk)
+    count = tl.load(chunks_ptr + 3 * chunk + 1)
+    wide = tl.load(chunks_ptr + 3 * chunk + 2) == 8
+    local = tl.arange(0, BLOCK)  # [BLOCK]
+    lanes = (chunk * BLOCK + local + 1).to(tl.uint64) * 0x9E3779B97F4A7C15  # [BLOCK]
     for start in range(0, count, BLOCK):
-        places = start + local
-        inside = places < count
+        offs = start + local  # [BLOCK]
+        mask = offs < count  # [BLOCK]
         if wide:
-            words = tl.load(address.to(tl.pointer_type(tl.uint64)) + places, mask=inside, other=0)
+            words = tl.load(address.to(tl.pointer_type(tl.uint64)) + offs, mask=mask, other=0)  # [BLOCK]
         else:
-            words = tl.load(address.to(tl.pointer_type(tl.uint8)) + places, mask=inside, other=0).to(tl.uint64)
+            words = tl.load(address.to(tl.pointer_type(tl.uint8)) + offs, mask=mask, other=0).to(tl.uint64)  # [BLOCK]
         lanes = (lanes ^ words) * 0xFF51AFD7ED558CCD
         lanes ^= lanes >> 32
     lanes *= 0xC4CEB9FE1A85EC53
     lanes ^= lanes >> 33
     # Sums of integers do not depend on their order.
-    tl.atomic_add(total, tl.sum(lanes.to(tl.int64), axis=0))
+    tl.atomic_add(total_ptr, tl.sum(lanes.to(tl.int64), axis=0))
 
 
 class Checksum:

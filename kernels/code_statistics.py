@@ -16,83 +16,88 @@ from fastvq.kernels.scaled_codes import FUSE
 __all__ = ["assignment_statistics"]
 
 # Vectors, and columns, that a program handles at a time.
-_ROWS = 32
+_BLOCK_N = 32
 _BLOCK_D = 32
 
 
 @triton.jit
 def _statistics_kernel(
-    x, stride_h, stride_n, codebook, code_stride_h, code_stride_k, indices, mask, sums, counts, errors, keys,
-    num_rows, num_codes, width, mask_stride_h, mask_stride_n,
-    MASKED: tl.constexpr, ATOMIC: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    x_ptr, x_stride_h, x_stride_n, codebook_ptr, codebook_stride_h, codebook_stride_k, indices_ptr, mask_ptr,
+    sums_ptr, counts_ptr, errors_ptr, keys_ptr, num_rows, num_codes, width, mask_stride_h, mask_stride_n,
+    MASKED: tl.constexpr, ATOMIC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Squared error of ROWS vectors; with ATOMIC their counts and sums, else the keys to sort by.
+    """Squared error of BLOCK_N vectors; with ATOMIC their counts and sums, else the keys to sort by.
 
-    ``indices`` are -1 where there is no code, which becomes 0; with ATOMIC vectors of one code are summed here before
+    Indices are -1 where there is no code, which becomes 0; with ATOMIC vectors of one code are summed here before
     they are added, so that a code that takes many vectors gets few additions.
     """
     head = tl.program_id(1).to(tl.int64)
-    local = tl.arange(0, ROWS)
-    rows = tl.program_id(0).to(tl.int64) * ROWS + local
-    inside = rows < num_rows
-    slots = indices + head * num_rows + rows
-    found = tl.load(slots, mask=inside, other=-1)
-    code = tl.maximum(found, 0)
-    tl.store(slots, code, mask=inside)
-    wanted = inside
+    local = tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + local  # [BLOCK_N]
+    mask_n = offs_n < num_rows  # [BLOCK_N]
+    indices_ptrs = indices_ptr + head * num_rows + offs_n  # [BLOCK_N]
+    found = tl.load(indices_ptrs, mask=mask_n, other=-1)  # [BLOCK_N]
+    offs_code = tl.maximum(found, 0)  # [BLOCK_N]
+    tl.store(indices_ptrs, offs_code, mask=mask_n)
+    wanted = mask_n
     if MASKED:
-        wanted &= tl.load(mask + head * mask_stride_h + rows * mask_stride_n, mask=inside, other=0) != 0
-    keep = wanted & (found >= 0)
+        mask_ptrs = mask_ptr + head * mask_stride_h + offs_n * mask_stride_n  # [BLOCK_N]
+        wanted &= tl.load(mask_ptrs, mask=mask_n, other=0) != 0  # [BLOCK_N]
+    keep = wanted & (found >= 0)  # [BLOCK_N]
 
-    same = (found[:, None] == found[None, :]) & keep[:, None] & keep[None, :]  # [ROWS, ROWS]
-    leader = keep & (tl.min(tl.where(same, local[None, :], ROWS), axis=1) == local)
+    same = (found[:, None] == found[None, :]) & keep[:, None] & keep[None, :]  # [BLOCK_N, BLOCK_N]
+    leader = keep & (tl.min(tl.where(same, local[None, :], BLOCK_N), axis=1) == local)  # [BLOCK_N]
     if ATOMIC:
-        tl.atomic_add(counts + head * num_codes + code, tl.sum(same.to(tl.int64), axis=1), mask=leader)
+        tl.atomic_add(counts_ptr + head * num_codes + offs_code, tl.sum(same.to(tl.int64), axis=1), mask=leader)
     else:
-        tl.store(keys + head * num_rows + rows, tl.where(keep, found, num_codes).to(tl.int32), mask=inside)
+        keys_ptrs = keys_ptr + head * num_rows + offs_n  # [BLOCK_N]
+        tl.store(keys_ptrs, tl.where(keep, found, num_codes).to(tl.int32), mask=mask_n)
 
-    error = tl.zeros([ROWS], tl.float32)
+    error = tl.zeros([BLOCK_N], tl.float32)  # [BLOCK_N]
     for start in range(0, width, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        there = wanted[:, None] & (d < width)[None, :]
-        values = tl.load(x + head * stride_h + rows[:, None] * stride_n + d[None, :], mask=there, other=0.0)
+        offs_d = start + tl.arange(0, BLOCK_D)  # [BLOCK_D]
+        mask = wanted[:, None] & (offs_d < width)[None, :]  # [BLOCK_N, BLOCK_D]
+        x_ptrs = x_ptr + head * x_stride_h + offs_n[:, None] * x_stride_n + offs_d[None, :]  # [BLOCK_N, BLOCK_D]
+        values = tl.load(x_ptrs, mask=mask, other=0.0)  # [BLOCK_N, BLOCK_D]
         values = values.to(tl.float32)
-        chosen = tl.load(
-            codebook + head * code_stride_h + code[:, None] * code_stride_k + d[None, :], mask=there, other=0.0
-        )
-        gap = values - chosen.to(tl.float32)
-        error += tl.sum(gap * gap, axis=1)
+        codebook_ptrs = codebook_ptr + head * codebook_stride_h + offs_code[:, None] * codebook_stride_k
+        chosen = tl.load(codebook_ptrs + offs_d[None, :], mask=mask, other=0.0)  # [BLOCK_N, BLOCK_D]
+        gap = values - chosen.to(tl.float32)  # [BLOCK_N, BLOCK_D]
+        error += tl.sum(gap * gap, axis=1)  # [BLOCK_N]
         if ATOMIC:
             # Rows that are left out may hold NaN, which a product with zero would keep.
-            values = tl.where(keep[:, None], values, 0.0)
-            grouped = tl.dot(same.to(tl.float32), values, input_precision="ieee")
-            places = sums + (head * num_codes + code)[:, None] * width + d[None, :]
-            tl.atomic_add(places, grouped, mask=leader[:, None] & (d < width)[None, :])
-    tl.store(errors + head * tl.num_programs(0) + tl.program_id(0), tl.sum(error, axis=0))
+            values = tl.where(keep[:, None], values, 0.0)  # [BLOCK_N, BLOCK_D]
+            grouped = tl.dot(same.to(tl.float32), values, input_precision="ieee")  # [BLOCK_N, BLOCK_D]
+            # [BLOCK_N, BLOCK_D]
+            sums_ptrs = sums_ptr + (head * num_codes + offs_code)[:, None] * width + offs_d[None, :]
+            tl.atomic_add(sums_ptrs, grouped, mask=leader[:, None] & (offs_d < width)[None, :])
+    tl.store(errors_ptr + head * tl.num_programs(0) + tl.program_id(0), tl.sum(error, axis=0))
 
 
 @triton.jit
 def _segment_sum_kernel(
-    x, stride_h, stride_n, order, ends, sums, counts, num_rows, num_codes, width,
-    ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    x_ptr, x_stride_h, x_stride_n, order_ptr, ends_ptr, sums_ptr, counts_ptr, num_rows, num_codes, width,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Sum of the vectors of one code, which lie side by side in ``order``; ROWS chains, then a tree."""
+    """Sum of the vectors of one code, which lie side by side in order; BLOCK_N chains, then a tree."""
     code = tl.program_id(0).to(tl.int64)
     head = tl.program_id(2).to(tl.int64)
-    ends += head * num_codes + code
-    end = tl.load(ends)
-    begin = tl.load(ends - 1, mask=code > 0, other=0)
-    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    total = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    for first in range(begin, end, ROWS):
-        slots = first + tl.arange(0, ROWS)
-        rows = tl.load(order + head * num_rows + slots, mask=slots < end, other=0)
-        there = (slots < end)[:, None] & (d < width)[None, :]
-        values = tl.load(x + head * stride_h + rows[:, None] * stride_n + d[None, :], mask=there, other=0.0)
+    ends_ptr += head * num_codes + code
+    end = tl.load(ends_ptr)
+    begin = tl.load(ends_ptr - 1, mask=code > 0, other=0)
+    offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    total = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)  # [BLOCK_N, BLOCK_D]
+    for first in range(begin, end, BLOCK_N):
+        offs_slot = first + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+        offs_n = tl.load(order_ptr + head * num_rows + offs_slot, mask=offs_slot < end, other=0)  # [BLOCK_N]
+        mask = (offs_slot < end)[:, None] & (offs_d < width)[None, :]  # [BLOCK_N, BLOCK_D]
+        x_ptrs = x_ptr + head * x_stride_h + offs_n[:, None] * x_stride_n + offs_d[None, :]  # [BLOCK_N, BLOCK_D]
+        values = tl.load(x_ptrs, mask=mask, other=0.0)  # [BLOCK_N, BLOCK_D]
         total += values.to(tl.float32)
-    tl.store(sums + (head * num_codes + code) * width + d, tl.sum(total, axis=0), mask=d < width)
+    sums_ptrs = sums_ptr + (head * num_codes + code) * width + offs_d  # [BLOCK_D]
+    tl.store(sums_ptrs, tl.sum(total, axis=0), mask=offs_d < width)
     if tl.program_id(1) == 0:
-        tl.store(counts + head * num_codes + code, end - begin)
+        tl.store(counts_ptr + head * num_codes + code, end - begin)
 
 
 def assignment_statistics(
@@ -114,14 +119,14 @@ def assignment_statistics(
     counts = make((heads, num_codes), dtype=torch.int64)
     if heads == 0 or num_rows == 0:
         return x.new_zeros(heads, dtype=torch.float32), sums, counts
-    blocks = triton.cdiv(num_rows, _ROWS)
+    blocks = triton.cdiv(num_rows, _BLOCK_N)
     errors = x.new_empty((heads, blocks), dtype=torch.float32)
     keys = x.new_empty((heads, num_rows), dtype=torch.int32) if deterministic else indices
     given = indices if mask is None else mask.view(torch.uint8)
     _statistics_kernel[(blocks, heads)](
         x, x.stride(0), x.stride(1), codebook, codebook.stride(0), codebook.stride(1), indices, given, sums, counts,
         errors, keys, num_rows, num_codes, width, given.stride(0), given.stride(1),
-        MASKED=mask is not None, ATOMIC=not deterministic, ROWS=_ROWS, BLOCK_D=_BLOCK_D, num_warps=4, **FUSE,
+        MASKED=mask is not None, ATOMIC=not deterministic, BLOCK_N=_BLOCK_N, BLOCK_D=_BLOCK_D, num_warps=4, **FUSE,
     )  # fmt: skip
     if deterministic:
         ordered, order = torch.sort(keys, dim=1, stable=True)
@@ -129,6 +134,6 @@ def assignment_statistics(
         ends = torch.searchsorted(ordered, codes, right=True)
         _segment_sum_kernel[(num_codes, triton.cdiv(width, _BLOCK_D), heads)](
             x, x.stride(0), x.stride(1), order, ends, sums, counts, num_rows, num_codes, width,
-            ROWS=_ROWS, BLOCK_D=_BLOCK_D, num_warps=4, **FUSE,
+            BLOCK_N=_BLOCK_N, BLOCK_D=_BLOCK_D, num_warps=4, **FUSE,
         )  # fmt: skip
     return errors.sum(1), sums, counts

@@ -102,196 +102,215 @@ def _depth_block(width: int) -> int:
 
 
 @triton.jit
-def _row_exponent(x, places, inside, mean, code_exponent, width, BLOCK_D: tl.constexpr, CHUNKS: tl.constexpr):
-    """Exponent of each row's scale, and of the factor of its products in a score."""
-    cols = tl.arange(0, BLOCK_D)
-    top = tl.zeros([places.shape[0]], tl.float32)
+def _row_exponent(
+    x_ptr, offs_x, mask_n, mean_ptr, code_exponent, width, BLOCK_D: tl.constexpr, CHUNKS: tl.constexpr
+):  # fmt: skip
+    """Exponent [R] of each row's scale, and [R] of the factor of its products in a score; rows at offs_x [R]."""
+    local = tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    top = tl.zeros([offs_x.shape[0]], tl.float32)  # [R]
     for chunk in range(CHUNKS):
-        d = chunk * BLOCK_D + cols
-        values = tl.load(x + places[:, None] + d[None, :], mask=inside[:, None] & (d < width)[None, :], other=0.0)
-        centred = tl.where((d < width)[None, :], values.to(tl.float32) - tl.load(mean + d)[None, :], 0.0)
-        top = tl.maximum(top, tl.max(tl.abs(centred), axis=1))
-    exponent = tl.minimum(scale_exponent(top), code_exponent - _LEAST_FACTOR)
+        offs_d = chunk * BLOCK_D + local  # [BLOCK_D]
+        mask = mask_n[:, None] & (offs_d < width)[None, :]  # [R, BLOCK_D]
+        x_ptrs = x_ptr + offs_x[:, None] + offs_d[None, :]  # [R, BLOCK_D]
+        values = tl.load(x_ptrs, mask=mask, other=0.0)  # [R, BLOCK_D]
+        # [R, BLOCK_D]
+        centred = tl.where((offs_d < width)[None, :], values.to(tl.float32) - tl.load(mean_ptr + offs_d)[None, :], 0.0)
+        top = tl.maximum(top, tl.max(tl.abs(centred), axis=1))  # [R]
+    exponent = tl.minimum(scale_exponent(top), code_exponent - _LEAST_FACTOR)  # [R]
     return exponent, tl.minimum(code_exponent - exponent, _LARGEST_FACTOR)
 
 
 @triton.jit
-def _scaled(x, places, inside, mean, scale, d, width):
-    """Columns d of the rows, centred and scaled, float32 [R, BLOCK_D]."""
-    values = tl.load(x + places[:, None] + d[None, :], mask=inside[:, None] & (d < width)[None, :], other=0.0)
-    centred = values.to(tl.float32) - tl.load(mean + d)[None, :]
-    return tl.where((d < width)[None, :], centred, 0.0) * scale[:, None]
+def _scaled(x_ptr, offs_x, mask_n, mean_ptr, scale, offs_d, width):
+    """Columns offs_d [BLOCK_D] of the rows at offs_x [R], centred and scaled, float32 [R, BLOCK_D]."""
+    mask = mask_n[:, None] & (offs_d < width)[None, :]  # [R, BLOCK_D]
+    x_ptrs = x_ptr + offs_x[:, None] + offs_d[None, :]  # [R, BLOCK_D]
+    values = tl.load(x_ptrs, mask=mask, other=0.0)  # [R, BLOCK_D]
+    centred = values.to(tl.float32) - tl.load(mean_ptr + offs_d)[None, :]  # [R, BLOCK_D]
+    return tl.where((offs_d < width)[None, :], centred, 0.0) * scale[:, None]
 
 
 @triton.jit
-def _half_rows(x, places, inside, mean, scale, width, BLOCK_D: tl.constexpr, CHUNKS: tl.constexpr):
+def _half_rows(x_ptr, offs_x, mask_n, mean_ptr, scale, width, BLOCK_D: tl.constexpr, CHUNKS: tl.constexpr):
     """Rows rounded to float16, CHUNKS x [R, BLOCK_D], and the norms [R] of them and of their residuals."""
-    cols = tl.arange(0, BLOCK_D)
-    squares = tl.zeros([places.shape[0]], tl.float32)
-    residual_squares = tl.zeros([places.shape[0]], tl.float32)
+    local = tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    squares = tl.zeros([offs_x.shape[0]], tl.float32)  # [R]
+    residual_squares = tl.zeros([offs_x.shape[0]], tl.float32)  # [R]
     chunks = ()
     for chunk in tl.static_range(CHUNKS):
-        values = _scaled(x, places, inside, mean, scale, chunk * BLOCK_D + cols, width)
-        rounded = values.to(tl.float16)
-        wide = rounded.to(tl.float32)
-        squares += tl.sum(wide * wide, axis=1)
-        residual_squares += tl.sum((values - wide) * (values - wide), axis=1)
+        values = _scaled(x_ptr, offs_x, mask_n, mean_ptr, scale, chunk * BLOCK_D + local, width)  # [R, BLOCK_D]
+        rounded = values.to(tl.float16)  # [R, BLOCK_D]
+        wide = rounded.to(tl.float32)  # [R, BLOCK_D]
+        squares += tl.sum(wide * wide, axis=1)  # [R]
+        residual_squares += tl.sum((values - wide) * (values - wide), axis=1)  # [R]
         chunks = chunks + (rounded,)  # noqa: RUF005
     return chunks, tl.sqrt(squares), tl.sqrt(residual_squares)
 
 
 @triton.jit
-def _products(chunks, codes16, rows, padded, BLOCK_D: tl.constexpr, CHUNKS: tl.constexpr):
-    """Products [R, BLOCK_K] of the rows with codes ``rows`` [BLOCK_K]."""
-    cols = tl.arange(0, BLOCK_D)
-    acc = tl.zeros([chunks[0].shape[0], rows.shape[0]], tl.float32)
+def _products(chunks, codes16_ptr, offs_k, padded, BLOCK_D: tl.constexpr, CHUNKS: tl.constexpr):
+    """Products [R, BLOCK_K] of the rows, CHUNKS x [R, BLOCK_D], with codes offs_k [BLOCK_K]."""
+    local = tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    acc = tl.zeros([chunks[0].shape[0], offs_k.shape[0]], tl.float32)  # [R, BLOCK_K]
     for chunk in tl.static_range(CHUNKS):
-        codes = tl.load(codes16 + rows[:, None] * padded + (chunk * BLOCK_D + cols)[None, :])
-        acc = tl.dot(chunks[chunk], tl.trans(codes), acc)
+        codes_ptrs = codes16_ptr + offs_k[:, None] * padded + (chunk * BLOCK_D + local)[None, :]  # [BLOCK_K, BLOCK_D]
+        codes = tl.load(codes_ptrs)  # [BLOCK_K, BLOCK_D]
+        acc = tl.dot(chunks[chunk], tl.trans(codes), acc)  # [R, BLOCK_K]
     return acc
 
 
 @triton.jit
 def _search_kernel(
-    x, stride_h, stride_n, mean, exponents, bounds, halves, codes16, indices, limits, undecided, num_undecided,
-    num_rows, width, padded, num_blocks, none,
+    x_ptr, x_stride_h, x_stride_n, mean_ptr, exponents_ptr, bounds_ptr, halves_ptr, codes16_ptr, indices_ptr,
+    limits_ptr, undecided_ptr, num_undecided_ptr, num_rows, width, padded, num_blocks, none,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, CHUNKS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Index of the smallest score of each vector, ``none`` where no score is finite."""
     head = tl.program_id(1).to(tl.int64)
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = rows < num_rows
-    places = head * stride_h + rows * stride_n
-    mean += head * padded
-    codes16 += head * num_blocks * BLOCK_K * padded
-    halves += head * num_blocks * BLOCK_K
-    code_exponent = tl.load(exponents + head * 2)
-    code_norm = tl.load(bounds + head * 2)
+    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    mask_n = offs_n < num_rows  # [BLOCK_N]
+    offs_x = head * x_stride_h + offs_n * x_stride_n  # [BLOCK_N]
+    mean_ptr += head * padded
+    codes16_ptr += head * num_blocks * BLOCK_K * padded
+    halves_ptr += head * num_blocks * BLOCK_K
+    code_exponent = tl.load(exponents_ptr + head * 2)
+    code_norm = tl.load(bounds_ptr + head * 2)
 
-    exponent, factor_exponent = _row_exponent(x, places, inside, mean, code_exponent, width, BLOCK_D, CHUNKS)
+    # [BLOCK_N], as is all that follows from them up to the loop.
+    exponent, factor_exponent = _row_exponent(x_ptr, offs_x, mask_n, mean_ptr, code_exponent, width, BLOCK_D, CHUNKS)
     factor = power_of_two(factor_exponent)
     scale = power_of_two(exponent)
-    chunks, norm, residual_norm = _half_rows(x, places, inside, mean, scale, width, BLOCK_D, CHUNKS)
+    # CHUNKS x [BLOCK_N, BLOCK_D], [BLOCK_N], [BLOCK_N]
+    chunks, norm, residual_norm = _half_rows(x_ptr, offs_x, mask_n, mean_ptr, scale, width, BLOCK_D, CHUNKS)
     # Makes every score at least 1: then the order of scores is that of their bits, and among equal scores packing
     # the column into the lowest bits makes the first the smallest. 1.01 covers the rounding of norms and products.
     shift = 1.01 * factor * norm * code_norm + 1
     # Few numbers for each vector, since they stay in registers while codes pass by.
-    code_residual = tl.load(bounds + head * 2 + 1)
+    code_residual = tl.load(bounds_ptr + head * 2 + 1)
     error = residual_norm * code_norm + norm * (code_residual + padded * (2.0**-22) * code_norm)
     error = 1.01 * factor * error
     # Below it no score is that of a code beyond reach. 1.01 and 0.99 cover the rounding of lengths. A lesser `far`
     # claims less, and its square stays in range.
-    far_exponent = tl.load(exponents + head * 2 + 1)
+    far_exponent = tl.load(exponents_ptr + head * 2 + 1)
     far = 0.99 * power_of_two(tl.minimum(far_exponent + code_exponent, 60))
     far = tl.where(far_exponent < NOTHING, far, float("inf"))
     length = 1.01 * factor * (norm + residual_norm)
     horizon = tl.where(far > length, far * (far / 2 - length), -float("inf"))
 
-    cols = tl.arange(0, BLOCK_K)
+    local = tl.arange(0, BLOCK_K)  # [BLOCK_K]
     low: tl.constexpr = BLOCK_K - 1
-    least = tl.full([BLOCK_N], float("inf"), tl.float32)
-    second = tl.full([BLOCK_N], float("inf"), tl.float32)
-    found = tl.zeros([BLOCK_N], tl.int32)
+    least = tl.full([BLOCK_N], float("inf"), tl.float32)  # [BLOCK_N]
+    second = tl.full([BLOCK_N], float("inf"), tl.float32)  # [BLOCK_N]
+    found = tl.zeros([BLOCK_N], tl.int32)  # [BLOCK_N]
     for block in range(num_blocks):
-        codes = block * BLOCK_K + cols
-        acc = _products(chunks, codes16, codes, padded, BLOCK_D, CHUNKS)
+        offs_k = block * BLOCK_K + local  # [BLOCK_K]
+        acc = _products(chunks, codes16_ptr, offs_k, padded, BLOCK_D, CHUNKS)  # [BLOCK_N, BLOCK_K]
         # In this order everything is in the layout of acc, and the first two operations are one.
-        scores = tl.load(halves + codes)[None, :] - acc * factor[:, None] + shift[:, None]
-        packed = (scores.to(tl.int32, bitcast=True) & ~low) | cols[None, :]
+        scores = tl.load(halves_ptr + offs_k)[None, :] - acc * factor[:, None] + shift[:, None]  # [BLOCK_N, BLOCK_K]
+        packed = (scores.to(tl.int32, bitcast=True) & ~low) | local[None, :]
         packed = packed.to(tl.float32, bitcast=True)  # [BLOCK_N, BLOCK_K], no two equal in a row
         if EXACT:
-            left, right = tl.split(tl.reshape(packed, [BLOCK_N, BLOCK_K // 2, 2]))
-            smaller, larger = tl.minimum(left, right), tl.maximum(left, right)
-            first = tl.min(smaller, axis=1)
-            after = tl.min(tl.where(smaller == first[:, None], larger, smaller), axis=1)
-            second = tl.minimum(tl.minimum(second, after), tl.maximum(first, least))
+            left, right = tl.split(tl.reshape(packed, [BLOCK_N, BLOCK_K // 2, 2]))  # [BLOCK_N, BLOCK_K / 2] each
+            smaller, larger = tl.minimum(left, right), tl.maximum(left, right)  # [BLOCK_N, BLOCK_K / 2] each
+            first = tl.min(smaller, axis=1)  # [BLOCK_N]
+            after = tl.min(tl.where(smaller == first[:, None], larger, smaller), axis=1)  # [BLOCK_N]
+            second = tl.minimum(tl.minimum(second, after), tl.maximum(first, least))  # [BLOCK_N]
         else:
-            first = tl.min(packed, axis=1)
-        bits = first.to(tl.int32, bitcast=True)
+            first = tl.min(packed, axis=1)  # [BLOCK_N]
+        bits = first.to(tl.int32, bitcast=True)  # [BLOCK_N]
         first = (bits & ~low).to(tl.float32, bitcast=True)
-        better = first < least
-        found = tl.where(better, block * BLOCK_K + (bits & low), found)
-        least = tl.where(better, first, least)
+        better = first < least  # [BLOCK_N]
+        found = tl.where(better, block * BLOCK_K + (bits & low), found)  # [BLOCK_N]
+        least = tl.where(better, first, least)  # [BLOCK_N]
 
     # Not finite: no usable code, NaN, or a score that float32 cannot hold once unscaled, in two steps to stay in range.
+    # All blocks are [BLOCK_N] from here on.
     unscale = -(code_exponent + exponent + factor_exponent)
     half = unscale >> 1
     score = (least - shift) * power_of_two(half) * power_of_two(unscale - half)
     finite = (least < BEYOND / 2) & (tl.abs(score) < float("inf"))
-    tl.store(indices + head * num_rows + rows, tl.where(finite, found, none).to(tl.int64), mask=inside)
+    tl.store(indices_ptr + head * num_rows + offs_n, tl.where(finite, found, none).to(tl.int64), mask=mask_n)
     error += 1.01 * (BLOCK_K + 4) * (2.0**-23) * least
     beyond = (least - shift + error < horizon) == 0
     unsure = beyond
     if EXACT:
         unsure = unsure | ((second > least + 2 * error) == 0)
-    unsure = unsure & inside & finite
-    tl.store(limits + head * num_rows + rows, least - shift + 2 * error, mask=unsure)
+    unsure = unsure & mask_n & finite
+    tl.store(limits_ptr + head * num_rows + offs_n, least - shift + 2 * error, mask=unsure)
     marks = unsure.to(tl.int32)
-    slots = tl.atomic_add(num_undecided + head, tl.sum(marks, axis=0)) + tl.cumsum(marks, axis=0) - marks
+    offs_slot = tl.atomic_add(num_undecided_ptr + head, tl.sum(marks, axis=0)) + tl.cumsum(marks, axis=0) - marks
     # Negative where codes beyond reach are candidates too.
-    listed = tl.where(beyond, -1 - rows, rows).to(tl.int32)
-    tl.store(undecided + head * num_rows + slots, listed, mask=unsure)
+    listed = tl.where(beyond, -1 - offs_n, offs_n).to(tl.int32)
+    tl.store(undecided_ptr + head * num_rows + offs_slot, listed, mask=unsure)
 
 
 @triton.jit
 def _rescore_kernel(
-    x, stride_h, stride_n, mean, exponents, halves, codes16, codes32, indices, limits, undecided, num_undecided,
-    num_rows, width, padded, num_blocks, num_padded_codes,
+    x_ptr, x_stride_h, x_stride_n, mean_ptr, exponents_ptr, halves_ptr, codes16_ptr, codes32_ptr, indices_ptr,
+    limits_ptr, undecided_ptr, num_undecided_ptr, num_rows, width, padded, num_blocks, num_padded_codes,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """Float32 scores of the candidates of the listed vectors: codes whose float16 score is within the limit, and those
     beyond reach where the list says so.
     """
     head = tl.program_id(1).to(tl.int64)
-    mean += head * padded
-    codes16 += head * num_padded_codes * padded
-    codes32 += head * num_padded_codes * padded
-    halves += head * num_padded_codes
-    code_exponent = tl.load(exponents + head * 2)
-    cols = tl.arange(0, BLOCK_K)
-    number = tl.load(num_undecided + head)
+    mean_ptr += head * padded
+    codes16_ptr += head * num_padded_codes * padded
+    codes32_ptr += head * num_padded_codes * padded
+    halves_ptr += head * num_padded_codes
+    code_exponent = tl.load(exponents_ptr + head * 2)
+    local = tl.arange(0, BLOCK_K)  # [BLOCK_K]
+    number = tl.load(num_undecided_ptr + head)
     for first in range(tl.program_id(0) * BLOCK_N, number, tl.num_programs(0) * BLOCK_N):
-        slots = first + tl.arange(0, BLOCK_N)
-        inside = slots < number
-        listed = tl.load(undecided + head * num_rows + slots, mask=inside, other=0)
-        beyond = listed < 0
-        rows = tl.where(beyond, -1 - listed, listed).to(tl.int64)
-        places = head * stride_h + rows * stride_n
-        exponent, factor_exponent = _row_exponent(x, places, inside, mean, code_exponent, width, BLOCK_D, CHUNKS)
+        offs_slot = first + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+        mask_n = offs_slot < number  # [BLOCK_N]
+        listed = tl.load(undecided_ptr + head * num_rows + offs_slot, mask=mask_n, other=0)  # [BLOCK_N]
+        beyond = listed < 0  # [BLOCK_N]
+        offs_n = tl.where(beyond, -1 - listed, listed).to(tl.int64)  # [BLOCK_N]
+        offs_x = head * x_stride_h + offs_n * x_stride_n  # [BLOCK_N]
+        # [BLOCK_N] each.
+        exponent, factor_exponent = _row_exponent(
+            x_ptr, offs_x, mask_n, mean_ptr, code_exponent, width, BLOCK_D, CHUNKS
+        )
         factor = power_of_two(factor_exponent)
         scale = power_of_two(exponent)
-        chunks, _norm, _residual_norm = _half_rows(x, places, inside, mean, scale, width, BLOCK_D, CHUNKS)
-        limit = tl.load(limits + head * num_rows + rows, mask=inside, other=-float("inf"))
-        least = tl.full([BLOCK_N], float("inf"), tl.float32)
-        found = tl.zeros([BLOCK_N], tl.int32)
+        # CHUNKS x [BLOCK_N, BLOCK_D], [BLOCK_N], [BLOCK_N]
+        chunks, _norm, _residual_norm = _half_rows(x_ptr, offs_x, mask_n, mean_ptr, scale, width, BLOCK_D, CHUNKS)
+        limit = tl.load(limits_ptr + head * num_rows + offs_n, mask=mask_n, other=-float("inf"))  # [BLOCK_N]
+        least = tl.full([BLOCK_N], float("inf"), tl.float32)  # [BLOCK_N]
+        found = tl.zeros([BLOCK_N], tl.int32)  # [BLOCK_N]
         for block in range(num_blocks):
-            codes = block * BLOCK_K + cols
-            acc = _products(chunks, codes16, codes, padded, BLOCK_D, CHUNKS)
-            half = tl.load(halves + codes)
-            scores = half[None, :] - acc * factor[:, None]
+            offs_k = block * BLOCK_K + local  # [BLOCK_K]
+            acc = _products(chunks, codes16_ptr, offs_k, padded, BLOCK_D, CHUNKS)  # [BLOCK_N, BLOCK_K]
+            half = tl.load(halves_ptr + offs_k)  # [BLOCK_K]
+            scores = half[None, :] - acc * factor[:, None]  # [BLOCK_N, BLOCK_K]
+            # [BLOCK_N, BLOCK_K] each.
             candidate = (scores <= limit[:, None]) | (beyond[:, None] & (half == BEYOND)[None, :])
-            left = tl.where(candidate & inside[:, None], cols[None, :], BLOCK_K)
+            left = tl.where(candidate & mask_n[:, None], local[None, :], BLOCK_K)
             rounds = tl.max(tl.sum((left < BLOCK_K).to(tl.int32), axis=1), axis=0)
             for _step in range(rounds):
-                column = tl.min(left, axis=1)
-                left = tl.where(left == column[:, None], BLOCK_K, left)
-                has = column < BLOCK_K
-                code = block * BLOCK_K + tl.where(has, column, 0)
-                product = tl.zeros([BLOCK_N], tl.float32)
-                square = tl.zeros([BLOCK_N], tl.float32)
+                column = tl.min(left, axis=1)  # [BLOCK_N]
+                left = tl.where(left == column[:, None], BLOCK_K, left)  # [BLOCK_N, BLOCK_K]
+                mask_code = column < BLOCK_K  # [BLOCK_N]
+                offs_code = block * BLOCK_K + tl.where(mask_code, column, 0)  # [BLOCK_N]
+                product = tl.zeros([BLOCK_N], tl.float32)  # [BLOCK_N]
+                square = tl.zeros([BLOCK_N], tl.float32)  # [BLOCK_N]
                 for chunk in range(CHUNKS):
-                    d = chunk * BLOCK_D + tl.arange(0, BLOCK_D)
-                    values = _scaled(x, places, has, mean, scale, d, width)
-                    other = tl.load(codes32 + code[:, None] * padded + d[None, :], mask=has[:, None], other=0.0)
+                    offs_d = chunk * BLOCK_D + tl.arange(0, BLOCK_D)  # [BLOCK_D]
+                    values = _scaled(x_ptr, offs_x, mask_code, mean_ptr, scale, offs_d, width)  # [BLOCK_N, BLOCK_D]
+                    mask = mask_code[:, None]  # [BLOCK_N, 1]
+                    codes_ptrs = codes32_ptr + offs_code[:, None] * padded + offs_d[None, :]  # [BLOCK_N, BLOCK_D]
+                    other = tl.load(codes_ptrs, mask=mask, other=0.0)  # [BLOCK_N, BLOCK_D]
                     # By the vector's scale: codes beyond reach have none.
-                    other = other * scale[:, None]
-                    product += tl.sum(values * other, axis=1)
-                    square += tl.sum(other * other, axis=1)
-                score = square / 2 - product
-                better = has & (score < least)
-                least = tl.where(better, score, least)
-                found = tl.where(better, code, found)
-        tl.store(indices + head * num_rows + rows, found.to(tl.int64), mask=inside & (least < float("inf")))
+                    other = other * scale[:, None]  # [BLOCK_N, BLOCK_D]
+                    product += tl.sum(values * other, axis=1)  # [BLOCK_N]
+                    square += tl.sum(other * other, axis=1)  # [BLOCK_N]
+                score = square / 2 - product  # [BLOCK_N]
+                better = mask_code & (score < least)  # [BLOCK_N]
+                least = tl.where(better, score, least)  # [BLOCK_N]
+                found = tl.where(better, offs_code, found)  # [BLOCK_N]
+        mask_n = mask_n & (least < float("inf"))  # [BLOCK_N]
+        tl.store(indices_ptr + head * num_rows + offs_n, found.to(tl.int64), mask=mask_n)
 
 
 @torch.no_grad()

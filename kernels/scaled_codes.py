@@ -77,144 +77,157 @@ def scale_exponent(largest):
 
 
 @triton.jit
-def _load_codes(codebook, stride_k, rows, num_codes, width, cols):
-    """Codes of rows [R] as float32 [R, D], zeros where they are not usable, and which are, as bool [R]."""
-    inside = (rows < num_codes)[:, None] & (cols < width)[None, :]
-    codes = tl.load(codebook + rows.to(tl.int64)[:, None] * stride_k + cols[None, :], mask=inside, other=0.0)
+def _load_codes(codebook_ptr, codebook_stride_k, offs_k, num_codes, width, offs_d):
+    """Codes offs_k [K] as float32 [K, D], zeros where they are not usable, and which are, as bool [K]."""
+    mask = (offs_k < num_codes)[:, None] & (offs_d < width)[None, :]  # [K, D]
+    codebook_ptrs = codebook_ptr + offs_k.to(tl.int64)[:, None] * codebook_stride_k + offs_d[None, :]  # [K, D]
+    codes = tl.load(codebook_ptrs, mask=mask, other=0.0)  # [K, D]
     codes = codes.to(tl.float32)
-    bad = (tl.abs(codes) < _LARGEST) == 0
-    usable = (rows < num_codes) & (tl.max(bad.to(tl.int32), axis=1) == 0)
+    bad = (tl.abs(codes) < _LARGEST) == 0  # [K, D]
+    usable = (offs_k < num_codes) & (tl.max(bad.to(tl.int32), axis=1) == 0)  # [K]
     return tl.where(usable[:, None], codes, 0.0), usable
 
 
 @triton.jit
 def _length_bins(values):
-    """Exponent of the length of each row of values [R, D], as a number of a bin; -1 where it is not finite."""
-    top = tl.max(tl.abs(values), axis=1)
-    exponent = tl.minimum(tl.maximum((top.to(tl.int32, bitcast=True) >> 23) - 127, -100), 126)
-    scaled = values * power_of_two(-exponent)[:, None]
-    squares = tl.sum(scaled * scaled, axis=1)
+    """Exponent of the length of each row of values [R, D], as a number of a bin [R]; -1 where it is not finite."""
+    top = tl.max(tl.abs(values), axis=1)  # [R]
+    exponent = tl.minimum(tl.maximum((top.to(tl.int32, bitcast=True) >> 23) - 127, -100), 126)  # [R]
+    scaled = values * power_of_two(-exponent)[:, None]  # [R, D]
+    squares = tl.sum(scaled * scaled, axis=1)  # [R]
     # Shifted down rather than divided, which is the floor of half a negative exponent too.
-    length = exponent + (((squares.to(tl.int32, bitcast=True) >> 23) - 127) >> 1)
+    length = exponent + (((squares.to(tl.int32, bitcast=True) >> 23) - 127) >> 1)  # [R]
     return tl.where(squares < float("inf"), tl.maximum(length + _ZERO_BIN, 0), -1)
 
 
 @triton.jit
-def _count(table, bins):
+def _count(table_ptr, bins):
     """Adds bins [R] to a table; -1 is none of them."""
-    places = tl.arange(0, _BINS)
-    counts = tl.sum((bins[:, None] == places[None, :]).to(tl.int32), axis=0)
-    tl.atomic_add(table + places, counts, mask=counts > 0)
+    offs_bin = tl.arange(0, _BINS)  # [_BINS]
+    counts = tl.sum((bins[:, None] == offs_bin[None, :]).to(tl.int32), axis=0)  # [_BINS]
+    tl.atomic_add(table_ptr + offs_bin, counts, mask=counts > 0)
 
 
 @triton.jit
 def _lengths_kernel(
-    codebook, stride_h, stride_k, tables, num_codes, width, BLOCK_R: tl.constexpr, WIDTH: tl.constexpr,
+    codebook_ptr, codebook_stride_h, codebook_stride_k, tables_ptr, num_codes, width,
+    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Counts the lengths of codes in the head's first table."""
     head = tl.program_id(1).to(tl.int64)
-    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    cols = tl.arange(0, WIDTH)
-    codes, usable = _load_codes(codebook + head * stride_h, stride_k, rows, num_codes, width, cols)
-    _count(tables + head * 3 * _BINS, tl.where(usable, _length_bins(codes), -1))
+    offs_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)  # [BLOCK_K]
+    offs_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    # [BLOCK_K, BLOCK_D], [BLOCK_K]
+    codes, usable = _load_codes(
+        codebook_ptr + head * codebook_stride_h, codebook_stride_k, offs_k, num_codes, width, offs_d
+    )
+    _count(tables_ptr + head * 3 * _BINS, tl.where(usable, _length_bins(codes), -1))
 
 
 @triton.jit
 def _short_sums_kernel(
-    codebook, stride_h, stride_k, tables, sums, counts, num_codes, width,
-    SUM_ROWS: tl.constexpr, BLOCK_R: tl.constexpr, WIDTH: tl.constexpr,
+    codebook_ptr, codebook_stride_h, codebook_stride_k, tables_ptr, sums_ptr, counts_ptr, num_codes, width,
+    SUM_ROWS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Sum and number of the short codes in each run of SUM_ROWS codes."""
     part = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     slot = head * tl.num_programs(0) + part
-    running = tl.cumsum(tl.load(tables + head * 3 * _BINS + tl.arange(0, _BINS)), axis=0)
+    running = tl.cumsum(tl.load(tables_ptr + head * 3 * _BINS + tl.arange(0, _BINS)), axis=0)  # [_BINS]
     second = tl.sum((running < tl.minimum(tl.max(running, axis=0), 2)).to(tl.int32), axis=0)
-    cols = tl.arange(0, WIDTH)
-    total = tl.zeros([WIDTH], tl.float32)
-    number = tl.zeros([BLOCK_R], tl.int32)
-    for first in range(0, SUM_ROWS, BLOCK_R):
-        rows = part * SUM_ROWS + first + tl.arange(0, BLOCK_R)
-        codes, usable = _load_codes(codebook + head * stride_h, stride_k, rows, num_codes, width, cols)
-        short = usable & (_length_bins(codes) <= second + 1)
-        total += tl.sum(tl.where(short[:, None], codes, 0.0), axis=0)
-        number += short.to(tl.int32)
-    tl.store(sums + slot * WIDTH + cols, total)
-    tl.store(counts + slot, tl.sum(number, axis=0))
+    offs_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    total = tl.zeros([BLOCK_D], tl.float32)  # [BLOCK_D]
+    number = tl.zeros([BLOCK_K], tl.int32)  # [BLOCK_K]
+    for first in range(0, SUM_ROWS, BLOCK_K):
+        offs_k = part * SUM_ROWS + first + tl.arange(0, BLOCK_K)  # [BLOCK_K]
+        # [BLOCK_K, BLOCK_D], [BLOCK_K]
+        codes, usable = _load_codes(
+            codebook_ptr + head * codebook_stride_h, codebook_stride_k, offs_k, num_codes, width, offs_d
+        )
+        short = usable & (_length_bins(codes) <= second + 1)  # [BLOCK_K]
+        total += tl.sum(tl.where(short[:, None], codes, 0.0), axis=0)  # [BLOCK_D]
+        number += short.to(tl.int32)  # [BLOCK_K]
+    tl.store(sums_ptr + slot * BLOCK_D + offs_d, total)
+    tl.store(counts_ptr + slot, tl.sum(number, axis=0))
 
 
 @triton.jit
 def _centre_kernel(
-    codebook, stride_h, stride_k, x, stride_xh, stride_xn, sums, counts, parts, num_codes, num_rows, width, padded,
-    mean, tables, bins,
-    BLOCK_R: tl.constexpr, WIDTH: tl.constexpr,
+    codebook_ptr, codebook_stride_h, codebook_stride_k, x_ptr, x_stride_h, x_stride_n, sums_ptr, counts_ptr, parts,
+    num_codes, num_rows, width, padded, mean_ptr, tables_ptr, bins_ptr,
+    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The centre; the bin of each code's length from there, -1 if it is not usable; tables of these and of vectors'."""
     head = tl.program_id(1).to(tl.int64)
-    cols = tl.arange(0, WIDTH)
-    total = tl.zeros([WIDTH], tl.float32)
+    offs_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    total = tl.zeros([BLOCK_D], tl.float32)  # [BLOCK_D]
     number = 0
     for part in range(parts):
         slot = head * parts + part
-        total += tl.load(sums + slot * WIDTH + cols)
-        number += tl.load(counts + slot)
-    centre = total / tl.maximum(number, 1).to(tl.float32)
+        total += tl.load(sums_ptr + slot * BLOCK_D + offs_d)  # [BLOCK_D]
+        number += tl.load(counts_ptr + slot)
+    centre = total / tl.maximum(number, 1).to(tl.float32)  # [BLOCK_D]
     if tl.program_id(0) == 0:
-        tl.store(mean + head * padded + cols, centre, mask=cols < padded)
+        tl.store(mean_ptr + head * padded + offs_d, centre, mask=offs_d < padded)
 
-    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    codes, usable = _load_codes(codebook + head * stride_h, stride_k, rows, num_codes, width, cols)
-    found = tl.where(usable, _length_bins(codes - centre[None, :]), -1)
-    tl.store(bins + head * tl.num_programs(0) * BLOCK_R + rows, found)
-    _count(tables + (head * 3 + 1) * _BINS, found)
+    offs_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)  # [BLOCK_K]
+    # [BLOCK_K, BLOCK_D], [BLOCK_K]
+    codes, usable = _load_codes(
+        codebook_ptr + head * codebook_stride_h, codebook_stride_k, offs_k, num_codes, width, offs_d
+    )
+    found = tl.where(usable, _length_bins(codes - centre[None, :]), -1)  # [BLOCK_K]
+    tl.store(bins_ptr + head * tl.num_programs(0) * BLOCK_K + offs_k, found)
+    _count(tables_ptr + (head * 3 + 1) * _BINS, found)
     # As many vectors as codes, from everywhere.
-    sample = rows.to(tl.int64) * num_rows // (tl.num_programs(0) * BLOCK_R)
-    vectors = tl.load(
-        x + head * stride_xh + sample[:, None] * stride_xn + cols[None, :], mask=(cols < width)[None, :], other=0.0
-    ).to(tl.float32)
-    _count(tables + (head * 3 + 2) * _BINS, _length_bins(vectors - centre[None, :]))
+    offs_n = offs_k.to(tl.int64) * num_rows // (tl.num_programs(0) * BLOCK_K)  # [BLOCK_K]
+    x_ptrs = x_ptr + head * x_stride_h + offs_n[:, None] * x_stride_n + offs_d[None, :]  # [BLOCK_K, BLOCK_D]
+    vectors = tl.load(x_ptrs, mask=(offs_d < width)[None, :], other=0.0).to(tl.float32)  # [BLOCK_K, BLOCK_D]
+    _count(tables_ptr + (head * 3 + 2) * _BINS, _length_bins(vectors - centre[None, :]))
 
 
 @triton.jit
 def _prepare_kernel(
-    codebook, stride_h, stride_k, tables, bins, mean, num_codes, width, padded,
-    exponents, bounds, halves, codes16, codes32,
-    BLOCK_R: tl.constexpr, WIDTH: tl.constexpr,
+    codebook_ptr, codebook_stride_h, codebook_stride_k, tables_ptr, bins_ptr, mean_ptr, num_codes, width, padded,
+    exponents_ptr, bounds_ptr, halves_ptr, codes16_ptr, codes32_ptr,
+    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Centres, scales and rounds the codes; the largest |c| and |cl| within reach go to ``bounds`` [H, 2]."""
+    """Centres, scales and rounds the codes; the largest |c| and |cl| within reach go to bounds [H, 2]."""
     head = tl.program_id(1).to(tl.int64)
-    places = tl.arange(0, _BINS)
-    present = tl.load(tables + (head * 3 + 1) * _BINS + places) > 0
-    running = tl.cumsum(tl.load(tables + (head * 3 + 2) * _BINS + places), axis=0)
+    offs_bin = tl.arange(0, _BINS)  # [_BINS]
+    present = tl.load(tables_ptr + (head * 3 + 1) * _BINS + offs_bin) > 0  # [_BINS]
+    running = tl.cumsum(tl.load(tables_ptr + (head * 3 + 2) * _BINS + offs_bin), axis=0)  # [_BINS]
     # Reached by 15 of 16 vectors.
     typical = tl.sum((16 * running < 15 * tl.max(running, axis=0)).to(tl.int32), axis=0)
-    shortest = tl.min(tl.where(present, places, _BINS), axis=0)
+    shortest = tl.min(tl.where(present, offs_bin, _BINS), axis=0)
     reach = tl.maximum(typical, shortest) + _REACH
-    longest = tl.max(tl.where(present & (places < reach), places, 0), axis=0)
-    beyond = tl.min(tl.where(present & (places >= reach), places - _ZERO_BIN, NOTHING), axis=0)
+    longest = tl.max(tl.where(present & (offs_bin < reach), offs_bin, 0), axis=0)
+    beyond = tl.min(tl.where(present & (offs_bin >= reach), offs_bin - _ZERO_BIN, NOTHING), axis=0)
     exponent = _TOP - tl.maximum(longest - _ZERO_BIN, -100)
     if tl.program_id(0) == 0:
-        tl.store(exponents + head * 2, exponent)
-        tl.store(exponents + head * 2 + 1, beyond)
+        tl.store(exponents_ptr + head * 2, exponent)
+        tl.store(exponents_ptr + head * 2 + 1, beyond)
 
-    cols = tl.arange(0, WIDTH)
-    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    slots = head * tl.num_programs(0) * BLOCK_R + rows
-    codes, usable = _load_codes(codebook + head * stride_h, stride_k, rows, num_codes, width, cols)
-    centre = tl.load(mean + head * padded + cols, mask=cols < width, other=0.0)
-    codes = tl.where(usable[:, None], codes - centre[None, :], 0.0)
-    near = usable & (tl.load(bins + slots) < reach)
-    scaled = tl.where(near[:, None], codes * power_of_two(exponent), 0.0)
-    rounded = scaled.to(tl.float16)
-    residual = scaled - rounded.to(tl.float32)
-    squares = tl.sum(scaled * scaled, axis=1)
-    tl.store(halves + slots, tl.where(near, squares / 2, tl.where(usable, BEYOND, UNUSABLE)))
-    spots = slots[:, None] * padded + cols[None, :]
-    fits = (cols < padded)[None, :] & (rows >= 0)[:, None]
-    tl.store(codes16 + spots, rounded, mask=fits)
-    tl.store(codes32 + spots, codes, mask=fits)
-    tl.atomic_max(bounds + head * 2, tl.sqrt(tl.max(squares, axis=0)))
-    tl.atomic_max(bounds + head * 2 + 1, tl.sqrt(tl.max(tl.sum(residual * residual, axis=1), axis=0)))
+    offs_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    offs_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)  # [BLOCK_K]
+    offs_code = head * tl.num_programs(0) * BLOCK_K + offs_k  # [BLOCK_K], over all heads
+    # [BLOCK_K, BLOCK_D], [BLOCK_K]
+    codes, usable = _load_codes(
+        codebook_ptr + head * codebook_stride_h, codebook_stride_k, offs_k, num_codes, width, offs_d
+    )
+    centre = tl.load(mean_ptr + head * padded + offs_d, mask=offs_d < width, other=0.0)  # [BLOCK_D]
+    codes = tl.where(usable[:, None], codes - centre[None, :], 0.0)  # [BLOCK_K, BLOCK_D]
+    near = usable & (tl.load(bins_ptr + offs_code) < reach)  # [BLOCK_K]
+    scaled = tl.where(near[:, None], codes * power_of_two(exponent), 0.0)  # [BLOCK_K, BLOCK_D]
+    rounded = scaled.to(tl.float16)  # [BLOCK_K, BLOCK_D]
+    residual = scaled - rounded.to(tl.float32)  # [BLOCK_K, BLOCK_D]
+    squares = tl.sum(scaled * scaled, axis=1)  # [BLOCK_K]
+    tl.store(halves_ptr + offs_code, tl.where(near, squares / 2, tl.where(usable, BEYOND, UNUSABLE)))
+    offs = offs_code[:, None] * padded + offs_d[None, :]  # [BLOCK_K, BLOCK_D]
+    mask = (offs_d < padded)[None, :] & (offs_k >= 0)[:, None]  # [BLOCK_K, BLOCK_D]
+    tl.store(codes16_ptr + offs, rounded, mask=mask)
+    tl.store(codes32_ptr + offs, codes, mask=mask)
+    tl.atomic_max(bounds_ptr + head * 2, tl.sqrt(tl.max(squares, axis=0)))
+    tl.atomic_max(bounds_ptr + head * 2 + 1, tl.sqrt(tl.max(tl.sum(residual * residual, axis=1), axis=0)))
 
 
 def scale_codes(codebook: Tensor, x: Tensor, padded_codes: int, padded_width: int) -> ScaledCodes:
@@ -223,7 +236,7 @@ def scale_codes(codebook: Tensor, x: Tensor, padded_codes: int, padded_width: in
     parts = triton.cdiv(num_codes, _SUM_ROWS)
     wide = triton.next_power_of_2(padded_width)
     # What registers have room for, and a divisor of padded_codes.
-    block_r = min(32 if wide <= 128 else 16, padded_codes & -padded_codes)
+    block_k = min(32 if wide <= 128 else 16, padded_codes & -padded_codes)
 
     def floats(*shape: int) -> Tensor:
         return codebook.new_empty(shape, dtype=torch.float32)
@@ -244,8 +257,8 @@ def scale_codes(codebook: Tensor, x: Tensor, padded_codes: int, padded_width: in
         codes32=floats(heads, padded_codes, padded_width),
     )
     stored = codebook, codebook.stride(0), codebook.stride(1)
-    options = {"BLOCK_R": block_r, "WIDTH": wide, "num_warps": 4, **FUSE}
-    grid = padded_codes // block_r, heads
+    options = {"BLOCK_K": block_k, "BLOCK_D": wide, "num_warps": 4, **FUSE}
+    grid = padded_codes // block_k, heads
     _lengths_kernel[grid](*stored, tables, num_codes, width, **options)
     _short_sums_kernel[(parts, heads)](
         *stored, tables, sums, counts, num_codes, width, SUM_ROWS=_SUM_ROWS, **options

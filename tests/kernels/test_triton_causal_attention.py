@@ -456,10 +456,8 @@ def compile_attention(
         "key": (causal_attention_backward._key_value_gradient_kernel, causal_attention_backward.key_tiles),
     }[kind]
     tiles = choose(width, value_width, TYPES[dtype], capability, precision, dropout)
-    tensors = ("query", "key", "value", "out", "grad", "dquery", "dkey", "dvalue")
-    types = {
-        name: dtype if name in tensors else "fp32" for name in (*tensors, "lse", "delta") if name in kernel.arg_names
-    }
+    sums = ("lse_ptr", "delta_ptr")
+    types = {name: "fp32" if name in sums else dtype for name in kernel.arg_names if name.endswith("_ptr")}
     strides = [name for name in kernel.arg_names if "_stride_" in name]
     unit = [name for name in strides if name.endswith("_n" if channels_first else ("_d", "_e"))]
     constants = {

@@ -102,7 +102,7 @@ def test_compiled_checksum_fits_the_chip(capability: int) -> None:
     resources = compile_kernel(
         checksum._checksum_kernel,
         capability,
-        {"chunks": "i64", "total": "i64"},
+        {"chunks_ptr": "i64", "total_ptr": "i64"},
         {"BLOCK": checksum._BLOCK},
         warps=4,
     )

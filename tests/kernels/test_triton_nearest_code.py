@@ -267,7 +267,7 @@ def undecided(x: Tensor, codes: Tensor, mode: str = "exact") -> float:
     class Counting:
         def __getitem__(self, grid: Any) -> Callable[..., None]:
             def launch(*arguments: Any, **options: Any) -> None:
-                seen.append(arguments[rescore.arg_names.index("num_undecided")].sum().item())
+                seen.append(arguments[rescore.arg_names.index("num_undecided_ptr")].sum().item())
                 rescore[grid](*arguments, **options)
 
             return launch

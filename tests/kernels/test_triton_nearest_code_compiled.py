@@ -8,16 +8,16 @@ import pytest
 from triton_helpers import assert_fits, compile_kernel, needs_compiler, needs_triton
 
 TYPES = {
-    "mean": "fp32",
-    "exponents": "i32",
-    "bounds": "fp32",
-    "halves": "fp32",
-    "codes16": "fp16",
-    "codes32": "fp32",
-    "indices": "i64",
-    "limits": "fp32",
-    "undecided": "i32",
-    "num_undecided": "i32",
+    "mean_ptr": "fp32",
+    "exponents_ptr": "i32",
+    "bounds_ptr": "fp32",
+    "halves_ptr": "fp32",
+    "codes16_ptr": "fp16",
+    "codes32_ptr": "fp32",
+    "indices_ptr": "i64",
+    "limits_ptr": "fp32",
+    "undecided_ptr": "i32",
+    "num_undecided_ptr": "i32",
 }
 
 
@@ -34,8 +34,8 @@ def compile_search(width: int, num_codes: int, capability: int, kind: str, dtype
     }
     if kind != "rescore":
         constants["EXACT"] = kind == "exact"
-    types = {"x": dtype, **{name: value for name, value in TYPES.items() if name in kernel.arg_names}}
-    divisible = tuple({"stride_h", "stride_n", "width", "padded"} & set(kernel.arg_names))
+    types = {"x_ptr": dtype, **{name: value for name, value in TYPES.items() if name in kernel.arg_names}}
+    divisible = tuple({"x_stride_h", "x_stride_n", "width", "padded"} & set(kernel.arg_names))
     return compile_kernel(
         kernel, capability, types, constants, warps=tiles.warps, stages=tiles.stages, divisible=divisible
     )
@@ -78,35 +78,42 @@ def test_compiled_search_fits_the_chip(capability: int, width: int, dtype: str, 
 def test_compiled_preparation_and_statistics_fit_the_chip(capability: int) -> None:
     from fastvq.kernels import code_statistics, scaled_codes
 
-    ready = {name: TYPES[name] for name in ("exponents", "bounds", "halves", "codes16", "codes32")}
-    tables, sums = {"codebook": "fp32", "tables": "i32"}, {"sums": "fp32", "counts": "i32"}
-    centre = {**tables, **sums, "x": "bf16", "mean": "fp32", "bins": "i32"}
-    given = {"x": "bf16", "sums": "fp32", "counts": "i64"}
-    pointers = {**given, "codebook": "fp32", "indices": "i64", "mask": "u8", "errors": "fp32", "keys": "i32"}
+    ready = {name: TYPES[name] for name in ("exponents_ptr", "bounds_ptr", "halves_ptr", "codes16_ptr", "codes32_ptr")}
+    tables, sums = {"codebook_ptr": "fp32", "tables_ptr": "i32"}, {"sums_ptr": "fp32", "counts_ptr": "i32"}
+    centre = {**tables, **sums, "x_ptr": "bf16", "mean_ptr": "fp32", "bins_ptr": "i32"}
+    given = {"x_ptr": "bf16", "sums_ptr": "fp32", "counts_ptr": "i64"}
+    pointers = {
+        **given,
+        "codebook_ptr": "fp32",
+        "indices_ptr": "i64",
+        "mask_ptr": "u8",
+        "errors_ptr": "fp32",
+        "keys_ptr": "i32",
+    }
     for kernel, types, constants in (
         *(
             part
             for block, width in ((32, 128), (16, 512))
             for part in (
-                (scaled_codes._lengths_kernel, tables, {"BLOCK_R": block, "WIDTH": width}),
+                (scaled_codes._lengths_kernel, tables, {"BLOCK_K": block, "BLOCK_D": width}),
                 (
                     scaled_codes._short_sums_kernel,
                     {**tables, **sums},
-                    {"SUM_ROWS": 512, "BLOCK_R": block, "WIDTH": width},
+                    {"SUM_ROWS": 512, "BLOCK_K": block, "BLOCK_D": width},
                 ),
-                (scaled_codes._centre_kernel, centre, {"BLOCK_R": block, "WIDTH": width}),
+                (scaled_codes._centre_kernel, centre, {"BLOCK_K": block, "BLOCK_D": width}),
                 (
                     scaled_codes._prepare_kernel,
-                    {**tables, **ready, "mean": "fp32", "bins": "i32"},
-                    {"BLOCK_R": block, "WIDTH": width},
+                    {**tables, **ready, "mean_ptr": "fp32", "bins_ptr": "i32"},
+                    {"BLOCK_K": block, "BLOCK_D": width},
                 ),
             )
         ),
-        (code_statistics._statistics_kernel, pointers, {"MASKED": True, "ATOMIC": True, "ROWS": 32, "BLOCK_D": 32}),
+        (code_statistics._statistics_kernel, pointers, {"MASKED": True, "ATOMIC": True, "BLOCK_N": 32, "BLOCK_D": 32}),
         (
             code_statistics._segment_sum_kernel,
-            {**given, "order": "i64", "ends": "i64"},
-            {"ROWS": 32, "BLOCK_D": 32},
+            {**given, "order_ptr": "i64", "ends_ptr": "i64"},
+            {"BLOCK_N": 32, "BLOCK_D": 32},
         ),
     ):
         assert_fits(compile_kernel(kernel, capability, types, constants, warps=4), capability)
