@@ -120,10 +120,8 @@ class CausalProblem(_Problem):
 
 def read_mask(kernel_size: int, mask: Mask, form: Form) -> Tensor:
     """[k, k]: 1 for the taps that are read."""
-    taps = read_taps(kernel_size, mask, form)
-    above, current = taps.above, taps.current
     read = torch.zeros(kernel_size, kernel_size)
-    read.view(-1)[: above * kernel_size + current] = 1
+    read.view(-1)[: read_taps(kernel_size, mask, form).count] = 1
     return read
 
 
