@@ -110,7 +110,10 @@ def _check(query: Tensor, key: Tensor, value: Tensor, mask: str, dropout: float,
     if query.ndim != 4:
         require_shape("query", query, ["B", "heads", "N", "D"])
     require_like("key", key, query.shape, query, "query")
-    require_like("value", value, (*query.shape[:3], "E"), query, "query")
+    if require_tensor("value", value).shape[:-1] != query.shape[:-1]:
+        require_floating("value", value)
+        require_shape("value", value, [*query.shape[:3], "E"])
+    require_like("value", value, value.shape, query, "query")
     if not 0 <= require_real("dropout", dropout) < 1:
         raise ArgumentError(f"dropout: expected a probability in [0, 1), got {dropout}")
     if seed is not None:

@@ -136,10 +136,12 @@ def _check(
         require_shape("x", x, ["B", "C", "H", "W"])
     batch, channels, height, width = x.shape
     inputs = channels * (2 if options.activation == "concat_elu" else 1)
-    kernel = require_tensor("weight", weight).shape[-1] if weight.ndim else 0
-    require_like("weight", weight, ("O", inputs, "k", kernel), x, "x")
-    outputs = weight.shape[0]
-    if kernel != weight.shape[2]:
+    if require_tensor("weight", weight).ndim != 4 or weight.shape[1] != inputs:
+        require_floating("weight", weight)
+        require_shape("weight", weight, ["O", inputs, "k", weight.shape[-1] if weight.ndim else 0])
+    require_like("weight", weight, weight.shape, x, "x")
+    outputs, _, kernel, columns = weight.shape
+    if kernel != columns:
         raise ArgumentError(f"weight: expected a square kernel, got {list(weight.shape)}")
     if kernel == 0:
         raise ArgumentError(f"weight: expected a kernel of at least 1 x 1, got {list(weight.shape)}")
