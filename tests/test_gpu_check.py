@@ -34,7 +34,7 @@ def test_without_a_gpu_it_says_so_and_does_nothing(tmp_path: Path) -> None:
 
 
 def test_the_marker_chooses_tests_whether_or_not_there_is_a_gpu() -> None:
-    files = ["tests/test_triton_checksum.py", "tests/test_gpu_check.py", "tests/test_causal_registered.py"]
+    files = ["tests/kernels/test_triton_checksum.py", "tests/test_gpu_check.py", "tests/ops/test_causal_registered.py"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--collect-only", "-q", "-m", "gpu", *files],
         cwd=ROOT,
@@ -46,9 +46,9 @@ def test_the_marker_chooses_tests_whether_or_not_there_is_a_gpu() -> None:
     assert done.returncode == 0, done.stdout
     chosen = [line.partition("[")[0] for line in done.stdout.splitlines() if "::" in line]
     assert set(chosen) == {
-        "tests/test_triton_checksum.py::test_on_a_gpu",
+        "tests/kernels/test_triton_checksum.py::test_on_a_gpu",
         "tests/test_gpu_check.py::test_tiny_plans_on_a_gpu",
-        "tests/test_causal_registered.py::test_both_backends_agree_on_a_gpu",
+        "tests/ops/test_causal_registered.py::test_both_backends_agree_on_a_gpu",
     }
 
 

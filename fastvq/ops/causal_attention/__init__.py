@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastvq._check import (
     require_choice,
+    require_dense,
     require_floating,
     require_like,
     require_real,
@@ -110,7 +111,8 @@ def _check(query: Tensor, key: Tensor, value: Tensor, mask: str, dropout: float,
     if query.ndim != 4:
         require_shape("query", query, ["B", "heads", "N", "D"])
     require_like("key", key, query.shape, query, "query")
-    if require_tensor("value", value).shape[:-1] != query.shape[:-1]:
+    require_dense("value", require_tensor("value", value))
+    if value.shape[:-1] != query.shape[:-1]:
         require_floating("value", value)
         require_shape("value", value, [*query.shape[:3], "E"])
     require_like("value", value, value.shape, query, "query")

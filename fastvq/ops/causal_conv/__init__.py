@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastvq._check import require_choice, require_floating, require_like, require_shape, require_tensor
+from fastvq._check import require_choice, require_dense, require_floating, require_like, require_shape, require_tensor
 from fastvq._nvtx import annotate
 from fastvq.errors import ArgumentError
 from fastvq.ops._registered import learns
@@ -136,7 +136,8 @@ def _check(
         require_shape("x", x, ["B", "C", "H", "W"])
     batch, channels, height, width = x.shape
     inputs = channels * (2 if options.activation == "concat_elu" else 1)
-    if require_tensor("weight", weight).ndim != 4 or weight.shape[1] != inputs:
+    require_dense("weight", require_tensor("weight", weight))
+    if weight.ndim != 4 or weight.shape[1] != inputs:
         require_floating("weight", weight)
         require_shape("weight", weight, ["O", inputs, "k", weight.shape[-1] if weight.ndim else 0])
     require_like("weight", weight, weight.shape, x, "x")
@@ -150,7 +151,8 @@ def _check(
     if bias is not None:
         require_like("bias", bias, (outputs,), x, "x")
     if context is not None:
-        uniform = isinstance(context, Tensor) and context.shape[2:] == (1, 1)
+        require_dense("context", require_tensor("context", context))
+        uniform = context.shape[2:] == (1, 1)
         require_like("context", context, (batch, outputs, *((1, 1) if uniform else (height, width))), x, "x")
     if residual is not None:
         shape = (batch, outputs // 2 if options.gate else outputs, height, width)
