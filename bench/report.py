@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -104,7 +105,8 @@ def _memory(result: Result, peer: str) -> str:
 def _remarks(entry: Entry) -> str:
     remarks = [f"{entry.facts['threads']} thr"] if "threads" in entry.facts else []
     if spent := entry.facts.get("row_phase_seconds"):
-        steps = [total - row for total, row in zip(entry.seconds, spent, strict=True)]
+        # Seen in every run, or once for all of them.
+        steps = [total - row for total, row in zip(entry.seconds, itertools.cycle(spent), strict=False)]
         remarks.append(f"rows {seconds(statistics.median(spent))}, steps {seconds(statistics.median(steps))}")
     if "identical_grids" in entry.facts:
         remarks.append(f"{entry.facts['identical_grids']:.0%} identical grids")

@@ -93,6 +93,14 @@ def test_what_was_left_out_says_why_and_keeps_its_place() -> None:
     assert tables(recorder.results, recorder.ceilings)[3].startswith("a case      8  eager")
 
 
+@pytest.mark.parametrize(
+    ("spent", "said"), [([1.0, 2.0, 1.5], "rows 1.5 s, steps 2 s"), ([0.5], "rows 500 ms, steps 3 s")]
+)
+def test_phases_are_those_of_every_run_or_of_one(spent: list[float], said: str) -> None:
+    recorder = _recorder(Entry("cpu", [3.0, 4.0, 3.5], GOOD, facts={"row_phase_seconds": spent}))
+    assert said in "\n".join(tables(recorder.results, recorder.ceilings))
+
+
 def test_memory_without_prediction(tmp_path: Path) -> None:
     recorder = _recorder(Entry("cpu", [2.0], GOOD))
     recorder.results[0].memory = [Memory("cpu", 12_000_000)]
