@@ -6,6 +6,8 @@ import gc
 import statistics
 from collections.abc import Sequence
 
+import torch
+
 from bench.cases import Case
 from bench.harness import Entry, Peer, Recorder, Result, measure, return_freed_memory
 from bench.registry import PEERS, PROBLEMS, Contender, LeftOutError, contender, peers_of
@@ -52,12 +54,14 @@ class Group:
             else:
                 contenders[name], forms[name] = one, found
         runs = [form for found in forms.values() for form in found]
-        seconds, outputs = measure(runs, quick=self.recorder.quick)
+        seconds, on_device, outputs = measure(runs, quick=self.recorder.quick)
         for name, one in contenders.items():
             chosen = min(forms[name], key=lambda form: statistics.median(seconds[form.name]))
             output = outputs.pop(chosen.name)
             check = self.problem.check(one, output) if one.exact and one.whole else None
             facts = {"threads": chosen.threads, **one.facts}
+            if torch.device(chosen.device).type != "cpu":
+                facts["device_seconds"] = on_device[chosen.name]
             if len(forms[name]) > 1:
                 facts["seconds_by_form"] = {form.name: seconds[form.name] for form in forms[name]}
             entry = Entry(name, seconds[chosen.name], check, one.exact, one.whole, facts=facts, remarks=one.remarks)

@@ -13,13 +13,13 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from bench.clock import clock
 from bench.machine import CPU_FLOAT32, ROOT, Ceilings, describe_commit, load_average
 
 # Peers run until they have used about this long each, at least once and at most MOST_REPEATS times.
@@ -178,7 +178,15 @@ def repeats(expected: float) -> int:
     return max(least, min(MOST_REPEATS, int(TARGET_SECONDS / max(expected, 1e-9))))
 
 
-def measure(peers: Sequence[Peer], *, quick: bool = False) -> tuple[dict[str, list[float]], dict[str, object]]:
+class Runs(NamedTuple):
+    """By peer: seconds of every repeat, those of the device in them, and the last result."""
+
+    seconds: dict[str, list[float]]
+    device_seconds: dict[str, list[float]]
+    results: dict[str, object]
+
+
+def measure(peers: Sequence[Peer], *, quick: bool = False) -> Runs:
     """Times of every repeat and the last result of every peer.
 
     Peers take turns, so that a machine that drifts drifts for all of them; those with fewer repeats are spread evenly
@@ -188,9 +196,10 @@ def measure(peers: Sequence[Peer], *, quick: bool = False) -> tuple[dict[str, li
         return _measure(peers, quick)
 
 
-def _measure(peers: Sequence[Peer], quick: bool) -> tuple[dict[str, list[float]], dict[str, object]]:
+def _measure(peers: Sequence[Peer], quick: bool) -> Runs:
     counts = {peer.name: 1 if quick else repeats(peer.expected) for peer in peers}
     seconds: dict[str, list[float]] = {peer.name: [] for peer in peers}
+    on_device: dict[str, list[float]] = {peer.name: [] for peer in peers}
     results: dict[str, object] = {}
     rounds = max(counts.values(), default=0)
     for turn in range(rounds):
@@ -205,12 +214,11 @@ def _measure(peers: Sequence[Peer], quick: bool) -> tuple[dict[str, list[float]]
                 gc.collect()
             with using_threads(peer.threads):
                 peer.prepare()
-                synchronise(peer.device)
-                start = time.perf_counter()
-                results[peer.name] = peer.run()
-                synchronise(peer.device)
-                seconds[peer.name].append(time.perf_counter() - start)
-    return seconds, results
+                once = clock(peer.run, device=torch.device(peer.device))
+            results[peer.name] = once.result
+            seconds[peer.name].append(once.seconds)
+            on_device[peer.name].append(once.device_seconds)
+    return Runs(seconds, on_device, results)
 
 
 @contextlib.contextmanager
@@ -251,16 +259,6 @@ def fresh_process(peer: str, *arguments: str, small: bool = False) -> Memory:
     return Memory(peer, **json.loads(done.stdout.splitlines()[-1]))
 
 
-def synchronise(device: str) -> None:
-    """Wait until a GPU has done all that it was given."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def timed(run: Callable[..., object], *arguments: Any, device: str = "cpu") -> float:
     """Seconds that a call takes, its work on the device included."""
-    synchronise(device)
-    start = time.perf_counter()
-    run(*arguments)
-    synchronise(device)
-    return time.perf_counter() - start
+    return clock(run, *arguments, device=torch.device(device)).seconds

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from bench import registry
 from bench.cases import NearestCodeCase
-from bench.harness import SHORT_SECONDS, Check, Memory, Peer, Result, Work, fresh_process, synchronise, timed
+from bench.clock import synchronise
+from bench.harness import SHORT_SECONDS, Check, Memory, Peer, Result, Work, fresh_process, timed
 from bench.machine import CPU_FLOAT32, GPU_UNITS, Ceilings, shared_cache_bytes
 from bench.registry import LeftOutError
 
@@ -390,5 +391,5 @@ def _gpu_memory(contender: Contender) -> Memory:
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     contender.run()
-    synchronise(contender.case.device)
+    synchronise(torch.device(contender.case.device))
     return Memory(contender.name, torch.cuda.max_memory_allocated() - before)

@@ -108,6 +108,8 @@ def _remarks(entry: Entry) -> str:
         # Seen in every run, or once for all of them.
         steps = [total - row for total, row in zip(entry.seconds, itertools.cycle(spent), strict=False)]
         remarks.append(f"rows {seconds(statistics.median(spent))}, steps {seconds(statistics.median(steps))}")
+    if found := entry.facts.get("device_seconds"):
+        remarks.append(f"on the device {seconds(statistics.median(found))}")
     if "identical_grids" in entry.facts:
         remarks.append(f"{entry.facts['identical_grids']:.0%} identical grids")
     remarks += entry.remarks

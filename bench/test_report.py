@@ -155,6 +155,11 @@ def test_file_holds_everything(tmp_path: Path) -> None:
     assert cpu["speedup_over"] == {}
 
 
+def test_time_of_a_device_stands_beside_that_of_the_call() -> None:
+    recorder = _recorder(Entry("cuda", [3.0, 4.0, 3.5], GOOD, facts={"device_seconds": [2.0, 2.5, 2.25]}))
+    assert "on the device 2.25 s" in "\n".join(tables(recorder.results, recorder.ceilings))
+
+
 def test_preparing_a_run_is_not_timed() -> None:
     order: list[str] = []
 
@@ -162,7 +167,7 @@ def test_preparing_a_run_is_not_timed() -> None:
         order.append("prepare")
         time.sleep(0.05)
 
-    times, _ = measure([Peer("a", lambda: order.append("run"), 1.0, 1, prepare)])
+    times, _, _ = measure([Peer("a", lambda: order.append("run"), 1.0, 1, prepare)])
     assert order == ["prepare", "run"] * 3
     assert max(times["a"]) < 0.05
 
@@ -170,7 +175,8 @@ def test_preparing_a_run_is_not_timed() -> None:
 def test_peers_take_turns_and_all_repeats_run() -> None:
     order: list[str] = []
     peers = [Peer("a", lambda: order.append("a"), 1.0, 1), Peer("b", lambda: order.append("b"), 100.0, 1)]
-    times, results = measure(peers)
+    times, on_device, results = measure(peers)
+    assert on_device == times  # of a CPU
     assert [len(times[name]) for name in "ab"] == [3, 1]
     assert sorted(order) == ["a", "a", "a", "b"]
     assert set(results) == {"a", "b"}

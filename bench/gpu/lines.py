@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from bench.gpu.clock import Timed
+from bench.clock import Timed
 from bench.gpu.files import aligned
 
 # Why something was left out without that being a failure.

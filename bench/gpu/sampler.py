@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from bench.cases import SAMPLER_CASES, SamplerCase
+from bench.clock import Timed, clock, synchronise
 from bench.gpu import probes
-from bench.gpu.clock import Timed, clock, synchronise
 from bench.gpu.engines import Rows, phase_seconds
 from bench.gpu.files import load, save
 from bench.gpu.floors import Rates, floor_seconds
