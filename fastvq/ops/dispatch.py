@@ -34,6 +34,10 @@ _strided = torch.strided
 _transform = torch._C._functorch.TransformType
 
 
+def anywhere(*tensors: Tensor) -> None:
+    """No reason against: PyTorch's own operators run on whatever it has."""
+
+
 @dataclass(frozen=True)
 class Backend:
     """A row of an operation's table.

@@ -13,11 +13,11 @@ from torch import Tensor
 from fastvq.ops._registered import ALL_DEVICES, Gradient, Registered, refusing
 from fastvq.ops.causal_attention import blocks, triton
 from fastvq.ops.causal_attention.options import Gradients, Options
-from fastvq.ops.dispatch import Backend, Backends, runs_directly
+from fastvq.ops.dispatch import Backend, Backends, anywhere, runs_directly
 
 BACKENDS = Backends(
     "causal_attention",
-    [Backend("torch", lambda *tensors: None, blocks), Backend("triton", triton.why_not, triton, gpu=True)],
+    [Backend("torch", anywhere, blocks), Backend("triton", triton.why_not, triton, gpu=True)],
 )
 
 

@@ -15,11 +15,11 @@ from fastvq.kernels.taps import read_taps
 from fastvq.ops._registered import ALL_DEVICES, Gradient, Registered
 from fastvq.ops.causal_conv import library, triton
 from fastvq.ops.causal_conv.options import GateOptions, GradientOptions, Gradients, Options
-from fastvq.ops.dispatch import Backend, Backends, runs_directly, triton_reason
+from fastvq.ops.dispatch import Backend, Backends, anywhere, runs_directly, triton_reason
 
 BACKENDS = Backends(
     "causal_conv2d",
-    [Backend("torch", lambda *tensors: None, library), Backend("triton", triton_reason, triton, gpu=True)],
+    [Backend("torch", anywhere, library), Backend("triton", triton_reason, triton, gpu=True)],
 )
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from fastvq.ops.dispatch import Backend, Backends
+from fastvq.ops.dispatch import Backend, Backends, anywhere
 from fastvq.ops.draw.cpp import draw_cpp, why_not
 from fastvq.ops.draw.reference import draw_torch
 
-BACKENDS = Backends("draw", [Backend("cpp", why_not, draw_cpp), Backend("torch", lambda *tensors: None, draw_torch)])
+BACKENDS = Backends("draw", [Backend("cpp", why_not, draw_cpp), Backend("torch", anywhere, draw_torch)])

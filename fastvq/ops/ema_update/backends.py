@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastvq.ops._registered import Registered
-from fastvq.ops.dispatch import Backend, Backends
+from fastvq.ops.dispatch import Backend, Backends, anywhere
 from fastvq.ops.ema_update import cpp
 from fastvq.ops.ema_update.options import Options
 from fastvq.ops.ema_update.reference import ema_update_reference
@@ -14,7 +14,7 @@ BACKENDS = Backends(
     "ema_update",
     [
         Backend("cpp", cpp.why_not, cpp.cpp_ema_update),
-        Backend("torch", lambda *tensors: None, lambda *given: ema_update_reference(*given[:-1], *given[-1][:-1])),
+        Backend("torch", anywhere, lambda *given: ema_update_reference(*given[:-1], *given[-1][:-1])),
     ],
 )
 
