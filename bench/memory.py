@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import bench.peers  # noqa: F401
 from bench.cases import NearestCodeCase, SamplerCase, case_of
 from bench.engines import fill_rows, request_of, touched_caches
@@ -28,8 +30,9 @@ _ROWS = 3
 def sampler_memory(case: SamplerCase) -> dict[str, int]:
     prior = case.prior()
     request = request_of(prior, case.batch, case.inputs(prior))
-    warm = PixelSNAIL.from_preset("tiny-top").eval()
-    sample(warm, 2, seed=0, micro_batch=2, engine="cpu")
+    warm = PixelSNAIL.from_preset("tiny-bottom").eval()
+    condition = torch.zeros((2, *warm.config.condition_shapes[0]), dtype=torch.int64)
+    sample(warm, 2, condition=condition, seed=0, micro_batch=2, engine="cpu")
     before = _start()
     with touched_caches():
         fill_rows("cpu", prior, request, _ROWS)

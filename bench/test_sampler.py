@@ -23,8 +23,9 @@ def test_sampler(case: Case, name: str, contest: Callable[[Case, str], None]) ->
 
 @pytest.mark.skipif(not _engine.available(), reason="the cpu engine needs the extension")
 def test_memory_of_a_fresh_process() -> None:
-    memory = measure_memory(CASES["default-strict-bottom-b8"], small=True)
-    assert 0.5 * memory.predicted < memory.measured < 2 * memory.predicted
+    # At full size: what the libraries take for themselves on first use is larger than a small twin's caches.
+    memory = measure_memory(CASES["small-strict-bottom-b32"])
+    assert 0.75 * memory.predicted < memory.measured < 1.5 * memory.predicted
 
 
 @pytest.mark.usefixtures("threads")
