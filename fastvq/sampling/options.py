@@ -30,6 +30,9 @@ class EngineOptions:
         row_kernel: what computes the convolutions over the rows above in the cached engines: ``library`` (PyTorch's),
             ``product`` (the extension's, on a CPU) or ``triton`` (the project's own kernel, on a GPU). All are float32.
             None: ``product`` for the ``cpu`` engine, ``library`` for the others.
+        tile: columns of a row that are sampled one after the other before the front moves on, 1 to the width of the
+            grid, which is raster order; see :class:`fastvq.sampling.plan.Front`. None for what should be fastest. Codes
+            do not depend on it. Priors with attention are sampled in raster order alone.
         cuda_graph: the ``cuda`` engine records a whole grid once and replays it, see
             :mod:`fastvq.sampling.engines.cuda_graph`.
 
@@ -41,6 +44,7 @@ class EngineOptions:
     threads: int | None = None
     kernels: str = "auto"
     row_kernel: RowKernel | None = None
+    tile: int | None = None
     cuda_graph: bool = False
 
     def __post_init__(self) -> None:
@@ -50,6 +54,8 @@ class EngineOptions:
             require_choice("row_kernel", self.row_kernel, ROW_KERNELS)
         if self.threads is not None:
             require_positive_int("threads", self.threads, maximum=_MOST_THREADS)
+        if self.tile is not None:
+            require_positive_int("tile", self.tile)
         require_bool("cuda_graph", self.cuda_graph)
 
 

@@ -21,6 +21,7 @@ from typing import Literal
 from torch import Tensor
 
 from fastvq.errors import ArgumentError
+from fastvq.sampling.plan.front import Front
 
 Kind = Literal["lookup", "affine", "static", "activation", "add", "gate", "attention"]
 Timing = Literal["row", "left", "here"]
@@ -105,6 +106,8 @@ class Plan:
         history: by operation index, of those whose past is read.
         row_terms, step_terms: each affine operation's terms, split by phase.
         uniform: operations that are the same at all positions of a sample.
+        skew: positions with the same column + skew * row can be sampled together, and those with a smaller sum before;
+            None if only raster order does, for ``raster_reason``.
     """
 
     ops: tuple[Op, ...]
@@ -117,6 +120,8 @@ class Plan:
     row_terms: dict[int, tuple[Term, ...]]
     step_terms: dict[int, tuple[Term, ...]]
     uniform: frozenset[int]
+    skew: int | None
+    raster_reason: str | None
 
     @property
     def num_levels(self) -> int:
@@ -130,6 +135,19 @@ class Plan:
 
     def row_ops(self) -> Iterator[Op]:
         return (op for op in self.ops if self.timing[op.index] == "row")
+
+    def front(self, tile: int) -> Front:
+        """The order of sampling with tiles of that many columns; those as wide as the grid are raster order.
+
+        Raises:
+            ArgumentError: a tile wider than the grid, or a narrower one where only raster order samples this prior.
+        """
+        width = self.shape[1]
+        if tile > width:
+            raise ArgumentError(f"tile: expected 1 to the width of the grid, {width}, got {tile}")
+        if self.skew is None and tile < width:
+            raise ArgumentError(f"tile: expected {width}, the width of the grid, got {tile}: {self.raster_reason}")
+        return Front(self.shape, width if self.skew is None else self.skew, tile)
 
 
 def require_finite(plan: Plan) -> None:
