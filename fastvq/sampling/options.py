@@ -9,10 +9,10 @@ from fastvq._check import require_bool, require_choice, require_positive_int
 from fastvq.errors import ArgumentError, ArgumentTypeError
 
 Precision = Literal["float32", "bfloat16"]
-RowKernel = Literal["library", "product", "triton"]
+RowKernel = Literal["library", "triton"]
 
 PRECISIONS = ("float32", "bfloat16")
-ROW_KERNELS = ("library", "product", "triton")
+ROW_KERNELS = ("library", "triton")
 KERNELS = ("auto", "avx512", "avx2", "baseline")
 _MOST_THREADS = 1024
 

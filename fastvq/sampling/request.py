@@ -22,7 +22,6 @@ from fastvq.models.prior import Condition, Prior, condition_levels
 from fastvq.ops.draw import check_options, draw
 from fastvq.sampling.noise import fixed_seed, uniforms
 
-MICRO_BATCH = 8
 INDEX_LIMIT = 1 << 62
 
 
@@ -58,7 +57,7 @@ class SampleRequest:
     known: Tensor
     settings: Settings
 
-    def rows(self, index: Tensor) -> SampleRequest:
+    def rows(self, index: Tensor | slice) -> SampleRequest:
         """The request for some of the samples."""
         return dataclasses.replace(
             self,
@@ -103,12 +102,19 @@ def as_prior(prior: object) -> Prior:
     )
 
 
-def micro_batches(start: int, n: int, size: int) -> Iterator[tuple[Tensor, slice]]:
+def micro_batches(n: int, size: int) -> Iterator[slice]:
+    """Cut n samples into as few parts of up to ``size`` as there can be, of nearly equal length."""
+    count = -(-n // size)
+    for part in range(count):
+        yield slice(n * part // count, n * (part + 1) // count)
+
+
+def padded_micro_batches(start: int, n: int, size: int) -> Iterator[tuple[Tensor, slice]]:
     """Cut samples ``start .. start + n - 1`` at multiples of ``size`` of their index.
 
     Yields, for each micro-batch, ``size`` indices into the n samples, and where the new samples lie among them. A
-    sample always has the same place in a micro-batch of the same size, so that library kernels, which round
-    differently for other sizes and places, treat it alike in every call; gaps are filled with its neighbours.
+    sample always has the same place in a micro-batch of the same size, for engines that round differently for other
+    sizes and places; gaps are filled with its neighbours.
     """
     if n == 0:
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import ClassVar, Generic, TypeVar
 
 import torch
@@ -15,10 +16,34 @@ from fastvq.models.prior import Prior
 from fastvq.sampling.engines.phases import OnPhase
 from fastvq.sampling.engines.state import require_row_kernel
 from fastvq.sampling.options import EngineOptions, RowKernel
+from fastvq.sampling.plan.form import Plan
+from fastvq.sampling.plan.front import Front
 from fastvq.sampling.request import SampleRequest
 
 P = TypeVar("P")
 RowDone = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """In which order a micro-batch is filled, and what that keeps in memory.
+
+    Attributes:
+        front: the order, with the width of tiles.
+        reason: why tiles of that width.
+        weight_bytes: of the plan and its packed copies.
+        cache_bytes: of the micro-batch.
+    """
+
+    front: Front
+    reason: str
+    weight_bytes: int
+    cache_bytes: int
+
+    @property
+    def memory(self) -> int:
+        """Bytes that sampling takes beyond the prior itself."""
+        return self.weight_bytes + self.cache_bytes
 
 
 class Engine(ABC, Generic[P]):
@@ -31,7 +56,7 @@ class Engine(ABC, Generic[P]):
             prior's modules. Priors of which there is no plan are refused before it is asked.
         cuda_graphs: whether it can record a grid as a CUDA graph.
         row_kernel: of its row phase unless options say another.
-        places: vectors that it keeps per sample of an operation whose past is not read.
+        micro_batch: most samples that it computes together unless told otherwise.
     """
 
     name: ClassVar[str]
@@ -39,11 +64,23 @@ class Engine(ABC, Generic[P]):
     plans: ClassVar[bool] = False
     cuda_graphs: ClassVar[bool] = False
     row_kernel: ClassVar[RowKernel] = "library"
-    places: ClassVar[int] = 1
+    micro_batch: ClassVar[int] = 64
 
     def why_not(self, prior: Prior, device: torch.device) -> str | None:
         """Why it cannot run a prior that is on a device, or None."""
         return None
+
+    def padded(self, prior: Prior) -> bool:
+        """Whether codes depend on how many samples are computed together, so that their number has to be the same."""
+        return False
+
+    def schedule(self, plan: Plan, batch: int, options: EngineOptions) -> Schedule:
+        """How grids of a plan are filled, of engines that run plans.
+
+        Raises:
+            ArgumentError: options that do not fit the plan.
+        """
+        raise NotImplementedError
 
     def check(self, options: EngineOptions, device: torch.device | None = None) -> None:
         """Refuse options, other than the precision, that it does not have and would pass over in silence.

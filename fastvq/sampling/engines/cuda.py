@@ -7,13 +7,15 @@ from torch import Tensor
 
 from fastvq import _engine
 from fastvq.models.prior import Prior
-from fastvq.sampling.engines.base import Engine, RowDone
+from fastvq.sampling.engines.base import Engine, RowDone, Schedule
 from fastvq.sampling.engines.cuda_graph import GraphedGrid
 from fastvq.sampling.engines.cuda_grid import CudaStep, sample_cuda, why_no_cuda
 from fastvq.sampling.engines.phases import OnPhase
 from fastvq.sampling.engines.prepared import Kept, prepared
-from fastvq.sampling.engines.state import CompiledPlan, GridState, static_inputs
+from fastvq.sampling.engines.state import CompiledPlan, GridState, cache_bytes, static_inputs, weight_bytes
 from fastvq.sampling.options import EngineOptions
+from fastvq.sampling.plan.form import Plan
+from fastvq.sampling.plan.front import raster
 from fastvq.sampling.request import SampleRequest
 
 
@@ -37,10 +39,17 @@ class CudaEngine(Engine[_Packed]):
     precisions = ("float32", "bfloat16")
     plans = True
     cuda_graphs = True
-    places = 2
 
     def why_not(self, prior: Prior, device: torch.device) -> str | None:
         return why_no_cuda(device)
+
+    def padded(self, prior: Prior) -> bool:
+        return True
+
+    def schedule(self, plan: Plan, batch: int, options: EngineOptions) -> Schedule:
+        return Schedule(
+            raster(plan.shape), "a row is one launch", weight_bytes(plan), batch * cache_bytes(plan, places=2)
+        )
 
     def prepare(self, prior: Prior, batch: int, options: EngineOptions) -> _Packed:
         kept = prepared(prior)

@@ -22,11 +22,12 @@ from fastvq.sampling.engines.phases import OnPhase, Phases
 from fastvq.sampling.engines.state import CompiledPlan, GridState
 from fastvq.sampling.engines.step_tables import (
     VIEW_FIELDS,
-    StepTables,
+    PlanTables,
     fill_views,
     logits_view,
     make_scratch,
     not_drawable,
+    plan_sizes,
     refused_options,
     row_arguments,
 )
@@ -102,11 +103,12 @@ class CudaStep:
             extension = _engine.require()
         self.plan, self.batch, self.device, self.precision = plan, batch, device, precision
         self.lock = threading.Lock()
-        self.tables = StepTables(plan)
+        self.tables = PlanTables(plan, above=False)
         bf16 = precision == "bfloat16"
         with on_device(device), refused_options():
             self.native = extension.make_cuda_plan(
-                *self.tables.plan_arguments(batch),
+                *self.tables.addresses,
+                *plan_sizes(plan, batch),
                 bf16,
                 bf16,  # matrix instructions, where the batch is large enough
                 _index(device),

@@ -17,6 +17,7 @@ from fastvq.sampling.request import SampleRequest
 
 class NaiveEngine(Engine[None]):
     name = "naive"
+    micro_batch = 8
 
     def prepare(self, prior: Prior, batch: int, options: EngineOptions) -> None:
         pass

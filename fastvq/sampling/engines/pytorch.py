@@ -7,12 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvq.models.prior import Prior
-from fastvq.sampling.engines.base import Engine, RowDone
+from fastvq.sampling.engines.base import Engine, RowDone, Schedule
 from fastvq.sampling.engines.phases import OnPhase, Phases
 from fastvq.sampling.engines.prepared import prepared
-from fastvq.sampling.engines.state import CompiledPlan, GridState, elementwise, static_inputs
+from fastvq.sampling.engines.state import CompiledPlan, GridState, cache_bytes, elementwise, static_inputs, weight_bytes
 from fastvq.sampling.options import EngineOptions
-from fastvq.sampling.plan.form import Op, require_finite
+from fastvq.sampling.plan.form import Op, Plan, require_finite
+from fastvq.sampling.plan.front import raster
 from fastvq.sampling.request import SampleRequest
 
 
@@ -117,6 +118,9 @@ _Packed = tuple[CompiledPlan, TorchStep]
 class TorchEngine(Engine[_Packed]):
     name = "torch"
     plans = True
+
+    def schedule(self, plan: Plan, batch: int, options: EngineOptions) -> Schedule:
+        return Schedule(raster(plan.shape), "x", weight_bytes(plan), batch * cache_bytes(plan, places=1))
 
     def prepare(self, prior: Prior, batch: int, options: EngineOptions) -> _Packed:
         kept = prepared(prior)

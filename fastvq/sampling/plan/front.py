@@ -60,3 +60,8 @@ class Front:
     def last_rows(self, step: int) -> int:
         """Rows from the top that are complete after this step."""
         return min(self.shape[0], max(0, (step - self.tiles + 1) // self.offset + 1))
+
+
+def raster(shape: tuple[int, int]) -> Front:
+    """Position by position, row by row."""
+    return Front(shape, skew=shape[1], tile=shape[1])
