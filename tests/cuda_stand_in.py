@@ -91,7 +91,7 @@ class Job:
         return CudaStep(self.compiled.plan, self.state.batch, CPU, precision=self.precision, extension=self.extension)
 
     @torch.inference_mode()
-    def run(self, row_done: Callable[[], None] = lambda: None, **options: Any) -> Tensor:
+    def run(self, row_done: Callable[[int], None] = lambda rows: None, **options: Any) -> Tensor:
         return sample_cuda(self.compiled, self.step, self.state, self.request, row_done, **options)
 
 

@@ -110,7 +110,7 @@ def sample_cpu(
         if bad >= 0:
             sample, column = divmod(bad, width)
             raise not_drawable(sample, row, column)
-        row_done()
+        row_done(1)
     return state.codes
 
 
@@ -121,7 +121,6 @@ class CpuEngine(Engine[_Packed]):
     name = "cpu"
     precisions = ("float32", "bfloat16")
     plans = True
-    row_kernel = "product"
 
     def why_not(self, prior: Prior, device: torch.device) -> str | None:
         if device.type != "cpu":
@@ -142,7 +141,7 @@ class CpuEngine(Engine[_Packed]):
             (batch, threads, kernels, bf16),
             lambda: CpuStep(kept.plan, batch, threads=threads, kernels=kernels, bf16=bf16),
         )
-        return kept.compiled(options.row_kernel or self.row_kernel), step
+        return kept.compiled("library"), step
 
     def fill(
         self, prepared: _Packed, prior: Prior, request: SampleRequest, row_done: RowDone, on_phase: OnPhase | None
