@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bench import registry
 from bench.cases import SamplerCase
-from bench.engines import TorchRows, request_of
+from bench.engines import TorchSteps, request_of
 from bench.harness import Check, Entry, Memory, Work, fresh_process, timed, using_threads
 from bench.machine import private_cache_bytes
 from fastvq import _engine
@@ -133,23 +133,25 @@ def _naive_rows(prior: Prior, request: SampleRequest) -> tuple[list[int], list[f
 
 
 @torch.inference_mode()
-def torch_rows(prior: Prior, request: SampleRequest, threads: int, samples: int | None = None) -> Entry:
-    """The ``torch`` engine's time from complete rows spread over the grid, and a check of its first rows."""
-    height = prior.config.shape[0]
+def torch_steps(prior: Prior, request: SampleRequest, threads: int, samples: int | None = None) -> Entry:
+    """The ``torch`` engine's time from steps spread over the grid, and a check of its first rows."""
     with using_threads(threads):
-        rows = TorchRows(prior, request)
-        check = check_codes(prior, request, rows.codes, samples)
-        chosen = sorted({height // 4, height // 2, 3 * height // 4})
-        phases, steps = zip(*(rows.seconds(row) for row in chosen), strict=True)
-    seconds = [phase + step for phase, step in zip(phases, steps, strict=True)]
+        steps = TorchSteps(prior, request)
+        check = check_codes(prior, request, steps.codes, samples)
+        phases, rest = [], []
+        for step in steps.chosen:
+            phases.append(timed(steps.begin, step, device=str(steps.device)))
+            rest.append(timed(steps.turns, device=str(steps.device)))
+    # The work of a step grows and shrinks with the rows that are active in it, by as much from step to step.
+    every = np.arange(steps.steps)
+    row_phase, total = (float(np.interp(every, steps.chosen, s).sum()) for s in (phases, np.add(phases, rest)))
     facts = {
         "threads": threads,
-        "rows": chosen,
-        "seconds_per_row": seconds,
-        "row_phase_seconds": [sum_over_rows(chosen, list(phases), height, degree=1)],
+        "steps": steps.chosen,
+        "seconds_per_step": np.add(phases, rest).tolist(),
+        "row_phase_seconds": [row_phase],
     }
-    how = f"extrapolated from complete rows {chosen}; codes of the first {rows.codes.shape[1]} rows checked"
-    total = sum_over_rows(chosen, seconds, height, degree=1)
+    how = f"extrapolated from steps {steps.chosen}; codes of the first {steps.codes.shape[1]} rows checked"
     return Entry("torch", [total], check, extrapolated=how, facts=facts)
 
 

@@ -10,7 +10,7 @@ import pytest
 from bench import registry
 from bench.cases import SAMPLER_CASES, Case
 from bench.engines import request_of
-from bench.sampler import check_codes, measure_memory, naive_pace, torch_rows
+from bench.sampler import check_codes, measure_memory, naive_pace, torch_steps
 from fastvq import _engine, sample
 
 CASES = {case.id: case for case in SAMPLER_CASES}
@@ -34,7 +34,7 @@ def test_extrapolations_are_labelled(name: str) -> None:
     case = dataclasses.replace(CASES[name].small(), naive_batch=2)
     prior = case.prior()
     request = request_of(prior, case.batch, case.inputs(prior))
-    naive, cached = naive_pace(case, prior, request, 1).entry(), torch_rows(prior, request, 1)
+    naive, cached = naive_pace(case, prior, request, 1).entry(), torch_steps(prior, request, 1)
     for entry in (naive, cached):
         assert entry.extrapolated
         assert entry.comparable

@@ -16,9 +16,8 @@ from fastvq.errors import ArgumentError
 from fastvq.models import Prior
 from fastvq.ops.draw import draw_margin
 from fastvq.sampling.engines import cpu, static_inputs
-from fastvq.sampling.engines.cpu import CpuStep, sample_cpu
-from fastvq.sampling.engines.pytorch import TorchStep
-from fastvq.sampling.engines.state import CompiledPlan, GridState
+from fastvq.sampling.engines.cpu import CpuPlan
+from fastvq.sampling.engines.pytorch import TorchGrid, TorchPlan, front_of, sample_torch
 from fastvq.sampling.plan import Plan, compile_plan
 from fastvq.sampling.request import SampleRequest, Settings, build_request
 
@@ -98,20 +97,18 @@ def engine_logits(
     batch = len(codes)
     everything = torch.ones_like(codes, dtype=torch.bool)
     request = request_of(prior, batch, given, seed=0, init_codes=codes, mask=everything)
-    compiled = CompiledPlan(plan or compile_plan(prior), codes.device)
-    state = GridState(compiled, batch, static_inputs(prior, request))
+    plan, statics = plan or compile_plan(prior), static_inputs(prior, request)
     logits = torch.full((*codes.shape, prior.config.num_codes), float("nan"))
     if engine == "cpu":
-        step = CpuStep(compiled.plan, batch, **{"threads": 1, **options})
-        filled = sample_cpu(compiled, step, state, request, lambda: None, logits=logits)
-        assert torch.equal(filled, codes)
-        return logits
-    interpreter = TorchStep(compiled)
-    state.codes.copy_(codes)
-    for row in range(codes.shape[1]):
-        state.begin_row(row)
-        for column in range(codes.shape[2]):
-            logits[:, row, column] = interpreter.logits(state, row, column)
+        settings = {"kernels": options.pop("kernels", "auto"), "bf16": options.pop("bf16", False)}
+        front = plan.front(options.pop("tile", None) or (1 if plan.skew else plan.shape[1]))
+        filled = CpuPlan(plan, **settings).fill(
+            request, statics, front, lambda rows: None, **{"threads": 1, **options}, logits=logits
+        )
+    else:
+        grid = TorchGrid(TorchPlan(plan, codes.device), front_of(plan, options.get("tile")), batch, statics)
+        filled = sample_torch(grid, request, lambda rows: None, logits=logits)
+    assert torch.equal(filled, codes)
     return logits
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from bench.engines import fill_rows, row_phase_seconds
 from bench.harness import Entry, Peer, using_threads
 from bench.registry import Contender, LeftOutError, peer
-from bench.sampler import Pace, Sampling, naive_pace, torch_rows
+from bench.sampler import Pace, Sampling, naive_pace, torch_steps
 from fastvq import _engine, sample
 from fastvq.models.prior import Prior
 from fastvq.sampling import EngineOptions
@@ -93,7 +93,7 @@ class Cached(Engine):
         super().__init__(problem, "torch")
 
     def extrapolated(self, threads: int) -> Entry:
-        return torch_rows(self.problem.prior, self.problem.request, threads)
+        return torch_steps(self.problem.prior, self.problem.request, threads)
 
 
 @peer("sampling", name="cpu")

@@ -27,9 +27,8 @@ class EngineOptions:
             uses matrix instructions, for which it rounds what the weights are multiplied by as well.
         threads: of the ``cpu`` engine, 1 to 1024; None for PyTorch's number, or fewer where a position has little work.
         kernels: instruction set of the ``cpu`` engine: ``auto``, ``avx512``, ``avx2`` or ``baseline``.
-        row_kernel: what computes the convolutions over the rows above in the cached engines: ``library`` (PyTorch's),
-            ``product`` (the extension's, on a CPU) or ``triton`` (the project's own kernel, on a GPU). All are float32.
-            None: ``product`` for the ``cpu`` engine, ``library`` for the others.
+        row_kernel: what computes the convolutions over the rows above in the ``cuda`` engine: ``library`` (PyTorch's)
+            or ``triton`` (the project's own kernel). Both are float32. None for ``library``.
         tile: columns of a row that are sampled one after the other before the front moves on, 1 to the width of the
             grid, which is raster order; see :class:`fastvq.sampling.plan.Front`. None for what should be fastest. Codes
             do not depend on it. Priors with attention are sampled in raster order alone.

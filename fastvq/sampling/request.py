@@ -23,6 +23,8 @@ from fastvq.ops.draw import check_options, draw
 from fastvq.sampling.noise import fixed_seed, uniforms
 
 INDEX_LIMIT = 1 << 62
+# Sample, row and column.
+Index = tuple[slice | Tensor, int | Tensor, int | Tensor]
 
 
 @dataclass(frozen=True)
@@ -74,15 +76,19 @@ class SampleRequest:
 
     def draw_into(self, codes: Tensor, logits: Tensor, row: int, column: int) -> None:
         """Draw the codes of a position from logits [n, K], and keep those that are known."""
+        self.draw_at(codes, logits, (slice(None), row, column))
+
+    def draw_at(self, codes: Tensor, logits: Tensor, at: Index) -> None:
+        """Draw the codes [N] at an index into the grids from logits [N, K], and keep those that are known."""
         drawn = draw(
             logits,
-            self.noise[:, row, column],
+            self.noise[at],
             temperature=self.settings.temperature,
             top_k=self.settings.top_k,
             top_p=self.settings.top_p,
             backend="torch",
         )
-        codes[:, row, column] = torch.where(self.known[:, row, column], codes[:, row, column], drawn)
+        codes[at] = torch.where(self.known[at], codes[at], drawn)
 
 
 def as_prior(prior: object) -> Prior:

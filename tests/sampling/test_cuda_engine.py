@@ -109,8 +109,10 @@ def test_a_prior_on_the_cpu() -> None:
     for call in (
         lambda: choose_engine("cuda", prior),
         lambda: sample(prior, 1, engine="cuda"),
-        lambda: fill("cuda", prior, request_of(prior, 1, {}, seed=0), lambda: None),
-        lambda: fill("cuda", prior, request_of(prior, 1, {}, seed=0), lambda: None, EngineOptions(cuda_graph=True)),
+        lambda: fill("cuda", prior, request_of(prior, 1, {}, seed=0), lambda rows: None),
+        lambda: fill(
+            "cuda", prior, request_of(prior, 1, {}, seed=0), lambda rows: None, EngineOptions(cuda_graph=True)
+        ),
     ):
         with refuses(UnavailableError, message):
             call()
@@ -152,7 +154,7 @@ def test_codes(kind: str, told: str) -> None:
         job = Job(prior, precision=precision)
         codes = job.run()
         options = EngineOptions(threads=1, precision=precision)
-        assert torch.equal(codes, fill("cpu", prior, job.request, lambda: None, options))
+        assert torch.equal(codes, fill("cpu", prior, job.request, lambda rows: None, options))
         assert not (torch.equal(codes, job.request.init_codes) and prior.config.num_codes > 1)
 
 
@@ -227,10 +229,10 @@ def test_logits_that_are_not_finite() -> None:
     rows: list[int] = []
     message = "prior: its logits are not finite for sample 1 of the micro-batch at row 1, column 2$"
     with refuses(ArgumentError, message):
-        job.run(lambda: rows.append(0))
-    assert len(rows) == 3
+        job.run(rows.append)
+    assert sum(rows) == 3
     with refuses(ArgumentError, message):
-        fill("cpu", prior, job.request, lambda: None)
+        fill("cpu", prior, job.request, lambda rows: None)
 
 
 def test_the_ring_gives_places_in_turn() -> None:
@@ -388,7 +390,7 @@ def gpu_codes(prior: Prior, **options: Any) -> Tensor:
     if (reason := why_not("cuda", prior)) is not None:
         pytest.skip(reason)
     request = request_of(prior, BATCH, given_to(prior, BATCH), seed=4)
-    return fill("cuda", prior, request, lambda: None, EngineOptions(**options)).cpu()
+    return fill("cuda", prior, request, lambda rows: None, EngineOptions(**options)).cpu()
 
 
 @needs_gpu
@@ -415,6 +417,6 @@ def test_a_graph_is_replayed_for_other_requests() -> None:
         pytest.skip(reason)
     for seed in range(3):
         request = request_of(prior, BATCH, {"label": (torch.arange(BATCH) + seed) % 3}, seed=seed)
-        plain = fill("cuda", prior, request, lambda: None)
-        replayed = fill("cuda", prior, request, lambda: None, EngineOptions(cuda_graph=True))
+        plain = fill("cuda", prior, request, lambda rows: None)
+        replayed = fill("cuda", prior, request, lambda rows: None, EngineOptions(cuda_graph=True))
         assert torch.equal(plain, replayed)

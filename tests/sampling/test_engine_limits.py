@@ -90,8 +90,14 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "row-kernel": (
         {"row_kernel": "cudnn"},
         ArgumentError,
-        "row_kernel: expected one of 'library', 'product', 'triton', got 'cudnn'",
+        "row_kernel: expected one of 'library', 'triton', got 'cudnn'",
     ),
+    "product": (
+        {"row_kernel": "product"},
+        ArgumentError,
+        "row_kernel: expected one of 'library', 'triton', got 'product'",
+    ),
+    "no-tile": ({"tile": 0}, ArgumentError, "tile: must be at least 1, got 0"),
     "graph": ({"cuda_graph": 1}, ArgumentTypeError, "cuda_graph: expected a bool, got int"),
 }
 
@@ -105,7 +111,19 @@ def test_options_that_do_not_fit(options: dict[str, Any], error: type[Exception]
 UNKNOWN_OPTIONS: dict[str, tuple[str, dict[str, Any], str]] = {
     "bfloat16-torch": ("torch", {"precision": "bfloat16"}, "precision: only the cuda and cpu engines have bfloat16"),
     "bfloat16-naive": ("naive", {"precision": "bfloat16"}, "precision: only the cuda and cpu engines have bfloat16"),
-    "triton-naive": ("naive", {"row_kernel": "triton"}, "row_kernel: the naive engine has no row phase, got 'triton'"),
+    "triton-naive": (
+        "naive",
+        {"row_kernel": "triton"},
+        "row_kernel: only the cuda engine has a choice, the engine here",
+    ),
+    "triton-torch": (
+        "torch",
+        {"row_kernel": "triton"},
+        "row_kernel: only the cuda engine has a choice, the engine here",
+    ),
+    "library-cpu": ("cpu", {"row_kernel": "library"}, "row_kernel: only the cuda engine has a choice, the engine here"),
+    "tile-naive": ("naive", {"tile": 2}, "tile: the naive engine does not sample along a front, got 2"),
+    "tile-cuda": ("cuda", {"tile": 2}, "tile: the cuda engine does not sample along a front, got 2"),
     "graph-cpu": ("cpu", {"cuda_graph": True}, "cuda_graph: only the cuda engine has one, the engine here is 'cpu'"),
 }
 
@@ -114,7 +132,7 @@ UNKNOWN_OPTIONS: dict[str, tuple[str, dict[str, Any], str]] = {
 def test_options_that_an_engine_does_not_have(engine: str, options: dict[str, Any], message: str) -> None:
     prior, rows = snail(), []
     with refuses(ArgumentError, message):
-        fill(engine, prior, request_of(prior, 1, {}, seed=0), lambda: rows.append(0), EngineOptions(**options))
+        fill(engine, prior, request_of(prior, 1, {}, seed=0), rows.append, EngineOptions(**options))
     assert rows == []
 
 
@@ -241,7 +259,7 @@ def test_weights_that_are_not_finite(engine: str, place: str, value: float) -> N
         NOT_FINITE[place](prior, value)
     rows = []
     with refuses(ArgumentError, "prior: its weights hold NaN or infinite values"):
-        fill(engine, prior, request_of(prior, 2, {}, seed=0), lambda: rows.append(0))
+        fill(engine, prior, request_of(prior, 2, {}, seed=0), rows.append)
     assert rows == []
 
 
@@ -266,7 +284,7 @@ def test_logits_that_overflow(engine: str, kind: Callable[..., Any]) -> None:
     message = {"cpu": "prior: its logits are not finite for sample 0 of the micro-batch at row 0", "torch": "logits: "}
     for threads in (1, 2):
         with refuses(ArgumentError, message[engine]):
-            fill(engine, prior, request_of(prior, 2, {}, seed=0), lambda: None, EngineOptions(threads=threads))
+            fill(engine, prior, request_of(prior, 2, {}, seed=0), lambda rows: None, EngineOptions(threads=threads))
 
 
 @every_engine
@@ -304,8 +322,8 @@ def test_sampling_goes_on_after_an_error(engine: str) -> None:
 def test_rows_are_counted(engine: str) -> None:
     prior = snail()
     rows = []
-    fill(engine, prior, request_of(prior, 2, {}, seed=0), lambda: rows.append(0))
-    assert len(rows) == 3
+    fill(engine, prior, request_of(prior, 2, {}, seed=0), rows.append)
+    assert sum(rows) == 3
 
 
 @every_engine

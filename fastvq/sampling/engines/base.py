@@ -15,13 +15,13 @@ from fastvq.errors import ArgumentError
 from fastvq.models.prior import Prior
 from fastvq.sampling.engines.phases import OnPhase
 from fastvq.sampling.engines.state import require_row_kernel
-from fastvq.sampling.options import EngineOptions, RowKernel
+from fastvq.sampling.options import EngineOptions
 from fastvq.sampling.plan.form import Plan
 from fastvq.sampling.plan.front import Front
 from fastvq.sampling.request import SampleRequest
 
 P = TypeVar("P")
-RowDone = Callable[[], None]
+RowDone = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ class Engine(ABC, Generic[P]):
         plans: whether it runs a plan of the prior, with a row phase before the steps of each row, instead of the
             prior's modules. Priors of which there is no plan are refused before it is asked.
         cuda_graphs: whether it can record a grid as a CUDA graph.
-        row_kernel: of its row phase unless options say another.
+        row_kernels: whether there is a choice of them for its row phase.
+        tiles: whether it samples along a front, so that there is a choice of its tiles.
         micro_batch: most samples that it computes together unless told otherwise.
     """
 
@@ -63,7 +64,8 @@ class Engine(ABC, Generic[P]):
     precisions: ClassVar[tuple[str, ...]] = ("float32",)
     plans: ClassVar[bool] = False
     cuda_graphs: ClassVar[bool] = False
-    row_kernel: ClassVar[RowKernel] = "library"
+    row_kernels: ClassVar[bool] = False
+    tiles: ClassVar[bool] = False
     micro_batch: ClassVar[int] = 64
 
     def why_not(self, prior: Prior, device: torch.device) -> str | None:
@@ -92,8 +94,10 @@ class Engine(ABC, Generic[P]):
             ArgumentError: there is such an option.
             UnavailableError: the row kernel cannot run on the device.
         """
-        if options.row_kernel not in (None, "library") and not self.plans:
-            raise ArgumentError(f"row_kernel: the {self.name} engine has no row phase, got {options.row_kernel!r}")
+        if options.row_kernel is not None and not self.row_kernels:
+            raise ArgumentError(f"row_kernel: only the cuda engine has a choice, the engine here is {self.name!r}")
+        if options.tile is not None and not self.tiles:
+            raise ArgumentError(f"tile: the {self.name} engine does not sample along a front, got {options.tile}")
         if options.cuda_graph and not self.cuda_graphs:
             raise ArgumentError(f"cuda_graph: only the cuda engine has one, the engine here is {self.name!r}")
         if device is not None and options.row_kernel is not None:
@@ -119,6 +123,7 @@ class Engine(ABC, Generic[P]):
 
         Args:
             prior: in evaluation mode, see :meth:`evaluated`.
-            row_done: to call after each row.
+            row_done: to call with the number of rows, from the top, that have become complete in all samples since
+                the last call.
             on_phase: see :func:`fastvq.sampling.engines.fill`.
         """

@@ -1,8 +1,7 @@
 """The cached sampler in C++: one call fills the grids of a micro-batch, draws included.
 
 Every output of a product is summed in one fixed order, and so is everything else: the codes of a sample depend neither
-on the samples beside it, nor on tiles or threads, and processors that fuse multiplications with additions agree in every
-bit.
+on the samples beside it, nor on tiles or threads, and processors that fuse multiplications with additions give the same.
 """
 
 from __future__ import annotations
@@ -179,6 +178,7 @@ class CpuEngine(Engine[_Packed]):
     name = "cpu"
     precisions = ("float32", "bfloat16")
     plans = True
+    tiles = True
 
     def why_not(self, prior: Prior, device: torch.device) -> str | None:
         if device.type != "cpu":

@@ -39,6 +39,7 @@ class CudaEngine(Engine[_Packed]):
     precisions = ("float32", "bfloat16")
     plans = True
     cuda_graphs = True
+    row_kernels = True
 
     def why_not(self, prior: Prior, device: torch.device) -> str | None:
         return why_no_cuda(device)
@@ -60,7 +61,7 @@ class CudaEngine(Engine[_Packed]):
             lambda: CudaStep(kept.plan, batch, kept.device, precision=precision),
             instead_of=(_GRAPH,),
         )
-        return kept.compiled(options.row_kernel or self.row_kernel), step, kept if options.cuda_graph else None
+        return kept.compiled(options.row_kernel or "library"), step, kept if options.cuda_graph else None
 
     def fill(
         self, prepared: _Packed, prior: Prior, request: SampleRequest, row_done: RowDone, on_phase: OnPhase | None

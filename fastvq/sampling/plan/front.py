@@ -31,8 +31,8 @@ class Front:
 
     @property
     def offset(self) -> int:
-        """Tiles that a row is ahead of the one below it."""
-        return 1 if self.tiles == 1 else 1 + (self.tile + self.skew - 2) // self.tile
+        """Tiles that a row is ahead of the one below it; at most a whole row, so that no step is empty."""
+        return min(self.tiles, 1 + (self.tile + self.skew - 2) // self.tile)
 
     @property
     def steps(self) -> int:
