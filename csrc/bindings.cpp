@@ -22,6 +22,7 @@
 #include "binding_helpers.h"
 #include "cpu/checksum.h"
 #include "cpu/draw.h"
+#include "cpu/elementwise.h"
 #include "cpu/ema.h"
 #include "cpu/grid_plan.h"
 #include "cpu/kernels.h"
@@ -202,6 +203,29 @@ void run_product(const fastvq::cpu::PackedProduct& product, int64_t samples, int
     task.out = {pointer<float>("out", out, samples), out_sample_stride, table(out_position_stride)};
     nb::gil_scoped_release release;
     product.run(task, threads);
+}
+
+void elementwise(const std::string& kind, uintptr_t first, int64_t first_stride, uintptr_t second,
+                 int64_t second_stride, uintptr_t out, int64_t out_stride, int64_t rows, int64_t channels,
+                 int64_t threads, const std::string& kernels) {
+    const auto function = fastvq::cpu::function_named(kind, kernels_named(kernels));
+    expect(function.unary != nullptr || function.binary != nullptr, "kind", "elu, elu_negated, relu, add, glu or tanh");
+    expect(rows >= 0 && rows < fastvq::kTableLimit, "rows", "0 to 2^24");
+    expect(channels >= 1 && channels < fastvq::kTableLimit, "channels", "1 to 2^24");
+    expect(rows <= 1 || out_stride >= channels, "out", "rows that do not overlap");
+    expect(threads >= 1 && threads <= 1024, "threads", "1 to 1024");
+    if (rows == 0) return;
+    fastvq::cpu::ElementwiseTask task{};
+    task.first = pointer<const float>("first", first, rows);
+    task.first_stride = first_stride;
+    if (function.binary != nullptr) task.second = pointer<const float>("second", second, rows);
+    task.second_stride = second_stride;
+    task.out = pointer<float>("out", out, rows);
+    task.out_stride = out_stride;
+    task.rows = rows;
+    task.channels = channels;
+    nb::gil_scoped_release release;
+    fastvq::cpu::elementwise(task, function, threads);
 }
 
 // A field of a struct that Python fills in, as (name, offset).
@@ -413,6 +437,10 @@ NB_MODULE(_ext, m) {
              "start + rows of the inputs @ weights, for every position of the samples; arrays by address.");
     m.def("make_product", &make_product, nb::arg("weights"), nb::arg("depth"), nb::arg("columns"), nb::arg("kernels"),
           "Packs the right side of products that are summed in a fixed order; arrays by address.");
+    m.def("elementwise", &elementwise, nb::arg("kind"), nb::arg("first"), nb::arg("first_stride"), nb::arg("second"),
+          nb::arg("second_stride"), nb::arg("out"), nb::arg("out_stride"), nb::arg("rows"), nb::arg("channels"),
+          nb::arg("threads"), nb::arg("kernels"),
+          "A function of one element, or of two, over rows; arrays by address, 0 for a second one that is not read.");
     m.attr("PLAN_LAYOUT") = plan_layout();
     nb::class_<fastvq::cpu::GridPlan>(m, "GridPlan")
         .def_prop_ro("weight_bytes", &fastvq::cpu::GridPlan::weight_bytes)

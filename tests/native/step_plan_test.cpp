@@ -18,6 +18,12 @@
 #include "reference.h"
 #include "tests.h"
 
+namespace fastvq::cpu {
+#ifdef FASTVQ_X86_KERNELS
+extern const Kernels kWideKernels;
+#endif
+}  // namespace fastvq::cpu
+
 namespace fastvq::cpu::testing {
 namespace {
 
@@ -29,6 +35,15 @@ std::vector<const Kernels*> kernels_here() {
     for (const char* name : {"avx512", "avx2", "baseline"}) {
         if (const Kernels* kernels = find_kernels(name)) found.push_back(kernels);
     }
+    return found;
+}
+
+// With one for comparison that no engine uses.
+std::vector<const Kernels*> kernels_to_compare() {
+    std::vector<const Kernels*> found = kernels_here();
+#ifdef FASTVQ_X86_KERNELS
+    if (find_kernels("avx2") != nullptr) found.push_back(&kWideKernels);
+#endif
     return found;
 }
 
@@ -363,7 +378,8 @@ int run(uint64_t num_plans) {
     test("cases", [&] { test_every_kind_comes_up(num_plans); });
     test("checksum", test_checksum);
     test("draw", test_draw);
-    test("products of all instruction sets", [] { test_products_agree(kernels_here()); });
+    test("kernels of all instruction sets", [] { test_kernels_agree(kernels_to_compare()); });
+    test("products of all instruction sets", [] { test_products_agree(kernels_to_compare()); });
     test("programs of the CUDA engine", [&] { test_programs(num_plans); });
     for (const Kernels* kernels : kernels_here()) {
         const std::string on = std::string(" on ") + kernels->name;

@@ -10,6 +10,7 @@ namespace fastvq::cpu::testing {
 
 void test_checksum();
 void test_kernels(const Kernels& kernels);
+void test_kernels_agree(const std::vector<const Kernels*>& all);
 void test_draw();
 void test_nearest(const Kernels& kernels);
 void test_product(const Kernels& kernels);

@@ -16,9 +16,10 @@ from fastvq._nvtx import annotate
 from fastvq.errors import ArgumentError
 from fastvq.models.prior import Prior
 from fastvq.sampling.engines.base import Engine, RowDone, Schedule
+from fastvq.sampling.engines.context import fixed_statics
 from fastvq.sampling.engines.phases import OnPhase
-from fastvq.sampling.engines.prepared import prepared
-from fastvq.sampling.engines.state import padded, static_inputs, weight_bytes
+from fastvq.sampling.engines.prepared import Kept, prepared
+from fastvq.sampling.engines.state import padded, weight_bytes
 from fastvq.sampling.engines.step_tables import STATIC, PlanTables, above_terms, not_drawable, refused_options
 from fastvq.sampling.engines.tiles import best_front
 from fastvq.sampling.options import EngineOptions
@@ -171,7 +172,7 @@ def grid_bytes(plan: Plan, front: Front) -> int:
     return torch.float32.itemsize * floats + torch.int64.itemsize * height * width
 
 
-_Packed = tuple[CpuPlan, Front, int]
+_Packed = tuple[CpuPlan, Front, int, Kept]
 
 
 class CpuEngine(Engine[_Packed]):
@@ -203,11 +204,11 @@ class CpuEngine(Engine[_Packed]):
         front = self.schedule(kept.plan, batch, options).front
         kernels, bf16 = options.kernels, options.precision == "bfloat16"
         packed = kept.get(self.name, (kernels, bf16), lambda: CpuPlan(kept.plan, kernels=kernels, bf16=bf16))
-        return packed, front, options.threads or torch.get_num_threads()
+        return packed, front, options.threads or torch.get_num_threads(), kept
 
     def fill(
         self, prepared: _Packed, prior: Prior, request: SampleRequest, row_done: RowDone, on_phase: OnPhase | None
     ) -> Tensor:
-        plan, front, threads = prepared
-        statics = static_inputs(prior, request)
+        plan, front, threads, kept = prepared
+        statics = fixed_statics(prior, request, kept)
         return plan.fill(request, statics, front, row_done, threads=threads, on_phase=on_phase)
