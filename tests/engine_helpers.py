@@ -119,10 +119,12 @@ def model_logits(prior: Prior, codes: Tensor, given: dict[str, Any]) -> Tensor:
 
 
 @torch.no_grad()
-def own_error(prior: Prior, codes: Tensor, given: dict[str, Any], exact: Tensor) -> float:
+def own_error(
+    prior: Prior, codes: Tensor, given: dict[str, Any], exact: Tensor, move: float = torch.finfo(torch.float32).eps
+) -> float:
     """How far the model itself is off in float32: the most of 4 times, as once may be by luck.
 
-    After the first time every weight moves by up to a unit in the last place.
+    After the first time every weight moves by up to a share of itself: a unit in the last place unless told otherwise.
     """
     other, worst = copy.deepcopy(prior), 0.0
     generator = torch.Generator().manual_seed(0)
@@ -130,7 +132,7 @@ def own_error(prior: Prior, codes: Tensor, given: dict[str, Any], exact: Tensor)
         worst = max(worst, float((model_logits(other, codes, given) - exact).abs().max()))
         for moved, weight in zip(other.parameters(), prior.parameters(), strict=True):
             noise = torch.rand(weight.shape, generator=generator, dtype=torch.float64) * 2 - 1
-            moved.copy_(weight.double() * (1 + noise * torch.finfo(torch.float32).eps))
+            moved.copy_(weight.double() * (1 + noise * move))
     return worst
 
 

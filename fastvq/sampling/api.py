@@ -162,14 +162,14 @@ class Run:
         """
         found, _ = choose(engine, prior, options)
         plan = plan_of(prior) if found.plans else None
-        size = choose_micro_batch(prior, plan, found, options, n, micro_batch, memory_limit)
+        size = choose_micro_batch(plan, found, options, n, micro_batch, memory_limit)
         return cls(prior, found, options, size, why_slow(engine, found, prior))
 
     def draw(self, request: SampleRequest, start: int, *, progress: bool) -> Tensor:
         """Codes of a request for samples from index ``start`` on: int64 [n, H, W]."""
         codes = torch.empty_like(request.init_codes)
         blocks: list[tuple[Tensor | slice, slice]]
-        if self.engine.padded(self.prior):
+        if self.engine.plans and self.engine.padded(plan_of(self.prior), self.options):
             padded = padded_micro_batches(start, len(codes), self.micro_batch)
             blocks = [(index.to(codes.device), new) for index, new in padded]
         else:

@@ -132,7 +132,7 @@ def describe(
     else:
         # Without values there is nothing to sample, and nothing to keep for later calls.
         plan, chosen, name = compile_plan(prior), engine_named("cpu"), "none"
-    size = min(n, choose_micro_batch(prior, plan, chosen, options, n, micro_batch, memory_limit))
+    size = min(n, choose_micro_batch(plan, chosen, options, n, micro_batch, memory_limit))
 
     def schedule_of(batch: int) -> Schedule:
         # The naive engine keeps nothing; a plan says what the cached ones would.

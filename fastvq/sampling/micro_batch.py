@@ -6,7 +6,6 @@ from typing import Any
 
 from fastvq._check import require_positive_int
 from fastvq.errors import ArgumentError
-from fastvq.models.prior import Prior
 from fastvq.sampling.engines import Engine
 from fastvq.sampling.options import EngineOptions
 from fastvq.sampling.plan.form import Plan
@@ -17,7 +16,6 @@ LEAST_MICRO_BATCH = 8
 
 
 def choose_micro_batch(
-    prior: Prior,
     plan: Plan | None,
     engine: Engine[Any],
     options: EngineOptions,
@@ -42,9 +40,11 @@ def choose_micro_batch(
             raise ArgumentError(
                 f"memory_limit: the {engine.name} engine cannot keep to one; its memory is the model's own"
             )
-    most = LEAST_MICRO_BATCH if engine.padded(prior) else max(1, min(n, engine.micro_batch))
+    most = max(1, min(n, engine.micro_batch))
     if plan is None or not engine.plans:
         return most if asked is None else asked
+    if engine.padded(plan, options):
+        most = LEAST_MICRO_BATCH
 
     def memory(batch: int) -> int:
         return engine.schedule(plan, batch, options).memory

@@ -72,8 +72,8 @@ class Engine(ABC, Generic[P]):
         """Why it cannot run a prior that is on a device, or None."""
         return None
 
-    def padded(self, prior: Prior) -> bool:
-        """Whether codes depend on how many samples are computed together, so that their number has to be the same."""
+    def padded(self, plan: Plan, options: EngineOptions) -> bool:
+        """Whether bits depend on how many samples are computed together, so that a plan has to have the same number."""
         return False
 
     def schedule(self, plan: Plan, batch: int, options: EngineOptions) -> Schedule:

@@ -37,9 +37,9 @@ from fastvq.sampling.request import SampleRequest, Settings
 # Rows that the host may be ahead: enough to hide its own work, and few enough that Ctrl-C and progress are prompt.
 ROWS_IN_FLIGHT = 3
 # Matrix instructions of bfloat16, and copies past the first cache.
-_LEAST_CAPABILITY = (8, 0)
+LEAST_CAPABILITY = (8, 0)
 # What the status word holds while every position could be drawn.
-_NOTHING_BAD = 2**63 - 1
+NOTHING_BAD = 2**63 - 1
 
 
 def why_no_cuda(device: torch.device) -> str | None:
@@ -61,7 +61,7 @@ def why_no_cuda(device: torch.device) -> str | None:
     if index >= min(info["device_count"], torch.cuda.device_count()):
         return f"there is no GPU {index}"
     capability = torch.cuda.get_device_capability(index)
-    if capability < _LEAST_CAPABILITY:
+    if capability < LEAST_CAPABILITY:
         return f"it needs compute capability 8.0 or higher, {device} has {capability[0]}.{capability[1]}"
     return None
 
@@ -143,7 +143,7 @@ class Grid:
         self.phases = Phases(on_phase, step.device)
         self.noise, self.known = noise, known
         self.scratch = make_scratch(state, places=2)
-        self.status = torch.full((1,), _NOTHING_BAD, dtype=torch.int64, device=step.device)
+        self.status = torch.full((1,), NOTHING_BAD, dtype=torch.int64, device=step.device)
 
     def enqueue(self, row: int, host: Tensor, device: Tensor) -> list[Tensor]:
         """Enqueue a row. Views are written to ``host`` and read from ``device``, int64 [2, operations, 4] each.
@@ -178,7 +178,7 @@ class Grid:
             ArgumentError: its logits are not finite.
         """
         bad = int(self.status)
-        if bad != _NOTHING_BAD:
+        if bad != NOTHING_BAD:
             position, sample = divmod(bad, self.state.batch)
             raise not_drawable(sample, *divmod(position, self.state.width))
 
