@@ -89,7 +89,7 @@ def front_bytes(plan: Plan, element: int) -> int:
         else:
             numbers += op.channels * rows * spans[op.index]
     step = plan.front(1).rows * sum(op.channels for op in plan.ops)
-    return element * numbers + torch.float32.itemsize * step + torch.int64.itemsize * height * width
+    return element * numbers + 4 * step + 8 * height * width
 
 
 class Tables:
