@@ -100,7 +100,7 @@ def sample(
             for small micro-batches, and not exact; with a ``micro_batch`` of 8 or more the ``cuda`` engine also rounds
             what the weights are multiplied by, and uses matrix instructions.
         options: everything an engine can be told, ``precision`` included (then leave that argument out): threads,
-            instruction set, row kernel, CUDA graph.
+            instruction set, row kernel, tile, CUDA graph.
 
     Returns:
         int64 [n, H, W] on the prior's device.

@@ -184,7 +184,7 @@ def test_rows_in_flight(height: int) -> None:
     events: list[tuple[str, int]] = []
     job.extension.when_row = lambda row: events.append(("enqueued", row))
     done = iter(range(height))
-    job.run(lambda: events.append(("done", next(done))))
+    job.run(lambda rows: events.extend(("done", next(done)) for _ in range(rows)))
     assert [row for what, row in events if what == "enqueued"] == list(range(height))
     assert [row for what, row in events if what == "done"] == list(range(height))
     ahead = 0
@@ -202,7 +202,7 @@ def test_an_exception_leaves_the_step_usable() -> None:
     job = Job(spread(snail()))
     wanted = job.run().clone()
 
-    def stop() -> None:
+    def stop(rows: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

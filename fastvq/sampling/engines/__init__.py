@@ -180,9 +180,9 @@ def fill(
         row_done: called with the number of rows, from the top, that have become complete in all samples since the last
             call.
         evaluated: what the engine's `evaluated` gives, for callers that fill several.
-        on_phase: called with ``"row phase"`` or ``"step phase"`` and the seconds that it took, for each row of each. On
-            a GPU these are seconds of the device, all told at the end of the grid. The naive engine and grids that are
-            replayed as a CUDA graph have no such phases.
+        on_phase: called with ``"row phase"`` or ``"step phase"`` and the seconds that it took, for each row of each, or
+            each tile step of a front. On a GPU these are seconds of the device, all told at the end of the grid. The
+            naive engine and grids that are replayed as a CUDA graph have no such phases.
 
     Raises:
         ArgumentError: options that this engine does not have, weights or logits that are not finite.

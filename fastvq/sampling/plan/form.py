@@ -1,9 +1,10 @@
 """From a prior to a plan: a flat list of operations on per-position feature vectors, and when each can run.
 
-Sampling goes through the grid in raster order. What an operation reads decides when its result is known:
+Sampling goes through each row from left to right, and through the rows along a front
+(:mod:`fastvq.sampling.plan.front`) or one after the other. What an operation reads decides when its result is known:
 
-- ``row``: only rows above, or things known beforehand (condition, label, place in the grid). Its values for a whole row
-  are one library call when the row starts.
+- ``row``: only rows above, or things known beforehand (condition, label, place in the grid). Its values for a
+  whole row, or for the tiles that the front has come to, are one library call when these start.
 - ``left``: also columns left of the current one. All such operations of a position are independent of each other.
 - ``here``: also features of the current position. These wait for one another.
 
