@@ -13,7 +13,7 @@ int64_t Front::complete(int64_t step) const {
 
 bool Front::reaches(int64_t above, int64_t right) const {
     // The row above is `offset * above` tiles ahead, and all columns of those but none of the tile after are done.
-    return tiles() == 1 || offset * above * tile >= tile + std::min(right, width - 1);
+    return offset * above >= tiles() || offset * above * tile >= tile + std::min(right, width - 1);
 }
 
 Ring::Ring(const Front& front, int64_t channels, int64_t above, int64_t left, int64_t right)

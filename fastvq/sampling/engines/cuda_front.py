@@ -256,7 +256,7 @@ class FrontGrid:
         self,
         request: SampleRequest,
         statics: dict[str, Tensor],
-        row_done: RowDone = lambda: None,
+        row_done: RowDone = lambda rows: None,
         on_phase: OnPhase | None = None,
         *,
         recorded: bool = False,
@@ -292,15 +292,15 @@ class FrontGrid:
                                 rows[-1].record()
                             else:
                                 done += 1
-                                row_done()
+                                row_done(1)
                         # The host is to stay near the device, so that Ctrl-C and progress are prompt.
                         while len(rows) > ROWS_IN_FLIGHT:
                             rows.popleft().synchronize()
                             done += 1
-                            row_done()
+                            row_done(1)
                 for event in rows:
                     event.synchronize()
-                    row_done()
+                    row_done(1)
                 self._check()
                 phases.finish()
                 return self.codes.clone()
