@@ -29,12 +29,14 @@ class EngineOptions:
         kernels: instruction set of the ``cpu`` engine: ``auto``, ``avx512``, ``avx2`` or ``baseline``.
         row_kernel: what computes the convolutions over the rows above in the cached engines: ``library`` (PyTorch's),
             ``product`` (the extension's, on a CPU) or ``triton`` (the project's own kernel, on a GPU). All are float32.
-            None: ``product`` for the ``cpu`` engine, ``library`` for the others.
+            None: ``product`` for the ``cpu`` engine, ``library`` for the others. The ``cuda`` engine samples in
+            raster order if this is given: along a front it has no row phase, and bfloat16 then covers all products.
         tile: columns of a row that are sampled one after the other before the front moves on, 1 to the width of the
             grid, which is raster order; see :class:`fastvq.sampling.plan.Front`. None for what should be fastest. Codes
-            do not depend on it. Priors with attention are sampled in raster order alone.
+            do not depend on it. Priors with attention are sampled in raster order alone. The ``cuda`` engine has
+            tiles of one column and raster order.
         cuda_graph: the ``cuda`` engine records a whole grid once and replays it, see
-            :mod:`fastvq.sampling.engines.cuda_graph`.
+            :mod:`fastvq.sampling.engines.cuda_graph`; along a front one step, which serves for all.
 
     Raises:
         ArgumentError, ArgumentTypeError: values that are not among these.
