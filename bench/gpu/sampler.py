@@ -47,16 +47,21 @@ _NAIVE_BATCH = 16
 _CHECKED = 2
 _TARGET_SECONDS, _MOST_REPEATS = 2.0, 20
 
-# Ways in which the ``cuda`` engine can run; all but bfloat16 promise the naive sampler's codes.
+# Ways in which the ``cuda`` engine can run; all but bfloat16 promise the naive sampler's codes. Where there is no
+# attention it samples along a front unless a row kernel asks for rows.
 VARIANTS = {
     "cuda": EngineOptions(),
     "cuda bf16": EngineOptions(precision="bfloat16"),
     "cuda graph": EngineOptions(cuda_graph=True),
     "cuda bf16 graph": EngineOptions(precision="bfloat16", cuda_graph=True),
+    "cuda rows": EngineOptions(row_kernel="library"),
     "cuda triton rows": EngineOptions(row_kernel="triton"),
 }
 # The time may end anywhere, so what is compared most comes first.
-ORDER = ("cuda", "cuda bf16", "naive", "torch", "cuda bf16 graph", "cuda graph", "cuda triton rows", "torch graph")
+ORDER = (
+    *("cuda graph", "cuda bf16 graph", "cuda", "cuda bf16", "cuda rows", "naive", "torch", "cuda triton rows"),
+    "torch graph",
+)
 
 
 def case_of(name: str, batch: int, *, small: bool = False) -> SamplerCase:

@@ -8,7 +8,9 @@ import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from engine_helpers import given_to, grids, model_logits, own_error, request_of, require_same_codes, spread
@@ -46,9 +48,9 @@ PROGRAMS = 4
 CPU = torch.device("cpu")
 BARE = partial(snail, attention=False)
 FRONTS: dict[str, Callable[..., Prior]] = {
-    "strict": PRIORS["strict-no-attention"],
-    "even": PRIORS["strict-even"],
-    "inclusive": PRIORS["inclusive-no-attention"],
+    "strict": lambda **c: BARE(blocks=2, **c),
+    "even": lambda **c: BARE(kernel_size=4, **c),
+    "inclusive": lambda **c: BARE(mask="inclusive", **c),
     "legacy": lambda **c: BARE(legacy_skip=True, layers_per_block=2, **c),
     "concat-elu": lambda **c: BARE(output_blocks=1, activation="concat_elu", **c),
     "pixelcnn": PRIORS["pixelcnn-no-layers"],
@@ -127,40 +129,46 @@ def check_drawn(device: str, **settings: Any) -> str:
     return check_codes(partial(PRIORS["pixelcnn-no-layers"], num_codes=23), device, settings=Settings(**settings))
 
 
+def _in_order(a: np.ndarray, b: np.ndarray, dtype: Any = None) -> np.ndarray:
+    """A product added up in one order; in NumPy's it depends on the place of a row."""
+    total = np.zeros((a.shape[0], b.shape[1]), dtype)
+    for k in range(a.shape[1]):
+        total += a[:, k : k + 1] * b[k]
+    return total
+
+
 def check_bits(precision: str, device: str) -> None:
     """Of a sample's logits: whatever it is sampled with, and however its sums are shared out among programs."""
-    prior = spread(BARE(channels=6, layers_per_block=2, kernel_size=5, num_classes=3, shape=(3, 4)))
-    most = 5
-    whole = Job(prior, most, device, precision=precision)
-    codes, logits = whole.run()
-    assert any(len(one.early) > 1 for one in whole.weights.sums.values())
-    for n, grouped in ((1, False), (2, True)):
-        request = whole.request.rows(torch.arange(n, device=device) + most - n)
-        few = Job(prior, n, device, precision=precision, grouped=grouped, request=request)
-        assert few.grid.partials.numel() != n * whole.grid.partials.numel() / most or grouped == whole_grouped(whole)
-        found, bits = few.run()
-        assert torch.equal(found, codes[most - n :])
-        assert torch.equal(bits.view(torch.int32), logits[most - n :].view(torch.int32))
-
-
-def whole_grouped(job: Job) -> bool:
-    return 2 * sum(len(one.early) > 0 for one in job.weights.sums.values()) >= job.weights.programs
+    prior = spread(BARE(channels=6, num_classes=3, shape=(2, 3)))
+    with mock.patch("numpy.matmul", _in_order):
+        whole = Job(prior, 5, device, precision=precision, grouped=True)
+        assert any(one.group > 1 for one in whole.weights.sums.values())
+        codes, logits = whole.run()
+        for n, grouped in ((1, False), (2, True)):
+            request = whole.request.rows(torch.arange(n, device=device) + 5 - n)
+            few = Job(prior, n, device, precision=precision, grouped=grouped, request=request)
+            found, bits = few.run()
+            assert torch.equal(found, codes[5 - n :])
+            assert torch.equal(bits.view(torch.int32), logits[5 - n :].view(torch.int32))
 
 
 def check_bfloat16(device: str) -> str:
-    """Weights and activations are rounded once each, by up to 2^-9: as if weights had moved by 2^-8."""
-    prior = spread(BARE(channels=6, residual_channels=5, layers_per_block=2, kernel_size=5))
+    """Weights and activations are rounded once each, by up to 2^-9: as if weights had moved by 2^-8.
+
+    Triton's interpreter cuts activations off instead, by up to 2^-8.
+    """
+    prior = spread(BARE(channels=6, residual_channels=5, kernel_size=5, shape=(2, 5)))
     codes, given = grids(prior, 2)
     everything = torch.ones_like(codes, dtype=torch.bool)
     job = Job(prior, 2, device, precision="bfloat16", init_codes=codes, mask=everything)
     found, logits = job.run()
     assert torch.equal(found, codes)
     exact = model_logits(copy.deepcopy(prior).double(), codes, given)
-    moved = own_error(prior, codes, given, exact, move=2**-8)
+    moved = own_error(prior, codes, given, exact, move=2**-7 if device == "cpu" else 2**-8)
     error = float((logits - exact).abs().max())
     # Nearer than this would be float32.
     assert 0.02 * moved < error <= 4 * moved, f"{error:.3g}, weights that move give {moved:.3g}"
-    return f"logits off by {error:.2g}; weights that move by 2^-8 give {moved:.2g}"
+    return f"logits off by {error:.2g}; weights that move as much give {moved:.2g}"
 
 
 def check_not_finite(device: str) -> None:
@@ -188,7 +196,7 @@ def check_excluded(device: str) -> None:
     assert codes.max() == 1
 
 
-RAGGED = partial(BARE, shape=(5, 7), channels=20, residual_channels=12, kernel_size=5, form="symmetric")
+RAGGED = partial(BARE, shape=(3, 5), channels=34, residual_channels=12, kernel_size=3, form="symmetric")
 GROUPS: dict[str, dict[str, Check]] = {
     "codes": {
         "strict-both": lambda d: check_codes(partial(FRONTS["strict"], **GIVEN["both"]), d),
@@ -200,7 +208,7 @@ GROUPS: dict[str, dict[str, Check]] = {
         "legacy": lambda d: check_codes(FRONTS["legacy"], d),
         "concat-elu": lambda d: check_codes(FRONTS["concat-elu"], d),
         "ragged": lambda d: check_codes(RAGGED, d),
-        "many-parts": lambda d: check_codes(partial(FRONTS["even"], shape=(2, 7)), d, programs=64),
+        "many-parts": lambda d: check_codes(partial(FRONTS["even"], shape=(2, 5)), d, programs=64),
     },
     "drawn": {
         "known": check_known,

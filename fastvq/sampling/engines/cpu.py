@@ -194,7 +194,8 @@ class CpuEngine(Engine[_Packed]):
     def schedule(self, plan: Plan, batch: int, options: EngineOptions) -> Schedule:
         element = 2 if options.precision == "bfloat16" else 4
         if options.tile is None:
-            front, reason = best_front(plan, batch, options.threads or torch.get_num_threads(), element)
+            threads = options.threads or torch.get_num_threads()
+            front, reason = best_front(plan, batch, threads, element, lambda front: grid_bytes(plan, front))
         else:
             front, reason = plan.front(options.tile), "asked for"
         return Schedule(front, reason, weight_bytes(plan, element), batch * grid_bytes(plan, front))

@@ -8,7 +8,6 @@ vector on in registers make a chain, and a stage is the chains that need not wai
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -182,10 +181,3 @@ def _levels(plan: Plan) -> list[int]:
             here = [levels[source] for source in op.sources]
         levels.append(max(here, default=0))
     return levels
-
-
-def instructions(program: FrontProgram) -> Iterator[Instruction]:
-    for level in program.levels:
-        for stage in level.stages:
-            for chain in stage:
-                yield from chain

@@ -12,7 +12,7 @@ from fastvq.sampling.engines.front_weights import FrontWeights, Part, Sum
 from fastvq.sampling.plan.form import Plan
 
 # Positions and channels of a block of what follows products.
-TAIL_BLOCK = (4, 128)
+TAIL_BLOCK = (2, 256)
 
 
 class _Place(NamedTuple):
