@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -16,7 +14,6 @@ from fastvq.models.prior import Prior
 from fastvq.sampling import EngineOptions
 from fastvq.sampling.engines import fill, plan_of, static_inputs
 from fastvq.sampling.engines.pytorch import TorchGrid, TorchPlan, front_of, sample_torch
-from fastvq.sampling.engines.state import GridState
 from fastvq.sampling.request import SampleRequest, Settings, build_request
 
 
@@ -56,20 +53,6 @@ def fill_rows(
     with contextlib.suppress(_EnoughError):
         fill(name, prior, request, row_done, options or EngineOptions())
     return ticks
-
-
-@contextlib.contextmanager
-def touched_caches() -> Iterator[None]:
-    """Caches made inside the block are written once in full: pages that nobody has written to are not resident."""
-    init = GridState.__init__
-
-    def touched(state: GridState, *arguments: Any) -> None:
-        init(state, *arguments)
-        for cache in (*(ring.data for ring in state.rings.values()), *state.keys.values(), *state.values.values()):
-            cache.zero_()
-
-    with mock.patch.object(GridState, "__init__", touched):
-        yield
 
 
 class TorchSteps:

@@ -65,6 +65,8 @@ class StandInPlan:
         self.module = module
         ops, self.num_ops, terms, num_terms, self.output, self.batch, self.width = fields[:7]
         self.positions, self.num_codes, self.key_stride, bf16 = fields[7:11]
+        if self.batch < 1:
+            raise ValueError("shape: expected positive sizes")
         self.ops = array(ops, OP, self.num_ops).copy()
         self.terms = array(terms, TERM, num_terms).copy() if num_terms else np.zeros(0, TERM)
         names = {number: name for name, number in kind_numbers().items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from typing import Any, TypeVar
 
@@ -18,7 +19,7 @@ from fastvq.ops.draw import draw_margin
 from fastvq.sampling.engines import cpu, static_inputs
 from fastvq.sampling.engines.cpu import CpuPlan
 from fastvq.sampling.engines.pytorch import TorchGrid, TorchPlan, front_of, sample_torch
-from fastvq.sampling.plan import Plan, compile_plan
+from fastvq.sampling.plan import Plan, Term, compile_plan
 from fastvq.sampling.request import SampleRequest, Settings, build_request
 
 # How near to a boundary between two codes, in probability, rounding may decide.
@@ -110,6 +111,19 @@ def engine_logits(
         filled = sample_torch(grid, request, lambda rows: None, logits=logits)
     assert torch.equal(filled, codes)
     return logits
+
+
+def rounded(plan: Plan, *, above: bool = True) -> Plan:
+    """With weights of products in bfloat16; without those on rows above and of what is known beforehand if not so."""
+
+    def of(terms: dict[int, tuple[Term, ...]]) -> dict[int, tuple[Term, ...]]:
+        return {
+            index: tuple(dataclasses.replace(term, weight=term.weight.bfloat16().float()) for term in found)
+            for index, found in terms.items()
+        }
+
+    steps = of(plan.step_terms)
+    return dataclasses.replace(plan, step_terms=steps, row_terms=of(plan.row_terms) if above else plan.row_terms)
 
 
 @torch.no_grad()

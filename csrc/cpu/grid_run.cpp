@@ -598,7 +598,7 @@ GridResult GridPlan::run(const GridTask& task) const {
             if (thread == 0) {
                 result.above_seconds += seconds(begin, middle);
                 result.step_seconds += seconds(middle, Clock::now());
-                complete = front.complete(number);
+                if (!ended()) complete = front.complete(number);
                 ask();
             }
             all.wait();

@@ -23,8 +23,8 @@ class EngineOptions:
 
     Attributes:
         precision: of the weights of the ``cpu`` and ``cuda`` engines; sums are float32 either way. ``bfloat16`` halves
-            the memory traffic and is not exact. Along a front the ``cuda`` engine rounds what the weights are multiplied
-            by as well; in raster order only the weights of the step phase, and with 8 samples or more what these are
+            the memory traffic and is not exact. Along a front the ``cuda`` engine rounds what weights are multiplied by
+            as well; in raster order only the weights of the step phase, and with 8 samples or more what these are
             multiplied by.
         threads: of the ``cpu`` engine, 1 to 1024; None for PyTorch's number. Steps with little work take fewer.
         kernels: instruction set of the ``cpu`` engine: ``auto``, ``avx512``, ``avx2`` or ``baseline``.

@@ -42,7 +42,8 @@ class Samples(NamedTuple):
     """Result of :meth:`Pipeline.sample`.
 
     Attributes:
-        images: float32 [n, C, H, W], clamped to [-1, 1].
+        images: float32 [n, C, H, W], clamped to [-1, 1]; up to the decoder's rounding, which may depend on how many
+            images are decoded together.
         codes: int64 [n, h, w] for each level, top first.
         seed, micro_batch: what to pass to get the same codes again; ``micro_batch`` matters where engines round
             differently for other sizes.

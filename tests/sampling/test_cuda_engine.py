@@ -16,11 +16,13 @@ import pytest
 import torch
 from cuda_stand_in import BATCH, CPU, Job, StandIn
 from engine_helpers import (
+    engine_logits,
     given_to,
     grids,
     needs_extension,
     request_of,
     require_same_codes,
+    rounded,
     spread,
 )
 from helpers import pixelcnn, refuses, snail
@@ -32,6 +34,7 @@ from fastvq import _engine
 from fastvq.cli import generate
 from fastvq.errors import ArgumentError, UnavailableError
 from fastvq.models import Prior
+from fastvq.ops.draw import draw
 from fastvq.sampling import (
     EngineOptions,
     Pipeline,
@@ -148,13 +151,17 @@ def test_step_options() -> None:
 @every_prior
 @every_given
 def test_codes(kind: str, told: str) -> None:
-    """Those of the C++ engine, bit for bit, for it has done the arithmetic."""
+    """Logits are those of the torch engine, with steps' weights rounded for bfloat16, and codes are drawn from them."""
     prior = spread(PRIORS[kind](**GIVEN[told]))
+    plan = compile_plan(prior)
     for precision in ("float32", "bfloat16"):
         job = Job(prior, precision=precision)
-        codes = job.run()
-        options = EngineOptions(threads=1, precision=precision)
-        assert torch.equal(codes, fill("cpu", prior, job.request, lambda rows: None, options))
+        logits = torch.full((*job.request.init_codes.shape, plan.num_codes), float("nan"))
+        codes = job.run(logits=logits)
+        of = plan if precision == "float32" else rounded(plan, above=False)
+        wanted = engine_logits("torch", prior, codes, job.given, plan=of)
+        torch.testing.assert_close(logits, wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
+        assert torch.equal(draw(logits, job.request.noise), codes)
         assert not (torch.equal(codes, job.request.init_codes) and prior.config.num_codes > 1)
 
 
@@ -258,7 +265,7 @@ def test_the_ring_gives_places_in_turn() -> None:
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     """The stand-in as if it were an extension with CUDA, and priors on the CPU as if that were a GPU."""
     stand_in = StandIn()
-    for name in ("make_step_plan", "make_product", "checksum"):
+    for name in ("make_grid_plan", "make_product", "checksum"):
         setattr(stand_in, name, getattr(_engine.require(), name))
     monkeypatch.setattr(_engine, "require", lambda: stand_in)
     for module in (cuda, cuda_grid):

@@ -119,8 +119,8 @@ def test_tables_keep_their_weights_until_released() -> None:
     tables = PlanTables(plan, above=False)
     terms = [term for op in plan.ops for term in plan.step_terms.get(op.index, ())]
     assert len(tables.terms) == len(terms)
-    for (source, first, columns, address, count), term in zip(tables.terms.tolist(), terms, strict=True):
-        assert (source, first, columns) == (term.source, term.taps[0][1], len(term.taps))
+    for (source, first, columns, address, count, *rows), term in zip(tables.terms.tolist(), terms, strict=True):
+        assert (source, first, columns, rows) == (term.source, term.taps[0][1], len(term.taps), [0, 1])
         assert np.array_equal(floats(address, count), term.weight.detach().flatten().numpy())
     held = list(tables._weights)
     assert held

@@ -15,7 +15,6 @@ import pytest
 import torch
 from engine_helpers import CACHED, needs_extension, request_of, spread
 from helpers import pixelcnn, snail
-from step_tables import Row, Tables
 
 from fastvq.sampling import EngineOptions, sample
 from fastvq.sampling.engines import fill
@@ -68,9 +67,9 @@ def test_no_threads_are_left_over() -> None:
 
 def test_other_python_threads_go_on_during_a_row() -> None:
     """The row takes some tenths of a second; the other thread needs the interpreter every millisecond."""
-    tables = Tables()
-    tables.shape |= {"batch": 8, "width": 4000, "positions": 4000, "key_stride": 4000, "kernels": "baseline"}
-    plan, row = tables.make(), Row(tables)
+    prior = snail(shape=(1, 4000), channels=64, residual_channels=64, attention=False)
+    request = request_of(prior, 8, {}, seed=0)
+    options = EngineOptions(threads=1, kernels="baseline")
     turns = 0
     done = threading.Event()
 
@@ -89,7 +88,7 @@ def test_other_python_threads_go_on_during_a_row() -> None:
         while not turns:
             time.sleep(0.001)
         turns = 0
-        assert row.run(plan) == -1
+        fill("cpu", prior, request, lambda rows: None, options)
         seen = turns
     finally:
         sys.setswitchinterval(interval)
@@ -106,31 +105,31 @@ from engine_helpers import request_of
 from helpers import snail
 from fastvq.sampling import EngineOptions, sample
 from fastvq.sampling.engines import fill
-from fastvq.sampling.engines.state import GridState
+from fastvq.sampling.engines.cpu import CpuPlan
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
 small = snail()
 wanted = sample(small, 2, seed=1, engine="cpu")
-# Nearly all of the work is in the step phase, and the row would take half a minute.
+# The row would take half a minute.
 wide = {{"shape": (1, 2048), "channels": 512, "residual_channels": 1024}}
 prior = snail(layers_per_block=0, attention=False, output_blocks=6, **wide)
-begin = GridState.begin_row
+begin = CpuPlan._static_inputs
 
 
-def announce(self, row):
-    begin(self, row)
+def announce(self, *rest):
     print("row", flush=True)
+    return begin(self, *rest)
 
 
-GridState.begin_row = announce
+CpuPlan._static_inputs = announce
 rows = []
 try:
     options = EngineOptions(threads={threads}, kernels="baseline")
     fill("cpu", prior, request_of(prior, 8, {{}}, seed=0), rows.append, options)
 except KeyboardInterrupt:
     print("interrupted after", len(rows), "rows", flush=True)
-GridState.begin_row = begin
+CpuPlan._static_inputs = begin
 assert torch.equal(sample(small, 2, seed=1, engine="cpu"), wanted)
 print("sampled again", flush=True)
 """
