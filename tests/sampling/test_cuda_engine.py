@@ -258,7 +258,7 @@ def test_the_ring_gives_places_in_turn() -> None:
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     """The stand-in as if it were an extension with CUDA, and priors on the CPU as if that were a GPU."""
     stand_in = StandIn()
-    for name in ("make_step_plan", "make_product", "checksum"):
+    for name in ("make_grid_plan", "make_product", "checksum"):
         setattr(stand_in, name, getattr(_engine.require(), name))
     monkeypatch.setattr(_engine, "require", lambda: stand_in)
     for module in (cuda, cuda_grid):

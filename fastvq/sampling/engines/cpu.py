@@ -1,7 +1,7 @@
 """The cached sampler in C++: one call fills the grids of a micro-batch, draws included.
 
 Every output of a product is summed in one fixed order, and so is everything else: the codes of a sample depend neither
-on the samples beside it, nor on tiles or threads, and processors that fuse multiplications with additions give the same.
+on the samples beside it, nor on tiles or threads, and processors that fuse products with additions give the same.
 """
 
 from __future__ import annotations
