@@ -42,6 +42,7 @@ inline std::vector<OpSpec> op_table(uintptr_t ops, int64_t num_ops) {
     for (const OpSpec& op : specs) {
         expect(op.channels >= 1 && op.channels < kTableLimit, "channels", "1 to 2^24");
         pointer<const float>("weights", reinterpret_cast<uintptr_t>(op.weights), op.num_weights);
+        pointer<const float>("bias", reinterpret_cast<uintptr_t>(op.bias), op.bias != nullptr);
     }
     return specs;
 }

@@ -298,6 +298,11 @@ std::unique_ptr<fastvq::cpu::GridPlan> make_grid_plan(uintptr_t ops, int64_t num
                                                    fastvq::cpu::GridShape{height, width, num_codes}, bf16, found);
 }
 
+int64_t grid_memory(const fastvq::cpu::GridPlan& plan, int64_t batch, int64_t tile, int64_t offset) {
+    expect(batch >= 0 && batch < fastvq::kTableLimit, "batch", "0 to 2^24");
+    return plan.memory_bytes(batch, tile, offset);
+}
+
 // What a call tells Python while it runs, and what came of that.
 struct Listener {
     const nb::callable& rows_complete;
@@ -446,7 +451,7 @@ NB_MODULE(_ext, m) {
         .def_prop_ro("weight_bytes", &fastvq::cpu::GridPlan::weight_bytes)
         .def_prop_ro("kernels", &fastvq::cpu::GridPlan::kernels_name)
         .def_prop_ro("fused", &fastvq::cpu::GridPlan::fused)
-        .def("memory_bytes", &fastvq::cpu::GridPlan::memory_bytes, nb::arg("batch"), nb::arg("tile"), nb::arg("offset"),
+        .def("memory_bytes", &grid_memory, nb::arg("batch"), nb::arg("tile"), nb::arg("offset"),
              "Bytes that filling grids takes beside the weights.")
         .def("run", &run_grid, nb::arg("batch"), nb::arg("tile"), nb::arg("offset"), nb::arg("threads"),
              nb::arg("step_threads"), nb::arg("statics"), nb::arg("codes"), nb::arg("uniforms"), nb::arg("known"),

@@ -23,11 +23,14 @@ class AboveCheck {
     void check(int64_t index) {
         const OpSpec& op = ops_[index];
         index_ = index;
-        const bool needs = op.level < 0 && !op.uniform && op.kind != Kind::kStatic;
-        require(op.above_level < num_ops() && (op.above_level >= 0 || !(needs || op.num_above > 0)), index,
+        require(op.kind >= Kind::kLookup && op.kind <= Kind::kStatic, index, "unknown kind");
+        require(!op.uniform || op.level < 0, index, "what is the same everywhere is not known before");
+        require((op.num_once == 0 || op.kind == Kind::kAffine) && (op.num_above == 0 || multiplies(op)), index,
+                "it has no terms");
+        const bool before = op.level < 0 && !op.uniform && op.kind != Kind::kStatic;
+        require(op.above_level < num_ops() && (op.above_level >= 0) == (before || op.num_above > 0), index,
                 "its order above is none");
         require(!multiplies(op) || op.bias != nullptr, index, "it needs a bias");
-        require(!op.uniform || op.level < 0, index, "what is the same everywhere is not known before");
         if (op.kind == Kind::kAffine) {
             range(op.first_once, op.num_once);
             range(op.first_above, op.num_above);
@@ -40,10 +43,11 @@ class AboveCheck {
             for (int64_t t = op.first_above; t < op.first_above + op.num_above; ++t) above_term(op, terms_[t]);
         } else if (op.kind == Kind::kLookup) {
             range(op.first_above, op.num_above);
+            require(!op.uniform, index, "what is the same everywhere reads codes");
             for (int64_t t = op.first_above; t < op.first_above + op.num_above; ++t) {
                 const TermSpec& tap = terms_[t];
                 require(tap.source == -1 && tap.num_rows == 1 && tap.num_columns == 1 && tap.first_row < 0 &&
-                            tap.first_row > -kMaxSize && std::abs(tap.first_column) < kMaxSize &&
+                            tap.first_row > -kMaxSize && tap.first_column > -kMaxSize && tap.first_column < kMaxSize &&
                             tap.weights != nullptr && tap.num_weights / op.channels == shape_.num_codes &&
                             tap.num_weights % op.channels == 0,
                         index, "a tap above needs a table of its size");
@@ -65,8 +69,9 @@ class AboveCheck {
         require(term.source >= 0 && term.source < num_ops(), index_, "a source does not exist");
         require(term.num_rows >= 1 && term.num_rows < kMaxSize && term.num_columns >= 1 &&
                     term.num_columns < kMaxSize && term.first_row > -kMaxSize && term.first_row <= 1 - term.num_rows &&
-                    std::abs(term.first_column) < kMaxSize,
+                    term.first_column > -kMaxSize && term.first_column < kMaxSize,
                 index_, "a term reads rows that are not known yet");
+        require(ops_[term.source].kind != Kind::kStoreKeys, index_, "only attention reads keys");
         const int64_t channels = ops_[term.source].channels, count = term.num_weights;
         require(term.weights != nullptr && count > 0 && count % op.channels == 0 &&
                     count / op.channels % channels == 0 && count / op.channels / channels % term.num_rows == 0 &&
@@ -120,7 +125,7 @@ GridPlan::~GridPlan() = default;
 GridPlan::GridPlan(std::vector<OpSpec> specs, std::vector<TermSpec> terms, int64_t output, GridShape shape, bool bf16,
                    const Kernels& kernels)
     : specs_(std::move(specs)), terms_(std::move(terms)), ops_(specs_.size()), pasts_(specs_.size()),
-      values_(specs_.size()), output_(output), shape_(shape), bf16_(bf16), kernels_(kernels) {
+      values_(specs_.size()), above_levels_(1), output_(output), shape_(shape), bf16_(bf16), kernels_(kernels) {
     if (shape.height < 1 || shape.width < 1 || shape.height >= kMaxSize / shape.width) {
         throw std::invalid_argument("shape: expected a grid of 1 to 2^31 positions");
     }
@@ -152,6 +157,9 @@ GridPlan::GridPlan(std::vector<OpSpec> specs, std::vector<TermSpec> terms, int64
         }
         weight_bytes_ += static_cast<int64_t>((op.bias.size() + op.above_table.size() + op.step_table.size()) * 4);
         if (spec.kind == Kind::kAttend) values_[spec.sources[2]] = true;
+    }
+    for (int64_t index = 0; index < num_ops(); ++index) {
+        require(!(values_[index] && pasts_[index].kept), index, "attention and windows read its past");
     }
     // The caller's arrays may be gone from here on.
     for (OpSpec& op : specs_) op.weights = op.bias = nullptr;
@@ -186,8 +194,14 @@ void GridPlan::check() const {
             const TermSpec& term = terms_[t];
             const OpSpec& from = specs_[term.source];
             require(term.first_row == 0 && term.num_rows == 1, index, "a step reads rows above");
+            require(from.kind != Kind::kStoreKeys, index, "only attention reads keys");
             require(is_direct(term) || (from.kind != Kind::kStatic && !from.uniform), index,
                     "the past of a source is not kept");
+        }
+        for (int s = 0; s < num_sources(op); ++s) {
+            const bool keys = op.kind == Kind::kAttend && s == 1;
+            require(op.kind == Kind::kStatic || keys || specs_[op.sources[s]].kind != Kind::kStoreKeys, index,
+                    "only attention reads keys");
         }
         for (int s = 0; op.kind == Kind::kAttend && s < 3; ++s) {
             require(specs_[op.sources[s]].level >= 0, index, "attention reads what is known before");

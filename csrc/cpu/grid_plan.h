@@ -103,7 +103,7 @@ class GridPlan {
     std::vector<Past> pasts_;
     std::vector<bool> values_;  // whether attention reads an operation as values
     std::vector<int64_t> once_;
-    std::vector<std::vector<int64_t>> above_levels_, levels_;
+    std::vector<std::vector<int64_t>> above_levels_, levels_;  // at least one above, where sides of rings are cleared
     int64_t output_;
     GridShape shape_;
     bool bf16_;

@@ -35,12 +35,20 @@ void keep_first(std::atomic<int64_t>& found, int64_t place) {
 // How large what is: floats per sample.
 class GridPlan::Memory {
    public:
-    Memory(const GridPlan& plan, const Front& front) : plan_(plan), front_(front) {
+    // Throws std::bad_alloc if that is more than can be counted.
+    Memory(const GridPlan& plan, const Front& front, int64_t batch) : plan_(plan), front_(front) {
+        constexpr int64_t kMost = int64_t{1} << 50;
         for (int64_t index = 0; index < plan.num_ops(); ++index) {
             const Past& past = plan.pasts_[index];
             rings.push_back(past.kept ? Ring(front, plan.specs_[index].channels, past.above, past.left, past.right)
                                       : Ring());
+            const Ring& ring = rings.back();
+            const double vectors = std::max({static_cast<double>(ring.rows) * ring.pitch + ring.window(),
+                                             static_cast<double>(front.rows()) * front.tile,
+                                             static_cast<double>(plan.shape_.key_stride())});
+            if (vectors * plan.specs_[index].channels > kMost) throw std::bad_alloc();
             total += value(index) + start(index) + once(index);
+            if (total > kMost / std::max<int64_t>(1, batch)) throw std::bad_alloc();
         }
     }
 
@@ -75,7 +83,7 @@ class GridPlan::Memory {
 };
 
 int64_t GridPlan::memory_bytes(int64_t batch, int64_t tile, int64_t offset) const {
-    return Memory(*this, front_of(tile, offset)).total * batch * static_cast<int64_t>(sizeof(float));
+    return Memory(*this, front_of(tile, offset), batch).total * batch * static_cast<int64_t>(sizeof(float));
 }
 
 // What the threads of a call share.
@@ -93,7 +101,7 @@ class GridPlan::Grid {
     };
 
     Grid(const GridPlan& plan, const GridTask& task, const Front& front)
-        : task(task), front(front), memory(plan, front), places(front), ops(plan.num_ops()), plan_(plan) {
+        : task(task), front(front), memory(plan, front, task.batch), places(front), ops(plan.num_ops()), plan_(plan) {
         const int64_t floats = memory.total * task.batch;
         storage_.reset(static_cast<float*>(::operator new[](std::max<int64_t>(1, floats) * sizeof(float),
                                                             std::align_val_t{kAlignment})));
@@ -561,6 +569,7 @@ GridResult GridPlan::run(const GridTask& task) const {
     // By the calling thread alone.
     const auto ask = [&] {
         const auto now = Clock::now();
+        if (stop.load()) return;
         if (complete == told && now - asked < std::chrono::milliseconds(50)) return;
         asked = now;
         told = complete;

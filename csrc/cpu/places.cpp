@@ -11,15 +11,19 @@ int64_t Front::complete(int64_t step) const {
     return since < 0 ? 0 : std::min(height, since / offset + 1);
 }
 
+int64_t Front::ahead(int64_t above) const {
+    return above >= (tiles() + offset - 1) / offset ? tiles() : offset * above;
+}
+
 bool Front::reaches(int64_t above, int64_t right) const {
-    // The row above is `offset * above` tiles ahead, and all columns of those but none of the tile after are done.
-    return offset * above >= tiles() || offset * above * tile >= tile + std::min(right, width - 1);
+    // All columns of the tiles that the row above is ahead are done. No tile needs more than the first.
+    return ahead(above) * tile >= std::min(width, tile + right);
 }
 
 Ring::Ring(const Front& front, int64_t channels, int64_t above, int64_t left, int64_t right)
     : channels(channels), above(above), left(left), right(right), rows(front.rows() + above) {
     // From the oldest column that the lowest row reads to the last one of the tile in the highest.
-    const int64_t span = (front.offset * above + 1) * front.tile + left + right;
+    const int64_t span = (front.ahead(above) + 1) * front.tile + left + right;
     pitch = front.width + left + right;
     if (front.tiles() > 1 && span + window() - 1 < pitch) {
         period = span;

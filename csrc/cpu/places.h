@@ -18,6 +18,8 @@ struct Front {
     int64_t rows() const;
     // Rows from the top that are complete after a step.
     int64_t complete(int64_t step) const;
+    // Tiles that the row `above` above is ahead; no more than there are.
+    int64_t ahead(int64_t above) const;
     // Whether what is `right` columns to the right in the row `above` above is done when a tile begins.
     bool reaches(int64_t above, int64_t right) const;
 };

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from engine_helpers import CACHED, needs_extension, request_of, spread
+from grid_tables import Grid, Tables
 from helpers import pixelcnn, snail
 
 from fastvq.sampling import EngineOptions, sample
@@ -66,10 +67,10 @@ def test_no_threads_are_left_over() -> None:
 
 
 def test_other_python_threads_go_on_during_a_row() -> None:
-    """The row takes some tenths of a second; the other thread needs the interpreter every millisecond."""
-    prior = snail(shape=(1, 4000), channels=64, residual_channels=64, attention=False)
-    request = request_of(prior, 8, {}, seed=0)
-    options = EngineOptions(threads=1, kernels="baseline")
+    """The grid takes some tenths of a second; the other thread needs the interpreter every millisecond."""
+    tables = Tables()
+    tables.shape |= {"height": 1, "width": 4000, "kernels": "baseline"}
+    plan, grid = tables.make(), Grid(tables, batch=8)
     turns = 0
     done = threading.Event()
 
@@ -88,7 +89,7 @@ def test_other_python_threads_go_on_during_a_row() -> None:
         while not turns:
             time.sleep(0.001)
         turns = 0
-        fill("cpu", prior, request, lambda rows: None, options)
+        assert grid.run(plan) is None
         seen = turns
     finally:
         sys.setswitchinterval(interval)
@@ -111,25 +112,25 @@ torch.set_num_threads(1)
 torch.manual_seed(0)
 small = snail()
 wanted = sample(small, 2, seed=1, engine="cpu")
-# The row would take half a minute.
+# Nearly all of the work is in the step phase, and the row would take half a minute.
 wide = {{"shape": (1, 2048), "channels": 512, "residual_channels": 1024}}
 prior = snail(layers_per_block=0, attention=False, output_blocks=6, **wide)
-begin = CpuPlan._static_inputs
+fill_grids = CpuPlan.fill
 
 
-def announce(self, *rest):
-    print("row", flush=True)
-    return begin(self, *rest)
+def announce(*given, **options):
+    print("begin", flush=True)
+    return fill_grids(*given, **options)
 
 
-CpuPlan._static_inputs = announce
+CpuPlan.fill = announce
 rows = []
 try:
     options = EngineOptions(threads={threads}, kernels="baseline")
     fill("cpu", prior, request_of(prior, 8, {{}}, seed=0), rows.append, options)
 except KeyboardInterrupt:
     print("interrupted after", len(rows), "rows", flush=True)
-CpuPlan._static_inputs = begin
+CpuPlan.fill = fill_grids
 assert torch.equal(sample(small, 2, seed=1, engine="cpu"), wanted)
 print("sampled again", flush=True)
 """
@@ -142,7 +143,7 @@ def test_ctrl_c_within_a_row(threads: int) -> None:
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as child:
         try:
             assert child.stdout is not None
-            assert child.stdout.readline() == "row\n"
+            assert child.stdout.readline() == "begin\n"
             time.sleep(0.3)  # from the announcement into the extension
             child.send_signal(signal.SIGINT)
             rest, _ = child.communicate(timeout=60)
