@@ -115,9 +115,9 @@ class TorchGrid:
                     self._attended[source] = self._keep(source, Layout(height, 0, width))
         # [B, C, H, W], or [B, C] of a label.
         self._statics = {
-            name: features[:, :, 0, 0].expand(batch, -1)
+            name: features[:, :, 0, 0].float().expand(batch, -1)
             if name == "label"
-            else features.expand(batch, -1, height, width)
+            else features.float().expand(batch, -1, height, width)
             for name, features in statics.items()
         }
         self._begun: dict[int, Tensor] = {}  # what operations of the tile step are, or start from
