@@ -93,7 +93,7 @@ class Explanation:
             f"  operations   {self.row_ops} by row, {self.left_ops} from the left, {self.here_ops} here; "
             f"{self.levels} levels per position",
             f"  order        {skew}",
-            f"  memory       {_si(self.weight_bytes)}B of weights, {_si(self.cache_bytes)}B for {batch} samples together",
+            f"  memory       {_si(self.weight_bytes)}B of weights, {_si(self.cache_bytes)}B for {batch} at a time",
             f"  tiles        {front.tile} wide ({self.schedule.reason}): {front.steps} tile steps, "
             f"{front.dependent_steps} dependent steps of {self.samples_per_step:.3g} positions",
             f"  tile step    {above}",
