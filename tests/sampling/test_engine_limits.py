@@ -17,7 +17,7 @@ from fastvq.models import Prior
 from fastvq.sampling import EngineOptions, Pipeline, choose_engine, describe, sample
 from fastvq.sampling import api as api_module
 from fastvq.sampling.engines import cpu, fill
-from fastvq.sampling.engines.cpu import CpuStep
+from fastvq.sampling.engines.cpu import CpuPlan
 from fastvq.sampling.plan import Plan, compile_plan
 
 pytestmark = pytest.mark.usefixtures("steady")
@@ -158,22 +158,24 @@ def test_sampling_with_options() -> None:
 def test_options_reach_the_engine(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
 
-    def spy(plan: Plan, batch: int, **settings: Any) -> CpuStep:
-        made.append(settings)
-        return CpuStep(plan, batch, **settings)
+    class Spy(CpuPlan):
+        def __init__(self, plan: Plan, **settings: Any) -> None:
+            made.append(settings)
+            super().__init__(plan, **settings)
 
-    monkeypatch.setattr(cpu, "CpuStep", spy)
+        def fill(self, *given: Any, threads: int, **rest: Any) -> torch.Tensor:
+            made.append({"threads": threads})
+            return super().fill(*given, threads=threads, **rest)
+
+    monkeypatch.setattr(cpu, "CpuPlan", Spy)
     sample(snail(), 1, seed=0, engine="cpu", options=EngineOptions("bfloat16", threads, "baseline"))
-    assert made == [{"threads": threads, "kernels": "baseline", "bf16": True}]
+    assert made == [{"kernels": "baseline", "bf16": True}, {"threads": threads}]
 
 
 @needs_extension
 def test_what_the_extension_refuses_is_an_argument() -> None:
-    prior = snail()
     with refuses(ArgumentError, "kernels: expected auto"):
-        CpuStep(compile_plan(prior), 1, threads=1, kernels="mmx")
-    with refuses(ArgumentError, "shape: expected 1 to 1024 threads"):
-        CpuStep(compile_plan(prior), 1, threads=0)
+        CpuPlan(compile_plan(snail()), kernels="mmx")
 
 
 # Memory.
