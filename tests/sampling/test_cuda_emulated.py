@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -32,10 +33,9 @@ from torch import Tensor
 
 from fastvq.errors import ArgumentError
 from fastvq.models import Prior
-from fastvq.sampling.engines import static_inputs
-from fastvq.sampling.engines.cpu import CpuStep, sample_cpu
+from fastvq.sampling import EngineOptions
+from fastvq.sampling.engines import fill, static_inputs
 from fastvq.sampling.engines.pytorch import TorchGrid, TorchPlan, front_of, sample_torch
-from fastvq.sampling.engines.state import CompiledPlan, GridState
 from fastvq.sampling.plan import compile_plan
 from fastvq.sampling.request import SampleRequest, Settings
 
@@ -46,12 +46,8 @@ FEW = ("strict", "inclusive", "pixelcnn")
 every_kind = pytest.mark.parametrize("kind", FEW)
 
 
-@torch.inference_mode()
 def cpu_codes(prior: Prior, request: SampleRequest) -> Tensor:
-    compiled = CompiledPlan(compile_plan(prior), torch.device("cpu"))
-    batch = len(request.noise)
-    state = GridState(compiled, batch, static_inputs(prior, request))
-    return sample_cpu(compiled, CpuStep(compiled.plan, batch, threads=1), state, request, lambda rows: None).clone()
+    return fill("cpu", prior, request, lambda rows: None, EngineOptions(threads=1))
 
 
 def require_codes(device: Emulated, given: dict[str, Any], **changes: Any) -> Tensor:
@@ -242,14 +238,16 @@ class RoundedWeights:
 
 
 @torch.inference_mode()
-def rounded_logits(prior: Prior, codes: Tensor, given: dict[str, Any]) -> Tensor:
-    """Of the interpreter of plans, with the step phase's products rounded as matrix instructions have them."""
+def rounded_logits(
+    prior: Prior, codes: Tensor, given: dict[str, Any], rounded: Callable[[Tensor], Any] = RoundedWeights
+) -> Tensor:
+    """Of the interpreter of plans, with products of the step phase rounded, else as matrix instructions have them."""
     everything = torch.ones_like(codes, dtype=torch.bool)
     request = request_of(prior, len(codes), given, seed=0, init_codes=codes, mask=everything)
     plan = compile_plan(prior)
     weights = TorchPlan(plan, codes.device)
     weights.own = {
-        index: [product._replace(weight=RoundedWeights(product.weight)) for product in products]  # type: ignore[arg-type]
+        index: [product._replace(weight=rounded(product.weight)) for product in products]
         for index, products in weights.own.items()
     }
     logits = torch.empty(*codes.shape, plan.num_codes)
@@ -261,12 +259,12 @@ def rounded_logits(prior: Prior, codes: Tensor, given: dict[str, Any]) -> Tensor
 @pytest.mark.parametrize("batch", [1, 7])
 @every_prior
 def test_bfloat16_weights(emulated: ModuleType, kind: str, batch: int) -> None:
-    """Below 8 samples weights are rounded and nothing else, as in the cpu engine."""
+    """Below 8 samples weights of the step phase are rounded and nothing else."""
     prior = spread(PRIORS[kind]())
     codes, _ = grids(prior, batch)
     device = Emulated(emulated, prior, batch, precision="bfloat16")
     assert not device.step.native.fragments
-    wanted = engine_logits("cpu", prior, codes, {}, bf16=True)
+    wanted = rounded_logits(prior, codes, {}, lambda weight: weight.bfloat16().float())
     torch.testing.assert_close(device.logits(codes, {}), wanted, rtol=0, atol=2e-5)
     assert float((wanted - model_logits(prior, codes, {})).abs().max()) > 1e-3
 
