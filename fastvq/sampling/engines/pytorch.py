@@ -220,7 +220,7 @@ class TorchGrid:
         ((row, column),) = turn.positions  # there is attention in raster order alone
         count = row * self.front.shape[1] + column + (op.variant == "inclusive")
         if count == 0:
-            return torch.zeros(self.batch, op.channels, device=self.prepared.device)
+            return torch.zeros(self.batch, op.channels, dtype=torch.float32, device=self.prepared.device)
         q = self._vectors(query, turn.entries).unflatten(1, (op.heads, 1, -1))  # [B, heads, 1, D]
         k, v = (
             self._attended[source].grid.flatten(1, 2)[:, :count].unflatten(2, (op.heads, -1)).transpose(1, 2)
