@@ -21,10 +21,14 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 @pytest.fixture
-def steady() -> Iterator[None]:
-    """A fixed seed, and one thread: on tensors this small more threads only wait for each other."""
+def one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def steady(one_thread: None) -> None:
+    """A fixed seed, and one thread: on tensors this small more threads only wait for each other."""
+    torch.manual_seed(0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -130,14 +130,6 @@ def test_calls_inside_each_other_leave_the_mode() -> None:
     assert torch.equal(inner[0], sample(TablePrior((2, 3), 4), 2, seed=2))
     assert not any(prior.met)
     assert prior.training
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.usefixtures("one_thread")
