@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from bench import registry
-from bench.cases import SamplerCase
+from bench.cases import PipelineCase, SamplerCase
 from bench.engines import TorchSteps, request_of
 from bench.harness import Check, Entry, Memory, Work, fresh_process, timed, using_threads
 from bench.machine import private_cache_bytes
-from fastvq import _engine
+from fastvq import Pipeline, _engine
 from fastvq.models.prior import Prior
 from fastvq.ops.draw import draw, draw_margin
 from fastvq.sampling import Explanation, describe
@@ -29,7 +29,7 @@ MARGIN = 5e-6
 _MANY_THREADS_PAY = 2.0
 
 
-@registry.problem("sampling")
+@registry.problem("sampling", "default call")
 class Sampling(registry.Problem):
     """A prior and a request for a batch of grids."""
 
@@ -76,6 +76,29 @@ class Sampling(registry.Problem):
     def memory(self, contenders: Sequence[registry.Contender]) -> list[Memory]:
         measured = self.case.memory and _engine.available() and any(one.name == "cpu" for one in contenders)
         return [measure_memory(self.case)] if measured else []
+
+
+@registry.problem("pipeline call")
+class PipelineCall(registry.Problem):
+    """The shipped pipeline and what it is asked for; contenders give the codes of its levels."""
+
+    legend = ("pipeline call: all levels and the decoder, checked as sampling is, level by level.",)
+    case: PipelineCase
+
+    def __init__(self, case: PipelineCase, **rest: Any) -> None:
+        super().__init__(case, **rest)
+        self.pipeline = Pipeline.from_pretrained("digits")
+        classes = self.pipeline.priors[0].config.num_classes
+        assert classes is not None
+        self.inputs = {"label": torch.arange(case.batch) % classes, "seed": 0}
+
+    def check(self, contender: registry.Contender, output: list[Tensor]) -> Check:
+        checks = []
+        for level, prior in enumerate(self.pipeline.priors):
+            given = {"condition": output[:level] or None, **self.inputs}
+            checks.append(check_codes(prior, request_of(prior, self.case.batch, given), output[level], samples=20))
+        worst = min(checks, key=lambda check: check.facts["worst_margin"])
+        return Check(all(check.passed for check in checks), worst.summary, worst.facts)
 
 
 @dataclass(frozen=True)

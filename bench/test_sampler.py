@@ -16,8 +16,13 @@ from fastvq import _engine, sample
 CASES = {case.id: case for case in SAMPLER_CASES}
 
 
-@registry.contest("sampling")
+@registry.contest("sampling", "default call", "pipeline call")
 def test_sampler(case: Case, name: str, contest: Callable[[Case, str], None]) -> None:
+    contest(case, name)
+
+
+@registry.contest("row product")
+def test_row_product(case: Case, name: str, contest: Callable[[Case, str], None]) -> None:
     contest(case, name)
 
 

@@ -34,6 +34,7 @@ from fastvq.kernels.launch import Device
 from fastvq.models import Prior
 from fastvq.sampling import EngineOptions, sample
 from fastvq.sampling.engines import cuda_front, fill, static_inputs
+from fastvq.sampling.engines.base import RowDone
 from fastvq.sampling.engines.cuda_front import FrontGrid, FrontPlan, is_filtered, takes_front
 from fastvq.sampling.engines.front_program import FrontProgram, why_no_front
 from fastvq.sampling.engines.front_weights import FrontWeights
@@ -83,7 +84,7 @@ class Job:
         self.grid = FrontGrid(self.weights, n, self.statics, filtered=filtered, grouped=grouped, keep_logits=True)
 
     @torch.inference_mode()
-    def run(self, row_done: Callable[[], None] = lambda: None) -> tuple[Tensor, Tensor]:
+    def run(self, row_done: RowDone = lambda rows: None) -> tuple[Tensor, Tensor]:
         """Codes, and logits [n, H, W, K]."""
         logits = self.grid.logits
         assert logits is not None
@@ -93,7 +94,7 @@ class Job:
 
     def wanted(self, prior: Prior) -> Tensor:
         """The codes of the interpreter of plans."""
-        return fill("torch", self.prior, self.request, lambda: None).cpu()
+        return fill("torch", self.prior, self.request, lambda rows: None).cpu()
 
 
 def check_codes(make: Callable[[], Prior], device: str, **changes: Any) -> str:
@@ -102,8 +103,8 @@ def check_codes(make: Callable[[], Prior], device: str, **changes: Any) -> str:
     height, width = prior.config.shape
     job = Job(prior, 2, device, **changes)
     rows: list[int] = []
-    codes, logits = job.run(lambda: rows.append(0))
-    assert len(rows) == height
+    codes, logits = job.run(rows.append)
+    assert rows == [1] * height
     known, settings = job.request.known.cpu(), job.request.settings
     drawn = {"temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p}
     share = require_same_codes(
@@ -397,11 +398,11 @@ def test_memory() -> None:
     """What a grid takes is what its buffers hold."""
     prior = spread(BARE(shape=(16, 32), channels=64, residual_channels=64, kernel_size=5)).cuda()
     request = request_of(prior, 16, {}, seed=1)
-    fill("cuda", prior, request, lambda: None)
+    fill("cuda", prior, request, lambda rows: None)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    fill("cuda", prior, request, lambda: None)
+    fill("cuda", prior, request, lambda rows: None)
     taken = torch.cuda.max_memory_allocated() - before
     weights = FrontWeights(compile_plan(prior), torch.device("meta"), "float32")
     statics = {"background": torch.empty(1, 2, 16, 32, device="meta")}
