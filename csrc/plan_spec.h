@@ -62,6 +62,9 @@ struct TermSpec {
     int64_t num_weights;  // floats at weights
     int64_t first_row = 0;  // relative to the current one
     int64_t num_rows = 1;
+
+    // Whether it reads the current position alone.
+    bool is_direct() const { return first_row == 0 && num_rows == 1 && first_column == 0 && num_columns == 1; }
 };
 
 struct StepShape {

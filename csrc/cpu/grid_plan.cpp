@@ -8,10 +8,6 @@ namespace {
 
 constexpr int64_t kMaxSize = int64_t{1} << 31;
 
-bool is_direct(const TermSpec& term) {
-    return term.first_row == 0 && term.num_rows == 1 && term.first_column == 0 && term.num_columns == 1;
-}
-
 bool multiplies(const OpSpec& op) { return op.kind == Kind::kAffine || op.kind == Kind::kLookup; }
 
 // Checks of what a plan does before the step phase; check_plan has the rest.
@@ -37,7 +33,7 @@ class AboveCheck {
             require(!op.uniform || op.num_above == 0, index, "what is the same everywhere reads a place");
             for (int64_t t = op.first_once; t < op.first_once + op.num_once; ++t) {
                 window(op, terms_[t]);
-                require(is_direct(terms_[t]) && ops_[terms_[t].source].uniform && terms_[t].source < index, index,
+                require(terms_[t].is_direct() && ops_[terms_[t].source].uniform && terms_[t].source < index, index,
                         "a source is not the same everywhere");
             }
             for (int64_t t = op.first_above; t < op.first_above + op.num_above; ++t) above_term(op, terms_[t]);
@@ -91,7 +87,7 @@ class AboveCheck {
         const OpSpec& from = ops_[term.source];
         require(term.first_row + term.num_rows <= 0 || known(term.source, op.above_level), index_,
                 "a source is not known above");
-        require(is_direct(term) || (from.kind != Kind::kStatic && !from.uniform), index_,
+        require(term.is_direct() || (from.kind != Kind::kStatic && !from.uniform), index_,
                 "the past of a source is not kept");
     }
 
@@ -172,7 +168,7 @@ std::unique_ptr<PackedProduct> GridPlan::pack(const OpSpec& op, int64_t first, i
     for (int64_t t = first; t < first + count; ++t) {
         matrices.push_back({terms_[t].weights, terms_[t].num_weights / op.channels});
         const TermSpec& term = terms_[t];
-        if (is_direct(term)) continue;
+        if (term.is_direct()) continue;
         Past& past = pasts_[term.source];
         past.kept = true;
         past.above = std::max(past.above, -term.first_row);
@@ -195,7 +191,7 @@ void GridPlan::check() const {
             const OpSpec& from = specs_[term.source];
             require(term.first_row == 0 && term.num_rows == 1, index, "a step reads rows above");
             require(from.kind != Kind::kStoreKeys, index, "only attention reads keys");
-            require(is_direct(term) || (from.kind != Kind::kStatic && !from.uniform), index,
+            require(term.is_direct() || (from.kind != Kind::kStatic && !from.uniform), index,
                     "the past of a source is not kept");
         }
         for (int s = 0; s < num_sources(op); ++s) {

@@ -19,10 +19,6 @@ using Clock = std::chrono::steady_clock;
 
 double seconds(Clock::time_point from, Clock::time_point to) { return std::chrono::duration<double>(to - from).count(); }
 
-bool is_direct(const TermSpec& term) {
-    return term.first_row == 0 && term.num_rows == 1 && term.first_column == 0 && term.num_columns == 1;
-}
-
 // Whichever thread comes first, the lowest place is reported.
 void keep_first(std::atomic<int64_t>& found, int64_t place) {
     int64_t before = found.load();
@@ -204,7 +200,7 @@ class GridPlan::Grid {
             const TermSpec& term = plan_.terms_[t];
             const Placed<float>& value = ops[term.source].value;
             const int64_t channels = plan_.specs_[term.source].channels;
-            if (is_direct(term)) {
+            if (term.is_direct()) {
                 part.runs.push_back({{value.data, value.sample_stride, value.places}, channels});
                 continue;
             }
