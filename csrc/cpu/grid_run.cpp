@@ -210,7 +210,8 @@ class GridPlan::Grid {
                 rule.above = -(term.first_row + row);
                 rule.first_column = term.first_column;
                 const int64_t* table = places.table(places.add(rule));
-                part.runs.push_back({{value.data, value.sample_stride, table}, term.num_columns * channels});
+                part.runs.push_back(
+                    {{value.data, value.sample_stride, table}, term.num_columns * channels, rule.ring->zeros()});
             }
         }
         part.task.runs = part.runs.data();
@@ -222,7 +223,7 @@ class GridPlan::Grid {
         const Ring& ring = memory.rings[index];
         float* data = ops[index].value.data;
         for (int64_t b = 0; b < task.batch; ++b, data += ring.floats()) {
-            std::fill_n(data + ring.rows * ring.pitch * ring.channels, ring.window() * ring.channels, 0.0f);
+            std::fill_n(data + ring.zeros(), ring.window() * ring.channels, 0.0f);
             for (int64_t row = 0; row < ring.rows && ring.period == 0; ++row) {
                 float* slot = data + row * ring.pitch * ring.channels;
                 std::fill_n(slot, ring.left * ring.channels, 0.0f);

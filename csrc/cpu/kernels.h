@@ -82,6 +82,7 @@ struct Placed {
 struct Run {
     Placed<const float> rows;
     int64_t length;
+    int64_t zeros = -1;  // where `places` says that a row has zeros alone; -1 if it never does
 };
 
 // Floats that lie in a line of the caches, by which what is needed soon is fetched.

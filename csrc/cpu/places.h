@@ -45,10 +45,11 @@ struct Ring {
     }
     // Of a place, whether it has a copy `period` columns on.
     bool twice(int64_t place) const { return place < pitch - period && period > 0; }
+    // Where a window of zeros lies.
+    int64_t zeros() const { return rows * pitch * channels; }
     // Where a window begins: `row` above the grid is zeros.
     int64_t offset(int64_t row, int64_t column) const {
-        const int64_t at = row < 0 ? rows * pitch : row % rows * pitch + place(column);
-        return at * channels;
+        return row < 0 ? zeros() : (row % rows * pitch + place(column)) * channels;
     }
 };
 

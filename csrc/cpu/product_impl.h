@@ -13,6 +13,16 @@ namespace {
 // Rows so few that the sums of one panel would wait for each other.
 constexpr int kFewRows = kTileRows / 3;
 
+// Whether there is nothing to add to any row.
+template <int kRows>
+bool all_zeros(const Run& run, const int64_t* places) {
+    if (run.zeros < 0) return false;
+    for (int m = 0; m < kRows; ++m) {
+        if (run.rows.places[places[m]] != run.zeros) return false;
+    }
+    return true;
+}
+
 // Bits depend neither on kRows nor on kPanels: every output has a lane of its own and takes its products one after the
 // other.
 template <class Weight, int kRows, int kPanels>
@@ -52,6 +62,11 @@ void gathered_tile(const ProductTile& t) {
     const Run* run = t.runs;
     for (int64_t left = t.depth, skip = t.skip; left > 0; ++run, skip = 0) {
         const int64_t length = std::min(run->length - skip, left);
+        left -= length;
+        if (all_zeros<kRows>(*run, places)) {
+            panel += length * kTileColumns;
+            continue;
+        }
         const float* rows[kRows];
         for (int m = 0; m < kRows; ++m) rows[m] = run->rows.at(samples[m], places[m]) + skip;
         for (int64_t k = 0; k < length; ++k, panel += kTileColumns) {
@@ -64,7 +79,6 @@ void gathered_tile(const ProductTile& t) {
                 for (int v = 0; v < kVectors; ++v) sums[m][v] = fused(x, weights[v], sums[m][v]);
             }
         }
-        left -= length;
     }
     for (int m = 0; m < kRows; ++m) {
         float* out = t.out.at(samples[m], places[m]);

@@ -27,8 +27,8 @@ from fastvq.sampling.plan.form import Plan
 from fastvq.sampling.plan.front import Front
 from fastvq.sampling.request import SampleRequest
 
-# About a microsecond of one core's arithmetic; a meeting of two threads takes a few tenths of one.
-_FLOPS_PER_MEETING = 40_000
+# A few tenths of a microsecond of one core's arithmetic, as long as a meeting of two threads takes.
+_FLOPS_PER_MEETING = 8_000
 
 _NEEDED = {"avx512": {"avx512f", "avx512bw"}, "avx2": {"avx2", "fma"}}
 
