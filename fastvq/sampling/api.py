@@ -133,6 +133,7 @@ class Run:
 
     Attributes:
         micro_batch: samples computed together.
+        padded: whether all micro-batches have this size, with samples nobody asked for where there are too few.
         slow: why this will take long, if that has to be said.
     """
 
@@ -140,6 +141,7 @@ class Run:
     engine: Engine[Any]
     options: EngineOptions
     micro_batch: int
+    padded: bool
     slow: str | None
 
     @classmethod
@@ -163,13 +165,14 @@ class Run:
         found, _ = choose(engine, prior, options)
         plan = plan_of(prior) if found.plans else None
         size = choose_micro_batch(plan, found, options, n, micro_batch, memory_limit)
-        return cls(prior, found, options, size, why_slow(engine, found, prior))
+        padded = plan is not None and found.padded(plan, options)
+        return cls(prior, found, options, size, padded, why_slow(engine, found, prior))
 
     def draw(self, request: SampleRequest, start: int, *, progress: bool) -> Tensor:
         """Codes of a request for samples from index ``start`` on: int64 [n, H, W]."""
         codes = torch.empty_like(request.init_codes)
         blocks: list[tuple[Tensor | slice, slice]]
-        if self.engine.plans and self.engine.padded(plan_of(self.prior), self.options):
+        if self.padded:
             padded = padded_micro_batches(start, len(codes), self.micro_batch)
             blocks = [(index.to(codes.device), new) for index, new in padded]
         else:

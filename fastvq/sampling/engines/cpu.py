@@ -192,9 +192,17 @@ class CpuEngine(Engine[_Packed]):
             require_kernels(options.kernels)
 
     def schedule(self, plan: Plan, batch: int, options: EngineOptions) -> Schedule:
+        threads = options.threads or torch.get_num_threads()
+        key = (self.name, batch, threads, options.tile, options.precision)
+        # To compare fronts takes as long as small grids do.
+        if key not in plan.remembered:
+            plan.remembered[key] = self._schedule(plan, batch, threads, options)
+        found: Schedule = plan.remembered[key]
+        return found
+
+    def _schedule(self, plan: Plan, batch: int, threads: int, options: EngineOptions) -> Schedule:
         element = 2 if options.precision == "bfloat16" else 4
         if options.tile is None:
-            threads = options.threads or torch.get_num_threads()
             front, reason = best_front(plan, batch, threads, element, lambda front: grid_bytes(plan, front))
         else:
             front, reason = plan.front(options.tile), "asked for"

@@ -34,9 +34,11 @@ def best_front(plan: Plan, batch: int, threads: int, element: int, memory: Calla
     if plan.skew is None:
         return order, f"raster order: {plan.raster_reason}"
     sizes = [2**power for power in range(width.bit_length()) if 2**power < width]
-    fronts = [front for front in map(plan.front, sizes) if memory(front) <= _MOST_MEMORY * memory(order)]
-    best = min([order, *fronts], key=lambda front: seconds(plan, front, batch, threads, element))
-    if seconds(plan, best, batch, threads, element) > _LEAST_GAIN * seconds(plan, order, batch, threads, element):
+    most = _MOST_MEMORY * memory(order)
+    fronts = [order, *(front for front in map(plan.front, sizes) if memory(front) <= most)]
+    times = {front.tile: seconds(plan, front, batch, threads, element) for front in fronts}
+    best = min(fronts, key=lambda front: times[front.tile])
+    if times[best.tile] > _LEAST_GAIN * times[width]:
         return order, "raster order: its products are wide enough, and read their weights least often"
     return best, "weights are shared by the rows in flight"
 

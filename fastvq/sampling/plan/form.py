@@ -14,10 +14,11 @@ prior (:mod:`fastvq.sampling.plan.analysis`); what the architectures look like i
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -123,6 +124,11 @@ class Plan:
     uniform: frozenset[int]
     skew: int | None
     raster_reason: str | None
+
+    @functools.cached_property
+    def remembered(self) -> dict[Hashable, Any]:
+        """What has been worked out about this plan alone, by whatever it was worked out for."""
+        return {}
 
     @property
     def num_levels(self) -> int:
