@@ -74,14 +74,23 @@ class Earlier(Contender):
         return [form for form in found if not self.problem.tuned or form.expected < 3 * found[0].expected]
 
     def _pace(self, threads: int) -> float:
-        first = self.run(threads).seconds
-        # Most of the first call of something quick is spent on packing weights and setting up kernels.
-        return min(self.run(threads).seconds for _ in range(2)) if first < SHORT_SECONDS else first
+        """Seconds that a run may take; weights are packed then."""
+        batch = self.problem.case.batch
+        one = self.process.sample(self.model, 1, _first(self.arguments), threads).seconds
+        return batch * one if batch * one > SHORT_SECONDS else min(self.run(threads).seconds for _ in range(2))
 
     def run(self, threads: int) -> Timed:
         timing = self.process.sample(self.model, self.problem.case.batch, self.arguments, threads)
         codes = timing.result
         return timing if isinstance(self.problem, PipelineCall) else timing._replace(result=codes[0])
+
+
+def _first(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Those of the first sample alone."""
+    changed = {name: one[:1] for name, one in arguments.items() if isinstance(one, Tensor)}
+    if arguments.get("condition") is not None:
+        changed["condition"] = [codes[:1] for codes in arguments["condition"]]
+    return {**arguments, **changed}
 
 
 @peer("sampling", name="before")
