@@ -206,7 +206,8 @@ class CpuEngine(Engine[_Packed]):
             front, reason = best_front(plan, batch, threads, element, lambda front: grid_bytes(plan, front))
         else:
             front, reason = plan.front(options.tile), "asked for"
-        return Schedule(front, reason, weight_bytes(plan, element), batch * grid_bytes(plan, front))
+        weights = weight_bytes(plan, element) + torch.float32.itemsize * plan.context_weights
+        return Schedule(front, reason, weights, batch * grid_bytes(plan, front))
 
     def prepare(self, prior: Prior, batch: int, options: EngineOptions) -> _Packed:
         kept = prepared(prior)

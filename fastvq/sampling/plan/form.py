@@ -110,6 +110,8 @@ class Plan:
         uniform: operations that are the same at all positions of a sample.
         skew: positions with the same column + skew * row can be sampled together, and those with a smaller sum before;
             None if only raster order does, for ``raster_reason``.
+        context_weights: numbers in the convolutions that make static values of a condition; they are no part of the
+            plan.
     """
 
     ops: tuple[Op, ...]
@@ -124,6 +126,7 @@ class Plan:
     uniform: frozenset[int]
     skew: int | None
     raster_reason: str | None
+    context_weights: int = 0
 
     @functools.cached_property
     def remembered(self) -> dict[Hashable, Any]:
