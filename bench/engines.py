@@ -13,6 +13,8 @@ from torch import Tensor
 from fastvq.models.prior import Prior
 from fastvq.sampling import EngineOptions
 from fastvq.sampling.engines import fill, plan_of, static_inputs
+from fastvq.sampling.engines.context import fixed_statics
+from fastvq.sampling.engines.cpu import CpuPlan
 from fastvq.sampling.engines.pytorch import TorchGrid, TorchPlan, front_of, sample_torch
 from fastvq.sampling.request import SampleRequest, Settings, build_request
 
@@ -21,10 +23,26 @@ class _EnoughError(Exception):
     """Raised to leave an engine after some rows."""
 
 
-def request_of(prior: Prior, batch: int, inputs: dict[str, Any]) -> SampleRequest:
+def request_of(prior: Prior, batch: int, inputs: dict[str, Any], **changes: Any) -> SampleRequest:
     """What :func:`fastvq.sample` makes of its arguments."""
-    rest: dict[str, Any] = {"noise": None, "init_codes": None, "mask": None, "start": 0}
+    rest: dict[str, Any] = {"noise": None, "init_codes": None, "mask": None, "start": 0, **changes}
     return build_request(prior, batch, settings=Settings(), **inputs, **rest)
+
+
+def cpu_logits(prior: Prior, request: SampleRequest, *, bf16: bool) -> Tensor:
+    """The ``cpu`` engine's logits at all positions, [n, H, W, K]."""
+    plan = plan_of(prior)
+    logits = torch.empty(*request.noise.shape, plan.num_codes)
+    with torch.inference_mode():
+        CpuPlan(plan, bf16=bf16).fill(
+            request,
+            fixed_statics(prior, request),
+            plan.front(plan.shape[1]),
+            lambda rows: None,
+            threads=torch.get_num_threads(),
+            logits=logits,
+        )
+    return logits
 
 
 def row_phase_seconds(name: str, prior: Prior, request: SampleRequest, options: EngineOptions) -> float:

@@ -47,7 +47,9 @@ def page(sessions: Mapping[str, Session]) -> str:
     latest: dict[tuple[str, str, int], tuple[Result, int]] = {}
     for index, session in enumerate(sessions.values()):
         for result in session.results:
-            latest[result.operation, result.case, result.batch] = (result, index + 1)
+            # Runs against an earlier checkout leave the slow peers out, and do not stand for runs with them.
+            kind = result.operation + (", beside an earlier commit" if result.entry("before") else "")
+            latest[kind, result.case, result.batch] = (result, index + 1)
     lines = [_INTRODUCTION.format(machine=machines[0]), "\n".join(f"- {source}" for source in sources), ""]
     for operation in dict.fromkeys(key[0] for key in latest):
         lines += [

@@ -86,8 +86,10 @@ class Earlier(Contender):
 
 
 def _first(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Those of the first sample alone."""
-    changed = {name: one[:1] for name, one in arguments.items() if isinstance(one, Tensor)}
+    """Those of the first sample alone, which nothing is to be added to."""
+    changed: dict[str, Any] = {name: one[:1] for name, one in arguments.items() if isinstance(one, Tensor)}
+    if "micro_batch" in arguments:
+        changed["micro_batch"] = 1
     if arguments.get("condition") is not None:
         changed["condition"] = [codes[:1] for codes in arguments["condition"]]
     return {**arguments, **changed}
