@@ -93,10 +93,12 @@ def _machine(machine: dict[str, Any]) -> str:
 
 def _source(session: Session) -> str:
     versions = session.versions
-    peers = ", ".join(f"{name} {version}" for name, version in versions.get("peers", {}).items())
+    sets = (versions.get("extension") or {}).get("instruction_sets", [])
+    widest = next((f", {name}" for name in ("avx512f", "avx2") if name in sets), "")
+    peers = ", ".join(f"{name} {version}" for name, version in versions.get("peers", {}).items() if version)
     return (
         f"{session.date[:10]}, commit {(session.commit or 'unknown')[:8]}{' with changes' if session.dirty else ''},"
-        f" Python {versions['python']}, PyTorch {versions['torch']}{', ' + peers if peers else ''}"
+        f" Python {versions['python']}, PyTorch {versions['torch']}{', ' + peers if peers else ''}{widest}"
     )
 
 

@@ -1,6 +1,6 @@
-"""What bfloat16 weights change of what the cpu engine draws: ``python -m bench.precision --out DIR``.
+"""What bfloat16 weights change: ``python -m bench.precision --out bench/results/precision``.
 
-Logits for the same grids, drawn in float32, from weights of either precision: the difference of the negative
+Logits of the cpu engine for the same grids, drawn in float32, from weights of either precision: the difference of the negative
 log-likelihood, the divergence KL(float32 || bfloat16) per position, and how far the frequencies of codes, averaged over
 all positions, lie apart (total variation).
 """
@@ -63,7 +63,7 @@ def main() -> None:
     source = {"date": now(), "machine": describe_machine(), "versions": describe_versions(), **describe_commit()}
     path = free_path(folder)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_name(f"precision-{path.name}").write_text(json.dumps({**source, "results": found}, indent=1) + "\n")
+    path.write_text(json.dumps({**source, "results": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
