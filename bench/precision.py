@@ -1,8 +1,8 @@
 """What bfloat16 weights change: ``python -m bench.precision --out bench/results/precision``.
 
-Logits of the cpu engine for the same grids, drawn in float32, from weights of either precision: the difference of the negative
-log-likelihood, the divergence KL(float32 || bfloat16) per position, and how far the frequencies of codes, averaged over
-all positions, lie apart (total variation).
+Logits of the cpu engine for the same grids, drawn in float32, from weights of either precision: the difference of the
+negative log-likelihood, the divergence KL(float32 || bfloat16) per position, and how far the frequencies of codes,
+averaged over all positions, lie apart (total variation).
 """
 
 from __future__ import annotations
