@@ -16,9 +16,12 @@ from fastvq.models import PRESETS, GatedPixelCNNConfig, PixelSNAILConfig
 from fastvq.models.prior import Prior
 from fastvq.ops.grid import Form, Mask
 
-BATCHES = (1, 8, 32)
+BATCHES = (1, 2, 8, 32)
+# Whoever is much slower is not measured at every batch.
+FEW_BATCHES = (1, 8, 32)
 # In the smoke run, where it is enough that some batch is neither 1 nor a multiple of anything.
-SMALL_BATCHES = {1: 1, 8: 3, 32: 7}
+SMALL_BATCHES = {1: 1, 2: 2, 8: 3, 32: 7}
+CALLS = ("default call", "pipeline call")
 Grid = tuple[int, int]
 
 
@@ -33,7 +36,8 @@ class Case(ABC):
 
     @property
     def id(self) -> str:
-        return f"{self.name}-b{self.batch}"
+        kind = f"{self.operation.replace(' ', '-')}-" if self.operation in CALLS else ""
+        return f"{kind}{self.name}-b{self.batch}"
 
     def __str__(self) -> str:
         return self.id
@@ -63,11 +67,12 @@ class SamplerCase(Case):
     full_seconds: float = float("inf")
     naive_batch: int = 1 << 30
     checked: int | None = None
-    bf16_batches: tuple[int, ...] = BATCHES
+    bf16_batches: tuple[int, ...] = FEW_BATCHES
     memory: bool = True
 
     def small(self) -> SamplerCase:
-        return dataclasses.replace(self, config=self.small_config, batch=SMALL_BATCHES[self.batch])
+        batch = SMALL_BATCHES.get(self.batch, 5)
+        return dataclasses.replace(self, config=self.small_config, batch=batch, checked=None)
 
     def prior(self) -> Prior:
         """The prior in evaluation mode; the same object until another case asks for its own."""
@@ -154,6 +159,32 @@ def _sampler_cases() -> list[SamplerCase]:
 
 
 SAMPLER_CASES = _sampler_cases()
+
+
+@dataclass(frozen=True)
+class PipelineCase(Case):
+    """Sampling ``batch`` digits with the shipped pipeline, decoded, as a user does."""
+
+    def small(self) -> PipelineCase:
+        return dataclasses.replace(self, batch=5)
+
+
+_CALLED_BATCHES = (1, 8, 100, 1000)
+
+
+def _call_cases() -> list[SamplerCase | PipelineCase]:
+    """Calls with nothing but what they must be given, of as many samples as take seconds."""
+    found: list[SamplerCase | PipelineCase] = [PipelineCase("pipeline call", "digits", n) for n in _CALLED_BATCHES]
+    most = {"digits-top": 1000, "digits-bottom": 1000, "small-strict-bottom": 100, "small-inclusive-bottom": 100}
+    most |= {"default-strict-bottom": 8, "default-inclusive-bottom": 8}
+    known = {case.name: case for case in SAMPLER_CASES}
+    for name, largest in most.items():
+        case = dataclasses.replace(known[name], operation="default call", checked=8, memory=False)
+        found += [dataclasses.replace(case, batch=n) for n in _CALLED_BATCHES if n <= largest]
+    return found
+
+
+CALL_CASES = _call_cases()
 
 
 What = Literal["forward", "forward + EMA", "module"]
@@ -324,6 +355,37 @@ class PriorCase(Case):
         return dataclasses.replace(self, batch=2, config=dataclasses.replace(self.config, **changes))
 
 
+@dataclass(frozen=True)
+class ProductCase(Case):
+    """What one row of the grids of ``batch`` samples takes of two rows above it, five columns each.
+
+    Attributes:
+        channels: of these rows.
+        columns: of the output.
+        width: of the row.
+    """
+
+    channels: int = 0
+    columns: int = 0
+    width: int = 0
+
+    @property
+    def id(self) -> str:
+        return f"row-product-{self.name.replace(' ', '')}-b{self.batch}"
+
+    def small(self) -> ProductCase:
+        return dataclasses.replace(self, batch=3, channels=13, columns=21, width=7)
+
+
+def _product_cases() -> list[ProductCase]:
+    sizes = ((256, 512, 64), (256, 256, 64), (64, 128, 32), (64, 64, 32))
+    return [
+        ProductCase("row product", f"{channels} to {columns} channels, width {width}", batch, channels, columns, width)
+        for channels, columns, width in sizes
+        for batch in BATCHES
+    ]
+
+
 def _name(*parts: str) -> str:
     return ", ".join(part for part in parts if part)
 
@@ -401,7 +463,7 @@ def _prior_cases(device: str) -> list[PriorCase]:
 
 
 DEVICES = ("cpu", "cuda")
-CASES: list[Case] = list(SAMPLER_CASES)
+CASES: list[Case] = [*SAMPLER_CASES, *CALL_CASES, *_product_cases()]
 for _device in DEVICES:
     CASES += [*_nearest_code_cases(_device), *_convolution_cases(_device), *_attention_cases(_device)]
     CASES += _prior_cases(_device)

@@ -37,7 +37,7 @@ _CHECKED_CHANNELS = 8
 class Forms(registry.Contender):
     """The quickest of some ways to compute the same."""
 
-    def __init__(self, problem: registry.Problem, forms: Sequence[Run]) -> None:
+    def __init__(self, problem: registry.Problem, forms: Sequence[Callable[[], Any]]) -> None:
         super().__init__()
         self.problem, self.forms = problem, forms
 

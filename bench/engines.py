@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from bench.harness import timed
 from fastvq.models.prior import Prior
-from fastvq.ops.draw import draw
 from fastvq.sampling import EngineOptions
 from fastvq.sampling.engines import fill, plan_of, static_inputs
-from fastvq.sampling.engines.pytorch import TorchStep, sample_torch
-from fastvq.sampling.engines.state import CompiledPlan, GridState
+from fastvq.sampling.engines.context import fixed_statics
+from fastvq.sampling.engines.cpu import CpuPlan
+from fastvq.sampling.engines.pytorch import TorchGrid, TorchPlan, front_of, sample_torch
 from fastvq.sampling.request import SampleRequest, Settings, build_request
 
 
@@ -24,10 +23,26 @@ class _EnoughError(Exception):
     """Raised to leave an engine after some rows."""
 
 
-def request_of(prior: Prior, batch: int, inputs: dict[str, Any]) -> SampleRequest:
+def request_of(prior: Prior, batch: int, inputs: dict[str, Any], **changes: Any) -> SampleRequest:
     """What :func:`fastvq.sample` makes of its arguments."""
-    rest: dict[str, Any] = {"noise": None, "init_codes": None, "mask": None, "start": 0}
+    rest: dict[str, Any] = {"noise": None, "init_codes": None, "mask": None, "start": 0, **changes}
     return build_request(prior, batch, settings=Settings(), **inputs, **rest)
+
+
+def cpu_logits(prior: Prior, request: SampleRequest, *, bf16: bool) -> Tensor:
+    """The ``cpu`` engine's logits at all positions, [n, H, W, K]."""
+    plan = plan_of(prior)
+    logits = torch.empty(*request.noise.shape, plan.num_codes)
+    with torch.inference_mode():
+        CpuPlan(plan, bf16=bf16).fill(
+            request,
+            fixed_statics(prior, request),
+            plan.front(plan.shape[1]),
+            lambda rows: None,
+            threads=torch.get_num_threads(),
+            logits=logits,
+        )
+    return logits
 
 
 def row_phase_seconds(name: str, prior: Prior, request: SampleRequest, options: EngineOptions) -> float:
@@ -37,7 +52,7 @@ def row_phase_seconds(name: str, prior: Prior, request: SampleRequest, options: 
     def add(phase: str, seconds: float) -> None:
         spent[phase] += seconds
 
-    fill(name, prior, request, lambda: None, options, on_phase=add)
+    fill(name, prior, request, lambda rows: None, options, on_phase=add)
     return spent["row phase"]
 
 
@@ -47,8 +62,9 @@ def fill_rows(
     """When each of the first ``count`` rows was done, the start before them all."""
     ticks = [time.perf_counter()]
 
-    def row_done() -> None:
-        ticks.append(time.perf_counter())
+    def row_done(rows: int) -> None:
+        # Rows of one call were done together.
+        ticks.extend([time.perf_counter()] * rows)
         if len(ticks) > count:
             raise _EnoughError
 
@@ -57,54 +73,54 @@ def fill_rows(
     return ticks
 
 
-@contextlib.contextmanager
-def touched_caches() -> Iterator[None]:
-    """Caches made inside the block are written once in full: pages that nobody has written to are not resident."""
-    init = GridState.__init__
+class TorchSteps:
+    """The ``torch`` engine by steps of its front: the first rows sampled, and any step alone with caches full of noise.
 
-    def touched(state: GridState, *arguments: Any) -> None:
-        init(state, *arguments)
-        for cache in (*(ring.data for ring in state.rings.values()), *state.keys.values(), *state.values.values()):
-            cache.zero_()
-
-    with mock.patch.object(GridState, "__init__", touched):
-        yield
-
-
-class TorchRows:
-    """The ``torch`` engine row by row: the first three sampled, and any other alone with caches full of noise."""
+    Attributes:
+        codes: of the first rows, three or more.
+        chosen: steps spread over the grid.
+    """
 
     def __init__(self, prior: Prior, request: SampleRequest) -> None:
-        self.request, self.device = request, str(request.noise.device)
-        compiled = CompiledPlan(plan_of(prior), request.noise.device)
-        self.step = TorchStep(compiled)
-        self.state = GridState(compiled, request.noise.shape[0], static_inputs(prior, request))
-        done: list[int] = []
+        self.request, self.device = request, request.noise.device
+        weights = TorchPlan(plan_of(prior), self.device)
+        front = front_of(weights.plan, None)
+        self.grid = TorchGrid(weights, front, len(request.noise), static_inputs(prior, request))
+        done = 0
 
-        def row_done() -> None:
-            done.append(len(done))
-            if len(done) == 3:
+        def row_done(rows: int) -> None:
+            nonlocal done
+            done += rows
+            if done >= 3:
                 raise _EnoughError
 
         with contextlib.suppress(_EnoughError):
-            sample_torch(compiled, self.step, self.state, request, row_done)
-        self.codes = self.state.codes[:, : len(done)].clone()
-        # What the caches hold does not change the amount of work, so a row in the middle needs no rows before it.
-        for ring in self.state.rings.values():
-            ring.data.normal_()
-        for cache in (*self.state.keys.values(), *self.state.values.values()):
-            cache.normal_()
-        self.state.codes.random_(compiled.plan.num_codes)
+            sample_torch(self.grid, request, row_done)
+        self.codes = self.grid.codes[:, :done].clone()
+        self.steps = front.steps
+        self.chosen = sorted({round(step) for step in np.linspace(0, front.steps - 1, 5)})
+        # What the caches hold does not change the amount of work, so a step in the middle needs no steps before it.
+        for store in (store for stores in self.grid.stores.values() for store in stores):
+            store.grid.normal_()
+        self.grid.codes.random_(weights.plan.num_codes)
 
-    def seconds(self, row: int) -> tuple[float, float]:
-        """Of a row's phase, and of its steps."""
-        begin = timed(self.state.begin_row, row, device=self.device)
-        width = self.state.codes.shape[2]
-        return begin, timed(torch_row, self.step, self.state, self.request, row, width, device=self.device)
+    def begin(self, step: int) -> None:
+        """Its row phase."""
+        self.grid.begin(step)
+
+    def turns(self, *, checked: bool = True) -> None:
+        """The rest of the step begun last; unless ``checked`` without looking at logits on the host."""
+        tile, codes = self.grid.tile, self.grid.codes
+        for turn in tile.turns:
+            logits, at = self.grid.logits(turn), tile.at(turn)
+            if checked:
+                self.request.draw_at(codes, logits, at)
+            else:
+                codes[at] = _draw_unchecked(logits, self.request.noise[at])
 
 
-def torch_row(step: TorchStep, state: GridState, request: SampleRequest, row: int, width: int) -> None:
-    for column in range(width):
-        drawn = draw(step.logits(state, row, column), request.noise[:, row, column], backend="torch")
-        known = request.known[:, row, column]
-        state.codes[:, row, column] = torch.where(known, request.init_codes[:, row, column], drawn)
+def _draw_unchecked(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """What `draw` gives for logits that are finite."""
+    weights = (logits - logits.amax(-1, keepdim=True)).exp()
+    sums = weights.cumsum(-1).masked_fill(weights == 0, 0.0)
+    return (sums > uniforms.unsqueeze(-1) * sums.amax(-1, keepdim=True)).to(torch.uint8).argmax(-1)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench.clock import clock
+from bench.clock import Timed, clock
 from bench.machine import CPU_FLOAT32, ROOT, Ceilings, describe_commit, load_average
 
 # Peers run until they have used about this long each, at least once and at most MOST_REPEATS times.
@@ -38,6 +38,7 @@ class Peer:
     """Something to be timed: it must be warm, and leave no work running on the CPU when it returns.
 
     Attributes:
+        run: gives the result, or :class:`bench.clock.Timed` where another process had the clock.
         expected: seconds that one run is thought to take; decides how often it is repeated.
         threads: PyTorch's number of threads while it runs.
         prepare: called before every run, outside of its time.
@@ -215,6 +216,8 @@ def _measure(peers: Sequence[Peer], quick: bool) -> Runs:
             with using_threads(peer.threads):
                 peer.prepare()
                 once = clock(peer.run, device=torch.device(peer.device))
+            if isinstance(once.result, Timed):
+                once = once.result
             results[peer.name] = once.result
             seconds[peer.name].append(once.seconds)
             on_device[peer.name].append(once.device_seconds)

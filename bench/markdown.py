@@ -47,7 +47,9 @@ def page(sessions: Mapping[str, Session]) -> str:
     latest: dict[tuple[str, str, int], tuple[Result, int]] = {}
     for index, session in enumerate(sessions.values()):
         for result in session.results:
-            latest[result.operation, result.case, result.batch] = (result, index + 1)
+            # Runs against an earlier checkout leave the slow peers out, and do not stand for runs with them.
+            kind = result.operation + (", beside an earlier commit" if result.entry("before") else "")
+            latest[kind, result.case, result.batch] = (result, index + 1)
     lines = [_INTRODUCTION.format(machine=machines[0]), "\n".join(f"- {source}" for source in sources), ""]
     for operation in dict.fromkeys(key[0] for key in latest):
         lines += [
@@ -91,10 +93,12 @@ def _machine(machine: dict[str, Any]) -> str:
 
 def _source(session: Session) -> str:
     versions = session.versions
-    peers = ", ".join(f"{name} {version}" for name, version in versions.get("peers", {}).items())
+    sets = (versions.get("extension") or {}).get("instruction_sets", [])
+    widest = next((f", {name}" for name in ("avx512f", "avx2") if name in sets), "")
+    peers = ", ".join(f"{name} {version}" for name, version in versions.get("peers", {}).items() if version)
     return (
         f"{session.date[:10]}, commit {(session.commit or 'unknown')[:8]}{' with changes' if session.dirty else ''},"
-        f" Python {versions['python']}, PyTorch {versions['torch']}{', ' + peers if peers else ''}"
+        f" Python {versions['python']}, PyTorch {versions['torch']}{', ' + peers if peers else ''}{widest}"
     )
 
 

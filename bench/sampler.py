@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from bench import registry
-from bench.cases import SamplerCase
-from bench.engines import TorchRows, request_of
+from bench.cases import PipelineCase, SamplerCase
+from bench.engines import TorchSteps, request_of
 from bench.harness import Check, Entry, Memory, Work, fresh_process, timed, using_threads
 from bench.machine import private_cache_bytes
-from fastvq import _engine
+from fastvq import Pipeline, _engine
 from fastvq.models.prior import Prior
 from fastvq.ops.draw import draw, draw_margin
 from fastvq.sampling import Explanation, describe
@@ -29,7 +29,7 @@ MARGIN = 5e-6
 _MANY_THREADS_PAY = 2.0
 
 
-@registry.problem("sampling")
+@registry.problem("sampling", "default call")
 class Sampling(registry.Problem):
     """A prior and a request for a batch of grids."""
 
@@ -76,6 +76,29 @@ class Sampling(registry.Problem):
     def memory(self, contenders: Sequence[registry.Contender]) -> list[Memory]:
         measured = self.case.memory and _engine.available() and any(one.name == "cpu" for one in contenders)
         return [measure_memory(self.case)] if measured else []
+
+
+@registry.problem("pipeline call")
+class PipelineCall(registry.Problem):
+    """The shipped pipeline and what it is asked for; contenders give the codes of its levels."""
+
+    legend = ("pipeline call: all levels and the decoder, checked as sampling is, level by level.",)
+    case: PipelineCase
+
+    def __init__(self, case: PipelineCase, **rest: Any) -> None:
+        super().__init__(case, **rest)
+        self.pipeline = Pipeline.from_pretrained("digits")
+        classes = self.pipeline.priors[0].config.num_classes
+        assert classes is not None
+        self.inputs = {"label": torch.arange(case.batch) % classes, "seed": 0}
+
+    def check(self, contender: registry.Contender, output: list[Tensor]) -> Check:
+        checks = []
+        for level, prior in enumerate(self.pipeline.priors):
+            given = {"condition": output[:level] or None, **self.inputs}
+            checks.append(check_codes(prior, request_of(prior, self.case.batch, given), output[level], samples=20))
+        worst = min(checks, key=lambda check: check.facts["worst_margin"])
+        return Check(all(check.passed for check in checks), worst.summary, worst.facts)
 
 
 @dataclass(frozen=True)
@@ -133,23 +156,25 @@ def _naive_rows(prior: Prior, request: SampleRequest) -> tuple[list[int], list[f
 
 
 @torch.inference_mode()
-def torch_rows(prior: Prior, request: SampleRequest, threads: int, samples: int | None = None) -> Entry:
-    """The ``torch`` engine's time from complete rows spread over the grid, and a check of its first rows."""
-    height = prior.config.shape[0]
+def torch_steps(prior: Prior, request: SampleRequest, threads: int, samples: int | None = None) -> Entry:
+    """The ``torch`` engine's time from steps spread over the grid, and a check of its first rows."""
     with using_threads(threads):
-        rows = TorchRows(prior, request)
-        check = check_codes(prior, request, rows.codes, samples)
-        chosen = sorted({height // 4, height // 2, 3 * height // 4})
-        phases, steps = zip(*(rows.seconds(row) for row in chosen), strict=True)
-    seconds = [phase + step for phase, step in zip(phases, steps, strict=True)]
+        steps = TorchSteps(prior, request)
+        check = check_codes(prior, request, steps.codes, samples)
+        phases, rest = [], []
+        for step in steps.chosen:
+            phases.append(timed(steps.begin, step, device=str(steps.device)))
+            rest.append(timed(steps.turns, device=str(steps.device)))
+    # The work of a step grows and shrinks with the rows that are active in it, by as much from step to step.
+    every = np.arange(steps.steps)
+    row_phase, total = (float(np.interp(every, steps.chosen, s).sum()) for s in (phases, np.add(phases, rest)))
     facts = {
         "threads": threads,
-        "rows": chosen,
-        "seconds_per_row": seconds,
-        "row_phase_seconds": [sum_over_rows(chosen, list(phases), height, degree=1)],
+        "steps": steps.chosen,
+        "seconds_per_step": np.add(phases, rest).tolist(),
+        "row_phase_seconds": [row_phase],
     }
-    how = f"extrapolated from complete rows {chosen}; codes of the first {rows.codes.shape[1]} rows checked"
-    total = sum_over_rows(chosen, seconds, height, degree=1)
+    how = f"extrapolated from steps {steps.chosen}; codes of the first {steps.codes.shape[1]} rows checked"
     return Entry("torch", [total], check, extrapolated=how, facts=facts)
 
 

@@ -10,14 +10,19 @@ import pytest
 from bench import registry
 from bench.cases import SAMPLER_CASES, Case
 from bench.engines import request_of
-from bench.sampler import check_codes, measure_memory, naive_pace, torch_rows
+from bench.sampler import check_codes, measure_memory, naive_pace, torch_steps
 from fastvq import _engine, sample
 
 CASES = {case.id: case for case in SAMPLER_CASES}
 
 
-@registry.contest("sampling")
+@registry.contest("sampling", "default call", "pipeline call")
 def test_sampler(case: Case, name: str, contest: Callable[[Case, str], None]) -> None:
+    contest(case, name)
+
+
+@registry.contest("row product")
+def test_row_product(case: Case, name: str, contest: Callable[[Case, str], None]) -> None:
     contest(case, name)
 
 
@@ -34,7 +39,7 @@ def test_extrapolations_are_labelled(name: str) -> None:
     case = dataclasses.replace(CASES[name].small(), naive_batch=2)
     prior = case.prior()
     request = request_of(prior, case.batch, case.inputs(prior))
-    naive, cached = naive_pace(case, prior, request, 1).entry(), torch_rows(prior, request, 1)
+    naive, cached = naive_pace(case, prior, request, 1).entry(), torch_steps(prior, request, 1)
     for entry in (naive, cached):
         assert entry.extrapolated
         assert entry.comparable

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "cpu/draw.h"
-#include "step_spec.h"
+#include "plan_spec.h"
 
 namespace fastvq {
 
@@ -32,29 +32,27 @@ inline cpu::DrawOptions draw_options(int64_t num_codes, float temperature, int64
     return {temperature, top_k, top_p};
 }
 
-// Columns of the tables that describe operations and terms; fastvq/sampling writes them.
-constexpr int64_t kOpFields = 14;
-constexpr int64_t kTermFields = 5;
 constexpr int64_t kTableLimit = 1 << 24;
 
+// Operations and terms as the Python side has written them.
 inline std::vector<OpSpec> op_table(uintptr_t ops, int64_t num_ops) {
     expect(num_ops >= 1 && num_ops < kTableLimit, "num_ops", "1 to 2^24");
-    const auto* d = pointer<const int64_t>("ops", ops, num_ops);
-    std::vector<OpSpec> specs;
-    for (int64_t i = 0; i < num_ops; ++i, d += kOpFields) {
-        expect(d[1] >= 1 && d[1] < kTableLimit, "channels", "1 to 2^24");
-        specs.push_back({static_cast<Kind>(d[0]), d[1], d[2], d[3] != 0, {d[4], d[5], d[6]}, d[7], d[8] != 0, d[9],
-                         d[10], d[11], pointer<const float>("weights", d[12], d[13]), d[13]});
+    const auto* data = pointer<const OpSpec>("ops", ops, num_ops);
+    std::vector<OpSpec> specs(data, data + num_ops);
+    for (const OpSpec& op : specs) {
+        expect(op.channels >= 1 && op.channels < kTableLimit, "channels", "1 to 2^24");
+        pointer<const float>("weights", reinterpret_cast<uintptr_t>(op.weights), op.num_weights);
+        pointer<const float>("bias", reinterpret_cast<uintptr_t>(op.bias), op.bias != nullptr);
     }
     return specs;
 }
 
 inline std::vector<TermSpec> term_table(uintptr_t terms, int64_t num_terms) {
     expect(num_terms >= 0 && num_terms < kTableLimit, "num_terms", "0 to 2^24");
-    const auto* d = pointer<const int64_t>("terms", terms, num_terms);
-    std::vector<TermSpec> specs;
-    for (int64_t i = 0; i < num_terms; ++i, d += kTermFields) {
-        specs.push_back({d[0], d[1], d[2], pointer<const float>("weights", d[3], 1), d[4]});
+    const auto* data = pointer<const TermSpec>("terms", terms, num_terms);
+    std::vector<TermSpec> specs(data, data + num_terms);
+    for (const TermSpec& term : specs) {
+        pointer<const float>("weights", reinterpret_cast<uintptr_t>(term.weights), term.num_weights);
     }
     return specs;
 }

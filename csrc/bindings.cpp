@@ -2,10 +2,14 @@
 // and layout, and what is checked here keeps a mistake there from reading or writing wild memory.
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
+#include <exception>
 #include <limits>
+#include <map>
 #include <stdexcept>
 #include <memory>
+#include <numeric>
 #include <string>
 #include <utility>
 #include <vector>
@@ -18,12 +22,13 @@
 #include "binding_helpers.h"
 #include "cpu/checksum.h"
 #include "cpu/draw.h"
+#include "cpu/elementwise.h"
 #include "cpu/ema.h"
+#include "cpu/grid_plan.h"
 #include "cpu/kernels.h"
 #include "cpu/nearest.h"
 #include "cpu/product.h"
 #include "cpu/shared_pool.h"
-#include "cpu/step_plan.h"
 
 #if defined(FASTVQ_WITH_CUDA)
 #include "cuda/bindings.h"
@@ -38,7 +43,7 @@ using fastvq::expect;
 using fastvq::pointer;
 
 // Raised together with the number in fastvq/_engine.py when a signature changes.
-constexpr int kInterface = 7;
+constexpr int kInterface = 8;
 
 int64_t draw(uintptr_t logits, uintptr_t uniforms, uintptr_t tokens, int64_t rows, int64_t num_codes,
              float temperature, int64_t top_k, float top_p) {
@@ -143,7 +148,8 @@ std::unique_ptr<fastvq::cpu::PackedProduct> make_product(uintptr_t weights, int6
     const auto* data = pointer<const float>("weights", weights, depth);
     const auto& found = kernels_named(kernels);
     nb::gil_scoped_release release;
-    return std::make_unique<fastvq::cpu::PackedProduct>(data, depth, columns, found);
+    const std::vector<fastvq::cpu::PackedProduct::Matrix> matrices{{data, depth}};
+    return std::make_unique<fastvq::cpu::PackedProduct>(matrices, columns, 1, false, found);
 }
 
 // Address, strides of samples, positions and runs, number of runs, and their length.
@@ -164,11 +170,18 @@ void run_product(const fastvq::cpu::PackedProduct& product, int64_t samples, int
     expect(nested(width, out_position_stride, samples, out_sample_stride) ||
                nested(samples, out_sample_stride, width, out_position_stride),
            "out", "rows that do not overlap");
-    fastvq::cpu::ProductTask task{};
-    task.samples = samples;
-    task.width = width;
-    task.start = {pointer<const float>("start", start, start != 0), start_sample_stride, start_position_stride};
-    task.out = {pointer<float>("out", out, samples), out_sample_stride, out_position_stride};
+    const int64_t places = samples > 0 ? width : 0;
+    std::vector<int32_t> order(places);
+    std::iota(order.begin(), order.end(), 0);
+    std::map<int64_t, std::vector<int64_t>> tables;  // by stride, and their elements stay where they are
+    const auto table = [&](int64_t stride) {
+        std::vector<int64_t>& offsets = tables[stride];
+        for (int64_t place = static_cast<int64_t>(offsets.size()); place < places; ++place) {
+            offsets.push_back(place * stride);
+        }
+        return offsets.data();
+    };
+    std::vector<fastvq::cpu::Run> runs;
     expect(inputs.size() % kInputFields == 0, "inputs", "6 numbers each");
     int64_t depth = 0;
     for (auto field = inputs.begin(); field != inputs.end(); field += kInputFields) {
@@ -176,79 +189,183 @@ void run_product(const fastvq::cpu::PackedProduct& product, int64_t samples, int
         expect(field[4] >= 1 && field[4] <= product.depth(), "runs", "1 to depth");
         expect(field[5] >= 1 && field[5] <= product.depth(), "length", "1 to depth");
         for (int64_t run = 0; run < field[4] && samples > 0; ++run) {
-            task.runs.push_back({{data + run * field[3], field[1], field[2]}, field[5]});
+            runs.push_back({{data + run * field[3], field[1], table(field[2])}, field[5]});
         }
         depth += field[4] * field[5];
     }
     expect(depth == product.depth(), "inputs", "runs that make up the depth");
+    fastvq::cpu::ProductTask task{};
+    task.runs = runs.data();
+    task.samples = samples;
+    task.order = order.data();
+    task.width = width;
+    task.start = {pointer<const float>("start", start, start != 0), start_sample_stride, table(start_position_stride)};
+    task.out = {pointer<float>("out", out, samples), out_sample_stride, table(out_position_stride)};
     nb::gil_scoped_release release;
     product.run(task, threads);
 }
 
-constexpr int64_t kViewFields = 3;
+void elementwise(const std::string& kind, uintptr_t first, int64_t first_stride, uintptr_t second,
+                 int64_t second_stride, uintptr_t out, int64_t out_stride, int64_t rows, int64_t channels,
+                 int64_t threads, const std::string& kernels) {
+    const auto function = fastvq::cpu::function_named(kind, kernels_named(kernels));
+    expect(function.unary != nullptr || function.binary != nullptr, "kind", "elu, elu_negated, relu, add, glu or tanh");
+    expect(rows >= 0 && rows < fastvq::kTableLimit, "rows", "0 to 2^24");
+    expect(channels >= 1 && channels < fastvq::kTableLimit, "channels", "1 to 2^24");
+    expect(rows <= 1 || out_stride >= channels, "out", "rows that do not overlap");
+    expect(threads >= 1 && threads <= 1024, "threads", "1 to 1024");
+    if (rows == 0) return;
+    fastvq::cpu::ElementwiseTask task{};
+    task.first = pointer<const float>("first", first, rows);
+    task.first_stride = first_stride;
+    if (function.binary != nullptr) task.second = pointer<const float>("second", second, rows);
+    task.second_stride = second_stride;
+    task.out = pointer<float>("out", out, rows);
+    task.out_stride = out_stride;
+    task.rows = rows;
+    task.channels = channels;
+    nb::gil_scoped_release release;
+    fastvq::cpu::elementwise(task, function, threads);
+}
 
-std::unique_ptr<fastvq::cpu::StepPlan> make_step_plan(uintptr_t ops, int64_t num_ops, uintptr_t terms,
-                                                      int64_t num_terms, int64_t output, int64_t batch, int64_t width,
-                                                      int64_t positions, int64_t num_codes, int64_t key_stride,
-                                                      bool bf16, int64_t threads, const std::string& kernels) {
-    using namespace fastvq::cpu;
+// A field of a struct that Python fills in, as (name, offset).
+#define FASTVQ_FIELD(Struct, field) fields.append(nb::make_tuple(#field, offsetof(Struct, field)))
+
+nb::dict plan_layout() {
+    using fastvq::OpSpec;
+    using fastvq::TermSpec;
+    using fastvq::cpu::StaticInput;
+    nb::dict layout;
+    nb::list kinds;
+#define FASTVQ_KIND_NAME(name, text) kinds.append(text);
+    FASTVQ_KINDS(FASTVQ_KIND_NAME)
+#undef FASTVQ_KIND_NAME
+    layout["kinds"] = kinds;
+    {
+        nb::list fields;
+        FASTVQ_FIELD(OpSpec, kind);
+        FASTVQ_FIELD(OpSpec, channels);
+        FASTVQ_FIELD(OpSpec, level);
+        FASTVQ_FIELD(OpSpec, paired);
+        FASTVQ_FIELD(OpSpec, sources);
+        FASTVQ_FIELD(OpSpec, heads);
+        FASTVQ_FIELD(OpSpec, inclusive);
+        FASTVQ_FIELD(OpSpec, first_term);
+        FASTVQ_FIELD(OpSpec, num_terms);
+        FASTVQ_FIELD(OpSpec, num_taps);
+        FASTVQ_FIELD(OpSpec, weights);
+        FASTVQ_FIELD(OpSpec, num_weights);
+        FASTVQ_FIELD(OpSpec, above_level);
+        FASTVQ_FIELD(OpSpec, uniform);
+        FASTVQ_FIELD(OpSpec, first_once);
+        FASTVQ_FIELD(OpSpec, num_once);
+        FASTVQ_FIELD(OpSpec, first_above);
+        FASTVQ_FIELD(OpSpec, num_above);
+        FASTVQ_FIELD(OpSpec, bias);
+        layout["op"] = nb::make_tuple(sizeof(OpSpec), fields);
+    }
+    {
+        nb::list fields;
+        FASTVQ_FIELD(TermSpec, source);
+        FASTVQ_FIELD(TermSpec, first_column);
+        FASTVQ_FIELD(TermSpec, num_columns);
+        FASTVQ_FIELD(TermSpec, weights);
+        FASTVQ_FIELD(TermSpec, num_weights);
+        FASTVQ_FIELD(TermSpec, first_row);
+        FASTVQ_FIELD(TermSpec, num_rows);
+        layout["term"] = nb::make_tuple(sizeof(TermSpec), fields);
+    }
+    {
+        nb::list fields;
+        FASTVQ_FIELD(StaticInput, data);
+        FASTVQ_FIELD(StaticInput, sample_stride);
+        FASTVQ_FIELD(StaticInput, row_stride);
+        FASTVQ_FIELD(StaticInput, column_stride);
+        layout["static"] = nb::make_tuple(sizeof(StaticInput), fields);
+    }
+    return layout;
+}
+#undef FASTVQ_FIELD
+
+std::unique_ptr<fastvq::cpu::GridPlan> make_grid_plan(uintptr_t ops, int64_t num_ops, uintptr_t terms,
+                                                      int64_t num_terms, int64_t output, int64_t height, int64_t width,
+                                                      int64_t num_codes, bool bf16, const std::string& kernels) {
     std::vector<fastvq::OpSpec> op_specs = fastvq::op_table(ops, num_ops);
     std::vector<fastvq::TermSpec> term_specs = fastvq::term_table(terms, num_terms);
-    const Kernels& found = kernels_named(kernels);
-    const fastvq::StepShape shape{batch, width, positions, num_codes, key_stride};
+    const auto& found = kernels_named(kernels);
     nb::gil_scoped_release release;
-    return std::make_unique<StepPlan>(std::move(op_specs), std::move(term_specs), output, shape, bf16,
-                                      threads, found);
+    return std::make_unique<fastvq::cpu::GridPlan>(std::move(op_specs), std::move(term_specs), output,
+                                                   fastvq::cpu::GridShape{height, width, num_codes}, bf16, found);
 }
 
-std::vector<fastvq::cpu::View> views(const char* name, uintptr_t address, int64_t count) {
-    const auto* data = pointer<const int64_t>(name, address, count);
-    std::vector<fastvq::cpu::View> result;
-    for (int64_t i = 0; i < count; ++i, data += kViewFields) {
-        result.push_back({pointer<float>(name, data[0], data[0] != 0), data[1], data[2]});
-    }
-    return result;
+int64_t grid_memory(const fastvq::cpu::GridPlan& plan, int64_t batch, int64_t tile, int64_t offset) {
+    expect(batch >= 0 && batch < fastvq::kTableLimit, "batch", "0 to 2^24");
+    return plan.memory_bytes(batch, tile, offset);
 }
 
-int64_t run_row(const fastvq::cpu::StepPlan& plan, int64_t row, uintptr_t values, uintptr_t starts, uintptr_t codes,
-                int64_t code_stride, uintptr_t uniforms, int64_t uniform_stride, uintptr_t known, int64_t known_stride,
-                float temperature, int64_t top_k, float top_p) {
-    using namespace fastvq::cpu;
-    const fastvq::StepShape& shape = plan.shape();
-    expect(row >= 0 && row < shape.positions / shape.width, "row", "a row of the grid");
-    const std::vector<View> value_views = views("values", values, plan.num_ops());
-    const std::vector<View> start_views = views("starts", starts, plan.num_ops());
-    plan.check_views(value_views.data(), start_views.data());
-    RowTask task{};
-    task.row = row;
-    task.values = value_views.data();
-    task.starts = start_views.data();
-    task.codes = pointer<int64_t>("codes", codes, shape.batch);
-    task.code_stride = code_stride;
-    task.uniforms = pointer<const float>("uniforms", uniforms, shape.batch);
-    task.uniform_stride = uniform_stride;
-    task.known = pointer<const uint8_t>("known", known, shape.batch);
-    task.known_stride = known_stride;
-    for (int64_t b = 0; b < shape.batch; ++b) {
-        for (int64_t c = 0; c < shape.width; ++c) {
-            const int64_t code = task.codes[b * code_stride + c];
-            expect(task.known[b * known_stride + c] == 0 || (code >= 0 && code < shape.num_codes), "codes",
-                   "known codes of 0 to num_codes - 1");
+// What a call tells Python while it runs, and what came of that.
+struct Listener {
+    const nb::callable& rows_complete;
+    int64_t told = 0;
+    std::exception_ptr error;
+
+    bool go_on(int64_t complete) {
+        nb::gil_scoped_acquire acquire;
+        try {
+            if (PyErr_CheckSignals() != 0) throw nb::python_error();
+            if (complete > told) rows_complete(complete - told);
+            told = complete;
+            return true;
+        } catch (...) {
+            error = std::current_exception();
+            return false;
         }
     }
+};
+
+nb::tuple run_grid(const fastvq::cpu::GridPlan& plan, int64_t batch, int64_t tile, int64_t offset, int64_t threads,
+                   int64_t step_threads, uintptr_t statics, uintptr_t codes, uintptr_t uniforms, uintptr_t known,
+                   uintptr_t logits, float temperature, int64_t top_k, float top_p,
+                   const nb::callable& rows_complete) {
+    using namespace fastvq::cpu;
+    const GridShape& shape = plan.shape();
+    expect(batch >= 0 && batch < fastvq::kTableLimit, "batch", "0 to 2^24");
+    GridTask task{};
+    task.batch = batch;
+    task.tile = tile;
+    task.offset = offset;
+    task.threads = threads;
+    task.step_threads = step_threads;
+    task.statics = pointer<const StaticInput>("statics", statics, plan.num_ops());
+    for (int64_t op = 0; op < plan.num_ops(); ++op) {
+        if (plan.reads_static(op)) {
+            pointer<const float>("statics", reinterpret_cast<uintptr_t>(task.statics[op].data), 1);
+        }
+    }
+    const int64_t positions = batch * shape.positions();
+    task.codes = pointer<int64_t>("codes", codes, positions);
+    task.uniforms = pointer<const float>("uniforms", uniforms, positions);
+    task.known = pointer<const uint8_t>("known", known, positions);
+    task.logits = pointer<float>("logits", logits, logits != 0);
+    for (int64_t i = 0; i < positions; ++i) {
+        expect(task.known[i] == 0 || (task.codes[i] >= 0 && task.codes[i] < shape.num_codes), "codes",
+               "known codes of 0 to num_codes - 1");
+    }
     task.draw = draw_options(shape.num_codes, temperature, top_k, top_p);
-    task.keep_going = [](void*) {
-        nb::gil_scoped_acquire acquire;
-        return PyErr_CheckSignals() == 0;
+    Listener listener{rows_complete, 0, nullptr};
+    task.context = &listener;
+    task.keep_going = [](void* context, int64_t complete) {
+        return static_cast<Listener*>(context)->go_on(complete);
     };
-    int64_t bad = -1;
-    Outcome outcome;
+    GridResult result;
     {
         nb::gil_scoped_release release;
-        outcome = plan.run_row(task, &bad);
+        result = plan.run(task);
     }
-    if (outcome == Outcome::kStopped) throw nb::python_error();
-    return outcome == Outcome::kNotDrawable ? bad : -1;
+    if (listener.error) std::rethrow_exception(listener.error);
+    nb::object bad = nb::none();
+    if (result.outcome == Outcome::kNotDrawable) bad = nb::make_tuple(result.sample, result.row, result.column);
+    return nb::make_tuple(bad, result.above_seconds, result.step_seconds);
 }
 
 std::string compiler() {
@@ -325,17 +442,25 @@ NB_MODULE(_ext, m) {
              "start + rows of the inputs @ weights, for every position of the samples; arrays by address.");
     m.def("make_product", &make_product, nb::arg("weights"), nb::arg("depth"), nb::arg("columns"), nb::arg("kernels"),
           "Packs the right side of products that are summed in a fixed order; arrays by address.");
-    nb::class_<fastvq::cpu::StepPlan>(m, "StepPlan")
-        .def_prop_ro("weight_bytes", &fastvq::cpu::StepPlan::weight_bytes)
-        .def_prop_ro("kernels", &fastvq::cpu::StepPlan::kernels_name)
-        .def("run_row", &run_row, nb::arg("row"), nb::arg("values"), nb::arg("starts"), nb::arg("codes"),
-             nb::arg("code_stride"), nb::arg("uniforms"), nb::arg("uniform_stride"), nb::arg("known"),
-             nb::arg("known_stride"), nb::arg("temperature"), nb::arg("top_k"), nb::arg("top_p"),
-             "Fills a row; arrays by address. Returns -1, or sample * width + column of logits that are not finite.");
-    m.def("make_step_plan", &make_step_plan, nb::arg("ops"), nb::arg("num_ops"), nb::arg("terms"),
-          nb::arg("num_terms"), nb::arg("output"), nb::arg("batch"), nb::arg("width"), nb::arg("positions"),
-          nb::arg("num_codes"), nb::arg("key_stride"), nb::arg("bf16"), nb::arg("threads"), nb::arg("kernels"),
-          "Packs the weights of a plan's step phase; tables by address.");
+    m.def("elementwise", &elementwise, nb::arg("kind"), nb::arg("first"), nb::arg("first_stride"), nb::arg("second"),
+          nb::arg("second_stride"), nb::arg("out"), nb::arg("out_stride"), nb::arg("rows"), nb::arg("channels"),
+          nb::arg("threads"), nb::arg("kernels"),
+          "A function of one element, or of two, over rows; arrays by address, 0 for a second one that is not read.");
+    m.attr("PLAN_LAYOUT") = plan_layout();
+    nb::class_<fastvq::cpu::GridPlan>(m, "GridPlan")
+        .def_prop_ro("weight_bytes", &fastvq::cpu::GridPlan::weight_bytes)
+        .def_prop_ro("kernels", &fastvq::cpu::GridPlan::kernels_name)
+        .def_prop_ro("fused", &fastvq::cpu::GridPlan::fused)
+        .def("memory_bytes", &grid_memory, nb::arg("batch"), nb::arg("tile"), nb::arg("offset"),
+             "Bytes that filling grids takes beside the weights.")
+        .def("run", &run_grid, nb::arg("batch"), nb::arg("tile"), nb::arg("offset"), nb::arg("threads"),
+             nb::arg("step_threads"), nb::arg("statics"), nb::arg("codes"), nb::arg("uniforms"), nb::arg("known"),
+             nb::arg("logits"), nb::arg("temperature"), nb::arg("top_k"), nb::arg("top_p"), nb::arg("rows_complete"),
+             "Fills grids; arrays by address. Returns None, or sample, row and column of logits that are not finite, and "
+             "the seconds above and in steps.");
+    m.def("make_grid_plan", &make_grid_plan, nb::arg("ops"), nb::arg("num_ops"), nb::arg("terms"), nb::arg("num_terms"),
+          nb::arg("output"), nb::arg("height"), nb::arg("width"), nb::arg("num_codes"), nb::arg("bf16"),
+          nb::arg("kernels"), "Packs the weights of a plan; tables of the structs in PLAN_LAYOUT by address.");
     m.def("leave_thread_pool", &fastvq::cpu::leave_loaded_pool,
           "From now on work runs on threads of its own, not on those of the framework.");
     m.def("build_info", &build_info,

@@ -48,11 +48,11 @@ def strided_address(
     return tensor.data_ptr()
 
 
-def array_address(name: str, array: np.ndarray, dtype: type[np.generic], count: int) -> int:
+def array_address(name: str, array: np.ndarray, dtype: type[np.generic] | np.dtype, count: int) -> int:
     """`address` of a NumPy array."""
     if array.dtype != dtype or array.size != count or not array.flags.c_contiguous:
         raise AssertionError(
-            f"{name}: expected {dtype.__name__} {count} elements without gaps,"
+            f"{name}: expected {np.dtype(dtype)} {count} elements without gaps,"
             f" got {array.dtype} {list(array.shape)} of strides {array.strides}"
         )
     return array.ctypes.data

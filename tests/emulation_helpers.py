@@ -131,7 +131,9 @@ class Emulated:
         state = GridState(self.compiled, self.batch, static_inputs(self.prior, request))
         config = self.prior.config
         found = torch.full((self.batch, *config.shape, config.num_codes), float("nan"))
-        codes = sample_cuda(self.compiled, self.step, state, request, lambda: None, logits=found if logits else None)
+        codes = sample_cuda(
+            self.compiled, self.step, state, request, lambda rows: None, logits=found if logits else None
+        )
         return codes.clone(), found
 
     def logits(self, codes: Tensor, given: dict[str, Any]) -> Tensor:

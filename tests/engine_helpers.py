@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from typing import Any, TypeVar
 
@@ -16,10 +17,9 @@ from fastvq.errors import ArgumentError
 from fastvq.models import Prior
 from fastvq.ops.draw import draw_margin
 from fastvq.sampling.engines import cpu, static_inputs
-from fastvq.sampling.engines.cpu import CpuStep, sample_cpu
-from fastvq.sampling.engines.pytorch import TorchStep
-from fastvq.sampling.engines.state import CompiledPlan, GridState
-from fastvq.sampling.plan import Plan, compile_plan
+from fastvq.sampling.engines.cpu import CpuPlan
+from fastvq.sampling.engines.pytorch import TorchGrid, TorchPlan, front_of, sample_torch
+from fastvq.sampling.plan import Plan, Term, compile_plan
 from fastvq.sampling.request import SampleRequest, Settings, build_request
 
 # How near to a boundary between two codes, in probability, rounding may decide.
@@ -98,21 +98,32 @@ def engine_logits(
     batch = len(codes)
     everything = torch.ones_like(codes, dtype=torch.bool)
     request = request_of(prior, batch, given, seed=0, init_codes=codes, mask=everything)
-    compiled = CompiledPlan(plan or compile_plan(prior), codes.device)
-    state = GridState(compiled, batch, static_inputs(prior, request))
+    plan, statics = plan or compile_plan(prior), static_inputs(prior, request)
     logits = torch.full((*codes.shape, prior.config.num_codes), float("nan"))
     if engine == "cpu":
-        step = CpuStep(compiled.plan, batch, **{"threads": 1, **options})
-        filled = sample_cpu(compiled, step, state, request, lambda: None, logits=logits)
-        assert torch.equal(filled, codes)
-        return logits
-    interpreter = TorchStep(compiled)
-    state.codes.copy_(codes)
-    for row in range(codes.shape[1]):
-        state.begin_row(row)
-        for column in range(codes.shape[2]):
-            logits[:, row, column] = interpreter.logits(state, row, column)
+        settings = {"kernels": options.pop("kernels", "auto"), "bf16": options.pop("bf16", False)}
+        front = plan.front(options.pop("tile", None) or (1 if plan.skew else plan.shape[1]))
+        filled = CpuPlan(plan, **settings).fill(
+            request, statics, front, lambda rows: None, **{"threads": 1, **options}, logits=logits
+        )
+    else:
+        grid = TorchGrid(TorchPlan(plan, codes.device), front_of(plan, options.get("tile")), batch, statics)
+        filled = sample_torch(grid, request, lambda rows: None, logits=logits)
+    assert torch.equal(filled, codes)
     return logits
+
+
+def rounded(plan: Plan, *, above: bool = True) -> Plan:
+    """With weights of products in bfloat16; without those on rows above and of what is known beforehand if not so."""
+
+    def of(terms: dict[int, tuple[Term, ...]]) -> dict[int, tuple[Term, ...]]:
+        return {
+            index: tuple(dataclasses.replace(term, weight=term.weight.bfloat16().float()) for term in found)
+            for index, found in terms.items()
+        }
+
+    steps = of(plan.step_terms)
+    return dataclasses.replace(plan, step_terms=steps, row_terms=of(plan.row_terms) if above else plan.row_terms)
 
 
 @torch.no_grad()
@@ -122,10 +133,12 @@ def model_logits(prior: Prior, codes: Tensor, given: dict[str, Any]) -> Tensor:
 
 
 @torch.no_grad()
-def own_error(prior: Prior, codes: Tensor, given: dict[str, Any], exact: Tensor) -> float:
+def own_error(
+    prior: Prior, codes: Tensor, given: dict[str, Any], exact: Tensor, move: float = torch.finfo(torch.float32).eps
+) -> float:
     """How far the model itself is off in float32: the most of 4 times, as once may be by luck.
 
-    After the first time every weight moves by up to a unit in the last place.
+    After the first time every weight moves by up to a share of itself: a unit in the last place unless told otherwise.
     """
     other, worst = copy.deepcopy(prior), 0.0
     generator = torch.Generator().manual_seed(0)
@@ -133,7 +146,7 @@ def own_error(prior: Prior, codes: Tensor, given: dict[str, Any], exact: Tensor)
         worst = max(worst, float((model_logits(other, codes, given) - exact).abs().max()))
         for moved, weight in zip(other.parameters(), prior.parameters(), strict=True):
             noise = torch.rand(weight.shape, generator=generator, dtype=torch.float64) * 2 - 1
-            moved.copy_(weight.double() * (1 + noise * torch.finfo(torch.float32).eps))
+            moved.copy_(weight.double() * (1 + noise * move))
     return worst
 
 

@@ -55,7 +55,7 @@ from fastvq.models import preset
 model, config = preset("tiny-top")
 sample(model(config), 1, seed=0, engine="cpu")
 """
-    assert ranges(listener, tmp_path, code) == ["sample", "sample/row phase", "sample/step phase"]
+    assert ranges(listener, tmp_path, code) == ["sample", "sample/grid"]
 
 
 @needs_listener

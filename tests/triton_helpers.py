@@ -167,6 +167,48 @@ def compile_kernel(
     return Resources(compiled.metadata.shared, registers, stack + local, compiled.asm["ptx"])
 
 
+class Recorder:
+    """Stands for a kernel and notes what it would be launched with."""
+
+    def __init__(self, kernel: Any, launches: list[Launch]) -> None:
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *args, **options: self.launches.append(Launch(self.kernel, args, options))
+
+
+class Launch(NamedTuple):
+    kernel: Any
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+    def compile(self, capability: int) -> Resources:
+        """As Triton would: None and 1 are constants, and multiples of 16 are known to be such."""
+        options = dict(self.options)
+        warps, stages = options.pop("num_warps"), options.pop("num_stages", 3)
+        named = dict(zip(self.kernel.arg_names, self.args, strict=False))
+        types = {name: _elements(value) for name, value in named.items() if isinstance(value, Tensor)}
+        constants = {
+            name: value
+            for name, value in named.items()
+            if value is None or (not isinstance(value, Tensor) and value == 1)
+        }
+        rest = {name: value for name, value in named.items() if name not in types and name not in constants}
+        divisible = tuple(name for name, value in rest.items() if value % 16 == 0)
+        constants.update(options)
+        return compile_kernel(
+            self.kernel, capability, types, constants, warps=warps, stages=stages, divisible=divisible
+        )  # fmt: skip
+
+
+def _elements(tensor: Tensor) -> str:
+    """Triton's name of what a tensor holds."""
+    import torch
+
+    names = {torch.bool: "i1", torch.int32: "i32", torch.int64: "i64", torch.float32: "fp32"}
+    return {**names, torch.bfloat16: "bf16", torch.float16: "fp16"}[tensor.dtype]
+
+
 def assert_fits(resources: Resources, capability: int) -> None:
     """Asserts that a program's shared memory exists and that no register is spilled."""
     assert resources.shared <= SHARED_MEMORY[capability]

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from bench.cases import SAMPLER_CASES, SamplerCase
 from bench.clock import Timed, clock, synchronise
+from bench.engines import TorchSteps
 from bench.gpu import probes
-from bench.gpu.engines import Rows, phase_seconds
+from bench.gpu.engines import phase_seconds
 from bench.gpu.files import load, save
 from bench.gpu.floors import Rates, floor_seconds
 from bench.gpu.lines import LATE, LEGEND, Line, both_levels, failures, table
@@ -46,16 +47,21 @@ _NAIVE_BATCH = 16
 _CHECKED = 2
 _TARGET_SECONDS, _MOST_REPEATS = 2.0, 20
 
-# Ways in which the ``cuda`` engine can run; all but bfloat16 promise the naive sampler's codes.
+# Ways in which the ``cuda`` engine can run; all but bfloat16 promise the naive sampler's codes. Where there is no
+# attention it samples along a front unless a row kernel asks for rows.
 VARIANTS = {
     "cuda": EngineOptions(),
     "cuda bf16": EngineOptions(precision="bfloat16"),
     "cuda graph": EngineOptions(cuda_graph=True),
     "cuda bf16 graph": EngineOptions(precision="bfloat16", cuda_graph=True),
+    "cuda rows": EngineOptions(row_kernel="library"),
     "cuda triton rows": EngineOptions(row_kernel="triton"),
 }
 # The time may end anywhere, so what is compared most comes first.
-ORDER = ("cuda", "cuda bf16", "naive", "torch", "cuda bf16 graph", "cuda graph", "cuda triton rows", "torch graph")
+ORDER = (
+    *("cuda graph", "cuda bf16 graph", "cuda", "cuda bf16", "cuda rows", "naive", "torch", "cuda triton rows"),
+    "torch graph",
+)
 
 
 def case_of(name: str, batch: int, *, small: bool = False) -> SamplerCase:
@@ -81,7 +87,7 @@ class Problem:
         request = request_of(prior, case.batch, case.inputs(prior))
         return cls(case, torch.device(device), prior, request, describe(prior), engine)
 
-    def run(self, options: EngineOptions, row_done: Callable[[], None] = lambda: None) -> Tensor:
+    def run(self, options: EngineOptions, row_done: Callable[[int], None] = lambda rows: None) -> Tensor:
         return fill(self.engine, self.prior, self.request, row_done, options)
 
     def line(self, engine: str) -> Line:
@@ -183,7 +189,7 @@ def cuda_line(problem: Problem, name: str, left: Left, runs: int = 1) -> Line:
 def _warm_up(problem: Problem, options: EngineOptions) -> None:
     """Packs weights and loads kernels, or records the graph."""
 
-    def row_done() -> None:
+    def row_done(rows: int) -> None:
         if not options.cuda_graph:
             raise _EnoughError
 
@@ -216,51 +222,47 @@ def naive_line(problem: Problem) -> Line:
 
 @torch.inference_mode()
 def torch_line(problem: Problem, *, recorded: bool) -> Line:
-    """The ``torch`` engine at complete rows spread over the grid; the codes of the first rows are checked.
+    """The ``torch`` engine at steps spread over the grid; the codes of the first rows are checked.
 
-    Recorded: the steps of a row are replayed as one graph. Every row has a graph of its own, and recording it takes
-    longer than running it, so that this pays for sampling many batches only; the time is that of replays. What a draw
-    checks beforehand cannot be recorded and is left out.
+    Recorded: what follows a step's row phase is replayed as a graph. Every step has a graph of its own, and recording
+    it takes longer than running it, so that this pays for sampling many batches only; the time is that of replays. What
+    a draw checks beforehand cannot be recorded and is left out.
     """
-    device, grid = problem.device, Rows(problem.prior, problem.request)
-    line, codes = problem.line("torch graph" if recorded else "torch"), grid.state.codes
-    first = range(min(3, grid.height))
-    for row in first:
-        grid.begin(row)
-        grid.steps(row)
-    check = check_codes(problem.prior, problem.request, codes[:, : len(first)].clone(), _CHECKED)
-    line.judge(check.passed, f"first {len(first)} rows: {check.summary}")
-    grid.scatter()
+    device, steps = problem.device, TorchSteps(problem.prior, problem.request)
+    line, codes = problem.line("torch graph" if recorded else "torch"), steps.grid.codes
+    check = check_codes(problem.prior, problem.request, steps.codes, _CHECKED)
+    line.judge(check.passed, f"first {steps.codes.shape[1]} rows: {check.summary}")
     times = {}
-    for row in sorted({grid.height // 4, grid.height // 2, 3 * grid.height // 4}):
-        begin, steps = clock(grid.begin, row, device=device), [clock(grid.steps, row, device=device)]
+    for step in steps.chosen:
+        begin, rest = clock(steps.begin, step, device=device), [clock(steps.turns, device=device)]
         if recorded:
-            expected = codes[:, row].clone()
+            expected = codes.clone()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                grid.steps(row, checked=False)
-            codes[:, row].random_(problem.prior.config.num_codes)  # what was drawn must not pass for what is drawn now
-            steps = [clock(graph.replay, device=device) for _ in range(4)][1:]
-            differ = int((codes[:, row] != expected).sum())
-            line.judge(differ == 0, f"{differ} codes of row {row} differ from eager ones")
-        times[row] = [Timed(None, begin[1] + step[1], begin[2] + step[2]) for step in steps]
-    _extrapolate(line, times, grid.height)
-    line.extrapolated = f"extrapolated from complete rows {list(times)}{', replayed from graphs' if recorded else ''}"
+                steps.turns(checked=False)
+            for turn in steps.grid.tile.turns:
+                codes[steps.grid.tile.at(turn)] = 0  # what was drawn must not pass for what is drawn now
+            rest = [clock(graph.replay, device=device) for _ in range(4)][1:]
+            differ = int((codes != expected).sum())
+            line.judge(differ == 0, f"{differ} codes of step {step} differ from eager ones")
+        times[step] = [Timed(None, begin[1] + one[1], begin[2] + one[2]) for one in rest]
+    _extrapolate(line, times, steps.steps)
+    line.extrapolated = f"extrapolated from steps {list(times)}{', replayed from graphs' if recorded else ''}"
     return line
 
 
 def _extrapolate(
-    line: Line, times: Mapping[int, Sequence[Timed]], height: int, degree: int = 1, factor: float = 1.0
+    line: Line, times: Mapping[int, Sequence[Timed]], count: int, degree: int = 1, factor: float = 1.0
 ) -> None:
-    """Sum over all rows of the polynomial that fits the medians of the measured ones best."""
+    """Sum over all of ``count`` rows or steps of the polynomial that fits the medians of the measured ones best."""
     medians = np.median([[one[1:] for one in repeats] for repeats in times.values()], axis=1)  # [rows, 2]
     # Trapezoids would overestimate a convex cost, which is that of an opponent.
     fit = np.polyfit(list(times), medians, min(degree, len(times) - 1))
-    sums = (np.vander(np.arange(height), len(fit)) @ fit).sum(0)
+    sums = (np.vander(np.arange(count), len(fit)) @ fit).sum(0)
     seconds, device_seconds = (factor * np.maximum(sums, medians.max(0))).tolist()
     line.add(Timed(None, seconds, device_seconds))
-    line.facts |= {"rows": list(times), "seconds_per_row": medians[:, 0].tolist()}
-    line.facts["device_seconds_per_row"] = medians[:, 1].tolist()
+    line.facts |= {"measured": list(times), "seconds_of_each": medians[:, 0].tolist()}
+    line.facts["device_seconds_of_each"] = medians[:, 1].tolist()
 
 
 def run(folder: Path, limit: float) -> int:

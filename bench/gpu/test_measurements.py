@@ -168,7 +168,7 @@ class TestSampler:
         made = sampler.run_case(problem, RATES, lambda: 0.5, print)
         assert [one.engine for one in made] == list(sampler.ORDER)
         found = {one.engine: one for one in made if one.left_out is None}
-        assert set(found) == {"cuda", "cuda bf16", "naive", "torch"}
+        assert set(found) == {"cuda", "cuda bf16", "naive", "torch"}  # what else there is, the CPU has not
         assert all(one.passed for one in found.values())
         assert {name for name, one in found.items() if one.extrapolated} == {"naive", "torch"}
         assert {name for name, one in found.items() if not one.exact} == {"cuda bf16"}

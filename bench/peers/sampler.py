@@ -7,10 +7,11 @@ import functools
 
 from torch import Tensor
 
+from bench.cases import FEW_BATCHES, SamplerCase
 from bench.engines import fill_rows, row_phase_seconds
 from bench.harness import Entry, Peer, using_threads
 from bench.registry import Contender, LeftOutError, peer
-from bench.sampler import Pace, Sampling, naive_pace, torch_rows
+from bench.sampler import Pace, Sampling, naive_pace, torch_steps
 from fastvq import _engine, sample
 from fastvq.models.prior import Prior
 from fastvq.sampling import EngineOptions
@@ -71,7 +72,11 @@ class Engine(Contender):
                 entry.facts["row_phase_seconds"] = [spent]
 
 
-@peer("sampling", name="naive")
+def _few(case: SamplerCase) -> bool:
+    return case.batch in FEW_BATCHES
+
+
+@peer("sampling", name="naive", takes=_few)
 class Naive(Engine):
     def __init__(self, problem: Sampling) -> None:
         super().__init__(problem, "naive")
@@ -87,13 +92,13 @@ class Naive(Engine):
         return self.paces[threads].entry()
 
 
-@peer("sampling", name="torch")
+@peer("sampling", name="torch", takes=_few)
 class Cached(Engine):
     def __init__(self, problem: Sampling) -> None:
         super().__init__(problem, "torch")
 
     def extrapolated(self, threads: int) -> Entry:
-        return torch_rows(self.problem.prior, self.problem.request, threads)
+        return torch_steps(self.problem.prior, self.problem.request, threads)
 
 
 @peer("sampling", name="cpu")

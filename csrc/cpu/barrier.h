@@ -9,7 +9,8 @@ namespace fastvq::cpu {
 
 class Barrier {
    public:
-    explicit Barrier(int64_t threads) : threads_(threads) {}
+    explicit Barrier(int64_t threads)
+        : threads_(threads), spins_(threads <= static_cast<int64_t>(std::thread::hardware_concurrency()) ? 4000 : 200) {}
 
     // What a thread wrote before is seen by all threads after.
     void wait() {
@@ -20,7 +21,8 @@ class Barrier {
             phase_.store(phase + 1, std::memory_order_release);
             return;
         }
-        // Spinning is fastest while every thread has a core of its own; otherwise the missing one needs ours.
+        // Spinning is fastest while every thread has a core of its own; otherwise the missing one needs ours, and soon:
+        // threads meet so often that what each meeting wastes is what the time goes into.
         for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) {
             if (spins < 4000) {
                 pause();
@@ -38,6 +40,7 @@ class Barrier {
     }
 
     const int64_t threads_;
+    const int spins_;
     alignas(64) std::atomic<int64_t> arrived_{0};
     alignas(64) std::atomic<uint32_t> phase_{0};
 };

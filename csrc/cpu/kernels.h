@@ -5,33 +5,8 @@
 
 namespace fastvq::cpu {
 
-// Weights are packed in panels of this many output channels: [depth][kPanel], whatever the instruction set.
+// Channels that a thread owns are a multiple of this many, whatever the instruction set.
 constexpr int64_t kPanel = 32;
-
-// One factor of a product: `depth` consecutive floats per sample.
-struct Segment {
-    const float* data;
-    int64_t stride;  // between samples
-    int64_t depth;
-};
-
-// out[m][c] = start[m][c] + sum over segments and k of segment[m][k] * weight[k][c], for the columns c of some panels.
-// Every output adds its products one after the other in this order, so it does not depend on the number of samples.
-struct Product {
-    const Segment* segments;
-    int64_t num_segments;
-    int64_t depth;        // of all segments together
-    const void* weights;  // the panels, one after the other
-    bool bf16;            // weights are the upper halves of floats
-    const int64_t* columns;  // first column of each panel
-    const int64_t* widths;   // columns of each panel that exist, at most kPanel
-    int64_t num_panels;
-    const float* start;
-    int64_t start_stride;
-    float* out;
-    int64_t out_stride;
-    int64_t rows;
-};
 
 // One query against the positions so far. Keys are [channel][position], values [position][channel].
 struct Attend {
@@ -90,41 +65,46 @@ struct NearestKernels {
     void (*squares)(const float* codes, int64_t count, int64_t depth, const float* shift, double* squares);
 };
 
-// Consecutive floats for every position, of which a sample has a given number.
+// Vectors of floats by sample and place: a table says where those of a place lie within a sample, and without one all of
+// a sample's places share one vector.
 template <class T>
-struct Strided {
+struct Placed {
     T* data;
     int64_t sample_stride;
-    int64_t position_stride;
+    const int64_t* places;
 
-    T* at(int64_t sample, int64_t position) const {
-        return data + sample * sample_stride + position * position_stride;
+    T* at(int64_t sample, int64_t place) const {
+        return data + sample * sample_stride + (places == nullptr ? 0 : places[place]);
     }
 };
 
 // `length` floats of every row of a product's left side.
 struct Run {
-    Strided<const float> rows;
+    Placed<const float> rows;
     int64_t length;
+    int64_t zeros = -1;  // where `places` says that a row has zeros alone; -1 if it never does
 };
 
 // Floats that lie in a line of the caches, by which what is needed soon is fetched.
 constexpr int64_t kLineFloats = 16;
 
-// A few rows and the columns of a panel, over a part of the depth.
+// A few rows and the columns of a panel, over a part of the depth. Rows go through the places of one sample after the
+// other.
 struct ProductTile {
     const Run* runs;  // from the one that the part begins in
     int64_t skip;     // floats of that run before the part
     int64_t depth;    // of the part
-    const float* panel;  // its weights, [depth][columns of a panel]
-    int64_t pitch;       // from a panel to the next
-    Strided<const float> start;  // what is added to; zeros if null
-    Strided<float> out;
-    int64_t width;  // positions of a sample
+    const void* panel;  // its weights, [depth][columns of a panel]
+    int64_t pitch;      // weights from a panel to the next
+    bool bf16;          // weights are the upper halves of floats
+    Placed<const float> start;  // what is added to; zeros if there is no data
+    Placed<float> out;
+    const int32_t* order;  // the places of a sample
+    int64_t width;         // how many
     int64_t sample, position;  // of the first row; the others follow
     int64_t rows;
     int64_t columns;  // that exist; with no more than `few_rows` rows up to those of two panels
-    const float* ahead;  // what is needed soon
+    const char* ahead;  // what is needed soon
     int64_t ahead_lines;
 };
 
@@ -139,7 +119,6 @@ struct ProductKernels {
 
 struct Kernels {
     const char* name;
-    void (*product)(const Product&);
     void (*elu)(const float* x, float* y, int64_t n);
     void (*elu_negated)(const float* x, float* y, int64_t n);  // elu(-x)
     void (*relu)(const float* x, float* y, int64_t n);

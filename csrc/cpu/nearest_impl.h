@@ -160,7 +160,7 @@ void scan(const float* panel, const float* tiles, const float* start, int64_t de
             for (int v = 0; v < kTileVectors; ++v) x[v] = load(row + v * kLanes);
             for (int c = 0; c < kTileRows; ++c) {
                 const Vector factor = broadcast(code[c]);
-                for (int v = 0; v < kTileVectors; ++v) sums[c][v] += factor * x[v];
+                for (int v = 0; v < kTileVectors; ++v) sums[c][v] = fused(factor, x[v], sums[c][v]);
             }
         }
         for (int c = 0; c < kTileRows; ++c) {
@@ -190,11 +190,11 @@ double squared_distances_of(const T* x, int64_t stride, int64_t rows, int64_t de
         int64_t d = 0;
         for (; d + kLanes <= depth; d += kLanes) {
             const Vector gap = load(row + d) - load(code + d);
-            sum += gap * gap;
+            sum = fused(gap, gap, sum);
         }
         if (d < depth) {
             const Vector gap = load_part(row + d, depth - d) - load_part(code + d, depth - d);
-            sum += gap * gap;
+            sum = fused(gap, gap, sum);
         }
         add_wide(sum, total);
     }

@@ -42,10 +42,21 @@ inline void store(float* p, Vector v) { std::memcpy(p, &v, sizeof(v)); }
 
 inline Vector broadcast(float x) { return x - Vector{}; }
 
-// a * b + sum. With kFused it is rounded once, whatever the compiler does with other sums and products.
-#if defined(__FMA__) && FASTVQ_LANES == 16
+// a * b + sum. With kFused it is rounded once. The compiler fuses nothing else, so sets of kernels with it agree in bits.
+#if defined(__AVX512F__) && FASTVQ_LANES == 16
 constexpr bool kFused = true;
 inline Vector fused(Vector a, Vector b, Vector sum) { return _mm512_fmadd_ps(a, b, sum); }
+#elif defined(__FMA__) && FASTVQ_LANES == 16
+constexpr bool kFused = true;
+inline Vector fused(Vector a, Vector b, Vector sum) {
+    __m256 x[2], y[2], z[2];
+    std::memcpy(x, &a, sizeof(x));
+    std::memcpy(y, &b, sizeof(y));
+    std::memcpy(z, &sum, sizeof(z));
+    for (int half = 0; half < 2; ++half) z[half] = _mm256_fmadd_ps(x[half], y[half], z[half]);
+    std::memcpy(&sum, z, sizeof(z));
+    return sum;
+}
 #elif defined(__FMA__) && FASTVQ_LANES == 8
 constexpr bool kFused = true;
 inline Vector fused(Vector a, Vector b, Vector sum) { return _mm256_fmadd_ps(a, b, sum); }

@@ -34,6 +34,7 @@ Code code_of(Kind kind) {
         case Kind::kTanh: return Code::kTanh;
         case Kind::kStoreKeys: return Code::kStoreKeys;
         case Kind::kAttend: return Code::kAttend;
+        case Kind::kStatic: break;
     }
     throw std::invalid_argument("unknown kind");
 }

@@ -11,7 +11,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "step_spec.h"
+#include "plan_spec.h"
 
 #if defined(__CUDACC__)
 #define FASTVQ_HOST_DEVICE __host__ __device__

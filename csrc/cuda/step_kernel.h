@@ -11,7 +11,7 @@ namespace fastvq::cuda {
 
 // Where an operation's vectors lie: sample b, column c at data + b * batch_stride + (c & column_mask) * column_stride.
 // The mask is -1 for rows of vectors, 1 for vectors of the current position alone (two places, taken in turn), 0 for
-// vectors that are the same at all positions. Attention's keys and values lie as in the CPU engine (step_plan.h).
+// vectors that are the same at all positions. Attention's keys and values lie as in the CPU engine (grid_plan.h).
 struct DeviceView {
     float* data;
     int64_t batch_stride;

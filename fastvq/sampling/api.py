@@ -12,14 +12,20 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastvq import _engine
-from fastvq._check import require_positive_int
 from fastvq._nvtx import annotate
-from fastvq.errors import ArgumentError
 from fastvq.models.prior import Condition, Prior
-from fastvq.sampling.cost import describe
-from fastvq.sampling.engines import Engine, choose, fill, warn_slow, why_slow
+from fastvq.sampling.engines import Engine, choose, fill, plan_of, warn_slow, why_slow
+from fastvq.sampling.micro_batch import choose_micro_batch
 from fastvq.sampling.options import EngineOptions, Precision, engine_options
-from fastvq.sampling.request import MICRO_BATCH, SampleRequest, Settings, as_prior, build_request, micro_batches
+from fastvq.sampling.request import (
+    SampleRequest,
+    Settings,
+    as_prior,
+    build_request,
+    check_indices,
+    micro_batches,
+    padded_micro_batches,
+)
 
 
 @contextlib.contextmanager
@@ -82,16 +88,19 @@ def sample(
             or GatedPixelCNN. All give the same codes, except where a uniform number lies within float32 rounding of a
             boundary between two codes.
         start: index of the first sample; sampling 0..9 in one call or in two gives the same codes.
-        micro_batch: samples computed together (default: 8), aligned on the sample's index and padded. Codes are
-            bit-identical between calls with the same ``micro_batch``, engine and threads; with another one, logits may
-            differ by float32 rounding.
-        memory_limit: bytes that a cached engine may use beyond the prior itself (see :func:`fastvq.explain`). It
-            lowers the default ``micro_batch`` where that would need more.
+        micro_batch: most samples computed together, a means against memory; the default is what is fastest within the
+            memory limit. The codes of a sample do not depend on it with the ``cpu`` engine, nor on threads or on the
+            other samples of a call, and processors with AVX2 or AVX-512 give the same. The same holds for the ``cuda``
+            engine with one exception: priors with attention are padded to micro-batches of one size, and depend on
+            that size by rounding. With the ``torch`` and ``naive`` engines, whose library rounds differently for other
+            batches, logits may differ by float32 rounding between micro-batches.
+        memory_limit: bytes that a cached engine may use beyond the prior itself (see :func:`fastvq.explain`). Without
+            one a micro-batch of more than 8 samples takes no more than 2 GiB.
         precision: ``bfloat16`` halves the weights that the ``cuda`` and ``cpu`` engines read at each position. Faster
             for small micro-batches, and not exact; with a ``micro_batch`` of 8 or more the ``cuda`` engine also rounds
             what the weights are multiplied by, and uses matrix instructions.
         options: everything an engine can be told, ``precision`` included (then leave that argument out): threads,
-            instruction set, row kernel, CUDA graph.
+            instruction set, row kernel, tile, CUDA graph.
 
     Returns:
         int64 [n, H, W] on the prior's device.
@@ -100,7 +109,8 @@ def sample(
         ArgumentError, ArgumentTypeError: arguments that do not fit; nothing has been computed then.
     """
     prior = as_prior(prior)
-    run = Run.chosen(prior, engine, engine_options(precision, options), micro_batch, memory_limit)
+    check_indices(n, start)
+    run = Run.chosen(prior, n, engine, engine_options(precision, options), micro_batch, memory_limit)
     request = build_request(
         prior,
         n,
@@ -123,6 +133,7 @@ class Run:
 
     Attributes:
         micro_batch: samples computed together.
+        padded: whether all micro-batches have this size, with samples nobody asked for where there are too few.
         slow: why this will take long, if that has to be said.
     """
 
@@ -130,52 +141,47 @@ class Run:
     engine: Engine[Any]
     options: EngineOptions
     micro_batch: int
+    padded: bool
     slow: str | None
 
     @classmethod
     def chosen(
-        cls, prior: Prior, engine: str, options: EngineOptions, micro_batch: int | None, memory_limit: int | None
+        cls,
+        prior: Prior,
+        n: int,
+        engine: str,
+        options: EngineOptions,
+        micro_batch: int | None,
+        memory_limit: int | None,
     ) -> Run:
         """
+        Args:
+            n: samples that are wanted.
+
         Raises:
             ArgumentError: arguments that do not fit the prior or each other, see :func:`sample`.
             UnavailableError: the engine asked for cannot run here.
         """
         found, _ = choose(engine, prior, options)
-        size = _micro_batch(prior, found, micro_batch, memory_limit)
-        return cls(prior, found, options, size, why_slow(engine, found, prior))
+        plan = plan_of(prior) if found.plans else None
+        size = choose_micro_batch(plan, found, options, n, micro_batch, memory_limit)
+        padded = plan is not None and found.padded(plan, options)
+        return cls(prior, found, options, size, padded, why_slow(engine, found, prior))
 
     def draw(self, request: SampleRequest, start: int, *, progress: bool) -> Tensor:
         """Codes of a request for samples from index ``start`` on: int64 [n, H, W]."""
         codes = torch.empty_like(request.init_codes)
-        blocks = list(micro_batches(start, len(codes), self.micro_batch))
+        blocks: list[tuple[Tensor | slice, slice]]
+        if self.padded:
+            padded = padded_micro_batches(start, len(codes), self.micro_batch)
+            blocks = [(index.to(codes.device), new) for index, new in padded]
+        else:
+            blocks = [(part, slice(None)) for part in micro_batches(len(codes), self.micro_batch)]
         rows = len(blocks) * self.prior.config.shape[0]
         evaluated = self.engine.evaluated(self.prior)
         with tqdm(total=rows, desc="sampling", unit="row", disable=not progress) as bar, annotate("sample"):
             for index, new in blocks:
-                part = request.rows(index.to(codes.device))
+                part = request.rows(index)
                 filled = fill(self.engine.name, self.prior, part, bar.update, self.options, evaluated=evaluated)
-                codes[index[new].to(codes.device)] = filled[new]
+                codes[index if isinstance(index, slice) else index[new]] = filled[new]
         return codes
-
-
-def _micro_batch(prior: Prior, engine: Engine[Any], micro_batch: int | None, memory_limit: int | None) -> int:
-    """Samples to compute together: as asked for, or the default as far as the memory limit allows.
-
-    Raises:
-        ArgumentError: the limit is below what is needed.
-    """
-    size = MICRO_BATCH if micro_batch is None else require_positive_int("micro_batch", micro_batch)
-    if memory_limit is None:
-        return size
-    require_positive_int("memory_limit", memory_limit)
-    if not engine.plans:
-        raise ArgumentError(f"memory_limit: the {engine.name} engine cannot keep to one; its memory is the model's own")
-    explanation = describe(prior)
-    least = size if micro_batch is not None else 1
-    if explanation.memory(least) > memory_limit:
-        raise ArgumentError(
-            f"memory_limit: a micro-batch of {least} needs {explanation.memory(least)} bytes, got {memory_limit}"
-        )
-    fitting = (memory_limit - explanation.weight_bytes) // explanation.cache_bytes
-    return size if micro_batch is not None else min(size, fitting)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
-import torch
 from torch import nn
 
+from fastvq._check import require_positive_int
 from fastvq.models.prior import Prior
-from fastvq.sampling.engines import choose, plan_of, why_no_values
-from fastvq.sampling.engines.state import padded, ring_rows
+from fastvq.sampling.engines import Engine, choose, engine_named, plan_of, why_no_values
+from fastvq.sampling.engines.base import Schedule
+from fastvq.sampling.micro_batch import choose_micro_batch
 from fastvq.sampling.options import EngineOptions, Precision, engine_options
 from fastvq.sampling.plan import Op, Plan, Term, compile_plan
 from fastvq.sampling.request import as_prior
@@ -27,11 +30,13 @@ class Explanation:
             can be described and not sampled.
         levels: groups of operations per position that wait for each other, the draw included.
         row_ops, left_ops, here_ops: number of operations by what they wait for.
-        row_flops, step_flops, setup_flops: per sample, of the row phase, of the step phase, and once beforehand.
+        row_flops, step_flops: per sample, of what is known before the steps of a row or tile, and of the steps.
         naive_flops: per sample, of the naive sampler on the same prior.
-        row_weight_bytes, step_weight_bytes: float32 weights read per row, and per position.
-        cache_bytes: per sample of a micro-batch: what is kept while a grid is filled.
-        weight_bytes: of the plan and its packed copies, shared by all samples.
+        row_weight_bytes, step_weight_bytes: float32 weights read per row or tile step, and per position.
+        skew: positions of equal column + skew * row can be sampled together; None if only raster order samples this
+            prior, for ``raster_reason``.
+        micro_batch: samples computed together, of those that were asked about.
+        schedule: of such a micro-batch: its front with the width of tiles, why that width, and what it keeps in memory.
     """
 
     name: str
@@ -47,31 +52,52 @@ class Explanation:
     naive_flops: int
     row_weight_bytes: int
     step_weight_bytes: int
-    cache_bytes: int
-    weight_bytes: int
+    skew: int | None
+    raster_reason: str | None
+    micro_batch: int
+    schedule: Schedule
+    _schedule_of: Callable[[int], Schedule] = field(repr=False, compare=False)
 
     @property
     def saved(self) -> float:
         """How many times less arithmetic than the naive sampler."""
         return self.naive_flops / (self.row_flops + self.step_flops)
 
+    @property
+    def weight_bytes(self) -> int:
+        """Of the plan and its packed copies, shared by all samples."""
+        return self.schedule.weight_bytes
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of the micro-batch: what is kept while grids are filled."""
+        return self.schedule.cache_bytes
+
+    @property
+    def samples_per_step(self) -> float:
+        """Positions that are sampled together on average, of all samples of the micro-batch."""
+        return self.micro_batch * math.prod(self.shape) / self.schedule.front.dependent_steps
+
     def memory(self, batch: int) -> int:
         """Bytes that sampling a micro-batch takes beyond the prior itself."""
-        return self.weight_bytes + batch * self.cache_bytes
+        return self._schedule_of(batch).memory
 
     def __str__(self) -> str:
-        height, width = self.shape
-        positions = height * width
+        front, batch = self.schedule.front, self.micro_batch
+        above = f"{_si(batch * self.row_flops / front.steps)}FLOP, {_si(self.row_weight_bytes)}B of weights"
+        steps = f"{_si(batch * self.step_flops / front.dependent_steps)}FLOP, {_si(self.step_weight_bytes)}B of weights"
+        skew = f"raster order only: {self.raster_reason}" if self.skew is None else f"skew {self.skew}"
         lines = [
-            f"{self.name} over {height} x {width} positions",
+            f"{self.name} over {self.shape[0]} x {self.shape[1]} positions",
             f"  engine       {self.engine} ({self.reason})",
             f"  operations   {self.row_ops} by row, {self.left_ops} from the left, {self.here_ops} here; "
             f"{self.levels} levels per position",
-            f"  row phase    {_si(self.row_flops / height)}FLOP per row and sample, "
-            f"{_si(self.row_weight_bytes)}B of weights per row",
-            f"  step phase   {_si(self.step_flops / positions)}FLOP per position and sample, "
-            f"{_si(self.step_weight_bytes)}B of weights per position",
-            f"  memory       {_si(self.weight_bytes)}B of weights, {_si(self.cache_bytes)}B per sample",
+            f"  order        {skew}",
+            f"  memory       {_si(self.weight_bytes)}B of weights, {_si(self.cache_bytes)}B for {batch} at a time",
+            f"  tiles        {front.tile} wide ({self.schedule.reason}): {front.steps} tile steps, "
+            f"{front.dependent_steps} dependent steps of {self.samples_per_step:.3g} positions",
+            f"  tile step    {above}",
+            f"  step         {steps}",
             f"  per sample   {_si(self.row_flops + self.step_flops)}FLOP, naive {_si(self.naive_flops)}FLOP: "
             f"{self.saved:.0f} times less",
         ]
@@ -80,8 +106,11 @@ class Explanation:
 
 def describe(
     prior: Prior | nn.Module,
+    n: int = 1,
     *,
     engine: str = "auto",
+    micro_batch: int | None = None,
+    memory_limit: int | None = None,
     precision: Precision = "float32",
     options: EngineOptions | None = None,
 ) -> Explanation:
@@ -93,19 +122,27 @@ def describe(
     """
     prior = as_prior(prior)
     options = engine_options(precision, options)
+    require_positive_int("n", n)
     reason = why_no_values(prior)
+    chosen: Engine[Any]
     if reason is None:
         plan = plan_of(prior)
         chosen, reason = choose(engine, prior, options)
-        name, places = chosen.name, chosen.places
+        name = chosen.name
     else:
         # Without values there is nothing to sample, and nothing to keep for later calls.
-        plan, name, places = compile_plan(prior), "none", 1
+        plan, chosen, name = compile_plan(prior), engine_named("cpu"), "none"
+    size = min(n, choose_micro_batch(plan, chosen, options, n, micro_batch, memory_limit))
+
+    def schedule_of(batch: int) -> Schedule:
+        # The naive engine keeps nothing; a plan says what the cached ones would.
+        return (chosen if chosen.plans else engine_named("torch")).schedule(plan, batch, options)
+
     height, width = plan.shape
     row_weights = {op.index: _size(plan.row_terms[op.index]) for op in plan.ops if op.kind == "affine"}
     step_weights = {op.index: _size(plan.step_terms[op.index]) for op in plan.ops if op.kind == "affine"}
     per_row = sum(
-        2 * term.weight.numel() * _times(op, term, plan) for op in plan.ops for term in plan.row_terms.get(op.index, ())
+        2 * term.weight.numel() * _times(term, plan) for op in plan.ops for term in plan.row_terms.get(op.index, ())
     ) + _lookup_flops(plan, above=True)
     per_step = 2 * sum(step_weights.values()) * width * height + _lookup_flops(plan, above=False)
     attention = sum(_attention_flops(op, plan) for op in plan.ops if op.kind == "attention")
@@ -114,8 +151,6 @@ def describe(
     rows_run = width * height * (height + 1) // 2
     naive = 2 * full * rows_run * width + sum(_naive_attention(op, plan) for op in plan.ops if op.kind == "attention")
     timing = [plan.timing[op.index] for op in plan.ops if op.kind != "static"]
-    packed = sum(row_weights.values()) + sum(step_weights.values())
-    tables = sum(op.weight.numel() for op in plan.ops if op.weight is not None)
     return Explanation(
         name=type(prior).__name__,
         shape=plan.shape,
@@ -130,62 +165,39 @@ def describe(
         naive_flops=naive,
         row_weight_bytes=_FLOAT * sum(row_weights.values()),
         step_weight_bytes=_FLOAT * sum(step_weights.values()),
-        cache_bytes=cache_bytes(plan, places=places),
-        weight_bytes=_FLOAT * 2 * (packed + tables),
+        skew=plan.skew,
+        raster_reason=plan.raster_reason,
+        micro_batch=size,
+        schedule=schedule_of(size),
+        _schedule_of=schedule_of,
     )
 
 
 def explain(
     prior: Prior | nn.Module,
+    n: int = 1,
     *,
     engine: str = "auto",
+    micro_batch: int | None = None,
+    memory_limit: int | None = None,
     precision: Precision = "float32",
     options: EngineOptions | None = None,
 ) -> None:
-    """Print what sampling a prior costs: engine, levels per position, FLOPs, weights, memory, the arithmetic saved.
+    """Print how a prior is sampled and what that costs: engine, order, tiles, FLOPs, weights, memory, what is saved.
 
     Arguments are those of :func:`fastvq.sample`, and what it would refuse is refused here.
     """
-    print(describe(prior, engine=engine, precision=precision, options=options))
-
-
-def cache_bytes(plan: Plan, places: int = 1) -> int:
-    """Bytes per sample that a micro-batch keeps while its grids are filled, with ``places`` for a passing vector."""
-    height, width = plan.shape
-    floats = 0
-    kept = {*plan.history, *(op.sources[2] for op in plan.ops if op.kind == "attention")}
-    for index, history in plan.history.items():
-        floats += ring_rows(history) * (width + history.left + history.right) * plan.ops[index].channels
-    for op in plan.ops:
-        if op.kind == "attention":
-            _, key, value = op.sources
-            floats += padded(height * width) * plan.ops[key].channels + height * width * plan.ops[value].channels
-        if op.kind == "static":
-            floats += op.channels * {"context": height * width, "label": 1}.get(op.variant, 0)
-        elif plan.level[op.index] < 0 or plan.row_terms.get(op.index) or any(dr < 0 for dr, _ in op.taps):
-            floats += op.channels * (width if _varies(op, plan) else 1)
-        if plan.level[op.index] >= 0 and op.index not in kept:
-            floats += places * op.channels
-    return _FLOAT * floats + torch.int64.itemsize * height * width
-
-
-def _varies(op: Op, plan: Plan) -> bool:
-    """Whether what the row phase works out for an operation differs from column to column."""
-    if op.kind == "affine":
-        return any(term.source not in plan.uniform for term in plan.row_terms[op.index])
-    return op.index not in plan.uniform
+    limits: dict[str, Any] = {"micro_batch": micro_batch, "memory_limit": memory_limit}
+    print(describe(prior, n, engine=engine, **limits, precision=precision, options=options))
 
 
 def _size(terms: tuple[Term, ...]) -> int:
     return sum(term.weight.numel() for term in terms)
 
 
-def _times(op: Op, term: Term, plan: Plan) -> int:
-    """How often a grid's row phase multiplies one vector by the weights of a term."""
-    height, width = plan.shape
-    if op.index in plan.uniform:
-        return 1
-    return height if term.source in plan.uniform else height * width
+def _times(term: Term, plan: Plan) -> int:
+    """How often the weights of a term that is known before the steps multiply a vector of one sample."""
+    return 1 if term.source in plan.uniform else math.prod(plan.shape)
 
 
 def _lookup_flops(plan: Plan, *, above: bool) -> int:

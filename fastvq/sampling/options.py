@@ -9,10 +9,10 @@ from fastvq._check import require_bool, require_choice, require_positive_int
 from fastvq.errors import ArgumentError, ArgumentTypeError
 
 Precision = Literal["float32", "bfloat16"]
-RowKernel = Literal["library", "product", "triton"]
+RowKernel = Literal["library", "triton"]
 
 PRECISIONS = ("float32", "bfloat16")
-ROW_KERNELS = ("library", "product", "triton")
+ROW_KERNELS = ("library", "triton")
 KERNELS = ("auto", "avx512", "avx2", "baseline")
 _MOST_THREADS = 1024
 
@@ -22,16 +22,21 @@ class EngineOptions:
     """How an engine computes.
 
     Attributes:
-        precision: of the weights in the step phase of the ``cuda`` and ``cpu`` engines; sums are float32 either way.
-            ``bfloat16`` halves the memory traffic and is not exact. With 8 samples or more the ``cuda`` engine then
-            uses matrix instructions, for which it rounds what the weights are multiplied by as well.
-        threads: of the ``cpu`` engine, 1 to 1024; None for PyTorch's number, or fewer where a position has little work.
+        precision: of the weights of the ``cpu`` and ``cuda`` engines; sums are float32 either way. ``bfloat16`` halves
+            the memory traffic and is not exact. Along a front the ``cuda`` engine rounds what weights are multiplied by
+            as well; in raster order only the weights of the step phase, and with 8 samples or more what these are
+            multiplied by.
+        threads: of the ``cpu`` engine, 1 to 1024; None for PyTorch's number. Steps with little work take fewer.
         kernels: instruction set of the ``cpu`` engine: ``auto``, ``avx512``, ``avx2`` or ``baseline``.
-        row_kernel: what computes the convolutions over the rows above in the cached engines: ``library`` (PyTorch's),
-            ``product`` (the extension's, on a CPU) or ``triton`` (the project's own kernel, on a GPU). All are float32.
-            None: ``product`` for the ``cpu`` engine, ``library`` for the others.
+        row_kernel: what computes the convolutions over the rows above in the ``cuda`` engine: ``library`` (PyTorch's)
+            or ``triton`` (the project's own kernel). Both are float32. None for ``library``. The engine samples in
+            raster order if this is given: along a front it has no row phase.
+        tile: columns of a row that are sampled one after the other before the front moves on, 1 to the width of the
+            grid, which is raster order; see :class:`fastvq.sampling.plan.Front`. None for what should be fastest. Codes
+            do not depend on it. Priors with attention are sampled in raster order alone. The ``cuda`` engine has
+            tiles of one column and raster order.
         cuda_graph: the ``cuda`` engine records a whole grid once and replays it, see
-            :mod:`fastvq.sampling.engines.cuda_graph`.
+            :mod:`fastvq.sampling.engines.cuda_graph`; along a front one step, which serves for all.
 
     Raises:
         ArgumentError, ArgumentTypeError: values that are not among these.
@@ -41,6 +46,7 @@ class EngineOptions:
     threads: int | None = None
     kernels: str = "auto"
     row_kernel: RowKernel | None = None
+    tile: int | None = None
     cuda_graph: bool = False
 
     def __post_init__(self) -> None:
@@ -50,6 +56,8 @@ class EngineOptions:
             require_choice("row_kernel", self.row_kernel, ROW_KERNELS)
         if self.threads is not None:
             require_positive_int("threads", self.threads, maximum=_MOST_THREADS)
+        if self.tile is not None:
+            require_positive_int("tile", self.tile)
         require_bool("cuda_graph", self.cuda_graph)
 
 

@@ -32,6 +32,8 @@ from fastvq.sampling.request import Settings, assemble, check_indices, check_lab
 
 PIPELINE_FILE = "pipeline.json"
 FORMAT = 1
+# Samples decoded together, whose features take more memory than the sampler's.
+_DECODED = 8
 
 T = TypeVar("T")
 
@@ -40,9 +42,11 @@ class Samples(NamedTuple):
     """Result of :meth:`Pipeline.sample`.
 
     Attributes:
-        images: float32 [n, C, H, W], clamped to [-1, 1].
+        images: float32 [n, C, H, W], clamped to [-1, 1]; up to the decoder's rounding, which may depend on how many
+            images are decoded together.
         codes: int64 [n, h, w] for each level, top first.
-        seed, micro_batch: what to pass to get the same codes again.
+        seed, micro_batch: what to pass to get the same codes again; ``micro_batch`` matters where engines round
+            differently for other sizes.
     """
 
     images: Tensor
@@ -149,7 +153,7 @@ class Pipeline:
         runs = []
         for prior, given in zip(self.priors, settings, strict=True):
             given.check(prior.config.num_codes)
-            runs.append(Run.chosen(prior, engine, options, micro_batch, memory_limit))
+            runs.append(Run.chosen(prior, n, engine, options, micro_batch, memory_limit))
         seed = fixed_seed(seed)
         labels = check_labels(self.priors[0], label, n)  # all levels have the same classes
         warn_slow([run.slow for run in runs if run.slow is not None], stacklevel=3)  # past the decorator
@@ -161,19 +165,17 @@ class Pipeline:
             request = assemble(run.prior, given, noise, codes, labels)
             drawn = dataclasses.replace(run, micro_batch=size).draw(request, start, progress=progress)
             codes = (*codes, drawn)
-        return Samples(self._decode(codes, start, size), codes, seed, size)
+        return Samples(self._decode(codes), codes, seed, size)
 
     @torch.no_grad()
-    def _decode(self, codes: tuple[Tensor, ...], start: int, micro_batch: int) -> Tensor:
+    def _decode(self, codes: tuple[Tensor, ...]) -> Tensor:
         n, rows, columns = codes[0].shape
         scale = self.vqvae.total_stride
         size = (n, self.vqvae.config.in_channels, rows * scale, columns * scale)
         images = torch.empty(size, dtype=torch.float32, device=codes[0].device)
         vqvae = in_evaluation(self.vqvae)
-        for index, new in micro_batches(start, n, micro_batch):
-            index = index.to(images.device)
-            decoded = vqvae.decode([level[index] for level in codes])
-            images[index[new]] = decoded[new].float().clamp(-1, 1)
+        for part in micro_batches(n, _DECODED):
+            images[part] = vqvae.decode([level[part] for level in codes]).float().clamp(-1, 1)
         return images
 
     def _per_level(self, name: str, value: T | Sequence[T]) -> list[T]:

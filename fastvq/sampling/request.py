@@ -22,8 +22,9 @@ from fastvq.models.prior import Condition, Prior, condition_levels
 from fastvq.ops.draw import check_options, draw
 from fastvq.sampling.noise import fixed_seed, uniforms
 
-MICRO_BATCH = 8
 INDEX_LIMIT = 1 << 62
+# Sample, row and column.
+Index = tuple[slice | Tensor, int | Tensor, int | Tensor]
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class SampleRequest:
     known: Tensor
     settings: Settings
 
-    def rows(self, index: Tensor) -> SampleRequest:
+    def rows(self, index: Tensor | slice) -> SampleRequest:
         """The request for some of the samples."""
         return dataclasses.replace(
             self,
@@ -75,15 +76,19 @@ class SampleRequest:
 
     def draw_into(self, codes: Tensor, logits: Tensor, row: int, column: int) -> None:
         """Draw the codes of a position from logits [n, K], and keep those that are known."""
+        self.draw_at(codes, logits, (slice(None), row, column))
+
+    def draw_at(self, codes: Tensor, logits: Tensor, at: Index) -> None:
+        """Draw the codes [N] at an index into the grids from logits [N, K], and keep those that are known."""
         drawn = draw(
             logits,
-            self.noise[:, row, column],
+            self.noise[at],
             temperature=self.settings.temperature,
             top_k=self.settings.top_k,
             top_p=self.settings.top_p,
             backend="torch",
         )
-        codes[:, row, column] = torch.where(self.known[:, row, column], codes[:, row, column], drawn)
+        codes[at] = torch.where(self.known[at], codes[at], drawn)
 
 
 def as_prior(prior: object) -> Prior:
@@ -103,12 +108,19 @@ def as_prior(prior: object) -> Prior:
     )
 
 
-def micro_batches(start: int, n: int, size: int) -> Iterator[tuple[Tensor, slice]]:
+def micro_batches(n: int, size: int) -> Iterator[slice]:
+    """Cut n samples into as few parts of up to ``size`` as there can be, of nearly equal length."""
+    count = -(-n // size)
+    for part in range(count):
+        yield slice(n * part // count, n * (part + 1) // count)
+
+
+def padded_micro_batches(start: int, n: int, size: int) -> Iterator[tuple[Tensor, slice]]:
     """Cut samples ``start .. start + n - 1`` at multiples of ``size`` of their index.
 
     Yields, for each micro-batch, ``size`` indices into the n samples, and where the new samples lie among them. A
-    sample always has the same place in a micro-batch of the same size, so that library kernels, which round
-    differently for other sizes and places, treat it alike in every call; gaps are filled with its neighbours.
+    sample always has the same place in a micro-batch of the same size, for engines that round differently for other
+    sizes and places; gaps are filled with its neighbours.
     """
     if n == 0:
         return

@@ -4,7 +4,6 @@
 //     engine_test NUMBER_OF_PLANS [SITE]    SITE: a place at which nobody stops, which has to be found
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <exception>
 #include <memory>
 #include <stdexcept>
@@ -20,10 +19,10 @@ namespace {
 using fastvq::cpu::testing::Buffer;
 using fastvq::cpu::testing::check_row;
 using fastvq::cpu::testing::expect;
-using fastvq::cpu::testing::Layout;
 using fastvq::cpu::testing::Memory;
 using fastvq::cpu::testing::PlanCase;
 using fastvq::cpu::testing::random_plan;
+using fastvq::cpu::testing::same_bits;
 using fastvq::cuda::DeviceView;
 using fastvq::cuda::StepEngine;
 
@@ -42,7 +41,7 @@ std::vector<float> fill(const PlanCase& plan, uint64_t seed, bool fragments, int
         settings.shared_limit = engine->shared_bytes() - engine->stationary_bytes() / engine->blocks() / 2;
         engine = std::make_unique<StepEngine>(plan.ops, plan.terms, plan.output, plan.shape, settings);
     }
-    Memory memory(plan, Layout::kColumns, seed);
+    Memory memory(plan, seed);
     std::vector<float> trace;
     unsigned long long status = ~0ull;
     for (int64_t row = 0; row < plan.height; ++row) {
@@ -50,9 +49,10 @@ std::vector<float> fill(const PlanCase& plan, uint64_t seed, bool fragments, int
         std::vector<DeviceView> views;
         add_views(views, memory.values);
         add_views(views, memory.starts);
-        const auto task = memory.task();
-        engine->run_row({row, views.data(), views.data(), task.codes, task.code_stride, task.uniforms,
-                        task.uniform_stride, task.known, task.known_stride, task.draw, &status, nullptr});
+        const int64_t first = row * plan.shape.width, stride = plan.height * plan.shape.width;
+        engine->run_row({row, views.data(), views.data(), memory.codes.data() + first, stride,
+                         memory.uniforms.data() + first, stride, memory.known.data() + first, stride, memory.draw,
+                         &status, nullptr});
         expect(status == ~0ull, "a position could not be drawn");
         if (check) check_row(memory);
         for (const auto* buffers : {&memory.kept, &memory.scratch}) {
@@ -72,10 +72,6 @@ void choose(uint64_t seed, int site) {
 #endif
     if (site >= 0) settings.disabled = {site};
     emulation::configure(settings);
-}
-
-bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
-    return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
 }
 
 }  // namespace

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from engine_helpers import engine_logits
 from foreign_models import ForeignSnail, ForeignVQVAE, direction, randomise
 from helpers import refuses
 from interop_helpers import (
@@ -27,9 +28,6 @@ from fastvq.interop import convert, load, recognise
 from fastvq.models import VQVAE2, PixelSNAIL, PixelSNAILConfig, VQVAEConfig
 from fastvq.models import build as build_model
 from fastvq.ops.draw import draw, draw_margin
-from fastvq.sampling.engines.pytorch import TorchStep
-from fastvq.sampling.engines.state import CompiledPlan, GridState
-from fastvq.sampling.plan import compile_plan
 
 pytestmark = [
     pytest.mark.usefixtures("steady"),
@@ -221,17 +219,8 @@ def test_plan_of_a_legacy_prior(name: str) -> None:
     theirs = foreign_prior(name, inplace=True)
     ours = convert(theirs)
     codes, condition = foreign_codes(theirs)
-    compiled = CompiledPlan(compile_plan(ours), torch.device("cpu"))
-    context = ours.context(condition, None, batch=2)
-    statics = {"background": ours.background} | ({} if context is None else {"context": context})
-    state, step = GridState(compiled, 2, statics), TorchStep(compiled)
-    state.codes.copy_(codes)
-    found = torch.empty_like(theirs(codes, condition)[0])
-    for row in range(codes.shape[1]):
-        state.begin_row(row)
-        for column in range(codes.shape[2]):
-            found[:, :, row, column] = step.logits(state, row, column)
-    require_equal(found, theirs(codes, condition)[0])
+    found = engine_logits("torch", ours, codes, {"condition": condition})
+    require_equal(found.movedim(-1, 1), theirs(codes, condition)[0])
 
 
 def test_checkpoint_files(tmp_path: Path) -> None:

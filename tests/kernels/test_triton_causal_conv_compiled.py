@@ -3,49 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
-from triton_helpers import Resources, assert_fits, compile_kernel, needs_compiler, needs_triton, rows_above
-
-
-class Recorder:
-    """Stands for a kernel and notes what it would be launched with."""
-
-    def __init__(self, kernel: Any, launches: list[Launch]) -> None:
-        self.kernel, self.launches = kernel, launches
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return lambda *args, **options: self.launches.append(Launch(self.kernel, args, options))
-
-
-class Launch(NamedTuple):
-    kernel: Any
-    args: tuple[Any, ...]
-    options: dict[str, Any]
-
-    def compile(self, capability: int) -> Resources:
-        """As Triton would: None and 1 are constants, and multiples of 16 are known to be such."""
-        elements = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-        options = dict(self.options)
-        warps, stages = options.pop("num_warps"), options.pop("num_stages", 3)
-        named = dict(zip(self.kernel.arg_names, self.args, strict=False))
-        types = {name: elements[value.dtype] for name, value in named.items() if isinstance(value, Tensor)}
-        constants = {
-            name: value
-            for name, value in named.items()
-            if value is None or (not isinstance(value, Tensor) and value == 1)
-        }
-        rest = {name: value for name, value in named.items() if name not in types and name not in constants}
-        divisible = tuple(name for name, value in rest.items() if value % 16 == 0)
-        constants.update(options)
-        return compile_kernel(
-            self.kernel, capability, types, constants, warps=warps, stages=stages, divisible=divisible
-        )  # fmt: skip
+from triton_helpers import Launch, Recorder, assert_fits, needs_compiler, needs_triton, rows_above
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <sstream>
 #include <stdexcept>
 #include <vector>
@@ -16,6 +17,21 @@ void expect(bool condition, const Parts&... parts) {
     message.precision(9);
     (message << ... << parts);
     throw std::runtime_error(message.str());
+}
+
+template <class T>
+bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
+    return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
+}
+
+template <class Call>
+void expect_refused(const char* what, const Call& call) {
+    try {
+        call();
+    } catch (const std::invalid_argument&) {
+        return;
+    }
+    expect(false, "accepted: ", what);
 }
 
 class Random {

@@ -13,27 +13,46 @@ constexpr int64_t kRowsAbove = 1, kRightColumns = 1;
 
 bool is_gate(Kind kind) { return kind == Kind::kGlu || kind == Kind::kTanh; }
 
-// Columns of an operation that an affine operation reads.
+// Columns, and rows, of an operation that an affine operation reads.
 struct Window {
     int64_t source;
     int64_t first_column = 0;
     int64_t num_columns = 1;
+    int64_t first_row = 0;
+    int64_t num_rows = 1;
 };
 
 // Adds operations at the level that their sources allow.
 class Builder {
    public:
-    explicit Builder(uint64_t seed) : random(seed) {}
+    explicit Builder(uint64_t seed) : random(seed), above_(seed + 1000) { plan.right = above_.below(3); }
 
     int64_t channels(int64_t op) const { return plan.ops[op].channels; }
 
-    // Worked out before the row starts.
-    int64_t row_input(int64_t channels) { return add_op(Kind::kAffine, channels, -1, {}); }
+    // Worked out before the steps, from what is the same everywhere, what is known of each place, and rows above.
+    int64_t row_input(int64_t channels) {
+        const int64_t label = add_op(Kind::kStatic, 1 + above_.below(9), -1, {});
+        plan.ops[label].uniform = 1;
+        const int64_t bare = uniform(Kind::kAffine, 6, {});
+        const int64_t seen = uniform(Kind::kAffine, 12, {label, bare});
+        embedding_ = uniform(above_.chance(50) ? Kind::kGlu : Kind::kTanh, 6, {seen});
+        const int64_t context = add_op(Kind::kStatic, 1 + above_.below(20), -1, {});
+        inputs_ = {context};
+        const int64_t first = before(channels, 0, {{context}});
+        const int64_t doubled = add_op(Kind::kConcatElu, 2 * channels, -1, {first});
+        plan.ops[doubled].paired = 1;
+        plan.ops[doubled].above_level = 1;
+        // Of its own row what is left of the place, and the place.
+        const int64_t column = -above_.below(3), row = -above_.below(3);
+        const int64_t out = before(channels, 2, {{doubled, column, 1 - column, row, 1 - row}});
+        inputs_.insert(inputs_.end(), {first, doubled, out});
+        return out;
+    }
 
     int64_t lookup(int64_t channels, int64_t taps) {
         const int64_t op = add_op(Kind::kLookup, channels, 0, {});
         plan.ops[op].num_taps = taps;
-        plan.ops[op].weights = random_weights(taps * plan.shape.num_codes * channels, 1.0f);
+        plan.ops[op].weights = random_weights(random, taps * plan.shape.num_codes * channels, 1.0f);
         plan.ops[op].num_weights = taps * plan.shape.num_codes * channels;
         return op;
     }
@@ -47,11 +66,7 @@ class Builder {
         const int64_t op = add_op(Kind::kAffine, channels, level, {});
         plan.ops[op].first_term = static_cast<int64_t>(plan.terms.size());
         plan.ops[op].num_terms = static_cast<int64_t>(windows.size());
-        for (const Window& window : windows) {
-            const int64_t count = window.num_columns * this->channels(window.source) * channels;
-            const float* weights = random_weights(count, std::sqrt(3.0f / static_cast<float>(depth)));
-            plan.terms.push_back({window.source, window.first_column, window.num_columns, weights, count});
-        }
+        for (const Window& window : windows) add_term(random, window, channels, depth);
         return op;
     }
 
@@ -88,14 +103,16 @@ class Builder {
         store_keys();
         plan.left.assign(plan.num_ops(), -1);
         plan.is_value.assign(plan.num_ops(), false);
-        for (const TermSpec& term : plan.terms) {
-            if (term.first_column < 0) {
-                plan.left[term.source] = std::max(plan.left[term.source], -term.first_column);
-            }
-        }
         for (const OpSpec& op : plan.ops) {
+            for (int64_t t = op.first_term; t < op.first_term + op.num_terms; ++t) {
+                const TermSpec& term = plan.terms[t];
+                if (term.first_column < 0) {
+                    plan.left[term.source] = std::max(plan.left[term.source], -term.first_column);
+                }
+            }
             if (op.kind == Kind::kAttend) plan.is_value[op.sources[2]] = true;
         }
+        for (int64_t index = 0; index < plan.num_ops(); ++index) add_above(index);
         return std::move(plan);
     }
 
@@ -116,9 +133,93 @@ class Builder {
         return plan.num_ops() - 1;
     }
 
-    const float* random_weights(int64_t count, float bound) {
+    int64_t uniform(Kind kind, int64_t channels, const std::vector<int64_t>& sources) {
+        const bool affine = kind == Kind::kAffine;
+        const int64_t op = add_op(kind, channels, -1, affine ? std::vector<int64_t>{} : sources);
+        plan.ops[op].uniform = 1;
+        plan.ops[op].first_once = static_cast<int64_t>(plan.terms.size());
+        plan.ops[op].num_once = affine ? static_cast<int64_t>(sources.size()) : 0;
+        for (const int64_t source : sources) {
+            if (affine) add_term(above_, {source}, channels, 10);
+        }
+        return op;
+    }
+
+    int64_t before(int64_t channels, int64_t above_level, const std::vector<Window>& windows) {
+        const int64_t op = add_op(Kind::kAffine, channels, -1, {});
+        plan.ops[op].above_level = above_level;
+        add_above_terms(op, windows);
+        add_once(op);
+        return op;
+    }
+
+    void add_once(int64_t op) {
+        if (embedding_ < 0 || above_.chance(50)) return;
+        plan.ops[op].first_once = static_cast<int64_t>(plan.terms.size());
+        plan.ops[op].num_once = 1;
+        add_term(above_, {embedding_}, channels(op), channels(embedding_));
+    }
+
+    void add_above_terms(int64_t op, const std::vector<Window>& windows) {
+        plan.ops[op].first_above = static_cast<int64_t>(plan.terms.size());
+        plan.ops[op].num_above = static_cast<int64_t>(windows.size());
+        int64_t depth = 0;
+        for (const Window& window : windows) depth += window.num_rows * window.num_columns * channels(window.source);
+        for (const Window& window : windows) add_term(above_, window, channels(op), 2 * depth);
+    }
+
+    // Of an operation of the step phase; plans without inputs have no part above.
+    void add_above(int64_t op) {
+        const Kind kind = plan.ops[op].kind;
+        if (kind != Kind::kAffine && kind != Kind::kLookup) return;
+        plan.ops[op].bias = random_weights(above_, channels(op), 0.5f);
+        if (plan.ops[op].level < 0 || inputs_.empty()) return;
+        if (kind == Kind::kLookup) return add_taps_above(op);
+        add_once(op);
+        const std::vector<Window> windows = windows_above();
+        if (windows.empty()) return;
+        add_above_terms(op, windows);
+        plan.ops[op].above_level = 3;  // after all inputs
+    }
+
+    std::vector<Window> windows_above() {
+        std::vector<Window> windows;
+        for (int64_t left = above_.below(4); left > 0; --left) {
+            const int64_t rows = 1 + above_.below(2), between = above_.below(2), first = column_above();
+            const int64_t last = first + above_.below(plan.right - first + 1), source = above_.below(plan.num_ops());
+            const OpSpec& from = plan.ops[source];
+            if (above_.chance(30)) {
+                windows.push_back({above_.pick(inputs_)});
+            } else if (!from.uniform && from.kind != Kind::kStatic && from.kind != Kind::kStoreKeys &&
+                       !plan.is_value[source]) {
+                windows.push_back({source, first, last - first + 1, -rows - between, rows});
+            }
+        }
+        return windows;
+    }
+
+    void add_taps_above(int64_t op) {
+        plan.ops[op].num_above = 1 + above_.below(3);
+        plan.ops[op].first_above = static_cast<int64_t>(plan.terms.size());
+        plan.ops[op].above_level = 0;
+        for (int64_t tap = 0; tap < plan.ops[op].num_above; ++tap) {
+            const int64_t count = plan.shape.num_codes * channels(op), column = column_above();
+            plan.terms.push_back({-1, column, 1, random_weights(above_, count, 1.0f), count, -1 - above_.below(2), 1});
+        }
+    }
+
+    int64_t column_above() { return plan.right - above_.below(plan.right + 3); }
+
+    void add_term(Random& from, const Window& window, int64_t channels, int64_t depth) {
+        const int64_t count = window.num_rows * window.num_columns * this->channels(window.source) * channels;
+        const float* weights = random_weights(from, count, std::sqrt(3.0f / static_cast<float>(depth)));
+        plan.terms.push_back({window.source, window.first_column, window.num_columns, weights, count, window.first_row,
+                              window.num_rows});
+    }
+
+    const float* random_weights(Random& from, int64_t count, float bound) {
         std::vector<float> weights(count);
-        for (float& weight : weights) weight = random.symmetric(bound);
+        for (float& weight : weights) weight = from.symmetric(bound);
         plan.weights.push_back(std::move(weights));
         return plan.weights.back().data();
     }
@@ -152,6 +253,10 @@ class Builder {
             plan.ops[index].sources[1] = store;
         }
     }
+
+    Random above_;  // of its own, so that steps are what they are without a part above
+    int64_t embedding_ = -1;
+    std::vector<int64_t> inputs_;  // known above for each place
 };
 
 const std::vector<int64_t> kChannels = {1, 3, 7, 16, 20, 31, 32, 33, 48, 64, 70, 100};
@@ -220,8 +325,8 @@ constexpr int64_t kBlocks = 7;
 
 }  // namespace
 
-StepPlan PlanCase::build(const Kernels& kernels, int64_t threads) const {
-    return StepPlan(ops, terms, output, shape, bf16, threads, kernels);
+bool PlanCase::attends() const {
+    return std::any_of(ops.begin(), ops.end(), [](const OpSpec& op) { return op.kind == Kind::kAttend; });
 }
 
 PlanCase random_plan(uint64_t seed) {
@@ -261,15 +366,16 @@ PlanCase rich_plan() {
     return make.finish(make.affine(6, {{make.elementwise(Kind::kTanh, make.affine(30, {{gated}}))}}));
 }
 
-PlanCase tiny_plan(int64_t batch, int64_t width) {
+PlanCase tiny_plan(int64_t height, int64_t width) {
     Builder make(1);
-    make.plan.height = 1;
-    make.plan.shape = {batch, width, width, 5, (width + 15) / 16 * 16};
-    const int64_t x = make.lookup(8, 2);
-    return make.finish(make.affine(5, {{make.elementwise(Kind::kRelu, x)}}));
+    make.plan.height = height;
+    const int64_t positions = height * width;
+    make.plan.shape = {1, width, positions, 5, (positions + 15) / 16 * 16};
+    const int64_t x = make.elementwise(Kind::kRelu, make.lookup(8, 2));
+    return make.finish(make.affine(5, {{make.affine(8, {{x, -2, 2}, {x}})}}));
 }
 
-Memory::Memory(const PlanCase& plan, Layout layout, uint64_t seed) : plan(plan), layout_(layout), seed_(seed) {
+Memory::Memory(const PlanCase& plan, uint64_t seed) : plan(plan), seed_(seed) {
     const StepShape& shape = plan.shape;
     kept.resize(plan.num_ops());
     scratch.resize(plan.num_ops());
@@ -340,10 +446,9 @@ void Memory::begin_row(int64_t new_row) {
         } else if (plan.is_value[index]) {
             values[index] = {data + row * shape.width * op.channels, shape.positions * op.channels, op.channels};
         } else {
-            const int64_t columns = layout_ == Layout::kColumns ? shape.width : 1;
-            scratch[index].data = std::vector<float>(shape.batch * columns * op.channels, kNaN);
-            const int64_t stride = layout_ == Layout::kColumns ? op.channels : 0;
-            values[index] = {scratch[index].data.data(), columns * op.channels, stride};
+            // A place for every column, so that a test can see them all.
+            scratch[index].data = std::vector<float>(shape.batch * shape.width * op.channels, kNaN);
+            values[index] = {scratch[index].data.data(), shape.width * op.channels, op.channels};
         }
     }
     for (std::vector<Buffer>* buffers : {&kept, &scratch, &inputs}) {
@@ -352,28 +457,6 @@ void Memory::begin_row(int64_t new_row) {
             buffer.expected.assign(buffer.data.size(), false);
         }
     }
-}
-
-void Memory::forget_codes() {
-    std::fill(known.begin(), known.end(), 0);
-    std::fill(codes.begin(), codes.end(), kUnknownCode);
-    first_codes = codes;
-}
-
-RowTask Memory::task() {
-    const int64_t first = row * plan.shape.width, stride = plan.height * plan.shape.width;
-    RowTask task{};
-    task.row = row;
-    task.values = values.data();
-    task.starts = starts.data();
-    task.codes = codes.data() + first;
-    task.code_stride = stride;
-    task.uniforms = uniforms.data() + first;
-    task.uniform_stride = stride;
-    task.known = known.data() + first;
-    task.known_stride = stride;
-    task.draw = draw;
-    return task;
 }
 
 }  // namespace fastvq::cpu::testing

@@ -1,4 +1,4 @@
-// Plans to test with, and the memory that they work on, laid out as the Python side does it.
+// Plans to test with, and for their step phase the memory that it works on, laid out as the Python side does it.
 #pragma once
 
 #include <cstdint>
@@ -6,20 +6,22 @@
 #include <vector>
 
 #include "check.h"
-#include "cpu/step_plan.h"
+#include "cpu/draw.h"
+#include "plan_spec.h"
 
 namespace fastvq::cpu::testing {
 
-// A plan in the tables that StepPlan takes, with the weights that they point to.
+// A plan in the tables that engines take, with the weights that they point to.
 struct PlanCase {
     std::vector<OpSpec> ops;
     std::vector<TermSpec> terms;
     std::vector<std::vector<float>> weights;
-    // By operation: how many columns left of the current one are read (-1: its past is not read), and whether attention
-    // reads it as values.
+    // By operation: how many columns left of the current one steps read (-1: none), and whether attention reads it as
+    // values.
     std::vector<int64_t> left;
     std::vector<bool> is_value;
     int64_t output = 0, height = 0;
+    int64_t right = 0;  // columns to the right that are read in rows above
     StepShape shape{};
     bool bf16 = false;
 
@@ -27,23 +29,25 @@ struct PlanCase {
     PlanCase(PlanCase&&) = default;
     PlanCase(const PlanCase&) = delete;  // its tables point into itself
 
-    StepPlan build(const Kernels& kernels, int64_t threads) const;
+    bool attends() const;
     int64_t num_ops() const { return static_cast<int64_t>(ops.size()); }
 };
 
-// A plan of random blocks: every kind of operation comes up within a few seeds.
+// A plan of random blocks, with parts above the steps: every kind of operation comes up within a few seeds.
 PlanCase random_plan(uint64_t seed);
 
 // A plan with every kind of operation.
 PlanCase rich_plan();
 
-// A plan of one lookup, one activation and one product, whose rows cost next to nothing.
-PlanCase tiny_plan(int64_t batch, int64_t width);
+// A plan of one lookup, one product of columns to the left, and logits: no part above, and steps that cost next to
+// nothing.
+PlanCase tiny_plan(int64_t height, int64_t width);
 
-// Where the results of operations lie whose past is not kept.
-enum class Layout {
-    kScratch,  // one place for the current column, as the Python side does it
-    kColumns,  // a place for every column, so that a test can see them all
+// Where an operation's vectors lie: sample b, column c at data + b * batch_stride + c * column_stride.
+struct View {
+    float* data;
+    int64_t batch_stride;
+    int64_t column_stride;
 };
 
 // Floats in an allocation of exactly their size.
@@ -53,17 +57,13 @@ struct Buffer {
     std::vector<bool> expected;  // whether the row has to write here
 };
 
-// The caches, inputs and outputs of one micro-batch.
+// The caches, inputs and outputs of one micro-batch of the step phase.
 class Memory {
    public:
     // What is not written yet, and what is never to be read, is NaN.
-    Memory(const PlanCase& plan, Layout layout, uint64_t seed);
+    Memory(const PlanCase& plan, uint64_t seed);
 
     void begin_row(int64_t row);
-    // Leaves every code to be drawn.
-    void forget_codes();
-    // The current row. Views may be changed until the next one begins.
-    RowTask task();
 
     const PlanCase& plan;
     std::vector<Buffer> kept;     // by operation; empty where it has no caches
@@ -79,7 +79,6 @@ class Memory {
    private:
     View row_input(int64_t op, Random& random);
 
-    const Layout layout_;
     const uint64_t seed_;
 };
 

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <string>
+#include <stdexcept>
 
 namespace fastvq::cpu::testing {
 namespace {
@@ -13,12 +13,6 @@ constexpr double kExp = 5 * kUnit;      // and of an exponential
 constexpr double kTiny = 0x1p-120;      // exponentials below exp(-87) may be anything as small as this
 
 double sigmoid(double x) { return 1.0 / (1.0 + std::exp(-x)); }
-
-double round_to_bf16(double x) {
-    int exponent;
-    const double fraction = std::frexp(x, &exponent);  // 8 bits are kept, ties to even
-    return std::ldexp(std::nearbyint(std::ldexp(fraction, 8)), exponent - 8);
-}
 
 const char* name_of(Kind kind) {
     const char* names[] = {"lookup", "affine", "elu", "concat_elu", "relu", "add", "glu", "tanh", "store_keys",
@@ -69,7 +63,7 @@ class RowCheck {
             const TermSpec& term = plan_.terms[t];
             weights_.emplace_back(term.weights, term.weights + term.num_weights);
             if (!plan_.bf16) continue;
-            for (double& weight : weights_.back()) weight = round_to_bf16(weight);
+            for (double& weight : weights_.back()) weight = upper_half(static_cast<float>(weight));
         }
     }
 
@@ -123,8 +117,9 @@ class RowCheck {
             case Kind::kStoreKeys:
                 for (const double x : vector(op().sources[0], b, column)) out.push_back({x, 0.0});
                 return out;
+            default:
+                throw std::logic_error("no operation of the step phase");
         }
-        return out;
     }
 
     std::vector<Expected> lookup(int64_t b, int64_t column) const {
@@ -287,6 +282,18 @@ void expect_close(float actual, const Expected& expected, const char* what) {
     const bool same = actual == rounded || (std::isnan(actual) && std::isnan(rounded));
     expect(same || std::abs(actual - expected.value) <= expected.tolerance, what, ": ", actual, " instead of ",
            expected.value, " +- ", expected.tolerance);
+}
+
+float multiply_add(float a, float b, float sum, bool fused) {
+    if (fused) return std::fma(a, b, sum);
+    volatile float product = a * b;  // rounded before it is added, whatever the compiler would fuse
+    return product + sum;
+}
+
+float upper_half(float x) {
+    int exponent;
+    const float fraction = std::frexp(x, &exponent);  // 8 bits are kept, ties to even
+    return std::ldexp(std::nearbyint(std::ldexp(fraction, 8)), exponent - 8);
 }
 
 void check_row(Memory& memory) { RowCheck(memory).run(); }

@@ -26,8 +26,13 @@ std::vector<Expected> attention(const std::vector<double>& query, const std::vec
 // A NaN is expected where the value is one.
 void expect_close(float actual, const Expected& expected, const char* what);
 
-// Checks what run_row has left in memory with Layout::kColumns: every result of every operation from the inputs it
-// found, every code, and that nothing else was written.
+// Checks what the step phase of a row has left in memory: every result of every operation from the inputs it found,
+// every code, and that nothing else was written.
 void check_row(Memory& memory);
+
+// a * b + sum, rounded once or, not fused, twice.
+float multiply_add(float a, float b, float sum, bool fused);
+// What is left of a weight in bfloat16.
+float upper_half(float x);
 
 }  // namespace fastvq::cpu::testing

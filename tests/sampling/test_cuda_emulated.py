@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -32,10 +33,9 @@ from torch import Tensor
 
 from fastvq.errors import ArgumentError
 from fastvq.models import Prior
-from fastvq.sampling.engines import static_inputs
-from fastvq.sampling.engines.cpu import CpuStep, sample_cpu
-from fastvq.sampling.engines.pytorch import TorchStep
-from fastvq.sampling.engines.state import CompiledPlan, GridState
+from fastvq.sampling import EngineOptions
+from fastvq.sampling.engines import fill, static_inputs
+from fastvq.sampling.engines.pytorch import TorchGrid, TorchPlan, front_of, sample_torch
 from fastvq.sampling.plan import compile_plan
 from fastvq.sampling.request import SampleRequest, Settings
 
@@ -46,12 +46,8 @@ FEW = ("strict", "inclusive", "pixelcnn")
 every_kind = pytest.mark.parametrize("kind", FEW)
 
 
-@torch.inference_mode()
 def cpu_codes(prior: Prior, request: SampleRequest) -> Tensor:
-    compiled = CompiledPlan(compile_plan(prior), torch.device("cpu"))
-    batch = len(request.noise)
-    state = GridState(compiled, batch, static_inputs(prior, request))
-    return sample_cpu(compiled, CpuStep(compiled.plan, batch, threads=1), state, request, lambda: None).clone()
+    return fill("cpu", prior, request, lambda rows: None, EngineOptions(threads=1))
 
 
 def require_codes(device: Emulated, given: dict[str, Any], **changes: Any) -> Tensor:
@@ -229,44 +225,46 @@ def test_logits_that_are_not_finite(emulated: ModuleType, sample: int) -> None:
 
 
 class RoundedWeights:
-    """Stands for a matrix W in x @ W: both are rounded to bfloat16, and the sum is float64."""
+    """Stands for a matrix W in total + x @ W: both are rounded to bfloat16, and the sum of products is float64."""
 
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight.bfloat16().double()
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, arguments: tuple[Any, ...], options: Any = None) -> Tensor:
-        x, self = arguments
-        assert function is Tensor.matmul or function is Tensor.__matmul__
-        return (x.bfloat16().double() @ self.weight).float()
+        total, x, self = arguments
+        assert function is torch.addmm
+        return total + (x.bfloat16().double() @ self.weight).float()
 
 
 @torch.inference_mode()
-def rounded_logits(prior: Prior, codes: Tensor, given: dict[str, Any]) -> Tensor:
-    """Of the interpreter of plans, with the step phase's products rounded as matrix instructions have them."""
+def rounded_logits(
+    prior: Prior, codes: Tensor, given: dict[str, Any], rounded: Callable[[Tensor], Any] = RoundedWeights
+) -> Tensor:
+    """Of the interpreter of plans, with products of the step phase rounded, else as matrix instructions have them."""
     everything = torch.ones_like(codes, dtype=torch.bool)
     request = request_of(prior, len(codes), given, seed=0, init_codes=codes, mask=everything)
-    compiled = CompiledPlan(compile_plan(prior), codes.device)
-    state = GridState(compiled, len(codes), static_inputs(prior, request))
-    state.codes.copy_(codes)
-    step = TorchStep(compiled)
-    step.weights = {i: [RoundedWeights(w) for w in weights] for i, weights in step.weights.items()}  # type: ignore[misc]
-    rows = []
-    for row in range(codes.shape[1]):
-        state.begin_row(row)
-        rows.append(torch.stack([step.logits(state, row, column) for column in range(codes.shape[2])], 1))
-    return torch.stack(rows, 1)
+    plan = compile_plan(prior)
+    weights = TorchPlan(plan, codes.device)
+    weights.own = {
+        index: [product._replace(weight=rounded(product.weight)) for product in products]
+        for index, products in weights.own.items()
+    }
+    logits = torch.empty(*codes.shape, plan.num_codes)
+    grid = TorchGrid(weights, front_of(plan, None), len(codes), static_inputs(prior, request))
+    sample_torch(grid, request, lambda rows: None, logits=logits)
+    return logits
 
 
 @pytest.mark.parametrize("batch", [1, 7])
 @every_prior
 def test_bfloat16_weights(emulated: ModuleType, kind: str, batch: int) -> None:
-    """Below 8 samples weights are rounded and nothing else, as in the cpu engine."""
+    """Below 8 samples weights of the step phase are rounded and nothing else."""
     prior = spread(PRIORS[kind]())
     codes, _ = grids(prior, batch)
     device = Emulated(emulated, prior, batch, precision="bfloat16")
     assert not device.step.native.fragments
-    wanted = engine_logits("cpu", prior, codes, {}, bf16=True)
+    wanted = rounded_logits(prior, codes, {}, lambda weight: weight.bfloat16().float())
     torch.testing.assert_close(device.logits(codes, {}), wanted, rtol=0, atol=2e-5)
     assert float((wanted - model_logits(prior, codes, {})).abs().max()) > 1e-3
 

@@ -16,11 +16,13 @@ import pytest
 import torch
 from cuda_stand_in import BATCH, CPU, Job, StandIn
 from engine_helpers import (
+    engine_logits,
     given_to,
     grids,
     needs_extension,
     request_of,
     require_same_codes,
+    rounded,
     spread,
 )
 from helpers import pixelcnn, refuses, snail
@@ -32,6 +34,7 @@ from fastvq import _engine
 from fastvq.cli import generate
 from fastvq.errors import ArgumentError, UnavailableError
 from fastvq.models import Prior
+from fastvq.ops.draw import draw
 from fastvq.sampling import (
     EngineOptions,
     Pipeline,
@@ -44,7 +47,7 @@ from fastvq.sampling.engines import cuda, cuda_grid, fill, static_inputs, why_no
 from fastvq.sampling.engines.cuda import cuda_summary
 from fastvq.sampling.engines.cuda_graph import GraphedGrid
 from fastvq.sampling.engines.cuda_grid import ROWS_IN_FLIGHT, CudaStep, ViewRing, why_no_cuda
-from fastvq.sampling.engines.state import CompiledPlan, GridState, padded
+from fastvq.sampling.engines.state import CompiledPlan, GridState, cache_bytes, padded
 from fastvq.sampling.engines.step_tables import make_scratch
 from fastvq.sampling.plan import compile_plan
 from fastvq.sampling.request import Settings
@@ -109,8 +112,10 @@ def test_a_prior_on_the_cpu() -> None:
     for call in (
         lambda: choose_engine("cuda", prior),
         lambda: sample(prior, 1, engine="cuda"),
-        lambda: fill("cuda", prior, request_of(prior, 1, {}, seed=0), lambda: None),
-        lambda: fill("cuda", prior, request_of(prior, 1, {}, seed=0), lambda: None, EngineOptions(cuda_graph=True)),
+        lambda: fill("cuda", prior, request_of(prior, 1, {}, seed=0), lambda rows: None),
+        lambda: fill(
+            "cuda", prior, request_of(prior, 1, {}, seed=0), lambda rows: None, EngineOptions(cuda_graph=True)
+        ),
     ):
         with refuses(UnavailableError, message):
             call()
@@ -146,13 +151,17 @@ def test_step_options() -> None:
 @every_prior
 @every_given
 def test_codes(kind: str, told: str) -> None:
-    """Those of the C++ engine, bit for bit, for it has done the arithmetic."""
+    """Logits are those of the torch engine, with steps' weights rounded for bfloat16, and codes are drawn from them."""
     prior = spread(PRIORS[kind](**GIVEN[told]))
+    plan = compile_plan(prior)
     for precision in ("float32", "bfloat16"):
         job = Job(prior, precision=precision)
-        codes = job.run()
-        options = EngineOptions(threads=1, precision=precision)
-        assert torch.equal(codes, fill("cpu", prior, job.request, lambda: None, options))
+        logits = torch.full((*job.request.init_codes.shape, plan.num_codes), float("nan"))
+        codes = job.run(logits=logits)
+        of = plan if precision == "float32" else rounded(plan, above=False)
+        wanted = engine_logits("torch", prior, codes, job.given, plan=of)
+        torch.testing.assert_close(logits, wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
+        assert torch.equal(draw(logits, job.request.noise), codes)
         assert not (torch.equal(codes, job.request.init_codes) and prior.config.num_codes > 1)
 
 
@@ -182,7 +191,7 @@ def test_rows_in_flight(height: int) -> None:
     events: list[tuple[str, int]] = []
     job.extension.when_row = lambda row: events.append(("enqueued", row))
     done = iter(range(height))
-    job.run(lambda: events.append(("done", next(done))))
+    job.run(lambda rows: events.extend(("done", next(done)) for _ in range(rows)))
     assert [row for what, row in events if what == "enqueued"] == list(range(height))
     assert [row for what, row in events if what == "done"] == list(range(height))
     ahead = 0
@@ -200,7 +209,7 @@ def test_an_exception_leaves_the_step_usable() -> None:
     job = Job(spread(snail()))
     wanted = job.run().clone()
 
-    def stop() -> None:
+    def stop(rows: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -227,10 +236,10 @@ def test_logits_that_are_not_finite() -> None:
     rows: list[int] = []
     message = "prior: its logits are not finite for sample 1 of the micro-batch at row 1, column 2$"
     with refuses(ArgumentError, message):
-        job.run(lambda: rows.append(0))
-    assert len(rows) == 3
+        job.run(rows.append)
+    assert sum(rows) == 3
     with refuses(ArgumentError, message):
-        fill("cpu", prior, job.request, lambda: None)
+        fill("cpu", prior, job.request, lambda rows: None)
 
 
 def test_the_ring_gives_places_in_turn() -> None:
@@ -256,12 +265,20 @@ def test_the_ring_gives_places_in_turn() -> None:
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     """The stand-in as if it were an extension with CUDA, and priors on the CPU as if that were a GPU."""
     stand_in = StandIn()
-    for name in ("make_step_plan", "make_product", "checksum"):
+    for name in ("PLAN_LAYOUT", "draw", "make_grid_plan", "make_product", "elementwise", "checksum"):
         setattr(stand_in, name, getattr(_engine.require(), name))
     monkeypatch.setattr(_engine, "require", lambda: stand_in)
     for module in (cuda, cuda_grid):
         monkeypatch.setattr(module, "why_no_cuda", lambda device: None)
     return stand_in
+
+
+def require_drawn(prior: Prior, codes: Tensor, given: dict[str, Any], precision: str) -> None:
+    """Codes are drawn, with seed 2, from the logits of the torch engine with the weights of steps rounded likewise."""
+    plan = compile_plan(prior)
+    of = plan if precision == "float32" else rounded(plan, above=False)
+    logits = engine_logits("torch", prior, codes, given, plan=of)
+    assert torch.equal(draw(logits, uniforms(2, 0, len(codes), prior.config.shape)), codes)
 
 
 @needs_extension
@@ -274,7 +291,7 @@ def test_sample(precision: Any, on_cpu: StandIn) -> None:
     codes = sample(prior, 5, **chosen)
     assert len(on_cpu.made) == 1
     assert on_cpu.order == [0, 1, 2] * 3
-    assert torch.equal(codes, sample(prior, 5, engine="cpu", **chosen))
+    require_drawn(prior, codes, given, precision)
     assert torch.equal(codes, sample(prior, 5, engine="cuda", **chosen))
     assert len(on_cpu.made) == 1
     with torch.no_grad():
@@ -282,7 +299,7 @@ def test_sample(precision: Any, on_cpu: StandIn) -> None:
     changed = sample(prior, 5, **chosen)
     assert len(on_cpu.made) == 2
     assert not torch.equal(changed, codes)
-    assert torch.equal(changed, sample(prior, 5, engine="cpu", **chosen))
+    require_drawn(prior, changed, given, precision)
 
 
 @needs_extension
@@ -297,13 +314,12 @@ def test_a_pipeline(on_cpu: StandIn) -> None:
 @needs_extension
 def test_explain_counts_two_places(on_cpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     prior = snail()
-    with_cuda = describe(prior)
-    assert with_cuda.engine == "cuda"
+    described = describe(prior)
+    assert described.engine == "cuda"
     monkeypatch.undo()
-    without = describe(prior)
-    assert without.engine == "cpu"
     scratch = make_scratch(Job(prior, 1).state, places=1)
-    assert with_cuda.cache_bytes - without.cache_bytes == sum(4 * place.numel() for place in scratch.values())
+    one_place = cache_bytes(compile_plan(prior), places=1)
+    assert described.cache_bytes - one_place == sum(4 * place.numel() for place in scratch.values())
 
 
 @needs_extension
@@ -388,7 +404,7 @@ def gpu_codes(prior: Prior, **options: Any) -> Tensor:
     if (reason := why_not("cuda", prior)) is not None:
         pytest.skip(reason)
     request = request_of(prior, BATCH, given_to(prior, BATCH), seed=4)
-    return fill("cuda", prior, request, lambda: None, EngineOptions(**options)).cpu()
+    return fill("cuda", prior, request, lambda rows: None, EngineOptions(**options)).cpu()
 
 
 @needs_gpu
@@ -415,6 +431,6 @@ def test_a_graph_is_replayed_for_other_requests() -> None:
         pytest.skip(reason)
     for seed in range(3):
         request = request_of(prior, BATCH, {"label": (torch.arange(BATCH) + seed) % 3}, seed=seed)
-        plain = fill("cuda", prior, request, lambda: None)
-        replayed = fill("cuda", prior, request, lambda: None, EngineOptions(cuda_graph=True))
+        plain = fill("cuda", prior, request, lambda rows: None)
+        replayed = fill("cuda", prior, request, lambda rows: None, EngineOptions(cuda_graph=True))
         assert torch.equal(plain, replayed)

@@ -17,7 +17,7 @@ from plan_priors import GIVEN, PRIORS, every_given, every_prior
 from torch import Tensor
 
 from fastvq.sampling.engines.state import GridState
-from fastvq.sampling.engines.step_tables import StepTables, fill_views, make_scratch
+from fastvq.sampling.engines.step_tables import PlanTables, fill_views, make_scratch
 from fastvq.sampling.plan import Plan, compile_plan
 
 pytestmark = pytest.mark.usefixtures("steady")
@@ -38,7 +38,7 @@ def test_views(kind: str, told: str) -> None:
     prior = spread(PRIORS[kind](**GIVEN[told]))
     job = Job(prior)
     plan, state = job.compiled.plan, job.state
-    tables = StepTables(plan)
+    tables = PlanTables(plan, above=False)
     height, width = plan.shape
     scratch = make_scratch(state, places=2)
     state.codes.random_(plan.num_codes)
@@ -103,7 +103,7 @@ def test_scratch_has_as_many_places_as_asked_for(kind: str) -> None:
         assert scratch
         for index, place in scratch.items():
             assert place.shape == (places, BATCH, job.compiled.plan.ops[index].channels)
-    tables = StepTables(job.compiled.plan)
+    tables = PlanTables(job.compiled.plan, above=False)
     views = np.zeros((2, len(tables.ops), 4), dtype=np.int64)
     job.state.begin_row(0)
     scratch = make_scratch(job.state, places=1)
@@ -116,11 +116,11 @@ def test_scratch_has_as_many_places_as_asked_for(kind: str) -> None:
 def test_tables_keep_their_weights_until_released() -> None:
     prior = spread(snail(layers_per_block=2))
     plan = compile_plan(prior)
-    tables = StepTables(plan)
+    tables = PlanTables(plan, above=False)
     terms = [term for op in plan.ops for term in plan.step_terms.get(op.index, ())]
     assert len(tables.terms) == len(terms)
-    for (source, first, columns, address, count), term in zip(tables.terms.tolist(), terms, strict=True):
-        assert (source, first, columns) == (term.source, term.taps[0][1], len(term.taps))
+    for (source, first, columns, address, count, *rows), term in zip(tables.terms.tolist(), terms, strict=True):
+        assert (source, first, columns, rows) == (term.source, term.taps[0][1], len(term.taps), [0, 1])
         assert np.array_equal(floats(address, count), term.weight.detach().flatten().numpy())
     held = list(tables._weights)
     assert held

@@ -10,6 +10,7 @@ import pytest
 import torch
 from engine_helpers import CACHED, needs_extension, request_of, spread
 from helpers import TablePrior, pixelcnn, refuses, snail
+from torch import Tensor
 
 from fastvq import _engine
 from fastvq.errors import ArgumentError, ArgumentTypeError, UnavailableError
@@ -17,7 +18,7 @@ from fastvq.models import Prior
 from fastvq.sampling import EngineOptions, Pipeline, choose_engine, describe, sample
 from fastvq.sampling import api as api_module
 from fastvq.sampling.engines import cpu, fill
-from fastvq.sampling.engines.cpu import CpuStep
+from fastvq.sampling.engines.cpu import CpuPlan
 from fastvq.sampling.plan import Plan, compile_plan
 
 pytestmark = pytest.mark.usefixtures("steady")
@@ -90,8 +91,14 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "row-kernel": (
         {"row_kernel": "cudnn"},
         ArgumentError,
-        "row_kernel: expected one of 'library', 'product', 'triton', got 'cudnn'",
+        "row_kernel: expected one of 'library', 'triton', got 'cudnn'",
     ),
+    "product": (
+        {"row_kernel": "product"},
+        ArgumentError,
+        "row_kernel: expected one of 'library', 'triton', got 'product'",
+    ),
+    "no-tile": ({"tile": 0}, ArgumentError, "tile: must be at least 1, got 0"),
     "graph": ({"cuda_graph": 1}, ArgumentTypeError, "cuda_graph: expected a bool, got int"),
 }
 
@@ -105,7 +112,18 @@ def test_options_that_do_not_fit(options: dict[str, Any], error: type[Exception]
 UNKNOWN_OPTIONS: dict[str, tuple[str, dict[str, Any], str]] = {
     "bfloat16-torch": ("torch", {"precision": "bfloat16"}, "precision: only the cuda and cpu engines have bfloat16"),
     "bfloat16-naive": ("naive", {"precision": "bfloat16"}, "precision: only the cuda and cpu engines have bfloat16"),
-    "triton-naive": ("naive", {"row_kernel": "triton"}, "row_kernel: the naive engine has no row phase, got 'triton'"),
+    "triton-naive": (
+        "naive",
+        {"row_kernel": "triton"},
+        "row_kernel: only the cuda engine has a choice, the engine here",
+    ),
+    "triton-torch": (
+        "torch",
+        {"row_kernel": "triton"},
+        "row_kernel: only the cuda engine has a choice, the engine here",
+    ),
+    "library-cpu": ("cpu", {"row_kernel": "library"}, "row_kernel: only the cuda engine has a choice, the engine here"),
+    "tile-naive": ("naive", {"tile": 2}, "tile: the naive engine does not sample along a front, got 2"),
     "graph-cpu": ("cpu", {"cuda_graph": True}, "cuda_graph: only the cuda engine has one, the engine here is 'cpu'"),
 }
 
@@ -114,7 +132,7 @@ UNKNOWN_OPTIONS: dict[str, tuple[str, dict[str, Any], str]] = {
 def test_options_that_an_engine_does_not_have(engine: str, options: dict[str, Any], message: str) -> None:
     prior, rows = snail(), []
     with refuses(ArgumentError, message):
-        fill(engine, prior, request_of(prior, 1, {}, seed=0), lambda: rows.append(0), EngineOptions(**options))
+        fill(engine, prior, request_of(prior, 1, {}, seed=0), rows.append, EngineOptions(**options))
     assert rows == []
 
 
@@ -140,22 +158,28 @@ def test_sampling_with_options() -> None:
 def test_options_reach_the_engine(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
 
-    def spy(plan: Plan, batch: int, **settings: Any) -> CpuStep:
-        made.append(settings)
-        return CpuStep(plan, batch, **settings)
+    filling = CpuPlan.fill
 
-    monkeypatch.setattr(cpu, "CpuStep", spy)
-    sample(snail(), 1, seed=0, engine="cpu", options=EngineOptions("bfloat16", threads, "baseline"))
-    assert made == [{"threads": threads, "kernels": "baseline", "bf16": True}]
+    def spy(plan: Plan, **settings: Any) -> CpuPlan:
+        made.append(settings)
+        return CpuPlan(plan, **settings)
+
+    def counted(self: CpuPlan, *rest: Any, **settings: Any) -> Tensor:
+        made.append({"threads": settings["threads"], "tile": rest[2].tile})
+        return filling(self, *rest, **settings)
+
+    monkeypatch.setattr(cpu, "CpuPlan", spy)
+    monkeypatch.setattr(CpuPlan, "fill", counted)
+    options = EngineOptions("bfloat16", threads, "baseline", tile=2)
+    sample(snail(attention=False), 1, seed=0, engine="cpu", options=options)
+    assert made == [{"kernels": "baseline", "bf16": True}, {"threads": threads, "tile": 2}]
 
 
 @needs_extension
 def test_what_the_extension_refuses_is_an_argument() -> None:
     prior = snail()
     with refuses(ArgumentError, "kernels: expected auto"):
-        CpuStep(compile_plan(prior), 1, threads=1, kernels="mmx")
-    with refuses(ArgumentError, "shape: expected 1 to 1024 threads"):
-        CpuStep(compile_plan(prior), 1, threads=0)
+        CpuPlan(compile_plan(prior), kernels="mmx")
 
 
 # Memory.
@@ -178,29 +202,29 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("fits", [1, 3, 7, 8, 100])
 def test_a_memory_limit_lowers_the_micro_batch(engine: str, fits: int, batches: list[int]) -> None:
     prior = spread(snail())
-    limit = describe(prior).memory(fits)
+    limit = describe(prior, engine=engine).memory(fits)
     codes = sample(prior, 9, seed=1, engine=engine, memory_limit=limit)
-    size = min(fits, 8)  # the default is 8
-    assert batches == [size] * -(-9 // size)
-    assert torch.equal(codes, sample(prior, 9, seed=1, engine=engine, micro_batch=size))
+    sizes = {1: [1] * 9, 3: [3] * 3, 7: [4, 5], 8: [4, 5], 100: [9]}[fits]
+    assert batches == sizes
+    assert torch.equal(codes, sample(prior, 9, seed=1, engine=engine, micro_batch=fits))
     batches.clear()
-    sample(prior, 9, seed=1, engine=engine, memory_limit=limit + describe(prior).cache_bytes - 1)
-    assert batches == [size] * -(-9 // size)
+    sample(prior, 9, seed=1, engine=engine, memory_limit=describe(prior, engine=engine).memory(fits + 1) - 1)
+    assert batches == sizes
 
 
 @every_engine
 def test_a_micro_batch_asked_for_is_kept(engine: str, batches: list[int]) -> None:
     prior = snail()
-    sample(prior, 9, engine=engine, micro_batch=5, memory_limit=describe(prior).memory(5))
-    assert batches == [5, 5]
+    sample(prior, 9, engine=engine, micro_batch=5, memory_limit=describe(prior, engine=engine).memory(5))
+    assert batches == [4, 5]
 
 
 def test_memory_limits_too_small() -> None:
     prior = snail()
-    needed = describe(prior).memory(1)
+    needed = describe(prior, engine="torch").memory(1)
     with refuses(ArgumentError, f"memory_limit: a micro-batch of 1 needs {needed} bytes, got {needed - 1}"):
         sample(prior, 1, engine="torch", memory_limit=needed - 1)
-    needed = describe(prior).memory(5)
+    needed = describe(prior, engine="torch").memory(5)
     with refuses(ArgumentError, f"memory_limit: a micro-batch of 5 needs {needed} bytes, got {needed - 1}"):
         sample(prior, 1, engine="torch", micro_batch=5, memory_limit=needed - 1)
     with refuses(ArgumentError, "memory_limit: must be at least 1, got 0"):
@@ -213,7 +237,7 @@ def test_memory_limits_too_small() -> None:
 
 def test_a_pipeline_keeps_all_levels_to_the_limit() -> None:
     pipeline = Pipeline.from_pretrained("digits")
-    limit = max(describe(prior).memory(3) for prior in pipeline.priors)
+    limit = max(describe(prior, engine="torch").memory(3) for prior in pipeline.priors)
     drawn = pipeline.sample(4, label=1, seed=1, memory_limit=limit, engine="torch")
     assert drawn.micro_batch == 3
     again = pipeline.sample(4, label=1, seed=1, micro_batch=3, engine="torch")
@@ -241,7 +265,7 @@ def test_weights_that_are_not_finite(engine: str, place: str, value: float) -> N
         NOT_FINITE[place](prior, value)
     rows = []
     with refuses(ArgumentError, "prior: its weights hold NaN or infinite values"):
-        fill(engine, prior, request_of(prior, 2, {}, seed=0), lambda: rows.append(0))
+        fill(engine, prior, request_of(prior, 2, {}, seed=0), rows.append)
     assert rows == []
 
 
@@ -266,7 +290,7 @@ def test_logits_that_overflow(engine: str, kind: Callable[..., Any]) -> None:
     message = {"cpu": "prior: its logits are not finite for sample 0 of the micro-batch at row 0", "torch": "logits: "}
     for threads in (1, 2):
         with refuses(ArgumentError, message[engine]):
-            fill(engine, prior, request_of(prior, 2, {}, seed=0), lambda: None, EngineOptions(threads=threads))
+            fill(engine, prior, request_of(prior, 2, {}, seed=0), lambda rows: None, EngineOptions(threads=threads))
 
 
 @every_engine
@@ -304,8 +328,8 @@ def test_sampling_goes_on_after_an_error(engine: str) -> None:
 def test_rows_are_counted(engine: str) -> None:
     prior = snail()
     rows = []
-    fill(engine, prior, request_of(prior, 2, {}, seed=0), lambda: rows.append(0))
-    assert len(rows) == 3
+    fill(engine, prior, request_of(prior, 2, {}, seed=0), rows.append)
+    assert sum(rows) == 3
 
 
 @every_engine

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from engine_helpers import CACHED, needs_extension, request_of, spread
+from grid_tables import Grid, Tables
 from helpers import pixelcnn, snail
-from step_tables import Row, Tables
 
 from fastvq.sampling import EngineOptions, sample
 from fastvq.sampling.engines import fill
@@ -46,7 +46,7 @@ def test_threads_of_pytorch_stay_as_they_are(threads: int | None) -> None:
     prior = snail()
     for before in (1, 2):
         torch.set_num_threads(before)
-        fill("cpu", prior, request_of(prior, 2, {}, seed=0), lambda: None, EngineOptions(threads=threads))
+        fill("cpu", prior, request_of(prior, 2, {}, seed=0), lambda rows: None, EngineOptions(threads=threads))
         assert torch.get_num_threads() == before
     inner = torch.get_num_interop_threads()
     sample(prior, 2, seed=1, engine="cpu")
@@ -56,21 +56,21 @@ def test_threads_of_pytorch_stay_as_they_are(threads: int | None) -> None:
 def test_no_threads_are_left_over() -> None:
     prior = snail()
     request = request_of(prior, 2, {}, seed=0)
-    fill("cpu", prior, request, lambda: None, EngineOptions(threads=4))
+    fill("cpu", prior, request, lambda rows: None, EngineOptions(threads=4))
     tasks = Path("/proc/self/task")
     if not tasks.is_dir():
         pytest.skip("threads are counted in /proc")
     before = len(list(tasks.iterdir()))
     for _ in range(3):
-        fill("cpu", prior, request, lambda: None, EngineOptions(threads=4))
+        fill("cpu", prior, request, lambda rows: None, EngineOptions(threads=4))
     assert len(list(tasks.iterdir())) <= before
 
 
 def test_other_python_threads_go_on_during_a_row() -> None:
-    """The row takes some tenths of a second; the other thread needs the interpreter every millisecond."""
+    """The grid takes some tenths of a second; the other thread needs the interpreter every millisecond."""
     tables = Tables()
-    tables.shape |= {"batch": 8, "width": 4000, "positions": 4000, "key_stride": 4000, "kernels": "baseline"}
-    plan, row = tables.make(), Row(tables)
+    tables.shape |= {"height": 1, "width": 4000, "kernels": "baseline"}
+    plan, grid = tables.make(), Grid(tables, batch=8)
     turns = 0
     done = threading.Event()
 
@@ -89,7 +89,7 @@ def test_other_python_threads_go_on_during_a_row() -> None:
         while not turns:
             time.sleep(0.001)
         turns = 0
-        assert row.run(plan) == -1
+        assert grid.run(plan) is None
         seen = turns
     finally:
         sys.setswitchinterval(interval)
@@ -106,7 +106,7 @@ from engine_helpers import request_of
 from helpers import snail
 from fastvq.sampling import EngineOptions, sample
 from fastvq.sampling.engines import fill
-from fastvq.sampling.engines.state import GridState
+from fastvq.sampling.engines.cpu import CpuPlan
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
@@ -115,22 +115,22 @@ wanted = sample(small, 2, seed=1, engine="cpu")
 # Nearly all of the work is in the step phase, and the row would take half a minute.
 wide = {{"shape": (1, 2048), "channels": 512, "residual_channels": 1024}}
 prior = snail(layers_per_block=0, attention=False, output_blocks=6, **wide)
-begin = GridState.begin_row
+fill_grids = CpuPlan.fill
 
 
-def announce(self, row):
-    begin(self, row)
-    print("row", flush=True)
+def announce(*given, **options):
+    print("begin", flush=True)
+    return fill_grids(*given, **options)
 
 
-GridState.begin_row = announce
+CpuPlan.fill = announce
 rows = []
 try:
     options = EngineOptions(threads={threads}, kernels="baseline")
-    fill("cpu", prior, request_of(prior, 8, {{}}, seed=0), lambda: rows.append(0), options)
+    fill("cpu", prior, request_of(prior, 8, {{}}, seed=0), rows.append, options)
 except KeyboardInterrupt:
     print("interrupted after", len(rows), "rows", flush=True)
-GridState.begin_row = begin
+CpuPlan.fill = fill_grids
 assert torch.equal(sample(small, 2, seed=1, engine="cpu"), wanted)
 print("sampled again", flush=True)
 """
@@ -143,7 +143,7 @@ def test_ctrl_c_within_a_row(threads: int) -> None:
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as child:
         try:
             assert child.stdout is not None
-            assert child.stdout.readline() == "row\n"
+            assert child.stdout.readline() == "begin\n"
             time.sleep(0.3)  # from the announcement into the extension
             child.send_signal(signal.SIGINT)
             rest, _ = child.communicate(timeout=60)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from engine_helpers import (
     require_kernels,
     require_logits,
     require_same_codes,
+    rounded,
     spread,
 )
 from helpers import pixelcnn, snail
@@ -153,7 +153,7 @@ def test_instruction_sets(
     noise = uniforms(4, 0, 64, (6, 7), level=1)
     request = request_of(prior, 64, given, noise=noise)
     options = EngineOptions(kernels=kernels, threads=threads)
-    found = fill("cpu", prior, request, lambda: None, options)
+    found = fill("cpu", prior, request, lambda rows: None, options)
     share = require_same_codes(prior, found, naive, noise, given)
     record_property("identical_grids", share)
     print(f"{kind}, {kernels}, {threads} threads: {share:.1%} of grids identical to the naive sampler's")
@@ -166,16 +166,11 @@ def test_instruction_sets(
 
 
 @every_kind
-def test_bfloat16_rounds_the_weights_of_the_step_phase_and_nothing_else(kind: str) -> None:
+def test_bfloat16_rounds_the_weights_of_products_and_nothing_else(kind: str) -> None:
     prior, given = conditioned(kind)
     given = part(given, 0, 5)
     codes, _ = grids(prior, 5)
-    plan = compile_plan(prior)
-    rounded = {
-        index: tuple(dataclasses.replace(term, weight=term.weight.bfloat16().float()) for term in terms)
-        for index, terms in plan.step_terms.items()
-    }
-    wanted = engine_logits("torch", prior, codes, given, plan=dataclasses.replace(plan, step_terms=rounded))
+    wanted = engine_logits("torch", prior, codes, given, plan=rounded(compile_plan(prior)))
     found = engine_logits("cpu", prior, codes, given, bf16=True)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
     assert not torch.allclose(found, engine_logits("cpu", prior, codes, given), rtol=1e-4, atol=1e-4)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_helpers import given_to, grids, request_of
+from engine_helpers import given_to, grids, needs_extension, request_of
 from plan_priors import GIVEN, PRIORS, every_given, every_prior
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -17,9 +17,9 @@ import fastvq
 from fastvq.models import GatedPixelCNN, Prior
 from fastvq.models.blocks import CausalConv2d, CodeConv2d
 from fastvq.models.pixelcnn import GatedLayer
-from fastvq.sampling import describe
+from fastvq.sampling import EngineOptions, describe
 from fastvq.sampling.engines import plan_of, static_inputs
-from fastvq.sampling.engines.state import CompiledPlan, GridState
+from fastvq.sampling.engines.cpu import CpuPlan
 from fastvq.sampling.plan import Term
 
 pytestmark = pytest.mark.usefixtures("steady")
@@ -36,7 +36,7 @@ def valid_taps(layer: nn.Module) -> int:
 
 
 def layers_of(prior: Prior) -> tuple[int, int, int]:
-    """Products per position, those of a label alone (once per row), and additions of looked-up vectors."""
+    """Products per position, those of a label alone (once per grid), and additions of looked-up vectors."""
     products = by_label = lookups = 0
     spatial_context = bool(prior.config.condition_shapes)
     for name, layer in prior.named_modules():
@@ -65,14 +65,12 @@ def attention_of(prior: Prior) -> tuple[int, int]:
 @every_given
 def test_flops(kind: str, told: str) -> None:
     prior = PRIORS[kind](**GIVEN[told])
-    height, width = prior.config.shape
-    positions = height * width
+    positions = math.prod(prior.config.shape)
     products, by_label, lookups = layers_of(prior)
     blocks, widths = attention_of(prior)
     inclusive = getattr(prior.config, "mask", "strict") == "inclusive"
     if isinstance(prior, GatedPixelCNN) and told != "alone":
-        # Of each projection of the context, v takes its half once per grid if it is a label's and h once per row; the
-        # last v is not needed.
+        # Of each projection of the context, v and h take a half each; the last v is not needed.
         half = prior.config.condition_channels * 2 * prior.config.channels
         count = prior.config.layers + 1
         uniform, by_label = (by_label and half * (count - 1)), (by_label and half * count)
@@ -80,7 +78,7 @@ def test_flops(kind: str, told: str) -> None:
     else:
         uniform = 0
     pairs = sum(position + inclusive for position in range(positions))
-    want = 2 * products * positions + lookups * positions + 2 * by_label * height + 2 * uniform
+    want = 2 * products * positions + lookups * positions + 2 * by_label + 2 * uniform
     found = describe(prior)
     assert found.row_flops + found.step_flops == want + 2 * pairs * widths * blocks
     assert found.saved == found.naive_flops / (found.row_flops + found.step_flops)
@@ -115,35 +113,36 @@ def test_naive_flops_as_pytorch_counts_them(kind: str) -> None:
     assert 0.85 < counted / describe(prior).naive_flops < 1.01
 
 
-def storages(values: Iterable[Any]) -> int:
-    """Bytes of all tensors, memory that several share counted once."""
-    found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in values if t.numel()}
-    return sum(found.values())
-
-
+@needs_extension
 @every_prior
 @every_given
-def test_cache_bytes(kind: str, told: str) -> None:
-    """Within 10 % of what a state really keeps, a row's values and the scratch of the engine included."""
+@pytest.mark.parametrize("tile", [1, 2, None])
+def test_memory_is_what_is_allocated(kind: str, told: str, tile: int | None) -> None:
     prior = PRIORS[kind](shape=(12, 8), **GIVEN[told])
-    batch = 16
-    request = request_of(prior, batch, given_to(prior, batch), seed=0)
-    with torch.inference_mode():
-        plan = plan_of(prior)
-        state = GridState(CompiledPlan(plan, torch.device("cpu")), batch, static_inputs(prior, request))
-        for row in range(3):
-            state.begin_row(row)
-    kept = [ring.data for ring in state.rings.values()]
-    kept += [*state.keys.values(), *state.values.values(), *state.rows.values(), state.codes]
+    batch, plan = 16, plan_of(prior)
+    if plan.skew is None:
+        tile = None
+    found = describe(prior, batch, engine="cpu", options=EngineOptions(tile=tile))
+    front = found.schedule.front
+    assert found.micro_batch == batch
+    assert front.tile in (tile, plan.shape[1]) or tile is None
+    allocated = CpuPlan(plan).memory(batch, front)
+    statics = static_inputs(prior, request_of(prior, batch, given_to(prior, batch), seed=0))
     # The background belongs to the prior, and without gated layers nothing reads the condition.
     read = {op.variant for op in plan.ops if op.kind == "static"} - {"background"}
-    kept += [tensor for name, tensor in state.statics.items() if name in read]
-    scratch = sum(
-        4 * batch * op.channels
-        for op in plan.step_ops()
-        if op.index not in state.rings and op.index not in state.values
-    )
-    assert describe(prior).cache_bytes * batch == pytest.approx(storages(kept) + scratch, rel=0.1)
+    allocated += sum(4 * tensor.numel() for name, tensor in statics.items() if name in read)
+    assert found.cache_bytes == allocated + 8 * batch * math.prod(plan.shape)
+    assert found.memory(batch) == found.weight_bytes + found.cache_bytes
+
+
+@needs_extension
+def test_weight_bytes_of_packed_plans() -> None:
+    prior = PRIORS["strict"](channels=32, residual_channels=32)
+    own = describe(prior, engine="torch").weight_bytes / 2
+    for precision in ("float32", "bfloat16"):
+        packed = CpuPlan(plan_of(prior), bf16=precision == "bfloat16").native.weight_bytes
+        found = describe(prior, engine="cpu", precision=precision).weight_bytes  # type: ignore[arg-type]
+        assert found == pytest.approx(own + packed, rel=0.1)
 
 
 def test_weight_bytes_are_those_of_all_tensors() -> None:
@@ -159,7 +158,7 @@ def test_weight_bytes_are_those_of_all_tensors() -> None:
     model = sum(4 * p.numel() for p in prior.parameters())
     # The plan's own copy, and one made ready for each of the phases.
     assert model < found.weight_bytes < 3 * model
-    assert found.memory(5) == found.weight_bytes + 5 * found.cache_bytes
+    assert found.memory(5) == found.weight_bytes + 5 * found.cache_bytes  # of one sample each
 
 
 def test_explain_prints(capsys: pytest.CaptureFixture[str]) -> None:

@@ -115,7 +115,7 @@ def test_an_engine_is_chosen(preferred: None, capsys: pytest.CaptureFixture[str]
     assert torch.equal(sample(prior, 10, seed=1, engine="toy"), wanted)
     assert choose_engine("auto", prior) == ("toy", "toy is the fastest that runs here")
     assert torch.equal(sample(prior, 10, seed=1, progress=True), wanted)
-    assert "6/6" in capsys.readouterr().err
+    assert "3/3" in capsys.readouterr().err
     fastvq.explain(prior)
     assert "  engine       toy (toy is the fastest that runs here)" in capsys.readouterr().out
     assert sampling.ENGINES == ("toy", "cuda", "cpu", "torch", "naive")
@@ -133,7 +133,8 @@ def test_what_an_engine_cannot_do_is_said(preferred: None, capsys: pytest.Captur
         sample(prior, 1, engine="warp")
     for options, message in (
         (EngineOptions("bfloat16"), "precision: only the cuda and cpu engines have bfloat16 weights, the engine here"),
-        (EngineOptions(row_kernel="triton"), "row_kernel: the toy engine has no row phase, got 'triton'"),
+        (EngineOptions(row_kernel="triton"), "row_kernel: only the cuda engine has a choice, the engine here is 'toy'"),
+        (EngineOptions(tile=1), "tile: the toy engine does not sample along a front, got 1"),
         (EngineOptions(cuda_graph=True), "cuda_graph: only the cuda engine has one, the engine here is 'toy'"),
     ):
         with refuses(ArgumentError, message):

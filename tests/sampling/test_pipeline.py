@@ -68,7 +68,7 @@ def test_shapes_and_ranges(levels: int, n: int) -> None:
     assert not images.is_inference()
     assert [tuple(level.shape) for level in codes] == [(n, *grid) for grid in GRIDS[:levels]]
     assert all(level.dtype == torch.int64 for level in codes)
-    assert (seed, micro_batch) == (4, 8)
+    assert (seed, micro_batch) == (4, max(n, 1))
     if n:
         assert images.min() == -1
         assert images.max() == 1
@@ -112,8 +112,9 @@ def test_a_sample_does_not_depend_on_the_call() -> None:
     label = torch.arange(13) % 3
     whole = pipeline.sample(13, label=label, seed=2, micro_batch=4)
     for start, stop in [(0, 1), (0, 5), (4, 8), (5, 13), (12, 13)]:
-        part = pipeline.sample(stop - start, label=label[start:stop], seed=2, start=start, micro_batch=4)
-        assert torch.equal(part.images, whole.images[start:stop])
+        part = pipeline.sample(stop - start, label=label[start:stop], seed=2, start=start, micro_batch=3)
+        # The decoder is a library's, which rounds differently for other batches.
+        torch.testing.assert_close(part.images, whole.images[start:stop], rtol=1e-5, atol=1e-6)
         for mine, all_of_them in zip(part.codes, whole.codes, strict=True):
             assert torch.equal(mine, all_of_them[start:stop])
     assert not torch.equal(pipeline.sample(13, label=label, seed=3, micro_batch=4).images, whole.images)

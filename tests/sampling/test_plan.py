@@ -19,7 +19,7 @@ from fastvq.models import Prior
 from fastvq.ops.draw import draw_margin
 from fastvq.sampling import sample, uniforms
 from fastvq.sampling.engines import plan_of
-from fastvq.sampling.engines.state import GridState
+from fastvq.sampling.engines.pytorch import TorchGrid
 from fastvq.sampling.plan import Op, Plan, Term, compile_plan
 
 pytestmark = pytest.mark.usefixtures("steady")
@@ -157,13 +157,18 @@ def test_what_a_label_alone_decides_is_worked_out_once(kind: str, monkeypatch: p
     prior = PRIORS[kind](num_classes=3)
     plan = plan_of(prior)
     calls = dict.fromkeys(range(len(plan.ops)), 0)
-    work = GridState._row_value
 
-    def counted(self: GridState, op: Op, *rest: Any) -> Any:
-        calls[op.index] += 1
-        return work(self, op, *rest)
+    def count(name: str) -> None:
+        work = getattr(TorchGrid, name)
 
-    monkeypatch.setattr(GridState, "_row_value", counted)
+        def counted(self: TorchGrid, op: Op) -> Any:
+            calls[op.index] += 1
+            return work(self, op)
+
+        monkeypatch.setattr(TorchGrid, name, counted)
+
+    count("_uniform_value")
+    count("_value_above")
     sample(prior, 2, label=1, seed=0, engine="torch")
     uniform = [op.index for op in plan.ops if op.index in plan.uniform]
     assert len(uniform) == (1 if kind == "strict" else 4)  # the label itself, and what v takes from it in each layer

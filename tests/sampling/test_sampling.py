@@ -18,7 +18,7 @@ from fastvq.errors import ArgumentError, ArgumentTypeError
 from fastvq.models import Prior
 from fastvq.ops.draw import draw, draw_margin
 from fastvq.sampling import ENGINES, choose_engine, sample, uniforms
-from fastvq.sampling.request import micro_batches
+from fastvq.sampling.request import micro_batches, padded_micro_batches
 
 pytestmark = pytest.mark.usefixtures("steady")
 
@@ -170,9 +170,9 @@ def test_a_sample_does_not_depend_on_the_call(micro_batch: int, mask: str) -> No
 @pytest.mark.parametrize("size", [1, 4, 8])
 @pytest.mark.parametrize("start", [0, 3, 8, 13])
 @pytest.mark.parametrize("n", [0, 1, 5, 19])
-def test_a_sample_has_one_place_in_micro_batches_of_one_size(size: int, start: int, n: int) -> None:
+def test_a_sample_has_one_place_in_padded_micro_batches_of_one_size(size: int, start: int, n: int) -> None:
     found = []
-    for index, new in micro_batches(start, n, size):
+    for index, new in padded_micro_batches(start, n, size):
         assert len(index) == size
         assert 0 <= int(index.min()) <= int(index.max()) < n
         for place in range(size)[new]:
@@ -180,6 +180,16 @@ def test_a_sample_has_one_place_in_micro_batches_of_one_size(size: int, start: i
             assert sample_index % size == place
             found.append(sample_index)
     assert found == list(range(start, start + n))
+
+
+@pytest.mark.parametrize("n", [0, 1, 7, 8, 9, 63, 64, 65, 100, 129])
+@pytest.mark.parametrize("size", [1, 8, 64])
+def test_micro_batches_are_few_and_even(n: int, size: int) -> None:
+    parts = list(micro_batches(n, size))
+    assert len(parts) == -(-n // size)
+    assert [i for part in parts for i in range(n)[part]] == list(range(n))
+    sizes = [part.stop - part.start for part in parts]
+    assert not sizes or max(sizes) - min(sizes) <= 1
 
 
 def test_micro_batches_give_the_same_codes_up_to_rounding() -> None:

@@ -117,6 +117,8 @@ def choose(name: str, prior: Prior, options: EngineOptions) -> tuple[Engine[Any]
             raise UnavailableError(f"engine: {name!r} was asked for but cannot run here: {reason}")
         why = "asked for by name"
     _check(engine, options, candidate.device)
+    if options.tile is not None:
+        plan_of(prior).front(options.tile)
     return engine, why
 
 
@@ -175,11 +177,12 @@ def fill(
     """Fill the grids of one micro-batch with a chosen engine: int64 [n, H, W].
 
     Args:
-        row_done: called after each row.
+        row_done: called with the number of rows, from the top, that have become complete in all samples since the last
+            call.
         evaluated: what the engine's `evaluated` gives, for callers that fill several.
-        on_phase: called with ``"row phase"`` or ``"step phase"`` and the seconds that it took, for each row of each. On
-            a GPU these are seconds of the device, all told at the end of the grid. The naive engine and grids that are
-            replayed as a CUDA graph have no such phases.
+        on_phase: called with ``"row phase"`` or ``"step phase"`` and the seconds that it took, for each row of each, or
+            each tile step of a front. On a GPU these are seconds of the device, all told at the end of the grid. The
+            naive engine and grids that are replayed as a CUDA graph have no such phases.
 
     Raises:
         ArgumentError: options that this engine does not have, weights or logits that are not finite.

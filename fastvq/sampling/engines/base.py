@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import ClassVar, Generic, TypeVar
 
 import torch
@@ -14,11 +15,35 @@ from fastvq.errors import ArgumentError
 from fastvq.models.prior import Prior
 from fastvq.sampling.engines.phases import OnPhase
 from fastvq.sampling.engines.state import require_row_kernel
-from fastvq.sampling.options import EngineOptions, RowKernel
+from fastvq.sampling.options import EngineOptions
+from fastvq.sampling.plan.form import Plan
+from fastvq.sampling.plan.front import Front
 from fastvq.sampling.request import SampleRequest
 
 P = TypeVar("P")
-RowDone = Callable[[], None]
+RowDone = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """In which order a micro-batch is filled, and what that keeps in memory.
+
+    Attributes:
+        front: the order, with the width of tiles.
+        reason: why tiles of that width.
+        weight_bytes: of the plan and its packed copies.
+        cache_bytes: of the micro-batch.
+    """
+
+    front: Front
+    reason: str
+    weight_bytes: int
+    cache_bytes: int
+
+    @property
+    def memory(self) -> int:
+        """Bytes that sampling takes beyond the prior itself."""
+        return self.weight_bytes + self.cache_bytes
 
 
 class Engine(ABC, Generic[P]):
@@ -30,20 +55,34 @@ class Engine(ABC, Generic[P]):
         plans: whether it runs a plan of the prior, with a row phase before the steps of each row, instead of the
             prior's modules. Priors of which there is no plan are refused before it is asked.
         cuda_graphs: whether it can record a grid as a CUDA graph.
-        row_kernel: of its row phase unless options say another.
-        places: vectors that it keeps per sample of an operation whose past is not read.
+        row_kernels: whether there is a choice of them for its row phase.
+        tiles: whether it samples along a front, so that there is a choice of its tiles.
+        micro_batch: most samples that it computes together unless told otherwise.
     """
 
     name: ClassVar[str]
     precisions: ClassVar[tuple[str, ...]] = ("float32",)
     plans: ClassVar[bool] = False
     cuda_graphs: ClassVar[bool] = False
-    row_kernel: ClassVar[RowKernel] = "library"
-    places: ClassVar[int] = 1
+    row_kernels: ClassVar[bool] = False
+    tiles: ClassVar[bool] = False
+    micro_batch: ClassVar[int] = 64
 
     def why_not(self, prior: Prior, device: torch.device) -> str | None:
         """Why it cannot run a prior that is on a device, or None."""
         return None
+
+    def padded(self, plan: Plan, options: EngineOptions) -> bool:
+        """Whether bits depend on how many samples are computed together, so that a plan has to have the same number."""
+        return False
+
+    def schedule(self, plan: Plan, batch: int, options: EngineOptions) -> Schedule:
+        """How grids of a plan are filled, of engines that run plans.
+
+        Raises:
+            ArgumentError: options that do not fit the plan.
+        """
+        raise NotImplementedError
 
     def check(self, options: EngineOptions, device: torch.device | None = None) -> None:
         """Refuse options, other than the precision, that it does not have and would pass over in silence.
@@ -55,8 +94,10 @@ class Engine(ABC, Generic[P]):
             ArgumentError: there is such an option.
             UnavailableError: the row kernel cannot run on the device.
         """
-        if options.row_kernel not in (None, "library") and not self.plans:
-            raise ArgumentError(f"row_kernel: the {self.name} engine has no row phase, got {options.row_kernel!r}")
+        if options.row_kernel is not None and not self.row_kernels:
+            raise ArgumentError(f"row_kernel: only the cuda engine has a choice, the engine here is {self.name!r}")
+        if options.tile is not None and not self.tiles:
+            raise ArgumentError(f"tile: the {self.name} engine does not sample along a front, got {options.tile}")
         if options.cuda_graph and not self.cuda_graphs:
             raise ArgumentError(f"cuda_graph: only the cuda engine has one, the engine here is {self.name!r}")
         if device is not None and options.row_kernel is not None:
@@ -82,6 +123,7 @@ class Engine(ABC, Generic[P]):
 
         Args:
             prior: in evaluation mode, see :meth:`evaluated`.
-            row_done: to call after each row.
+            row_done: to call with the number of rows, from the top, that have become complete in all samples since
+                the last call.
             on_phase: see :func:`fastvq.sampling.engines.fill`.
         """

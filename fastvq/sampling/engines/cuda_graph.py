@@ -91,6 +91,5 @@ class GraphedGrid:
                 codes = self._grid.state.codes.clone()
             finally:
                 synchronise(self.step.device)
-        for _ in range(codes.shape[1]):
-            row_done()
+        row_done(codes.shape[1])
         return codes

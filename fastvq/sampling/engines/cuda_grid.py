@@ -22,11 +22,12 @@ from fastvq.sampling.engines.phases import OnPhase, Phases
 from fastvq.sampling.engines.state import CompiledPlan, GridState
 from fastvq.sampling.engines.step_tables import (
     VIEW_FIELDS,
-    StepTables,
+    PlanTables,
     fill_views,
     logits_view,
     make_scratch,
     not_drawable,
+    plan_sizes,
     refused_options,
     row_arguments,
 )
@@ -36,9 +37,9 @@ from fastvq.sampling.request import SampleRequest, Settings
 # Rows that the host may be ahead: enough to hide its own work, and few enough that Ctrl-C and progress are prompt.
 ROWS_IN_FLIGHT = 3
 # Matrix instructions of bfloat16, and copies past the first cache.
-_LEAST_CAPABILITY = (8, 0)
+LEAST_CAPABILITY = (8, 0)
 # What the status word holds while every position could be drawn.
-_NOTHING_BAD = 2**63 - 1
+NOTHING_BAD = 2**63 - 1
 
 
 def why_no_cuda(device: torch.device) -> str | None:
@@ -60,7 +61,7 @@ def why_no_cuda(device: torch.device) -> str | None:
     if index >= min(info["device_count"], torch.cuda.device_count()):
         return f"there is no GPU {index}"
     capability = torch.cuda.get_device_capability(index)
-    if capability < _LEAST_CAPABILITY:
+    if capability < LEAST_CAPABILITY:
         return f"it needs compute capability 8.0 or higher, {device} has {capability[0]}.{capability[1]}"
     return None
 
@@ -102,11 +103,12 @@ class CudaStep:
             extension = _engine.require()
         self.plan, self.batch, self.device, self.precision = plan, batch, device, precision
         self.lock = threading.Lock()
-        self.tables = StepTables(plan)
+        self.tables = PlanTables(plan, above=False)
         bf16 = precision == "bfloat16"
         with on_device(device), refused_options():
             self.native = extension.make_cuda_plan(
-                *self.tables.plan_arguments(batch),
+                *self.tables.addresses,
+                *plan_sizes(plan, batch),
                 bf16,
                 bf16,  # matrix instructions, where the batch is large enough
                 _index(device),
@@ -141,7 +143,7 @@ class Grid:
         self.phases = Phases(on_phase, step.device)
         self.noise, self.known = noise, known
         self.scratch = make_scratch(state, places=2)
-        self.status = torch.full((1,), _NOTHING_BAD, dtype=torch.int64, device=step.device)
+        self.status = torch.full((1,), NOTHING_BAD, dtype=torch.int64, device=step.device)
 
     def enqueue(self, row: int, host: Tensor, device: Tensor) -> list[Tensor]:
         """Enqueue a row. Views are written to ``host`` and read from ``device``, int64 [2, operations, 4] each.
@@ -176,7 +178,7 @@ class Grid:
             ArgumentError: its logits are not finite.
         """
         bad = int(self.status)
-        if bad != _NOTHING_BAD:
+        if bad != NOTHING_BAD:
             position, sample = divmod(bad, self.state.batch)
             raise not_drawable(sample, *divmod(position, self.state.width))
 
@@ -247,7 +249,7 @@ def sample_cuda(
                     continue
                 ring.wait(finished)
                 finished += 1
-                row_done()
+                row_done(1)
             grid.check()
             grid.phases.finish()
         finally:

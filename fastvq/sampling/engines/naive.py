@@ -17,6 +17,7 @@ from fastvq.sampling.request import SampleRequest
 
 class NaiveEngine(Engine[None]):
     name = "naive"
+    micro_batch = 8
 
     def prepare(self, prior: Prior, batch: int, options: EngineOptions) -> None:
         pass
@@ -32,5 +33,5 @@ class NaiveEngine(Engine[None]):
                 if not bool(request.known[:, row, column].all()):
                     logits = prior.logits(codes[:, : row + 1], context)[:, :, row, column]
                     request.draw_into(codes, logits, row, column)
-            row_done()
+            row_done(1)
         return codes

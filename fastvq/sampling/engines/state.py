@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvq import _engine
 from fastvq._check import require_choice
-from fastvq._product import Product
 from fastvq.errors import UnavailableError
 from fastvq.kernels.taps import Taps
 from fastvq.models.prior import Prior
@@ -114,41 +111,6 @@ class RowConv:
         return convolve(x, packed[1], None, padding, stride, dilation, 1, "none", [], "")
 
 
-class RowProduct:
-    """The row parts of all terms of an affine operation as one product, see `fastvq._product.Product`.
-
-    Args:
-        terms: at least one.
-        histories: of the sources that are read elsewhere than at the position itself.
-    """
-
-    def __init__(self, terms: Sequence[Term], histories: Mapping[int, History]) -> None:
-        weights = []
-        self._windows: list[tuple[int, Window | None]] = []
-        for term in terms:
-            window = None if set(term.taps) == {(0, 0)} else Window.of(term, histories[term.source])
-            self._windows.append((term.source, window))
-            height, width = (1, 1) if window is None else (window.height, window.extra + 1)
-            weights.append(term.weight.reshape(height, width, *term.weight.shape[1:]))
-        self._product = Product(weights)
-        self._columns = weights[0].shape[-1]
-
-    def __call__(self, rows: dict[int, Tensor], rings: dict[int, Ring], width: int, bias: Tensor) -> Tensor:
-        """[B, W, C_out] (W = 1 if all sources are the same at all positions)."""
-        here = {source: rows[source] for source, window in self._windows if window is None}
-        uniform = len(here) == len(self._windows) and all(x.shape[1] == 1 for x in here.values())
-        columns = 1 if uniform else width
-        inputs = []
-        for source, window in self._windows:
-            if window is None:
-                x = here[source] if here[source].stride(2) == 1 else here[source].contiguous()
-                inputs.append(x[:, None].expand(-1, -1, columns, -1))
-            else:
-                inputs.append(window.read(rings[source], width))
-        out = torch.empty(inputs[0].shape[0], columns, self._columns, dtype=torch.float32)
-        return self._product(inputs, out, bias)
-
-
 def _can_prepack() -> bool:
     return (
         torch.backends.mkldnn.is_available()
@@ -164,7 +126,7 @@ class CompiledPlan:
     """A plan with its row weights made ready for one device; used by any number of micro-batches.
 
     Args:
-        row_kernel: what computes the row phase's affine operations, see `RowProduct` and `RowConv`.
+        row_kernel: what computes the row phase's affine operations, see `RowConv`.
 
     Raises:
         UnavailableError: there is no such kernel on this device.
@@ -175,13 +137,10 @@ class CompiledPlan:
         require_row_kernel(row_kernel, device)
         self.plan, self.device = plan, device
         self.bias = {op.index: op.bias.to(device) for op in plan.ops if op.bias is not None}
-        self.products: dict[int, RowProduct] = {}
-        self.convs: dict[int, list[RowConv]] = {}
-        for index, terms in plan.row_terms.items():
-            if row_kernel == "product" and terms:
-                self.products[index] = RowProduct(terms, plan.history)
-            else:
-                self.convs[index] = [RowConv(t, plan.history.get(t.source), device, row_kernel) for t in terms]
+        self.convs = {
+            index: [RowConv(t, plan.history.get(t.source), device, row_kernel) for t in terms]
+            for index, terms in plan.row_terms.items()
+        }
         self.above_tables = {op.index: above for op in plan.ops if (above := _above_table(op, device)) is not None}
 
 
@@ -193,9 +152,6 @@ def require_row_kernel(row_kernel: str, device: torch.device) -> None:
     reason = None
     if row_kernel == "triton":
         reason = triton_reason(torch.empty(0, dtype=torch.float32, device=device))
-    elif row_kernel == "product":
-        on_gpu = f"it reads CPU memory, the prior is on {device}"
-        reason = _engine.why_unavailable() if device.type == "cpu" else on_gpu
     if reason is not None:
         raise UnavailableError(f"row_kernel: {row_kernel!r} was asked for but cannot run here: {reason}")
 
@@ -292,9 +248,6 @@ class GridState:
             features = features if features.shape[2] == 1 and op.variant == "label" else features[:, :, row : row + 1]
             return features[:, :, 0].transpose(1, 2).expand(self.batch, -1, -1)
         if op.kind == "affine":
-            product = self.compiled.products.get(op.index)
-            if product is not None:
-                return product(rows, self.rings, self.width, self.compiled.bias[op.index])
             total = self.compiled.bias[op.index].expand(self.batch, 1, -1)
             for conv in self.compiled.convs[op.index]:
                 # Rows above the grid are zero, and so is what they add to its first row.
@@ -350,3 +303,38 @@ def elementwise(op: Op, sources: list[Tensor]) -> Tensor:
             content, gate = x.chunk(2, dim=-1)
             return torch.tanh(content) * torch.sigmoid(gate)
     return x + sources[1]
+
+
+def cache_bytes(plan: Plan, places: int) -> int:
+    """Bytes per sample of a `GridState` and what goes with it, with ``places`` for the current position's vectors."""
+    height, width = plan.shape
+    floats = 0
+    kept = {*plan.history, *(op.sources[2] for op in plan.ops if op.kind == "attention")}
+    for index, history in plan.history.items():
+        floats += ring_rows(history) * (width + history.left + history.right) * plan.ops[index].channels
+    for op in plan.ops:
+        if op.kind == "attention":
+            _, key, value = op.sources
+            floats += padded(height * width) * plan.ops[key].channels + height * width * plan.ops[value].channels
+        if op.kind == "static":
+            floats += op.channels * {"context": height * width, "label": 1}.get(op.variant, 0)
+        elif plan.level[op.index] < 0 or plan.row_terms.get(op.index) or any(dr < 0 for dr, _ in op.taps):
+            floats += op.channels * (width if _varies(op, plan) else 1)
+        if plan.level[op.index] >= 0 and op.index not in kept:
+            floats += places * op.channels
+    return torch.float32.itemsize * floats + torch.int64.itemsize * height * width
+
+
+def _varies(op: Op, plan: Plan) -> bool:
+    """Whether what the row phase works out for an operation differs from column to column."""
+    if op.kind == "affine":
+        return any(term.source not in plan.uniform for term in plan.row_terms[op.index])
+    return op.index not in plan.uniform
+
+
+def weight_bytes(plan: Plan, element: int = 4) -> int:
+    """Bytes of the plan's own weights, and of a packed copy with elements of that size."""
+    terms = (term for op in plan.ops for term in op.terms)
+    packed = sum(term.weight.numel() for term in terms)
+    tables = sum(op.weight.numel() for op in plan.ops if op.weight is not None)
+    return (torch.float32.itemsize + element) * packed + 2 * torch.float32.itemsize * tables

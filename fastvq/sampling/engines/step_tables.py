@@ -3,36 +3,98 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fastvq import _engine
 from fastvq._memory import address, array_address, strided_address
 from fastvq.errors import ArgumentError, UnavailableError
 from fastvq.sampling.engines.state import GridState, padded, ring_rows
-from fastvq.sampling.plan.form import Op, Plan, require_finite
+from fastvq.sampling.plan.form import Op, Plan, Term, require_finite
 from fastvq.sampling.request import Settings
 
-OP_FIELDS, TERM_FIELDS, VIEW_FIELDS = 14, 5, 4
-
-# Numbers of the extension's operations.
-_KINDS = {"lookup": 0, "affine": 1, "elu": 2, "concat_elu": 3, "relu": 4, "add": 5, "glu": 6, "tanh": 7}
-_STORE_KEYS, _ATTEND = 8, 9
+VIEW_FIELDS = 4
 
 # Column masks of views: vectors of every column, two places in turn for the current column, one for all columns.
 EVERY_COLUMN, IN_TURN, SAME = -1, 1, 0
 
+_WORD, _ADDRESS = np.int64, np.uint64
 
-class StepTables:
-    """Operations and terms of a plan's step phase, as the extension reads them.
+# The structs of csrc/plan_spec.h, and that of static operations' values.
+OP = np.dtype(
+    [
+        ("kind", _WORD),
+        ("channels", _WORD),
+        ("level", _WORD),
+        ("paired", _WORD),
+        ("sources", _WORD, 3),
+        ("heads", _WORD),
+        ("inclusive", _WORD),
+        ("first_term", _WORD),
+        ("num_terms", _WORD),
+        ("num_taps", _WORD),
+        ("weights", _ADDRESS),
+        ("num_weights", _WORD),
+        ("above_level", _WORD),
+        ("uniform", _WORD),
+        ("first_once", _WORD),
+        ("num_once", _WORD),
+        ("first_above", _WORD),
+        ("num_above", _WORD),
+        ("bias", _ADDRESS),
+    ]
+)
+TERM = np.dtype(
+    [
+        ("source", _WORD),
+        ("first_column", _WORD),
+        ("num_columns", _WORD),
+        ("weights", _ADDRESS),
+        ("num_weights", _WORD),
+        ("first_row", _WORD),
+        ("num_rows", _WORD),
+    ]
+)
+STATIC = np.dtype([("data", _ADDRESS), ("sample_stride", _WORD), ("row_stride", _WORD), ("column_stride", _WORD)])
+
+
+@functools.cache
+def kind_numbers() -> dict[str, int]:
+    """The extension's number of each kind of operation, by name.
+
+    Raises:
+        AssertionError: the structs above are not those of the extension.
+    """
+    layout = _engine.require().PLAN_LAYOUT
+    for name, dtype in (("op", OP), ("term", TERM), ("static", STATIC)):
+        fields = dtype.fields
+        assert fields is not None
+        ours = (dtype.itemsize, [(field, fields[field][1]) for field in dtype.names or ()])
+        if layout[name] != ours:
+            raise AssertionError(f"{name}: the extension has {layout[name]}, this package {ours}")
+    return {kind: number for number, kind in enumerate(layout["kinds"])}
+
+
+def _kind(op: Op) -> str:
+    """The extension's name: activations and gates are known by their variant."""
+    return op.variant if op.kind in ("activation", "gate") else op.kind
+
+
+class PlanTables:
+    """Operations and terms of a plan, as the extension reads them.
 
     Attributes:
-        ops: int64 [operations, 14]. Those of the plan come first; others follow that copy keys to their cache.
-        terms: int64 [terms, 5].
+        ops: array of `OP`. Those of the plan come first; others follow that copy keys to their cache.
+        terms: array of `TERM`.
         key_stores: the operation that copies the keys of another one, by that one's index.
+
+    Args:
+        above: with what is done before the steps of a row or tile; else the step phase alone.
 
     The addresses in the tables are those of copies of the weights, which live until `release`.
 
@@ -40,57 +102,81 @@ class StepTables:
         ArgumentError: weights that are not finite.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, *, above: bool) -> None:
         require_finite(plan)
         self.plan = plan
         self.key_stores: dict[int, int] = {}
+        self._kinds = kind_numbers()
         self._weights: list[Tensor] = []
-        paired = paired_ops(plan)
-        terms: list[list[int]] = []
+        self._paired = paired_ops(plan)
+        self._terms: list[tuple[int, ...]] = []
         for op in plan.ops:
             if op.kind == "attention":
                 self.key_stores[op.sources[1]] = len(plan.ops) + len(self.key_stores)
-        ops = [self._row(op, op.index in paired, terms) for op in plan.ops]
-        ops += [
-            _plain_row(_STORE_KEYS, plan.ops[key].channels, plan.level[key], key in paired, [key])
-            for key in self.key_stores
-        ]
-        self.ops = np.array(ops, dtype=np.int64)
-        self.terms = np.array(terms, dtype=np.int64).reshape(-1, TERM_FIELDS)
+        self.ops = np.zeros(len(plan.ops) + len(self.key_stores), dtype=OP)
+        levels = above_levels(plan) if above else {}
+        for op in plan.ops:
+            row = self.ops[op.index]
+            self._begin(row, _kind(op), op.index, op.sources)
+            row["above_level"] = levels.get(op.index, -1)
+            self._step_part(row, op)
+            if above:
+                self._above_part(row, op)
+        for key, index in self.key_stores.items():
+            self._begin(self.ops[index], "store_keys", key, (key,))
+            self.ops[index]["above_level"] = -1
+        self.terms = np.array(self._terms, dtype=TERM)
 
-    def _row(self, op: Op, paired: bool, terms: list[list[int]]) -> list[int]:
-        plan = self.plan
-        level = plan.level[op.index]
-        # Row work never runs in the extension, so its kind does not matter there.
-        kind = _KINDS.get(op.kind, _KINDS.get(op.variant, 0))
-        row = _plain_row(kind, op.channels, level, paired, [*op.sources])
-        if level < 0:
-            return row
+    def _begin(self, row: np.void, kind: str, index: int, sources: tuple[int, ...]) -> None:
+        row["kind"], row["channels"] = self._kinds[kind], self.plan.ops[index].channels
+        row["level"], row["paired"] = self.plan.level[index], index in self._paired
+        row["sources"] = (*sources, -1, -1, -1)[:3]
+
+    def _step_part(self, row: np.void, op: Op) -> None:
+        if self.plan.level[op.index] < 0:
+            return
         if op.kind == "attention":
             query, key, value = op.sources
-            row = _plain_row(_ATTEND, op.channels, level, False, [query, self.key_stores[key], value])
-            row[7], row[8] = op.heads, int(op.variant == "inclusive")
+            row["sources"], row["paired"] = (query, self.key_stores[key], value), False
+            row["heads"], row["inclusive"] = op.heads, op.variant == "inclusive"
         elif op.kind == "affine":
-            row[9], row[10] = len(terms), len(plan.step_terms[op.index])
-            terms += [
-                [term.source, term.taps[0][1], len(term.taps), self._address(term.weight), term.weight.numel()]
-                for term in plan.step_terms[op.index]
-            ]
+            row["first_term"], row["num_terms"] = self._add(self.plan.step_terms[op.index])
         elif op.kind == "lookup":
             assert op.weight is not None
-            current = [index for index, (dr, _) in enumerate(op.taps) if dr == 0]
-            table = op.weight[current]
-            row[11], row[12], row[13] = len(current), self._address(table), table.numel()
-        return row
+            table = op.weight[[index for index, (dr, _) in enumerate(op.taps) if dr == 0]]
+            row["num_taps"], row["weights"], row["num_weights"] = len(table), self._address(table), table.numel()
 
-    def plan_arguments(self, batch: int) -> tuple[int, ...]:
-        """What the extension's functions that pack a plan begin with: tables, output, sizes."""
-        height, width = self.plan.shape
-        positions = height * width
-        ops = array_address("ops", self.ops, np.int64, len(self.ops) * OP_FIELDS)
-        terms = array_address("terms", self.terms, np.int64, len(self.terms) * TERM_FIELDS)
-        tables = (ops, len(self.ops), terms, len(self.terms))
-        return *tables, self.plan.output, batch, width, positions, self.plan.num_codes, padded(positions)
+    def _above_part(self, row: np.void, op: Op) -> None:
+        row["uniform"] = op.index in self.plan.uniform
+        if op.bias is not None:
+            row["bias"] = self._address(op.bias)
+        if op.kind == "affine":
+            once, above = above_terms(self.plan, op)
+            row["first_once"], row["num_once"] = self._add(once)
+            row["first_above"], row["num_above"] = self._add(above)
+        elif op.kind == "lookup":
+            assert op.weight is not None
+            taps = [Term(-1, (tap,), table[None]) for tap, table in zip(op.taps, op.weight, strict=True) if tap[0] < 0]
+            row["first_above"], row["num_above"] = self._add(taps)
+
+    def _add(self, terms: Sequence[Term]) -> tuple[int, int]:
+        """Index of the first, and how many."""
+        first = len(self._terms)
+        for term in terms:
+            rows, columns = [dr for dr, _ in term.taps], [dc for _, dc in term.taps]
+            height, width = max(rows) - min(rows) + 1, max(columns) - min(columns) + 1
+            if height * width != len(term.taps):
+                raise AssertionError(f"taps {term.taps} do not fill a rectangle")
+            weights = self._address(term.weight)
+            self._terms.append((term.source, min(columns), width, weights, term.weight.numel(), min(rows), height))
+        return first, len(terms)
+
+    @property
+    def addresses(self) -> tuple[int, int, int, int, int]:
+        """What the extension's functions that pack a plan begin with: tables, and the output."""
+        ops = array_address("ops", self.ops, OP, len(self.ops))
+        terms = array_address("terms", self.terms, TERM, len(self.terms))
+        return ops, len(self.ops), terms, len(self.terms), self.plan.output
 
     def release(self) -> None:
         """Let go of the copies of the weights: the addresses of weights lead nowhere from now on."""
@@ -102,8 +188,34 @@ class StepTables:
         return address("weight", weight, torch.float32, weight.numel())
 
 
-def _plain_row(kind: int, channels: int, level: int, paired: bool, sources: list[int]) -> list[int]:
-    return [kind, channels, level, int(paired), *(sources + [-1] * 3)[:3], 0, 0, 0, 0, 0, 0, 0]
+def above_terms(plan: Plan, op: Op) -> tuple[list[Term], list[Term]]:
+    """The terms of an affine operation before its steps: those that are the same at all positions, and the others."""
+    once = [term for term in plan.row_terms[op.index] if term.source in plan.uniform]
+    return once, [term for term in plan.row_terms[op.index] if term.source not in plan.uniform]
+
+
+def above_levels(plan: Plan) -> dict[int, int]:
+    """In which order operations are worked out before the steps of a tile, of those that have such a part."""
+    levels: dict[int, int] = {}
+    for op in plan.ops:
+        if op.kind in ("static", "attention") or op.index in plan.uniform:
+            continue
+        if op.kind == "affine":
+            terms = above_terms(plan, op)[1]
+            waits = {term.source for term in terms if any(dr == 0 for dr, _ in term.taps)}
+            needed = bool(terms)
+        else:
+            waits = set(op.sources)
+            needed = plan.level[op.index] < 0 or any(dr < 0 for dr, _ in op.taps)
+        if needed or plan.level[op.index] < 0:
+            levels[op.index] = max((levels[source] + 1 for source in waits if source in levels), default=0)
+    return levels
+
+
+def plan_sizes(plan: Plan, batch: int) -> tuple[int, ...]:
+    """Sizes that follow the tables of the step phase: batch, width, positions, codes, and the stride of keys."""
+    height, width = plan.shape
+    return batch, width, height * width, plan.num_codes, padded(height * width)
 
 
 def paired_ops(plan: Plan) -> set[int]:
@@ -135,7 +247,7 @@ def make_scratch(state: GridState, places: int) -> dict[int, Tensor]:
 
 
 def fill_views(
-    views: np.ndarray, tables: StepTables, state: GridState, scratch: dict[int, Tensor], row: int
+    views: np.ndarray, tables: PlanTables, state: GridState, scratch: dict[int, Tensor], row: int
 ) -> list[Tensor]:
     """Write where each operation finds its values and its starts in a row that has begun.
 

@@ -27,6 +27,7 @@ def schedule(ops: Sequence[Op], output: int, shape: tuple[int, int], num_codes: 
         timing[-1], level[-1] = _when(op, ops, timing, level, step_terms)
         if _is_uniform(op, uniform):
             uniform.add(op.index)
+    skew, raster_reason = _skew(ops, shape)
     return Plan(
         tuple(ops),
         output,
@@ -38,6 +39,8 @@ def schedule(ops: Sequence[Op], output: int, shape: tuple[int, int], num_codes: 
         row_terms,
         step_terms,
         frozenset(uniform),
+        skew,
+        raster_reason,
     )
 
 
@@ -90,6 +93,26 @@ def _histories(ops: Sequence[Op], timing: Sequence[Timing]) -> dict[int, History
         )
         for source, read in taps.items()
     }
+
+
+def _skew(ops: Sequence[Op], shape: tuple[int, int]) -> tuple[int | None, str | None]:
+    """The least skew of a front along which the grid can be sampled, or None and the reason for raster order.
+
+    Operations are evaluated where and when a position is sampled, so of the rows above they may read what was sampled
+    before: a tap (-d, e) asks for c + e + skew * (r - d) < c + skew * r. That covers reading through any number of
+    layers, each of which keeps to it.
+    """
+    width = shape[1]
+    taps = {tap for op in ops for read in (op.taps, *(term.taps for term in op.terms)) for tap in read}
+    if any(op.kind == "attention" for op in ops):
+        return None, "its attention reads all positions before"
+    if any(dr == 0 and dc > 0 for dr, dc in taps):
+        return None, "it reads features to the right in a position's own row"
+    skew = max((min(dc, width - 1) // -dr + 1 for dr, dc in taps if dr < 0), default=1)
+    skew = max(1, skew)
+    if min(shape) == 1 or skew >= width:
+        return None, "nothing is to be gained on a grid this small"
+    return skew, None
 
 
 def _prune(ops: Sequence[Op], output: int) -> tuple[list[Op], int]:

@@ -1,9 +1,10 @@
 """From a prior to a plan: a flat list of operations on per-position feature vectors, and when each can run.
 
-Sampling goes through the grid in raster order. What an operation reads decides when its result is known:
+Sampling goes through each row from left to right, and through the rows along a front
+(:mod:`fastvq.sampling.plan.front`) or one after the other. What an operation reads decides when its result is known:
 
-- ``row``: only rows above, or things known beforehand (condition, label, place in the grid). Its values for a whole row
-  are one library call when the row starts.
+- ``row``: only rows above, or things known beforehand (condition, label, place in the grid). Its values for a
+  whole row, or for the tiles that the front has come to, are one library call when these start.
 - ``left``: also columns left of the current one. All such operations of a position are independent of each other.
 - ``here``: also features of the current position. These wait for one another.
 
@@ -13,14 +14,16 @@ prior (:mod:`fastvq.sampling.plan.analysis`); what the architectures look like i
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
 from fastvq.errors import ArgumentError
+from fastvq.sampling.plan.front import Front
 
 Kind = Literal["lookup", "affine", "static", "activation", "add", "gate", "attention"]
 Timing = Literal["row", "left", "here"]
@@ -105,6 +108,10 @@ class Plan:
         history: by operation index, of those whose past is read.
         row_terms, step_terms: each affine operation's terms, split by phase.
         uniform: operations that are the same at all positions of a sample.
+        skew: positions with the same column + skew * row can be sampled together, and those with a smaller sum before;
+            None if only raster order does, for ``raster_reason``.
+        context_weights: numbers in the convolutions that make static values of a condition; they are no part of the
+            plan.
     """
 
     ops: tuple[Op, ...]
@@ -117,6 +124,14 @@ class Plan:
     row_terms: dict[int, tuple[Term, ...]]
     step_terms: dict[int, tuple[Term, ...]]
     uniform: frozenset[int]
+    skew: int | None
+    raster_reason: str | None
+    context_weights: int = 0
+
+    @functools.cached_property
+    def remembered(self) -> dict[Hashable, Any]:
+        """What has been worked out about this plan alone, by whatever it was worked out for."""
+        return {}
 
     @property
     def num_levels(self) -> int:
@@ -130,6 +145,19 @@ class Plan:
 
     def row_ops(self) -> Iterator[Op]:
         return (op for op in self.ops if self.timing[op.index] == "row")
+
+    def front(self, tile: int) -> Front:
+        """The order of sampling with tiles of that many columns; those as wide as the grid are raster order.
+
+        Raises:
+            ArgumentError: a tile wider than the grid, or a narrower one where only raster order samples this prior.
+        """
+        width = self.shape[1]
+        if tile > width:
+            raise ArgumentError(f"tile: expected 1 to the width of the grid, {width}, got {tile}")
+        if self.skew is None and tile < width:
+            raise ArgumentError(f"tile: expected {width}, the width of the grid, got {tile}: {self.raster_reason}")
+        return Front(self.shape, width if self.skew is None else self.skew, tile)
 
 
 def require_finite(plan: Plan) -> None:

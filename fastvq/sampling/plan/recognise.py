@@ -49,11 +49,12 @@ CONV = Part((nn.Conv2d,))
 MAYBE_CONV = Part((nn.Conv2d,), optional=True)
 POINTWISE = Part((PointwiseConv2d,))
 CODES = Part((CodeConv2d,))
+CODES_LIST = Part((CodeConv2d,), many=True)
 GATED = Part((GatedBlock,))
 GATED_LIST = Part((GatedBlock,), many=True)
 _EITHER = Part((PointwiseConv2d, CausalConv2d))
 
-# What a plan reads of the blocks that priors share. The context encoder is not among it: every engine runs it as it is.
+# What a plan reads of the blocks that priors share. The context encoder is not among it: it is no part of a plan.
 _SHARED: dict[type[nn.Module], Mapping[str, Part]] = {
     GatedBlock: {"conv1": _EITHER, "conv2": _EITHER, "aux": MAYBE_CONV, "context": MAYBE_CONV},
     CodeConv2d: {},
@@ -65,10 +66,15 @@ _SHARED: dict[type[nn.Module], Mapping[str, Part]] = {
 
 @dataclass(frozen=True, eq=False)
 class Known:
-    """What a writer of plans takes for granted; see :func:`fastvq.sampling.plan.writes`."""
+    """What a writer of plans takes for granted; see :func:`fastvq.sampling.plan.writes`.
+
+    Attributes:
+        free: settings of ``nn.Conv2d`` that may be any: who reads the weights reads them too.
+    """
 
     own: Mapping[type[nn.Module], Mapping[str, Part]]
     also: tuple[str, ...]
+    free: tuple[str, ...] = ()
 
     def parts(self, cls: type[nn.Module]) -> Mapping[str, Part]:
         return self.own[cls] if cls in self.own else _SHARED[cls]
@@ -93,8 +99,10 @@ def difference(module: nn.Module, classes: tuple[type[nn.Module], ...], name: st
     if module._forward_hooks or module._forward_pre_hooks:
         return f"{_title(name, cls)} has forward hooks"
     if issubclass(base, nn.Conv2d) and _settings(attributes) != _PLAIN_VALUES:
-        key = next(key for key, value in _PLAIN.items() if attributes[key] != value)
-        return f"{_title(name, cls)} has {key} {attributes[key]!r}"
+        settings = (key for key in _PLAIN if key not in known.free)
+        key = next((key for key in settings if attributes[key] != _PLAIN[key]), None)
+        if key is not None:
+            return f"{_title(name, cls)} has {key} {attributes[key]!r}"
     children = module._modules
     dot = f"{name}." if name else ""
     for key, part in known.parts(base).items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -89,4 +90,8 @@ def compile_plan(prior: Prior) -> Plan:
     graph = Graph(spatial_context=bool(prior.config.condition_shapes))
     with torch.no_grad():
         output = writer.write(graph, prior)
-    return schedule(graph.ops, output, prior.config.shape, prior.config.num_codes)
+    plan = schedule(graph.ops, output, prior.config.shape, prior.config.num_codes)
+    encoder = prior.context_encoder
+    layers = [] if encoder is None else [encoder.inputs, encoder.blocks]
+    weights = sum(weight.numel() for layer in layers for weight in layer.parameters())
+    return dataclasses.replace(plan, context_weights=weights)

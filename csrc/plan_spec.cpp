@@ -1,4 +1,4 @@
-#include "step_spec.h"
+#include "plan_spec.h"
 
 #include <algorithm>
 #include <cstring>

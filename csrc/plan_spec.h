@@ -1,4 +1,5 @@
-// The step phase of a plan as both engines take it: operations, their weights, and what makes them a plan.
+// A plan as both engines take it: operations, their weights, and what makes them a plan. The Python side fills in arrays
+// of these structs (fastvq/sampling/engines/step_tables.py) and checks sizes, offsets and names against those here.
 #pragma once
 
 #include <cstdint>
@@ -8,32 +9,62 @@
 
 namespace fastvq {
 
-enum class Kind : int64_t { kLookup, kAffine, kElu, kConcatElu, kRelu, kAdd, kGlu, kTanh, kStoreKeys, kAttend };
+// Kinds by the names that the Python side uses.
+#define FASTVQ_KINDS(X)         \
+    X(kLookup, "lookup")         \
+    X(kAffine, "affine")         \
+    X(kElu, "elu")               \
+    X(kConcatElu, "concat_elu")  \
+    X(kRelu, "relu")             \
+    X(kAdd, "add")               \
+    X(kGlu, "glu")               \
+    X(kTanh, "tanh")             \
+    X(kStoreKeys, "store_keys")  \
+    X(kAttend, "attention")      \
+    X(kStatic, "static")
+
+#define FASTVQ_KIND(name, text) name,
+enum class Kind : int64_t { FASTVQ_KINDS(FASTVQ_KIND) };
+#undef FASTVQ_KIND
 
 // One operation. Vectors of paired operations have two halves of which a thread (or block) owns the same part each, so
 // that gates find both of their inputs where they run.
+//
+// What can be worked out before the position itself comes up is done before: `once` for a whole grid if it is the same at
+// all positions, `above` when a row or a tile of it begins. The rest is the step phase.
 struct OpSpec {
     Kind kind;
     int64_t channels;
-    int64_t level;
-    bool paired;
+    int64_t level;       // order within a position; -1 for what is known before
+    int64_t paired;      // whether it is
     int64_t sources[3];  // add: 2; attention: query, key cache (a kStoreKeys operation), value; others: 1
     int64_t heads;
-    bool inclusive;         // attention reads its own position
-    int64_t first_term;     // affine: a range of TermSpec
+    int64_t inclusive;      // whether attention reads its own position
+    int64_t first_term;     // affine: a range of TermSpec, of the step phase
     int64_t num_terms;
     int64_t num_taps;       // lookup: table [num_taps][num_codes][channels], taps at columns -num_taps .. -1
     const float* weights;   // lookup: the table
     int64_t num_weights;    // floats at weights
+    // What the engine for whole grids needs beside the step phase.
+    int64_t above_level = -1;  // order of what is done before a tile's steps; -1 for an operation without such a part
+    int64_t uniform = 0;       // whether it is the same at all positions
+    int64_t first_once = 0, num_once = 0;    // affine: terms
+    int64_t first_above = 0, num_above = 0;  // affine: terms; lookup: terms of one row and column, whose source is -1
+    const float* bias = nullptr;             // [channels]; of lookups and affine operations
 };
 
-// Consecutive columns of one source times a matrix [num_columns * channels of the source][channels of the operation].
+// A window of one source times a matrix [num_rows * num_columns * channels of the source][channels of the operation].
 struct TermSpec {
     int64_t source;
     int64_t first_column;  // relative to the current one
     int64_t num_columns;
     const float* weights;
     int64_t num_weights;  // floats at weights
+    int64_t first_row = 0;  // relative to the current one
+    int64_t num_rows = 1;
+
+    // Whether it reads the current position alone.
+    bool is_direct() const { return first_row == 0 && num_rows == 1 && first_column == 0 && num_columns == 1; }
 };
 
 struct StepShape {

@@ -1,0 +1,315 @@
+"""The ``cuda`` engine along a front: the whole grid is enqueued step by step, a few wide kernels each.
+
+For priors without attention, see `fastvq.sampling.plan.Front`. A step takes one position of every row in flight, of all
+samples at once; each kernel finds its positions from the number of the step, which lies in device memory, so that the
+launches of all steps are the same and a CUDA graph of one step serves for all. Kernels are Triton's; the compiled
+extension is not needed.
+
+Every output is summed in one order that does not depend on the batch, see `fastvq.kernels.front_product`: the codes of
+a sample are the same whatever it is sampled with. It has not yet run on a GPU, only in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import collections
+import threading
+
+import torch
+from torch import Tensor
+
+from fastvq import _nvtx
+from fastvq.errors import ArgumentError, UnavailableError
+from fastvq.kernels.launch import hardware, on_device
+from fastvq.models.prior import Prior
+from fastvq.ops.dispatch import triton_reason
+from fastvq.sampling.engines.base import RowDone
+from fastvq.sampling.engines.cuda_grid import LEAST_CAPABILITY, NOTHING_BAD, ROWS_IN_FLIGHT, synchronise
+from fastvq.sampling.engines.front_program import why_no_front
+from fastvq.sampling.engines.front_tables import TAIL_BLOCK, Layout, Tables
+from fastvq.sampling.engines.front_weights import FrontWeights
+from fastvq.sampling.engines.phases import OnPhase, Phases
+from fastvq.sampling.engines.prepared import Kept, Prepared
+from fastvq.sampling.engines.state import static_inputs
+from fastvq.sampling.engines.step_tables import not_drawable
+from fastvq.sampling.options import EngineOptions
+from fastvq.sampling.plan.form import Plan
+from fastvq.sampling.request import SampleRequest, Settings
+
+# Of float32 products on tensor cores: six products of bfloat16 thirds, which together carry 24 bits.
+FLOAT32_PRODUCTS = "bf16x6"
+# Pairs of logits that a warp of a filtered draw compares at a time.
+_COMPARED = 1024
+_GRAPH = "front graph"
+
+
+def why_no_front_kernels(device: torch.device) -> str | None:
+    """Why kernels for whole steps cannot run on a device, or None when they can."""
+    reason = triton_reason(torch.empty(0, device=device))
+    if reason is None and device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        if (major, minor) < LEAST_CAPABILITY:
+            least = ".".join(map(str, LEAST_CAPABILITY))
+            return f"it needs compute capability {least} or higher, {device} has {major}.{minor}"
+    return reason
+
+
+def takes_front(plan: Plan, options: EngineOptions) -> bool:
+    """Whether a plan is sampled along a front: where it can be, unless options ask for raster order.
+
+    That is what a tile as wide as the grid means, and a row kernel.
+
+    Raises:
+        ArgumentError: tiles of several columns, or options that contradict each other.
+    """
+    width, tile = plan.shape[1], options.tile
+    if tile is not None:
+        plan.front(tile)
+        if tile not in (1, width):
+            raise ArgumentError(f"tile: the cuda engine samples tiles of 1 column or of all {width}, got {tile}")
+    if tile == width or (tile is None and options.row_kernel is not None):
+        return False
+    reason = why_no_front(plan)
+    if tile is not None and reason is not None:
+        raise ArgumentError(f"tile: expected {width}, the width of the grid, got {tile}: {reason}")
+    if tile is not None and options.row_kernel is not None:
+        raise ArgumentError(f"row_kernel: there is no row phase along a front, got {options.row_kernel!r}")
+    return reason is None
+
+
+def is_filtered(settings: Settings, num_codes: int) -> bool:
+    """Whether codes are drawn by rank."""
+    return (settings.top_k or num_codes) < num_codes or (settings.top_p or 1.0) < 1
+
+
+class FrontPlan:
+    """A prior's plan packed for a precision; ``graphs`` keeps recorded grids if there are to be any."""
+
+    def __init__(self, weights: FrontWeights, graphs: Kept | None) -> None:
+        self.weights, self._graphs = weights, graphs
+
+    @classmethod
+    def of(cls, kept: Prepared, options: EngineOptions) -> FrontPlan:
+        """
+        Raises:
+            ArgumentError: weights that are not finite.
+            UnavailableError: Triton's kernels cannot run where the prior is.
+        """
+        reason = why_no_front_kernels(kept.device)
+        if reason is not None:
+            raise UnavailableError(f"engine: 'cuda' was asked for but cannot run here: {reason}")
+        precision = options.precision
+        weights = kept.get(
+            "front", precision, lambda: FrontWeights(kept.plan, kept.device, precision), instead_of=(_GRAPH,)
+        )  # fmt: skip
+        return cls(weights, kept if options.cuda_graph else None)
+
+    def fill(self, prior: Prior, request: SampleRequest, row_done: RowDone, on_phase: OnPhase | None) -> Tensor:
+        """See `fastvq.sampling.engines.base.Engine.fill`."""
+        weights, statics = self.weights, static_inputs(prior, request)
+        batch, filtered = len(request.noise), is_filtered(request.settings, weights.plan.num_codes)
+
+        def make() -> FrontGrid:
+            return FrontGrid(weights, batch, statics, filtered=filtered)
+
+        if self._graphs is None:
+            return make().fill(request, statics, row_done, on_phase)
+        shapes = tuple((name, tuple(tensor.shape)) for name, tensor in statics.items())
+        grid = self._graphs.get(_GRAPH, (weights, batch, filtered, shapes), make)
+        return grid.fill(request, statics, row_done, on_phase, recorded=True)
+
+
+class FrontGrid:
+    """The caches of one micro-batch, and the launches of a step.
+
+    Args:
+        statics: what the prior is told: of the shapes that `begin` is given.
+        filtered: codes are drawn by top_k or top_p.
+        grouped: see `Tables`.
+        keep_logits: ``logits`` is float32 [n, H, W, K] and receives those of all positions.
+    """
+
+    def __init__(
+        self,
+        weights: FrontWeights,
+        batch: int,
+        statics: dict[str, Tensor],
+        *,
+        filtered: bool = False,
+        grouped: bool | None = None,
+        keep_logits: bool = False,
+    ) -> None:
+        self.weights, self.plan, self.device = weights, weights.plan, weights.device
+        self.front, self.batch, self.filtered = self.plan.front(1), batch, filtered
+        self.lock = threading.Lock()
+        self.layout = Layout(weights, batch, statics)
+        tables = Tables(weights, self.layout, grouped=grouped)
+        self.launches = tables.launches
+        device = self.device
+        self._items, self._programs, self._instructions, self._chains = (
+            torch.tensor(table, dtype=torch.int64).to(device)
+            for table in (tables.items, tables.programs, tables.instructions, tables.chains)
+        )
+        # Vectors are padded with zeros that products read.
+        self.features = torch.zeros(self.layout.features * weights.tiles.block_k, dtype=weights.dtype, device=device)
+        self.values = torch.empty(self.layout.values, dtype=torch.float32, device=device)
+        self.partials = torch.empty(tables.partials, dtype=torch.float32, device=device)
+        height, width = self.plan.shape
+        sizes = (batch, height, width)
+        self.codes = torch.empty(sizes, dtype=torch.int64, device=device)
+        self.noise = torch.empty(sizes, dtype=torch.float32, device=device)
+        self.known = torch.empty(sizes, dtype=torch.bool, device=device)
+        shape = (*sizes, self.plan.num_codes)
+        self.logits = torch.empty(shape, dtype=torch.float32, device=device) if keep_logits else None
+        self._options = torch.empty(3, dtype=torch.float32, device=device)
+        self.step = torch.zeros(1, dtype=torch.int32, device=device)
+        self.status = torch.full((1,), NOTHING_BAD, dtype=torch.int64, device=device)
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Of everything that a grid takes beside the weights."""
+        tensors = (value for value in vars(self).values() if isinstance(value, Tensor))
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def begin(self, request: SampleRequest, statics: dict[str, Tensor]) -> None:
+        """Enqueue what comes before the first step."""
+        self.codes.copy_(request.start_codes())
+        self.noise.copy_(request.noise)
+        self.known.copy_(request.known)
+        settings, num_codes = request.settings, self.plan.num_codes
+        top_k, top_p = settings.top_k or num_codes, settings.top_p or 1.0
+        self._options.copy_(torch.tensor([settings.temperature, top_k, top_p]))
+        self.step.zero_()
+        self.status.fill_(NOTHING_BAD)
+        unit = self.weights.tiles.block_k
+        for index, (base, units, sizes) in self.layout.statics.items():
+            op = self.plan.ops[index]
+            count = sizes[0] * sizes[1] * sizes[2] * units
+            place = self.features[base * unit : (base + count) * unit].view(*sizes, units * unit)
+            place[..., : op.channels] = statics[op.variant].permute(0, 2, 3, 1)
+
+    def _record(self) -> None:
+        # Kernels are compiled and loaded when they are first launched, which must not happen while recording.
+        self.enqueue_step()
+        synchronise(self.device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.enqueue_step()
+        self._graph = graph
+
+    def enqueue_step(self) -> None:
+        """Enqueue the next step, all of it or the graph that has been recorded."""
+        if self._graph is not None:
+            self._graph.replay()
+            return
+        for kind, first, last in self.launches:
+            if kind == "product":
+                self._multiply(first, last)
+            else:
+                self._finish(first, last)
+        self._draw()
+        self.step.add_(1)
+
+    def _multiply(self, first: int, last: int) -> None:
+        from fastvq.kernels.front_product import _product_kernel
+
+        height, width = self.plan.shape
+        tiles, weights = self.weights.tiles, self.weights
+        # Eight warps share out the accumulators, which Blackwell has in a memory of their own.
+        _product_kernel[(-(-self.layout.capacity // tiles.block_m), last - first)](
+            self.step, self.features, weights.weights, self.partials, self._items, self._programs[first:last],
+            self.batch,
+            HEIGHT=height, WIDTH=width, SKEW=self.front.skew,
+            PRECISION="interpreted" if self.device.type == "cpu" else FLOAT32_PRODUCTS,
+            BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,
+            num_warps=4 if hardware(self.device).capability >= 100 else 8, num_stages=tiles.stages,
+        )  # fmt: skip
+
+    def _finish(self, first: int, last: int) -> None:
+        from fastvq.kernels.front_tail import _tail_kernel
+
+        height, width = self.plan.shape
+        block_m, block_c = TAIL_BLOCK
+        _tail_kernel[(-(-self.layout.capacity // block_m), last - first)](
+            self.step, self.codes, self.features, self.partials, self.values, self.weights.params, self.weights.taps,
+            self._instructions, self._chains[first:last],
+            self.batch, self.layout.capacity, self.layout.cached_rows, self.plan.num_codes,
+            HEIGHT=height, WIDTH=width, SKEW=self.front.skew, UNIT=self.weights.tiles.block_k,
+            BLOCK_M=block_m, BLOCK_C=block_c, num_warps=4,
+        )  # fmt: skip
+
+    def _draw(self) -> None:
+        from fastvq.kernels.front_draw import _draw_kernel
+
+        height, width = self.plan.shape
+        num_codes = self.plan.num_codes
+        block = max(16, 1 << (num_codes - 1).bit_length())
+        warps = max(1, min(16, block // 128))
+        _draw_kernel[(self.layout.capacity,)](
+            self.step, self.values, self.codes, self.noise, self.known, self._options, self.logits, self.status,
+            self.batch, self.layout.value_places[self.plan.output], num_codes,
+            HEIGHT=height, WIDTH=width, SKEW=self.front.skew, FILTERED=self.filtered,
+            BLOCK=block, BLOCK_RANKED=max(1, min(block, warps * _COMPARED // block)), num_warps=warps,
+        )  # fmt: skip
+
+    def fill(
+        self,
+        request: SampleRequest,
+        statics: dict[str, Tensor],
+        row_done: RowDone = lambda rows: None,
+        on_phase: OnPhase | None = None,
+        *,
+        recorded: bool = False,
+    ) -> Tensor:
+        """Fill the grids of a request: int64 [n, H, W].
+
+        Args:
+            statics: of the shapes given before.
+            recorded: replay steps as a CUDA graph, which is recorded the first time.
+            on_phase: is told the time of all steps together, as ``step phase``.
+
+        Raises:
+            ArgumentError: logits that are not finite; the whole grid has been computed then.
+        UnavailableError: there is no GPU to record a graph on.
+        """
+        if recorded and self.device.type != "cuda":
+            raise UnavailableError(f"cuda_graph: it needs a GPU, the plan is on {self.device}")
+        phases = Phases(on_phase, self.device)
+        done = 0
+        rows: collections.deque[torch.cuda.Event] = collections.deque()
+        with self.lock, on_device(self.device), _nvtx.annotate("grid"):
+            try:
+                self.begin(request, statics)
+                if recorded and self._graph is None:
+                    self._record()
+                    self.begin(request, statics)
+                with phases.phase("step phase"):
+                    for step in range(self.front.steps):
+                        self.enqueue_step()
+                        for _ in range(done + len(rows), self.front.last_rows(step)):
+                            if self.device.type == "cuda":
+                                rows.append(torch.cuda.Event(blocking=True))
+                                rows[-1].record()
+                            else:
+                                done += 1
+                                row_done(1)
+                        # The host is to stay near the device, so that Ctrl-C and progress are prompt.
+                        while len(rows) > ROWS_IN_FLIGHT:
+                            rows.popleft().synchronize()
+                            done += 1
+                            row_done(1)
+                for event in rows:
+                    event.synchronize()
+                    row_done(1)
+                self._check()
+                phases.finish()
+                return self.codes.clone()
+            finally:
+                # The next grid may come on another stream, and must find nothing of this one running.
+                synchronise(self.device)
+
+    def _check(self) -> None:
+        bad = int(self.status)
+        if bad != NOTHING_BAD:
+            position, sample = divmod(bad, self.batch)
+            raise not_drawable(sample, *divmod(position, self.plan.shape[1]))
