@@ -79,6 +79,12 @@ def given_to(prior: Prior, n: int, seed: int = 0) -> dict[str, Any]:
     return given
 
 
+def part(given: dict[str, Any], start: int, n: int) -> dict[str, Any]:
+    """What `given_to` gives, for n samples from one on."""
+    cut = slice(start, start + n)
+    return {name: [codes[cut] for codes in what] if name == "condition" else what[cut] for name, what in given.items()}
+
+
 def grids(prior: Prior, n: int, seed: int = 0) -> tuple[Tensor, dict[str, Any]]:
     """Random codes for n samples, and what else the prior is given."""
     return random_codes(n, *prior.config.shape, num_codes=prior.config.num_codes, seed=seed), given_to(prior, n, seed)

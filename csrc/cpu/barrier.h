@@ -21,10 +21,11 @@ class Barrier {
             phase_.store(phase + 1, std::memory_order_release);
             return;
         }
-        // Spinning is fastest while every thread has a core of its own; otherwise the missing one needs ours, and soon:
-        // threads meet so often that what each meeting wastes is what the time goes into.
+        // Spinning is fastest while every thread has a core of its own (to yield costs as much as a meeting); otherwise
+        // the missing one needs ours, and soon: threads meet so often that what each meeting wastes is what the time
+        // goes into.
         for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) {
-            if (spins < 4000) {
+            if (spins < spins_) {
                 pause();
             } else {
                 std::this_thread::yield();

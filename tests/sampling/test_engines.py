@@ -17,6 +17,7 @@ from engine_helpers import (
     grids,
     model_logits,
     needs_extension,
+    part,
     request_of,
     require_kernels,
     require_logits,
@@ -55,11 +56,6 @@ every_engine = pytest.mark.parametrize("engine", CACHED)
 def conditioned(kind: str) -> tuple[Prior, dict[str, Any]]:
     prior = spread(PRIORS[kind](num_classes=3, condition_shapes=((3, 7),), condition_num_codes=(4,)))
     return prior, given_to(prior, 64)
-
-
-def part(given: dict[str, Any], start: int, n: int) -> dict[str, Any]:
-    cut = {"label": given["label"][start : start + n]}
-    return {**cut, "condition": [codes[start : start + n] for codes in given["condition"]]}
 
 
 # Bit for bit.

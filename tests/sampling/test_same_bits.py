@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_helpers import given_to, needs_extension, request_of, require_same_codes, spread
+from engine_helpers import given_to, needs_extension, part, request_of, require_same_codes, spread
 from helpers import pixelcnn, snail
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -76,8 +76,7 @@ def test_tiles_threads_and_batches(kind: str, bf16: bool) -> None:
         assert torch.equal(found, codes), (tile, threads)
         assert torch.equal(values, logits), (tile, threads)
     for n, tile in itertools.product([1, 2, 5], tiles(prior)):
-        part = {name: [c[:n] for c in what] if name == "condition" else what[:n] for name, what in told.items()}
-        found, values = run(prior, n, part, tile=tile, threads=2, bf16=bf16)
+        found, values = run(prior, n, part(told, 0, n), tile=tile, threads=2, bf16=bf16)
         assert torch.equal(found, codes[:n]), (n, tile)
         assert torch.equal(values, logits[:n]), (n, tile)
 
@@ -129,11 +128,8 @@ def test_calls_and_micro_batches(kind: str) -> None:
     told = given_to(prior, 64)
 
     def codes(start: int, stop: int, **more: Any) -> Tensor:
-        part = {
-            name: [c[start:stop] for c in what] if name == "condition" else what[start:stop]
-            for name, what in told.items()
-        }
-        return sample(prior, stop - start, seed=5, start=start, engine="cpu", **part, **more)
+        n = stop - start
+        return sample(prior, n, seed=5, start=start, engine="cpu", **part(told, start, n), **more)
 
     whole = codes(0, 64)
     for micro_batch in (1, 3, 8, 64):
