@@ -5,7 +5,8 @@ Environment variables:
         because everything that has a PyTorch path works without.
     CXX, CXXFLAGS, CUDACXX, CMAKE_ARGS: as CMake reads them. CMAKE_ARGS=-DFASTVQ_CUDA=OFF leaves the CUDA engine out,
         which is otherwise part of the extension where there is a CUDA compiler; CMAKE_ARGS=-DFASTVQ_PROBES=ON adds the
-        module fastvq._probes, which benchmarks of GPUs measure floors with.
+        module fastvq._probes, which benchmarks of GPUs measure floors with, and CMAKE_ARGS=-DFASTVQ_TRACE=ON the module
+        fastvq._trace, the CUDA engine with a tracer.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 REQUIRE_EXTENSION = os.environ.get("FASTVQ_REQUIRE_EXT", "0") not in ("", "0")
-PROBES = "-DFASTVQ_PROBES=ON" in os.environ.get("CMAKE_ARGS", "")
+# Modules for benchmarks of GPUs, each built if asked for.
+EXTRA = [name for name in ("probes", "trace") if f"-DFASTVQ_{name.upper()}=ON" in os.environ.get("CMAKE_ARGS", "")]
 
 
 def version() -> str:
@@ -64,7 +66,7 @@ class CMakeBuild(build_ext):
     """
 
     def build_extension(self, ext: Extension) -> None:
-        if ext.name == "fastvq._probes":
+        if ext.name != "fastvq._ext":
             return  # comes with the other, where there is a CUDA compiler
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         try:
@@ -140,7 +142,7 @@ setup(
             depends=["CMakeLists.txt", *sources("*.h", "*.cu", "*.cuh")],
             optional=not REQUIRE_EXTENSION,
         ),
-        *([Extension("fastvq._probes", sources=[], optional=True)] if PROBES else []),
+        *(Extension(f"fastvq._{name}", sources=[], optional=True) for name in EXTRA),
     ],
     cmdclass={"build": Build, "build_ext": CMakeBuild},
     zip_safe=False,

@@ -1,7 +1,7 @@
 // Vectors times the weights of a slice, added to what rows above contribute. How threads share the work: AffineWork.
 #pragma once
 
-#include "cuda/block_state.cuh"
+#include "cuda/chain.cuh"
 
 namespace fastvq::cuda {
 
@@ -29,13 +29,23 @@ FASTVQ_DEVICE float4 load_inputs(const Inputs& inputs, int64_t sample, int k) {
     if constexpr (kWide) {
         if (k >= inputs.depth) return {0.0f, 0.0f, 0.0f, 0.0f};
         const Segment& segment = segment_of(k);
-        const float* first = segment.data + sample * segment.stride + k - segment.begin;
+        const int64_t place = sample * segment.stride + k - segment.begin;
+        if (segment.rounded) {
+            const auto* first = static_cast<const uint16_t*>(segment.data) + place;
+            const uint2 raw = load_shared_state(reinterpret_cast<const uint2*>(first));
+            return {float_of(raw.x << 16), float_of(raw.x & 0xFFFF0000u), float_of(raw.y << 16),
+                    float_of(raw.y & 0xFFFF0000u)};
+        }
+        const float* first = static_cast<const float*>(segment.data) + place;
         return load_shared_state(reinterpret_cast<const float4*>(first));
     }
     const auto one = [&](int place) {
         if (place >= inputs.depth) return 0.0f;
         const Segment& segment = segment_of(place);
-        return load_shared_state(segment.data + sample * segment.stride + place - segment.begin);
+        const int64_t number = sample * segment.stride + place - segment.begin;
+        if (!segment.rounded) return load_shared_state(static_cast<const float*>(segment.data) + number);
+        const uint32_t half = load_shared_state(static_cast<const uint16_t*>(segment.data) + number);
+        return float_of(half << 16);
     };
     float4 numbers;
     numbers.x = one(k);
@@ -117,37 +127,6 @@ FASTVQ_DEVICE void unpack(const uint4& raw, float (&weights)[8]) {
     }
 }
 
-// Where a partial sum lies in memory.
-struct PlainPlaces {
-    int rows, columns;
-    FASTVQ_DEVICE int operator()(int part, int sample, int column) const {
-        return (part * rows + sample) * columns + column;
-    }
-};
-
-// The four registers of a lane belong to two neighbouring samples: samples and columns change places a little, so that
-// a warp writes to all banks.
-struct FragmentPlaces {
-    int rows, tiles;  // rows: a multiple of 8
-    FASTVQ_DEVICE int operator()(int part, int sample, int column) const {
-        const int row = (sample & ~7) | (sample >> 1 & 3) | (sample & 1) << 2;
-        return ((part * tiles + column / 16) * rows + row) * 16 + ((column & 15) ^ ((sample >> 2 & 1) * 8));
-    }
-};
-
-// Adds up partial sums that all threads have written, and writes the outputs.
-template <class Places>
-FASTVQ_DEVICE void finish(const BlockState& state, const Instr& instr, int batch, const float* sums, Places places,
-                          int partials, int first_sample, int rows) {
-    const Output output = output_of(state, instr, batch);
-    for (int item = threadIdx.x; item < rows * output.width; item += kThreads) {
-        const int row = item / output.width, c = item - row * output.width, channel = slice_channel(instr, c);
-        float sum = output.start_of(first_sample + row, c, channel);
-        for (int part = 0; part < partials; ++part) sum += sums[places(part, row, c)];
-        output.write(first_sample + row, c, channel, sum);
-    }
-}
-
 template <int kVector, int kGroup>
 FASTVQ_DEVICE void multiply_add(float (&sums)[kGroup][kVector], const uint4& raw, const float* x, int row, int rows) {
     float weights[kVector];
@@ -162,17 +141,14 @@ FASTVQ_DEVICE void multiply_add(float (&sums)[kGroup][kVector], const uint4& raw
 
 // At most kGroup samples.
 template <int kVector, int kGroup, bool kStationary>
-FASTVQ_DEVICE void affine_plain(const BlockState& state, const Instr& instr, int batch, const char* all_weights,
-                                Stage stage) {
+FASTVQ_DEVICE void affine_plain(const Instr& instr, const AffineWork& work, const char* all_weights, Stage stage,
+                                const Sums& places) {
     constexpr int kAtOnce = 4;
-    const AffineWork work = state.prepared->work;
     const int lane = threadIdx.x % work.lanes, split = threadIdx.x / work.lanes, column = lane * kVector;
     const bool active = column < instr.columns;
     const int stride = instr.columns / kVector, step = work.splits * stride;
     const uint4* weights = reinterpret_cast<const uint4*>(all_weights + instr.weights) + split * stride + lane;
     const float* staged = reinterpret_cast<const float*>(stage.memory);
-    stage.row = work.row;
-    stage.padded_rows = stage.rows;
 
     float sums[kGroup][kVector] = {};
     int k = split;
@@ -204,37 +180,31 @@ FASTVQ_DEVICE void affine_plain(const BlockState& state, const Instr& instr, int
     }
     block_barrier(Site::kPieceUsed);
     float* partial = reinterpret_cast<float*>(stage.memory);
-    const PlainPlaces places{stage.rows, instr.columns};
     const bool first_of_equals = static_cast<int>(threadIdx.x % 32) < work.lanes;
     if (active && first_of_equals) {
         const int part = threadIdx.x / larger(work.lanes, 32);
         FASTVQ_UNROLL
         for (int g = 0; g < kGroup; ++g) {
             if (g >= stage.rows) continue;
-            auto* out = reinterpret_cast<float4*>(partial + places(part, g, column));
+            auto* out = reinterpret_cast<float4*>(partial + places.place(part, g, column));
             FASTVQ_UNROLL
             for (int v = 0; v < kVector; v += 4) {
                 out[v / 4] = {sums[g][v], sums[g][v + 1], sums[g][v + 2], sums[g][v + 3]};
             }
         }
     }
-    block_barrier(Site::kPartialsWritten);
-    finish(state, instr, batch, partial, places, work.partials, stage.first_sample, stage.rows);
 }
 
 // At most kTiles tiles of 8 samples.
 template <int kTiles, bool kStationary>
-FASTVQ_DEVICE void affine_fragments(const BlockState& state, const Instr& instr, int batch, const char* all_weights,
-                                    Stage stage) {
+FASTVQ_DEVICE void affine_fragments(const Instr& instr, const AffineWork& work, const char* all_weights, Stage stage,
+                                    const Sums& places) {
     constexpr int kAtOnce = 4;
-    const AffineWork work = state.prepared->work;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int tile = warp % work.lanes, split = warp / work.lanes;
     const bool active = tile * 16 < instr.columns;
     const int depth_tiles = (instr.depth + 15) / 16;
     const uint4* weights = reinterpret_cast<const uint4*>(all_weights + instr.weights) + tile * depth_tiles * 32 + lane;
-    stage.row = work.row;
-    stage.padded_rows = round_up(stage.rows, 8);
     const int tiles = stage.padded_rows / 8;
     // Operand B of this lane: sample lane / 4 of a tile, numbers 2 (lane % 4) and following.
     const uint16_t* staged = reinterpret_cast<const uint16_t*>(stage.memory) + lane / 4 * work.row + lane % 4 * 2;
@@ -270,64 +240,62 @@ FASTVQ_DEVICE void affine_fragments(const BlockState& state, const Instr& instr,
     }
     block_barrier(Site::kPieceUsed);
     float* partial = reinterpret_cast<float*>(stage.memory);
-    const FragmentPlaces places{stage.padded_rows, instr.columns / 16};
     if (active) {
         FASTVQ_UNROLL
         for (int n = 0; n < kTiles; ++n) {
             if (n >= tiles) continue;
             FASTVQ_UNROLL
             for (int i = 0; i < 4; ++i) {
-                partial[places(split, n * 8 + lane % 4 * 2 + i % 2, tile * 16 + lane / 4 + i / 2 * 8)] = sums[n][i];
+                const int sample = n * 8 + lane % 4 * 2 + i % 2, column = tile * 16 + lane / 4 + i / 2 * 8;
+                partial[places.place(split, sample, column)] = sums[n][i];
             }
         }
     }
-    block_barrier(Site::kPartialsWritten);
-    finish(state, instr, batch, partial, places, work.partials, stage.first_sample, stage.rows);
 }
 
 template <bool kStationary>
-FASTVQ_DEVICE void affine_samples(const BlockState& state, const Instr& instr, int batch, const char* weights,
-                                  const Stage& stage) {
+FASTVQ_DEVICE void affine_samples(const Instr& instr, const AffineWork& work, const char* weights, const Stage& stage,
+                                  const Sums& places) {
     const int rows = stage.rows;
     if (instr.layout == Layout::kFloat) {
         if (rows == 1) {
-            affine_plain<4, 1, kStationary>(state, instr, batch, weights, stage);
+            affine_plain<4, 1, kStationary>(instr, work, weights, stage, places);
         } else if (rows <= 4) {
-            affine_plain<4, 4, kStationary>(state, instr, batch, weights, stage);
+            affine_plain<4, 4, kStationary>(instr, work, weights, stage, places);
         } else {
-            affine_plain<4, 8, kStationary>(state, instr, batch, weights, stage);
+            affine_plain<4, 8, kStationary>(instr, work, weights, stage, places);
         }
     } else if (instr.layout == Layout::kBfloat) {
         if (rows == 1) {
-            affine_plain<8, 1, kStationary>(state, instr, batch, weights, stage);
+            affine_plain<8, 1, kStationary>(instr, work, weights, stage, places);
         } else {
-            affine_plain<8, 4, kStationary>(state, instr, batch, weights, stage);
+            affine_plain<8, 4, kStationary>(instr, work, weights, stage, places);
         }
     } else if (rows <= 8) {
-        affine_fragments<1, kStationary>(state, instr, batch, weights, stage);
+        affine_fragments<1, kStationary>(instr, work, weights, stage, places);
     } else if (rows <= 16) {
-        affine_fragments<2, kStationary>(state, instr, batch, weights, stage);
+        affine_fragments<2, kStationary>(instr, work, weights, stage, places);
     } else if (rows <= 32) {
-        affine_fragments<4, kStationary>(state, instr, batch, weights, stage);
+        affine_fragments<4, kStationary>(instr, work, weights, stage, places);
     } else {
-        affine_fragments<8, kStationary>(state, instr, batch, weights, stage);
+        affine_fragments<8, kStationary>(instr, work, weights, stage, places);
     }
 }
 
-FASTVQ_DEVICE void affine(const StepArgs& args, BlockState& state) {
-    const Instr instr = state.prepared->instr;
-    const int samples = state.prepared->work.samples;
-    const Inputs inputs = inputs_of(state, instr);
-    for (int first = 0; first < args.batch; first += samples) {
-        if (first > 0) block_barrier(Site::kPartialsUsed);
-        const Stage stage{state.work, 0, first, smaller(samples, args.batch - first), 0, inputs};
-        if (instr.stationary) {
-            affine_samples<true>(state, instr, args.batch, state.stationary, stage);
-        } else {
-            affine_samples<false>(state, instr, args.batch, args.weights, stage);
-        }
+// The sums of the samples [first_sample, first_sample + rows), each in parts, which are there after a barrier.
+FASTVQ_DEVICE Sums affine(const StepArgs& args, const BlockState& state, const Instr& instr, int first_sample,
+                          int rows) {
+    const AffineWork work = affine_work(instr.layout, instr.columns, instr.depth, args.batch);
+    const bool fragments = instr.layout == Layout::kFragments;
+    const int padded_rows = fragments ? round_up(rows, 8) : rows;
+    const Stage stage{state.work, work.row, first_sample, rows, padded_rows, inputs_of(state, instr)};
+    const Sums sums{reinterpret_cast<const float*>(state.work), work.partials, padded_rows, instr.columns, fragments};
+    if (instr.stationary) {
+        affine_samples<true>(instr, work, state.stationary, stage, sums);
+    } else {
+        affine_samples<false>(instr, work, args.weights, stage, sums);
     }
-    has_kept(state, instr, args.batch);
+    return sums;
 }
 
 }  // namespace fastvq::cuda

@@ -66,6 +66,46 @@ void run_row(const StepEngine& engine, int64_t row, uintptr_t host_views, uintpt
     engine.run_row(launch);
 }
 
+#if defined(FASTVQ_TRACE)
+
+const char* name_of(Code code) {
+    switch (code) {
+        case Code::kChain: return "chain";
+        case Code::kAffine: return "affine";
+        case Code::kAttend: return "attention";
+        case Code::kDraw: return "draw";
+    }
+    return "";
+}
+
+// A dictionary for each instruction of a block.
+nb::list program_of(const StepEngine& engine, int block) {
+    expect(block >= 0 && block < engine.blocks(), "block", "one of the launch");
+    nb::list result;
+    for (const Instr& instr : engine.program(block)) {
+        nb::dict entry;
+        entry["code"] = name_of(instr.code);
+        entry["op"] = instr.op;
+        entry["depth"] = instr.depth;
+        entry["columns"] = instr.columns;
+        entry["steps"] = instr.num_steps - instr.num_loads;
+        entry["loads"] = instr.num_loads;
+        entry["waits"] = instr.num_waits;
+        entry["signals"] = instr.signal >= 0;
+        entry["jobs"] = instr.last_job - instr.first_job;
+        result.append(entry);
+    }
+    return result;
+}
+
+void set_trace(StepEngine& engine, uintptr_t times, int64_t count) {
+    const int64_t wanted = engine.blocks() * engine.shape().width * engine.instructions() * kMarks;
+    expect(times == 0 || count == wanted, "count", std::to_string(wanted).c_str());
+    engine.set_trace(pointer<int64_t>("times", times, 0));
+}
+
+#endif
+
 nb::dict cuda_info() {
     nb::dict info;
 #if defined(CUDART_VERSION)
@@ -91,10 +131,17 @@ nb::dict cuda_info() {
 void bind_cuda(nb::module_& m) {
     using namespace fastvq::cuda;
     nb::class_<StepEngine>(m, "CudaPlan")
+#if defined(FASTVQ_TRACE)
+        .def("program", &program_of, nb::arg("block"), "The instructions of a block, a dictionary each.")
+        .def("set_trace", &set_trace, nb::arg("times"), nb::arg("count"),
+             "Where rows note times, int64 [blocks][width][instructions][5] by address; 0 for nowhere.")
+#endif
         .def_prop_ro("weight_bytes", &StepEngine::weight_bytes)
         .def_prop_ro("stationary_bytes", &StepEngine::stationary_bytes)
         .def_prop_ro("blocks", &StepEngine::blocks)
         .def_prop_ro("threads", [](const StepEngine&) { return kThreads; })
+        .def_prop_ro("instructions", &StepEngine::instructions)
+        .def_prop_ro("waits", &StepEngine::waits)
         .def_prop_ro("shared_bytes", &StepEngine::shared_bytes)
         .def_prop_ro("fragments", &StepEngine::fragments)
         .def("run_row", &run_row, nb::arg("row"), nb::arg("host_views"), nb::arg("device_views"), nb::arg("codes"),

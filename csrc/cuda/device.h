@@ -26,17 +26,15 @@ enum class Site : int {
     kWaitColumn,      // all blocks are through with the column before the last
     kSignalTask,
     kSignalColumn,
-    kBeforeSignal,  // block barriers from here on
+    kProgramHeld,  // block barriers from here on
+    kBeforeSignal,
     kAfterWait,
-    kBetweenInstrs,
     kPieceStaged,
     kPieceUsed,
     kPartialsWritten,
     kPartialsUsed,
     kAttendQuery,
-    kAttendMax,
-    kAttendTotal,
-    kAttendPartials,
+    kAttendStrands,
     kDrawMax,
     kDrawRanks,
     kDrawSorted,
@@ -78,6 +76,8 @@ FASTVQ_DEVICE uint4 load_streamed(const uint4* address) { return *address; }
 FASTVQ_DEVICE void lower(unsigned long long* address, unsigned long long value) {
     if (value < *address) *address = value;
 }
+FASTVQ_DEVICE int64_t clocks() { return emulation::clocks(); }
+FASTVQ_DEVICE int64_t nanoseconds() { return emulation::clocks(); }
 FASTVQ_DEVICE uint32_t bits_of(float x) {
     uint32_t bits;
     std::memcpy(&bits, &x, sizeof(bits));
@@ -109,7 +109,7 @@ FASTVQ_DEVICE void wait_at_least(const uint32_t* counter, uint32_t value, Site) 
     } while (static_cast<int32_t>(seen - value) < 0);
 }
 FASTVQ_DEVICE void signal(uint32_t* counter, Site) {
-    asm volatile("fence.acq_rel.gpu; red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
 }
 
 template <class T>
@@ -133,6 +133,12 @@ FASTVQ_DEVICE void mma_16x8x16(float (&sums)[4], const uint32_t (&a)[4], const u
 
 FASTVQ_DEVICE uint4 load_streamed(const uint4* address) { return __ldcg(address); }
 FASTVQ_DEVICE void lower(unsigned long long* address, unsigned long long value) { atomicMin(address, value); }
+FASTVQ_DEVICE int64_t clocks() { return clock64(); }
+FASTVQ_DEVICE int64_t nanoseconds() {
+    int64_t now;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+    return now;
+}
 FASTVQ_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 FASTVQ_DEVICE uint32_t pack_bf16(float low, float high) {
     uint32_t packed;

@@ -8,6 +8,17 @@
 
 namespace fastvq::cuda {
 
+// The largest of the block, each thread having a number. `warps`: a float for each warp.
+FASTVQ_DEVICE float largest_of(float value, float* warps) {
+    const auto larger_of = [](float a, float b) { return b > a ? b : a; };
+    for (int mask = 1; mask < 32; mask *= 2) value = larger_of(value, shuffle_xor(value, mask));
+    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = value;
+    block_barrier(Site::kDrawMax);
+    value = -INFINITY;
+    for (int warp = 0; warp < kWarps; ++warp) value = larger_of(value, warps[warp]);
+    return value;
+}
+
 struct Before {
     double sum;    // of the numbers of threads before this one
     double total;  // of all threads
@@ -145,16 +156,16 @@ FASTVQ_DEVICE int choose(const DrawMemory& memory, int num_codes, float u) {
     return chosen < num_codes ? chosen : 2 * num_codes - chosen;
 }
 
-FASTVQ_DEVICE void draw(const StepArgs& args, const BlockState& state) {
-    const Instr instr = state.prepared->instr;
-    const Place from = state.prepared->sources[0];
+FASTVQ_DEVICE void draw(const StepArgs& args, const BlockState& state, const Instr& instr) {
+    const DeviceView view = steps_of(state, instr)[0].view;
+    const float* from = vectors_at(view, state.column);
     const int num_codes = args.num_codes;
     const DrawMemory memory = draw_memory(state.work, num_codes);
     const bool filtered = args.top_k < num_codes || args.top_p < 1.0f;
     for (int sample = instr.first_job; sample < instr.last_job; ++sample) {
         if (args.known[sample * args.known_stride + state.column]) continue;
         const float u = args.uniforms[sample * args.uniform_stride + state.column];
-        const float* logits = from.data + sample * from.stride;
+        const float* logits = from + sample * view.batch_stride;
         float largest = -INFINITY;
         for (int k = threadIdx.x; k < round_up(num_codes, 4); k += kThreads) {
             const float logit = k < num_codes ? load_shared_state(logits + k) : -INFINITY;
@@ -162,7 +173,7 @@ FASTVQ_DEVICE void draw(const StepArgs& args, const BlockState& state) {
             // NaN counts as +inf, which cannot be drawn from either.
             largest = logit < INFINITY ? (logit > largest ? logit : largest) : INFINITY;
         }
-        largest = over_block<Largest>(largest, memory.largest, Site::kDrawMax);
+        largest = largest_of(largest, memory.largest);
         const bool drawable = largest < INFINITY && largest > -INFINITY && u >= 0.0f && u < 1.0f;
         if (filtered) {
             weigh_filtered(args, memory, largest);

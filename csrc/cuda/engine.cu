@@ -56,16 +56,22 @@ struct StepEngine::State {
     std::vector<OpSpec> ops;  // without their weights
     std::vector<TermSpec> terms;
     StepShape shape{};
-    bool fragments = false;
     int32_t finished_counter = 0;
     std::size_t counter_bytes = 0;
-    int64_t blocks = 0, weight_bytes = 0, stationary_bytes = 0, work_bytes = 0, shared_bytes = 0;
+    int64_t blocks = 0, most_instrs = 0, most_waits = 0, weight_bytes = 0, stationary_bytes = 0, shared_bytes = 0;
+    Layout layout{};
+    BlockMemory memory{};
     DeviceArray<Instr> instrs;
     DeviceArray<Block> block_list;
     DeviceArray<Wait> waits;
     DeviceArray<Term> term_list;
+    DeviceArray<Step> steps;
     DeviceArray<char> weights;
     DeviceArray<uint32_t> counters;
+#if defined(FASTVQ_TRACE)
+    int64_t* trace = nullptr;
+    Program program;
+#endif
 };
 
 StepEngine::StepEngine(const std::vector<OpSpec>& ops, const std::vector<TermSpec>& terms, int64_t output,
@@ -106,21 +112,29 @@ StepEngine::StepEngine(const std::vector<OpSpec>& ops, const std::vector<TermSpe
     for (OpSpec& op : state->ops) op.weights = nullptr;
     for (TermSpec& term : state->terms) term.weights = nullptr;
     state->shape = shape;
-    state->fragments = program.layout == Layout::kFragments;
+    state->layout = program.layout;
     state->finished_counter = program.finished_counter;
     state->blocks = wanted;
     state->weight_bytes = static_cast<int64_t>(program.weights.size());
-    for (const Block& block : program.blocks) state->stationary_bytes += block.stationary_bytes;
-    state->work_bytes = program.work_bytes;
+    for (const Block& block : program.blocks) {
+        state->stationary_bytes += block.stationary_bytes;
+        state->most_instrs = std::max<int64_t>(state->most_instrs, block.last_instr - block.first_instr);
+        state->most_waits = std::max<int64_t>(state->most_waits, block.last_wait - block.first_wait);
+    }
+    state->memory = program.memory;
     state->shared_bytes = program.shared_bytes;
     state->instrs = upload(program.instrs);
     state->block_list = upload(program.blocks);
     state->waits = upload(program.waits);
     state->term_list = upload(program.terms);
+    state->steps = upload(program.steps);
     state->weights = upload(program.weights);
     const std::size_t num_counters = counter_place(program.num_counters, 0);
     state->counters = allocate<uint32_t>(num_counters);
     state->counter_bytes = num_counters * sizeof(uint32_t);
+#if defined(FASTVQ_TRACE)
+    state->program = program;
+#endif
     // Copies from pageable memory may still be on their way to the device when they return, and rows run on other
     // streams.
     check_call(cudaStreamSynchronize(nullptr), "cudaStreamSynchronize");
@@ -147,10 +161,13 @@ void StepEngine::run_row(const RowLaunch& launch) const {
     args.blocks = state.block_list.get();
     args.waits = state.waits.get();
     args.terms = state.term_list.get();
+    args.steps = state.steps.get();
     args.weights = state.weights.get();
     args.counters = state.counters.get();
     args.finished_counter = state.finished_counter;
-    args.work_offset = state.shared_bytes - state.work_bytes;
+    args.layout = state.layout;
+    args.stationary_bytes = state.shared_bytes - state.memory.bytes;
+    args.memory = state.memory;
     args.values = launch.device_views;
     args.starts = launch.device_views + num_ops();
     args.batch = static_cast<int32_t>(state.shape.batch);
@@ -168,6 +185,10 @@ void StepEngine::run_row(const RowLaunch& launch) const {
     args.top_k = static_cast<int32_t>(launch.draw.top_k);
     args.top_p = launch.draw.top_p;
     args.status = launch.status;
+#if defined(FASTVQ_TRACE)
+    args.trace = state.trace;
+    args.traced_instrs = static_cast<int32_t>(state.most_instrs);
+#endif
     const OnDevice on(state.device);
     check_call(cudaMemsetAsync(state.counters.get(), 0, state.counter_bytes, launch.stream), "cudaMemsetAsync");
     check_call(launch_step(args, blocks(), state.shared_bytes, launch.stream), "cudaLaunchCooperativeKernel");
@@ -199,11 +220,22 @@ void StepEngine::check_views(const DeviceView* values, const DeviceView* starts)
     }
 }
 
+#if defined(FASTVQ_TRACE)
+void StepEngine::set_trace(int64_t* times) { state_->trace = times; }
+std::vector<Instr> StepEngine::program(int block) const {
+    const Block& part = state_->program.blocks.at(block);
+    const auto first = state_->program.instrs.begin();
+    return {first + part.first_instr, first + part.last_instr};
+}
+#endif
+
 int64_t StepEngine::weight_bytes() const { return state_->weight_bytes; }
 int64_t StepEngine::stationary_bytes() const { return state_->stationary_bytes; }
 int StepEngine::blocks() const { return static_cast<int>(state_->blocks); }
+int64_t StepEngine::instructions() const { return state_->most_instrs; }
+int64_t StepEngine::waits() const { return state_->most_waits; }
 int64_t StepEngine::shared_bytes() const { return state_->shared_bytes; }
-bool StepEngine::fragments() const { return state_->fragments; }
+bool StepEngine::fragments() const { return state_->layout == Layout::kFragments; }
 const StepShape& StepEngine::shape() const { return state_->shape; }
 int64_t StepEngine::num_ops() const { return static_cast<int64_t>(state_->ops.size()); }
 

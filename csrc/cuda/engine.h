@@ -55,10 +55,19 @@ class StepEngine {
     int64_t weight_bytes() const;      // of the program, in device memory
     int64_t stationary_bytes() const;  // of these, kept in shared memory during a row
     int blocks() const;
+    int64_t instructions() const;  // of the block that has most, for a position
+    int64_t waits() const;         // likewise
     int64_t shared_bytes() const;
     bool fragments() const;
     const StepShape& shape() const;
     int64_t num_ops() const;
+
+#if defined(FASTVQ_TRACE)
+    // What rows note from now on, [blocks][width][instructions][kMarks] of the last row in device memory; null: nothing.
+    void set_trace(int64_t* times);
+    // The instructions of a block.
+    std::vector<Instr> program(int block) const;
+#endif
 
    private:
     struct State;

@@ -6,6 +6,7 @@
 #include <string>
 #include <utility>
 
+#include "cuda/program_steps.h"
 #include "cuda/program_tasks.h"
 #include "cuda/program_weights.h"
 
@@ -20,23 +21,6 @@ int32_t narrow(int64_t value) {
         throw std::invalid_argument("plan: too large");
     }
     return static_cast<int32_t>(value);
-}
-
-Code code_of(Kind kind) {
-    switch (kind) {
-        case Kind::kLookup: return Code::kLookup;
-        case Kind::kAffine: return Code::kAffine;
-        case Kind::kElu: return Code::kElu;
-        case Kind::kConcatElu: return Code::kConcatElu;
-        case Kind::kRelu: return Code::kRelu;
-        case Kind::kAdd: return Code::kAdd;
-        case Kind::kGlu: return Code::kGlu;
-        case Kind::kTanh: return Code::kTanh;
-        case Kind::kStoreKeys: return Code::kStoreKeys;
-        case Kind::kAttend: return Code::kAttend;
-        case Kind::kStatic: break;
-    }
-    throw std::invalid_argument("unknown kind");
 }
 
 void check(const std::vector<OpSpec>& ops, const std::vector<TermSpec>& terms, int64_t output, const StepShape& shape,
@@ -69,13 +53,15 @@ class Planner {
     Planner(const std::vector<OpSpec>& ops, const std::vector<TermSpec>& terms, int64_t output, const StepShape& shape,
             const ProgramOptions& options)
         : ops_(ops), terms_(terms), output_(output), shape_(shape), options_(options),
-          lists_(ops, terms, shape, layout(shape, options), options.blocks) {
+          lists_(ops, terms, shape, layout(shape, options), options.blocks),
+          stores_(stores_of(ops, terms, output, lists_, layout(shape, options) == Layout::kFragments)) {
         program_.layout = layout(shape, options);
     }
 
     Program run() {
         emit();
         add_waits();
+        divide_memory();
         pack_weights(program_, ops_, terms_, shape_, options_.shared_limit);
         return std::move(program_);
     }
@@ -84,94 +70,122 @@ class Planner {
     int64_t num_ops() const { return static_cast<int64_t>(ops_.size()); }
 
     void emit() {
-        term_of_.assign(num_ops(), 0);
-        for (int64_t index = 0; index < num_ops(); ++index) {
-            const OpSpec& op = ops_[index];
-            if (op.level < 0 || op.kind != Kind::kAffine) continue;
-            term_of_[index] = static_cast<int64_t>(program_.terms.size());
-            for (int64_t t = op.first_term; t < op.first_term + op.num_terms; ++t) {
-                const int64_t depth = terms_[t].num_columns * ops_[terms_[t].source].channels;
-                program_.terms.push_back({narrow(terms_[t].source), narrow(terms_[t].first_column), narrow(depth)});
+        for (const Unit& unit : lists_.units) {
+            chains_.emplace_back();
+            if (unit.jobs) continue;
+            for (const std::vector<int64_t>& group : unit.groups) {
+                chains_.back().push_back(make_chain(ops_, group, stores_));
+                most_planes_ = std::max(most_planes_, chains_.back().back().planes);
             }
         }
         for (const std::vector<Task>& tasks : lists_.blocks) {
             Block block{};
             block.first_instr = narrow(program_.instrs.size());
+            block.first_term = narrow(program_.terms.size());
+            block.first_step = narrow(program_.steps.size());
             for (const Task& task : tasks) emit(task);
             block.last_instr = narrow(program_.instrs.size());
+            block.last_term = narrow(program_.terms.size());
+            block.last_step = narrow(program_.steps.size());
             program_.blocks.push_back(block);
             own_tasks_.emplace_back(lists_.units.size(), 0);
             for (const Task& task : tasks) ++own_tasks_.back()[task.unit];
         }
         program_.finished_counter = narrow(lists_.units.size());
         program_.num_counters = program_.finished_counter + 1;
-        program_.work_bytes = kCommonBytes;
-        for (const Instr& instr : program_.instrs) {
-            program_.work_bytes = std::max(program_.work_bytes, kCommonBytes + work_bytes(instr, shape_));
-        }
-        if (program_.work_bytes > options_.shared_limit) {
-            throw std::invalid_argument("shared memory: a block works on " + std::to_string(program_.work_bytes) +
-                                        " bytes, but may have only " + std::to_string(options_.shared_limit));
-        }
     }
 
     void emit(const Task& task) {
         const Unit& unit = lists_.units[task.unit];
         if (unit.ops.empty()) {
-            Instr instr = blank(Code::kDraw, output_);
-            instr.sources[0] = narrow(output_);
-            set_range(instr, task, unit);
-            program_.instrs.push_back(instr);
-        }
-        for (const int64_t index : unit.ops) {
+            emit_jobs(Code::kDraw, output_, task, {output_});
+        } else if (unit.jobs) {
+            const int64_t index = unit.ops.front();
             const OpSpec& op = ops_[index];
-            Instr instr = blank(code_of(op.kind), index);
-            for (int s = 0; s < num_sources(op); ++s) instr.sources[s] = narrow(op.sources[s]);
-            set_range(instr, task, unit);
-            switch (op.kind) {
-                case Kind::kLookup:
-                    instr.num_taps = narrow(op.num_taps);
-                    break;
-                case Kind::kAffine:
-                    instr.first_term = narrow(term_of_[index]);
-                    instr.num_terms = narrow(op.num_terms);
-                    instr.depth = narrow(affine_depth(ops_, terms_, op));
-                    instr.layout = program_.layout;
-                    instr.columns = round_up(instr.count * instr.halves,
-                                             program_.layout == Layout::kFragments ? kFragment : kSliceStep);
-                    break;
-                case Kind::kAttend:
-                    instr.heads = narrow(op.heads);
-                    instr.key_width = narrow(ops_[op.sources[0]].channels / op.heads);
-                    instr.value_width = narrow(op.channels / op.heads);
-                    instr.inclusive = op.inclusive;
-                    break;
-                default:
-                    break;
-            }
-            program_.instrs.push_back(instr);
+            emit_jobs(Code::kAttend, index, task, {op.sources[0], op.sources[1], op.sources[2], index});
+        }
+        for (std::size_t g = 0; !unit.jobs && g < unit.groups.size(); ++g) {
+            emit_slice(unit.groups[g].front(), task, chains_[task.unit][g]);
         }
         program_.instrs.back().signal = narrow(task.unit);
+    }
+
+    void emit_jobs(Code code, int64_t index, const Task& task, const std::vector<int64_t>& views) {
+        Instr instr = blank(code, index);
+        const OpSpec& op = ops_[index];
+        instr.first_job = narrow(task.first);
+        instr.last_job = narrow(task.first + task.count);
+        if (code == Code::kAttend) {
+            instr.heads = narrow(op.heads);
+            instr.key_width = narrow(ops_[op.sources[0]].channels / op.heads);
+            instr.value_width = narrow(op.channels / op.heads);
+            instr.inclusive = op.inclusive;
+        }
+        std::vector<Step> steps;
+        for (const int64_t view : views) {
+            Step step{};
+            step.code = StepCode::kView;
+            step.op = narrow(view);
+            steps.push_back(step);
+        }
+        push(instr, steps);
+    }
+
+    // `index`: the product, if there is one.
+    void emit_slice(int64_t index, const Task& task, const Chain& chain) {
+        const OpSpec& op = ops_[index];
+        Instr instr = blank(op.kind == Kind::kAffine ? Code::kAffine : Code::kChain, index);
+        instr.first = narrow(task.first);
+        instr.count = narrow(task.count);
+        instr.half = narrow(half_width(op));
+        instr.halves = op.paired ? 2 : 1;
+        if (instr.code == Code::kAffine) {
+            instr.first_term = narrow(program_.terms.size());
+            instr.num_terms = narrow(op.num_terms);
+            instr.layout = program_.layout;
+            instr.columns = round_up(instr.count * instr.halves,
+                                     program_.layout == Layout::kFragments ? kFragment : kSliceStep);
+            for (int64_t t = op.first_term; t < op.first_term + op.num_terms; ++t) {
+                const TermSpec& spec = terms_[t];
+                const int32_t depth = narrow(spec.num_columns * ops_[spec.source].channels);
+                program_.terms.push_back({narrow(spec.source), narrow(spec.first_column), depth, instr.depth,
+                                          stores_[spec.source] == Stores::kRounded});
+                instr.depth += depth;
+            }
+        }
+        push(instr, chain.steps);
+    }
+
+    void push(Instr& instr, const std::vector<Step>& steps) {
+        instr.first_step = narrow(program_.steps.size());
+        instr.num_steps = narrow(steps.size());
+        instr.num_loads = narrow(std::count_if(steps.begin(), steps.end(),
+                                               [](const Step& step) { return step.code == StepCode::kLoad; }));
+        program_.steps.insert(program_.steps.end(), steps.begin(), steps.end());
+        program_.instrs.push_back(instr);
     }
 
     static Instr blank(Code code, int64_t op) {
         Instr instr{};
         instr.code = code;
         instr.op = narrow(op);
-        std::fill(std::begin(instr.sources), std::end(instr.sources), -1);
         instr.signal = -1;
         return instr;
     }
 
-    void set_range(Instr& instr, const Task& task, const Unit& unit) const {
-        const OpSpec& op = ops_[instr.op];
-        instr.half = narrow(half_width(op));
-        instr.halves = op.paired ? 2 : 1;
-        instr.first = unit.jobs ? 0 : narrow(task.first);
-        instr.count = unit.jobs ? instr.half : narrow(task.count);
-        if (unit.jobs) {
-            instr.first_job = narrow(task.first);
-            instr.last_job = narrow(task.first + task.count);
+    void divide_memory() {
+        BlockMemory& memory = program_.memory;
+        for (const Instr& instr : program_.instrs) {
+            memory.planes = std::max(memory.planes, aligned(work_bytes(instr, shape_)));
+        }
+        memory.segments = memory.planes + int64_t{most_planes_} * kThreads * 4;
+        memory.program = memory.segments + aligned(kMaxTerms * sizeof(Segment));
+        for (const Block& block : program_.blocks) {
+            memory.bytes = std::max(memory.bytes, memory.program + held_program(block).bytes);
+        }
+        if (memory.bytes > options_.shared_limit) {
+            throw std::invalid_argument("shared memory: a block works on " + std::to_string(memory.bytes) +
+                                        " bytes, but may have only " + std::to_string(options_.shared_limit));
         }
     }
 
@@ -185,31 +199,33 @@ class Planner {
             if (ops_[index].level >= 0) add(lists_.unit_of[index], lag);
         };
         const int64_t draw = static_cast<int64_t>(lists_.units.size()) - 1;
-        switch (instr.code) {
-            case Code::kLookup:
-                add(draw, 1);
-                break;
-            case Code::kAffine:
-                for (int32_t t = instr.first_term; t < instr.first_term + instr.num_terms; ++t) {
-                    const TermSpec& term = terms_[ops_[instr.op].first_term + t - instr.first_term];
-                    add_op(term.source, 1 - term.first_column - term.num_columns);
-                }
-                break;
-            case Code::kAttend:
-                add_op(instr.sources[0], 0);
-                add_op(instr.sources[1], instr.inclusive ? 0 : 1);
-                add_op(instr.sources[2], instr.inclusive ? 0 : 1);
-                break;
-            case Code::kDraw:
-                add_op(output_, 0);
-                break;
-            default:
-                for (const int32_t source : instr.sources) {
-                    // Of its own unit it reads the channels that its own task has computed.
-                    if (source >= 0 && lists_.unit_of[source] != lists_.unit_of[instr.op]) add_op(source, 0);
-                }
+        if (instr.code == Code::kAttend) {
+            const OpSpec& op = ops_[instr.op];
+            add_op(op.sources[0], 0);
+            add_op(op.sources[1], instr.inclusive ? 0 : 1);
+            add_op(op.sources[2], instr.inclusive ? 0 : 1);
+            return result;
+        }
+        if (instr.code == Code::kDraw) {
+            add_op(output_, 0);
+            return result;
+        }
+        for (int32_t t = instr.first_term; t < instr.first_term + instr.num_terms; ++t) {
+            const TermSpec& term = terms_[ops_[instr.op].first_term + t - instr.first_term];
+            add_op(term.source, 1 - term.first_column - term.num_columns);
+        }
+        for (int32_t s = instr.first_step; s < instr.first_step + instr.num_steps; ++s) {
+            const Step& step = program_.steps[s];
+            if (step.code == StepCode::kLookup) add(draw, 1);
+            if (step.code == StepCode::kLoad && !is_known(step, instr)) add_op(step.op, 0);
         }
         return result;
+    }
+
+    // Whether what a step loads needs no wait: it is there before the launch, or the same thread has computed it in the
+    // same task.
+    bool is_known(const Step& load, const Instr& instr) const {
+        return load.starts || ops_[load.op].level < 0 || lists_.unit_of[load.op] == lists_.unit_of[instr.op];
     }
 
     // By unit, how many columns back its results are known to be there.
@@ -261,8 +277,10 @@ class Planner {
             }
         }
         for (std::size_t b = 0; b < program_.blocks.size(); ++b) {
+            program_.blocks[b].first_wait = narrow(program_.waits.size());
             walk(program_.blocks[b], known[b], [&](int32_t i, const Known& before) {
                 Instr& instr = program_.instrs[i];
+                sort_loads(instr, before);
                 const std::vector<Wait> wanted = reads(instr);
                 instr.first_wait = narrow(program_.waits.size());
                 for (std::size_t r = 0; r < wanted.size(); ++r) {
@@ -277,7 +295,18 @@ class Planner {
                 }
                 instr.num_waits = narrow(program_.waits.size()) - instr.first_wait;
             });
+            program_.blocks[b].last_wait = narrow(program_.waits.size());
         }
+    }
+
+    // Loads of what is known before the instruction come first.
+    void sort_loads(Instr& instr, const Known& before) {
+        const auto first = program_.steps.begin() + instr.first_step, last = first + instr.num_steps;
+        const auto known = std::stable_partition(first, last, [&](const Step& step) {
+            return step.code == StepCode::kLoad &&
+                   (is_known(step, instr) || before[lists_.unit_of[step.op]] <= 0);
+        });
+        instr.num_early = narrow(known - first);
     }
 
     const std::vector<OpSpec>& ops_;
@@ -286,8 +315,10 @@ class Planner {
     const StepShape& shape_;
     const ProgramOptions& options_;
     const TaskLists lists_;
+    const std::vector<Stores> stores_;
     Program program_{};
-    std::vector<int64_t> term_of_;                 // by operation: its first term in the program
+    std::vector<std::vector<Chain>> chains_;       // by unit and group
+    int32_t most_planes_ = 0;
     std::vector<std::vector<int64_t>> own_tasks_;  // by block and unit
     std::vector<Known> known_after_;               // by unit, once it is done
 };
@@ -299,7 +330,7 @@ int64_t work_bytes(const Instr& instr, const StepShape& shape) {
         case Code::kAffine:
             return affine_work(instr.layout, instr.columns, instr.depth, static_cast<int>(shape.batch)).bytes;
         case Code::kAttend:
-            return attend_work(shape.positions, instr.key_width, instr.value_width).bytes;
+            return attend_work(instr.last_job - instr.first_job, instr.key_width, instr.value_width).bytes;
         case Code::kDraw:
             return draw_work(shape.num_codes).bytes;
         default:

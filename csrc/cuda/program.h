@@ -3,6 +3,9 @@
 // A *unit* is a set of operations of one level that read each other channel by channel (a product, its gate, the sum it
 // goes into). Its channels are cut into slices, and a *task* is all of the unit's operations on one slice. Tasks are
 // given to blocks once, so that a block meets the same weights at every column and can keep them in shared memory.
+// A task is few instructions: a product and everything channel by channel that follows it, a *chain* of steps in which a
+// thread hands its own results on, are one. A second one begins where there is another product, or where what is known
+// before the last column's draw ends.
 // Blocks never meet as a whole: the last instruction of a task raises its unit's counter, and instructions wait for the
 // counters of what they read. A block does not wait again for what it has waited for before, nor for what it has
 // computed itself.
@@ -32,12 +35,33 @@ static_assert(kThreads >= 32 && (kThreads & (kThreads - 1)) == 0, "threads of a 
 // The most samples that an instruction works on at a time where matrix instructions do.
 constexpr int kSamples = 64;
 
+// A term of an instruction at the current column, in shared memory: the vector of sample b at data + b * stride floats
+// (or bfloat16). Its numbers can be read four at a time if wide_end, where they end in the vector that the weights
+// multiply, is not 0.
+struct Segment {
+    const void* data;
+    int64_t stride;
+    int32_t begin;
+    int32_t wide_end;
+    int32_t rounded;
+};
+
 // Slices are whole multiples of this, except for the last of a unit. It is also what rows of plain weights are padded to.
 constexpr int kSliceStep = 8;
 
+// How an instruction begins.
 enum class Code : int32_t {
+    kChain,   // with its steps, which is all
+    kAffine,  // with a product, whose sums the steps take up
+    kAttend,
+    kDraw,
+};
+
+// What a step computes, of one channel of one sample; where there are two halves, of that channel of both.
+enum class StepCode : int32_t {
+    kLoad,   // values of an operation, or the starts of one
+    kSum,    // starts and the sums of the product
     kLookup,
-    kAffine,
     kElu,
     kConcatElu,
     kRelu,
@@ -45,8 +69,7 @@ enum class Code : int32_t {
     kGlu,
     kTanh,
     kStoreKeys,
-    kAttend,
-    kDraw,
+    kView,   // nothing: it names an operation whose values attention or a draw reads or writes
 };
 
 // How the weights of an affine instruction lie. Its columns are those of the slice in the first half, then those in the
@@ -79,40 +102,111 @@ FASTVQ_HOST_DEVICE constexpr uint32_t counter_target(int per_column, int column)
     return static_cast<uint32_t>(per_column) * static_cast<uint32_t>(column / 2 + 1);
 }
 
-// `depth` numbers of consecutive columns of the values of `op`, the first of them at column + first_column.
+// `depth` numbers of consecutive columns of the values of `op`, the first of them at column + first_column. They are
+// numbers `begin` and following of the vector that the weights multiply.
 struct Term {
     int32_t op;
     int32_t first_column;
     int32_t depth;
+    int32_t begin;
+    int32_t rounded;  // whether the operation stores bfloat16; see Step::stores
+};
+
+// How far the result of a step goes.
+enum class Stores : int32_t {
+    kRows,     // no further, unless all columns of the row are kept for others
+    kFloats,   // to memory
+    kRounded,  // to memory in bfloat16, if it is read at the current column alone; else as floats
+};
+
+// Numbers between steps are in *planes*, a float for each thread and plane.
+struct Step {
+    StepCode code;
+    int32_t op;        // whose values it computes, or reads
+    int32_t starts;    // load: of the operation's starts instead of its values
+    int32_t planes[2]; // of the result's halves; the second is -1 if there is one half
+    int32_t sources[2][2];  // planes of what it reads, by source and half
+    int32_t half;      // channels between the halves that it loads or stores
+    Stores stores;
+    int32_t num_taps;  // lookup: float [num_taps][num_codes][count * halves], only the slice, at byte `weights` of
+    int64_t weights;   // Program::weights
 };
 
 struct Instr {
     Code code;
-    int32_t op;          // where the result goes; of a draw: the logits
-    int32_t sources[3];  // as in OpSpec
-    // The slice: channels [first, first + count), and as many again at `half` further if halves == 2. Gates have one
-    // half, and read channels [first, first + count) of their source and as many again at `half` further.
+    int32_t op;  // affine: of the product; attention: its result; draw: the logits
+    // The slice: channels [first, first + count), and of paired operations as many again at half of the channels.
     int32_t first, count, halves, half;
     int32_t first_wait, num_waits;  // before it starts
     int32_t signal;                 // counter to raise when it is done, or -1
+    // The first steps are the loads, and the first of these load what needs no wait. Attention: its query, keys, values
+    // and result; draw: logits.
+    int32_t first_step, num_steps, num_early, num_loads;
     // Affine.
     int32_t first_term, num_terms, depth;
     Layout layout;
     int32_t columns;     // padded
     int32_t stationary;  // weights are in shared memory, at byte `weights` of it; otherwise at that byte of Program::weights
     int64_t weights;
-    // Lookup: float [num_taps][num_codes][count * halves], only the slice, at byte `weights` of Program::weights.
-    int32_t num_taps;
     // Attention.
     int32_t heads, key_width, value_width, inclusive;
     // Attention: jobs sample * heads + head. Draw: samples.
     int32_t first_job, last_job;
 };
 
+// Its instructions, and of the program's other lists the parts that they refer to.
 struct Block {
     int32_t first_instr, last_instr;
+    int32_t first_wait, last_wait;
+    int32_t first_term, last_term;
+    int32_t first_step, last_step;
     // What this block copies to the start of its shared memory: bytes [first, first + bytes) of Program::weights.
     int64_t stationary_first, stationary_bytes;
+};
+
+// Where an operation's vectors lie: sample b, column c at data + b * batch_stride + (c & column_mask) * column_stride.
+// The mask is -1 for rows of vectors, 1 for vectors of the current position alone (two places, taken in turn), 0 for
+// vectors that are the same at all positions. Attention's keys and values lie as in the CPU engine (grid_plan.h).
+struct DeviceView {
+    float* data;
+    int64_t batch_stride;
+    int64_t column_stride;
+    int64_t column_mask;
+};
+
+// As a block keeps them during a launch: with where the operation's vectors lie, and with what that decides decided.
+struct HeldTerm {
+    DeviceView view;
+    Term term;
+};
+struct HeldStep {
+    DeviceView view;
+    Step step;
+};
+
+// Byte offsets of the parts of a block's program where the block keeps it: instructions come first.
+struct HeldProgram {
+    int64_t steps, terms, waits;
+    int64_t bytes;
+};
+
+FASTVQ_HOST_DEVICE constexpr int64_t aligned(int64_t bytes) { return (bytes + 15) / 16 * 16; }
+
+FASTVQ_HOST_DEVICE constexpr HeldProgram held_program(const Block& block) {
+    HeldProgram held{};
+    held.steps = aligned((block.last_instr - block.first_instr) * static_cast<int64_t>(sizeof(Instr)));
+    held.terms = held.steps + aligned((block.last_step - block.first_step) * static_cast<int64_t>(sizeof(HeldStep)));
+    held.waits = held.terms + aligned((block.last_term - block.first_term) * static_cast<int64_t>(sizeof(HeldTerm)));
+    held.bytes = held.waits + aligned((block.last_wait - block.first_wait) * static_cast<int64_t>(sizeof(Wait)));
+    return held;
+}
+
+// What a block has in shared memory behind its weights, as byte offsets from there: the numbers of instructions being
+// worked on; planes; where the terms of an instruction lie; and the block's part of the program, which stays for the
+// whole launch. All of it is aligned to 16 bytes.
+struct BlockMemory {
+    int64_t planes, segments, program;
+    int64_t bytes;
 };
 
 struct Program {
@@ -120,14 +214,15 @@ struct Program {
     std::vector<Block> blocks;
     std::vector<Wait> waits;
     std::vector<Term> terms;
+    std::vector<Step> steps;
     std::vector<char> weights;  // every region aligned to 16 bytes
     Layout layout;              // of the affine instructions
     int32_t num_counters;       // in memory: counter_place(num_counters, 0) words
     // Raised by every block at the end of a column. Before a block begins a column c, it waits until all have finished
     // column c - 2: vectors of the current position alone have two places, taken in turn.
     int32_t finished_counter;
-    int64_t work_bytes;    // shared memory behind the weights: kCommonBytes and the most that any instruction works on
-    int64_t shared_bytes;  // the most that any block needs in all
+    BlockMemory memory;    // behind the weights that stay
+    int64_t shared_bytes;  // of shared memory, the most that any block needs in all
 };
 
 struct ProgramOptions {
@@ -145,18 +240,11 @@ constexpr int kFragmentSamples = 8;
 Program make_program(const std::vector<OpSpec>& ops, const std::vector<TermSpec>& terms, int64_t output,
                      const StepShape& shape, const ProgramOptions& options);
 
-// Shared memory, in bytes, of what an instruction works on beside kCommonBytes: that of affine_work, attend_work or
-// draw_work, else 0.
+// Shared memory, in bytes, of what an instruction works on: that of affine_work, attend_work or draw_work, else 0.
 int64_t work_bytes(const Instr& instr, const StepShape& shape);
 
-// The layouts of that memory, which host and kernel share. All of it is aligned to 16 bytes. First comes what every
-// instruction needs: itself, where the terms that it reads lie, and twice kKept floats, the results of the last two
-// instructions, so that what follows in a task finds them without a way through the second-level cache. Offsets in the
-// layouts below are from behind that.
 constexpr int kMaxTerms = 16;
 static_assert(kMaxTerms >= kMaxSegments, "room for all terms of an operation");
-constexpr int kKept = 4 * kThreads;
-constexpr int kCommonBytes = 1024 + 2 * kKept * 4;
 
 // Bytes of an affine instruction, at most: vectors being multiplied, and in the same place afterwards partial sums.
 constexpr int kStageBytes = 128 * kThreads;
@@ -201,6 +289,12 @@ FASTVQ_HOST_DEVICE constexpr int max_columns(Layout layout) {
     return layout == Layout::kFragments ? 16 * kWarps : (layout == Layout::kBfloat ? 8 : 4) * kThreads;
 }
 
+// Samples that a task works on at a time, whatever its instructions: then a thread has the same ones in all of them.
+FASTVQ_HOST_DEVICE constexpr int samples_at_once(Layout layout, int batch) {
+    if (layout == Layout::kFragments) return smaller(round_up(batch, 8), kSamples);
+    return smaller(batch, layout == Layout::kBfloat ? 4 : 8);  // 32 sums in the registers of a thread
+}
+
 FASTVQ_HOST_DEVICE constexpr AffineWork affine_work(Layout layout, int columns, int depth, int batch) {
     const bool fragments = layout == Layout::kFragments;
     AffineWork work{};
@@ -208,36 +302,40 @@ FASTVQ_HOST_DEVICE constexpr AffineWork affine_work(Layout layout, int columns, 
     work.lanes = power_of_two((columns + work.vector - 1) / work.vector);
     work.splits = (fragments ? kWarps : kThreads) / work.lanes;
     work.partials = fragments ? work.splits : kThreads / larger(work.lanes, 32);
-    // 32 sums in the registers of a thread.
-    work.samples = fragments ? smaller(round_up(batch, 8), kSamples) : smaller(batch, 32 / work.vector);
+    work.samples = samples_at_once(layout, batch);
     const int padding = fragments ? 8 : 0, step = fragments ? 16 : 4, size = fragments ? 2 : 4;
     const int room = kStageBytes / size / work.samples - padding;
     work.piece = smaller(round_up(depth, step), round_down(room, step));
     work.row = work.piece + padding;
     const int64_t stage = static_cast<int64_t>(work.samples) * work.row * size;
     const int64_t sums = static_cast<int64_t>(work.partials) * columns * work.samples * 4;
-    work.bytes = ((stage < sums ? sums : stage) + 15) / 16 * 16;
+    work.bytes = aligned(stage < sums ? sums : stage);
     return work;
 }
 
-// Attention, one job at a time. The output's channels are summed over positions in `splits` parts: positions
-// j % splits == part, added up in the order of the parts.
-//     scores: float [positions], at 0; query: float [key_width]; partials: float [splits][value_width];
-//     reduce: float [2][kWarps], the maxima and totals of the warps.
+// Attention. A job's positions are cut into tiles of kTile, and tile t belongs to strand t % kStrands of the job. A warp
+// works through a strand with sums of its own; those of the strands are put together at the end, in their order. So the
+// order of all sums is the same however many warps share a job: `jobs` are worked on at once, kWarps / jobs warps each.
+//     query: float [jobs][key_width], at 0; weights: float [kWarps][kTile]; strands: float [jobs][kStrands][2 + value
+//     width], the largest score, the sum of weights, and the weighted sum of values.
+constexpr int kTile = 128;
+constexpr int kStrands = 8;
+constexpr int kAttendBytes = 32 << 10;  // as many jobs at once as fit, or one
+
 struct AttendWork {
-    int splits;
-    int64_t query, partials, reduce;  // byte offsets
+    int jobs;
+    int64_t weights, strands;  // byte offsets
     int64_t bytes;
 };
 
-FASTVQ_HOST_DEVICE constexpr AttendWork attend_work(int64_t positions, int key_width, int value_width) {
+FASTVQ_HOST_DEVICE constexpr AttendWork attend_work(int num_jobs, int key_width, int value_width) {
     AttendWork work{};
-    work.splits = larger(1, kThreads / value_width);
-    work.query = (positions + 3) / 4 * 16;
-    work.partials = work.query + round_up(key_width, 4) * 4;
-    work.reduce = work.partials + round_up(work.splits * value_width, 4) * 4;
-    work.bytes = work.reduce + round_up(2 * kWarps, 4) * 4;
-    return work;
+    for (work.jobs = smaller(kWarps, power_of_two(num_jobs));; work.jobs /= 2) {
+        work.weights = round_up(work.jobs * key_width, 4) * 4;
+        work.strands = work.weights + kWarps * kTile * 4;
+        work.bytes = work.strands + round_up(work.jobs * kStrands * (2 + value_width), 4) * int64_t{4};
+        if (work.jobs == 1 || work.bytes <= kAttendBytes) return work;
+    }
 }
 
 // The draw, one sample at a time.

@@ -88,6 +88,7 @@ void TaskLists::measure(Unit& unit) {
     const OpSpec& first = ops_[unit.ops.front()];
     if (first.kind == Kind::kAttend) {
         unit.jobs = true;
+        unit.groups = {unit.ops};
         unit.width = shape_.batch * first.heads;
         const int64_t widths = (ops_[first.sources[0]].channels + first.channels) / first.heads;
         unit.cost = quotient_up(shape_.positions * widths, 2 * shape_.batch);
@@ -110,11 +111,38 @@ void TaskLists::measure(Unit& unit) {
         halves = std::max<int64_t>(halves, op.paired ? 2 : 1);
         whole = whole || !op.paired;
     }
-    // What does not need the last draw comes first.
-    std::stable_partition(unit.ops.begin(), unit.ops.end(), [&](int64_t index) { return !late[index]; });
+    group(unit, late);
     unit.most = max_columns(layout_) / halves / kSliceStep * kSliceStep;
     unit.step = std::min<int64_t>(unit.most, fragments && whole ? kFragment : kSliceStep);
     unit.most = unit.most / unit.step * unit.step;
+}
+
+void TaskLists::group(Unit& unit, const std::vector<bool>& late) const {
+    std::vector<bool> left(num_ops());
+    for (const int64_t index : unit.ops) left[index] = true;
+    const auto ready = [&](int64_t index) {
+        const OpSpec& op = ops_[index];
+        return std::none_of(op.sources, op.sources + num_sources(op), [&](int64_t source) { return left[source]; });
+    };
+    for (const bool now : {false, true}) {
+        const auto next = [&](bool product) {
+            const auto found = std::find_if(unit.ops.begin(), unit.ops.end(), [&](int64_t index) {
+                return left[index] && late[index] == now && (ops_[index].kind == Kind::kAffine) == product &&
+                       ready(index);
+            });
+            return found == unit.ops.end() ? -1 : *found;
+        };
+        for (;;) {
+            int64_t index = next(true);
+            if (index < 0) index = next(false);
+            if (index < 0) break;
+            unit.groups.emplace_back();
+            for (; index >= 0; index = next(false)) {
+                unit.groups.back().push_back(index);
+                left[index] = false;
+            }
+        }
+    }
 }
 
 void TaskLists::assign() {

@@ -14,7 +14,8 @@ inline int64_t quotient_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Unit {
     int64_t level = 0;
-    std::vector<int64_t> ops;  // in the order in which they run; none: the draw
+    std::vector<int64_t> ops;  // none: the draw
+    std::vector<std::vector<int64_t>> groups;  // the same by instruction, in the order in which they run
     bool jobs = false;         // `width` counts jobs instead of channels of a half
     int64_t width = 0;
     int64_t step = 1;          // slices are whole multiples of it
@@ -50,6 +51,8 @@ class TaskLists {
     // Operations linked by reading each other's channels within a level, and last the draw.
     void make_units();
     void measure(Unit& unit);
+    // What does not need the last draw comes first, and what follows from a product is computed with it.
+    void group(Unit& unit, const std::vector<bool>& late) const;
     void assign();
     // All of a level's weights are shared out at once, so that many units give each block a few wide slices.
     void cut_weighty(const std::vector<int64_t>& which, std::vector<Part>& parts) const;

@@ -1,6 +1,7 @@
 #include "cuda/program_weights.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "cuda/program_tasks.h"
 
@@ -14,61 +15,78 @@ class WeightPacker {
 
     void pack(Program& program, int64_t shared_limit) const {
         int64_t size = 0;
-        const int64_t room = shared_limit - program.work_bytes;
-        program.shared_bytes = program.work_bytes;
+        const int64_t room = shared_limit - program.memory.bytes;
+        program.shared_bytes = program.memory.bytes;
         for (Block& block : program.blocks) {
             std::vector<int32_t> products;
             for (int32_t i = block.first_instr; i < block.last_instr; ++i) {
                 if (program.instrs[i].code == Code::kAffine) products.push_back(i);
             }
-            // The largest first: what is left over then is small.
-            std::stable_sort(products.begin(), products.end(), [&](int32_t a, int32_t b) {
-                return region_bytes(program.instrs[a]) > region_bytes(program.instrs[b]);
-            });
+            // First those that others wait for: what needs the columns before alone has the time to be streamed. Of these
+            // the largest: what is left over then is small.
+            const auto rank = [&](int32_t i) {
+                const Instr& instr = program.instrs[i];
+                return std::make_pair(ops_[instr.op].level == 0, -product_bytes(instr));
+            };
+            std::stable_sort(products.begin(), products.end(), [&](int32_t a, int32_t b) { return rank(a) < rank(b); });
             block.stationary_first = size;
             for (const int32_t i : products) {
                 Instr& instr = program.instrs[i];
-                const int64_t bytes = region_bytes(instr);
+                const int64_t bytes = product_bytes(instr);
                 if (block.stationary_bytes + bytes > room) continue;
                 instr.stationary = 1;
                 instr.weights = block.stationary_bytes;
                 block.stationary_bytes += bytes;
             }
             size += block.stationary_bytes;
-            program.shared_bytes = std::max(program.shared_bytes, block.stationary_bytes + program.work_bytes);
+            program.shared_bytes = std::max(program.shared_bytes, block.stationary_bytes + program.memory.bytes);
         }
         for (Instr& instr : program.instrs) {
-            if (instr.stationary || region_bytes(instr) == 0) continue;
-            instr.weights = size;
-            size += region_bytes(instr);
+            if (instr.code == Code::kAffine && !instr.stationary) {
+                instr.weights = size;
+                size += product_bytes(instr);
+            }
+            for_tables(program, instr, [&](Step& step) {
+                step.weights = size;
+                size += table_bytes(instr, step);
+            });
         }
         program.weights.assign(size, 0);
+        char* weights = program.weights.data();
         for (const Block& block : program.blocks) {
             for (int32_t i = block.first_instr; i < block.last_instr; ++i) {
                 const Instr& instr = program.instrs[i];
-                char* data = program.weights.data() + (instr.stationary ? block.stationary_first : 0) + instr.weights;
-                if (instr.code == Code::kAffine) pack_product(instr, data);
-                if (instr.code == Code::kLookup) pack_table(instr, data);
+                const int64_t start = instr.stationary ? block.stationary_first : 0;
+                if (instr.code == Code::kAffine) pack_product(instr, weights + start + instr.weights);
+                for_tables(program, instr, [&](const Step& step) { pack_table(instr, step, weights + step.weights); });
             }
         }
     }
 
    private:
-    int64_t region_bytes(const Instr& instr) const {
-        int64_t bytes = 0;
-        if (instr.code == Code::kAffine) {
-            const int64_t depth =
-                instr.layout == Layout::kFragments ? quotient_up(instr.depth, kFragment) * kFragment : instr.depth;
-            bytes = depth * instr.columns * (instr.layout == Layout::kFloat ? sizeof(float) : sizeof(uint16_t));
-        } else if (instr.code == Code::kLookup) {
-            bytes = instr.num_taps * shape_.num_codes * instr.count * instr.halves * sizeof(float);
+    template <class Work>
+    static void for_tables(Program& program, const Instr& instr, const Work& work) {
+        for (int32_t s = instr.first_step; s < instr.first_step + instr.num_steps; ++s) {
+            if (program.steps[s].code == StepCode::kLookup) work(program.steps[s]);
         }
-        return quotient_up(bytes, 16) * 16;
     }
 
-    // The operation's channel that a column of an instruction belongs to.
-    static int64_t channel(const Instr& instr, int64_t column) {
-        return instr.first + (column < instr.count ? column : instr.half + column - instr.count);
+    static int64_t product_bytes(const Instr& instr) {
+        const bool fragments = instr.layout == Layout::kFragments;
+        const int64_t depth = fragments ? quotient_up(instr.depth, kFragment) * kFragment : instr.depth;
+        return aligned(depth * instr.columns * (instr.layout == Layout::kFloat ? sizeof(float) : sizeof(uint16_t)));
+    }
+
+    int64_t table_columns(const Instr& instr, const Step& step) const {
+        return int64_t{instr.count} * (ops_[step.op].paired ? 2 : 1);
+    }
+    int64_t table_bytes(const Instr& instr, const Step& step) const {
+        return aligned(step.num_taps * shape_.num_codes * table_columns(instr, step) * sizeof(float));
+    }
+
+    // An operation's channel that a column belongs to, `half` being the channels between its halves.
+    static int64_t channel(const Instr& instr, int64_t half, int64_t column) {
+        return instr.first + (column < instr.count ? column : half + column - instr.count);
     }
 
     void pack_product(const Instr& instr, char* data) const {
@@ -81,7 +99,7 @@ class WeightPacker {
             const float* weights = terms_[t].weights;
             for (int64_t last = k + depth; k < last; ++k, weights += op.channels) {
                 for (int64_t c = 0; c < columns; ++c) {
-                    const float w = weights[channel(instr, c)];
+                    const float w = weights[channel(instr, instr.half, c)];
                     if (instr.layout == Layout::kFloat) {
                         reinterpret_cast<float*>(data)[k * instr.columns + c] = w;
                         continue;
@@ -99,12 +117,12 @@ class WeightPacker {
         }
     }
 
-    void pack_table(const Instr& instr, char* data) const {
-        const OpSpec& op = ops_[instr.op];
-        const int64_t columns = instr.count * instr.halves;
+    void pack_table(const Instr& instr, const Step& step, char* data) const {
+        const OpSpec& op = ops_[step.op];
+        const int64_t columns = table_columns(instr, step);
         float* out = reinterpret_cast<float*>(data);
         for (int64_t row = 0; row < op.num_taps * shape_.num_codes; ++row) {
-            for (int64_t c = 0; c < columns; ++c) *out++ = op.weights[row * op.channels + channel(instr, c)];
+            for (int64_t c = 0; c < columns; ++c) *out++ = op.weights[row * op.channels + channel(instr, step.half, c)];
         }
     }
 

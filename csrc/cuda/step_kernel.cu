@@ -2,8 +2,9 @@
 
 #include "cuda/affine.cuh"
 #include "cuda/attend.cuh"
+#include "cuda/chain.cuh"
 #include "cuda/draw.cuh"
-#include "cuda/elementwise.cuh"
+#include "cuda/trace.cuh"
 
 namespace fastvq::cuda {
 namespace {
@@ -23,70 +24,75 @@ FASTVQ_DEVICE void wait_for(const StepArgs& args, const Wait& wait, int column, 
 }
 
 // Each wait by another thread, so that they last no longer than one.
-FASTVQ_DEVICE void wait_for_sources(const StepArgs& args, const Instr& instr, int column) {
+// Each wait by another thread, so that they last no longer than one.
+FASTVQ_DEVICE void wait_for_sources(const StepArgs& args, const BlockState& state, const Instr& instr) {
     for (int w = threadIdx.x; w < instr.num_waits; w += kThreads) {
-        wait_for(args, args.waits[instr.first_wait + w], column, Site::kWaitSources);
+        wait_for(args, state.waits[instr.first_wait - state.block.first_wait + w], state.column, Site::kWaitSources);
     }
 }
 
-FASTVQ_DEVICE void execute(const StepArgs& args, BlockState& state) {
-    switch (state.prepared->instr.code) {
-        case Code::kLookup:
-            lookup(args, state);
-            break;
-        case Code::kAffine:
-            affine(args, state);
-            break;
-        case Code::kStoreKeys:
-            store_keys(args, state);
-            break;
+// A chain, or a product and its chain, for some samples at a time.
+FASTVQ_DEVICE void slice(const StepArgs& args, const BlockState& state, const Instr& instr) {
+    const int samples = samples_at_once(args.layout, args.batch);
+    for (int first = 0; first < args.batch; first += samples) {
+        const int rows = smaller(samples, args.batch - first);
+        Sums sums{};
+        if (instr.code == Code::kAffine) {
+            if (first > 0) block_barrier(Site::kPartialsUsed);
+            sums = affine(args, state, instr, first, rows);
+            block_barrier(Site::kPartialsWritten);
+        }
+        chain(args, state, instr, sums, first, rows);
+    }
+}
+
+FASTVQ_DEVICE void execute(const StepArgs& args, const BlockState& state, const Instr& instr) {
+    switch (instr.code) {
         case Code::kAttend:
-            attend(args, state);
+            attend(args, state, instr);
             break;
         case Code::kDraw:
-            draw(args, state);
+            draw(args, state, instr);
             break;
         default:
-            elementwise(args, state);
+            slice(args, state, instr);
     }
 }
 
 __global__ void __launch_bounds__(kThreads, 1) step_row(const __grid_constant__ StepArgs args) {
     char* shared = dynamic_shared();
-    char* common = shared + args.work_offset;
     const Block block = args.blocks[blockIdx.x];
     copy_stationary(args, block, shared);
-
-    BlockState state{};
-    auto* memory = reinterpret_cast<Common*>(common);
-    state.segments = memory->segments;
-    state.kept = reinterpret_cast<float*>(common + kPreparedBytes);
-    state.work = common + kCommonBytes;
-    state.stationary = shared;
+    BlockState state = hold_program(args, block, shared);
+    block_barrier(Site::kProgramHeld);
+    const int count = block.last_instr - block.first_instr;
     const Wait finished{args.finished_counter, static_cast<int32_t>(gridDim.x), 2};
     for (int column = 0; column < args.width; ++column) {
         state.column = column;
-        state.kept_op = -1;
-        for (int i = block.first_instr; i < block.last_instr; ++i) {
-            const bool first = i == block.first_instr;
-            state.prepared = memory->prepared + (i & 1);
-            const bool ready = !first && state.prepared->index == i;
-            if (!ready) prepare(args, args.instrs[i], state);
-            if (i + 1 < block.last_instr) prepare_next(args, i + 1, memory->prepared[(i + 1) & 1], column);
-            if (!ready) {
-                wait_for_sources(args, args.instrs[i], column);
-                // By another thread, so that it does not begin when another wait ends.
-                if (first && threadIdx.x == kThreads / 2) wait_for(args, finished, column, Site::kWaitColumn);
-                block_barrier(Site::kAfterWait);
+        for (int i = 0; i < count; ++i) {
+            const Instr& instr = state.instrs[i];
+            note(args, column, i, Mark::kBegun);
+            find_segments(state, instr);
+            load_early(args, state, instr);
+            wait_for_sources(args, state, instr);
+            // By another thread, so that it does not begin when another wait ends.
+            if (i == 0 && threadIdx.x == kThreads / 2) wait_for(args, finished, column, Site::kWaitColumn);
+            block_barrier(Site::kAfterWait);
+            note(args, column, i, Mark::kWaited);
+            execute(args, state, instr);
+            note(args, column, i, Mark::kWorked);
+            // Without a signal, the barrier after the next wait is enough.
+            if (instr.signal < 0) continue;
+            block_barrier(Site::kBeforeSignal);
+            // By the last warp: the first one is to wait for the next instruction.
+            if (threadIdx.x == kThreads - 1) {
+                signal(args.counters + counter_place(instr.signal, column), Site::kSignalTask);
             }
-            const int signal_to = state.prepared->instr.signal;
-            execute(args, state);
-            block_barrier(signal_to >= 0 ? Site::kBeforeSignal : Site::kBetweenInstrs);
-            if (signal_to >= 0 && threadIdx.x == 0) {
-                signal(args.counters + counter_place(signal_to, column), Site::kSignalTask);
-            }
+            note(args, column, i, Mark::kSignalled);
         }
-        if (threadIdx.x == 0) signal(args.counters + counter_place(args.finished_counter, column), Site::kSignalColumn);
+        if (threadIdx.x == kThreads - 1) {
+            signal(args.counters + counter_place(args.finished_counter, column), Site::kSignalColumn);
+        }
     }
 }
 

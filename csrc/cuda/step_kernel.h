@@ -9,25 +9,22 @@
 
 namespace fastvq::cuda {
 
-// Where an operation's vectors lie: sample b, column c at data + b * batch_stride + (c & column_mask) * column_stride.
-// The mask is -1 for rows of vectors, 1 for vectors of the current position alone (two places, taken in turn), 0 for
-// vectors that are the same at all positions. Attention's keys and values lie as in the CPU engine (grid_plan.h).
-struct DeviceView {
-    float* data;
-    int64_t batch_stride;
-    int64_t column_stride;
-    int64_t column_mask;
-};
+// What a traced build notes of an instruction, in the order in which it lies in memory.
+enum class Mark : int { kBegun, kWaited, kWorked, kSignalled, kNanoseconds };
+constexpr int kMarks = 5;
 
 struct StepArgs {
     const Instr* instrs;
     const Block* blocks;
     const Wait* waits;
     const Term* terms;
+    const Step* steps;
     const char* weights;
     uint32_t* counters;  // zero at the start of a launch
     int32_t finished_counter;
-    int64_t work_offset;  // bytes of shared memory before the part that instructions work in
+    Layout layout;
+    int64_t stationary_bytes;  // of shared memory before what `memory` divides
+    BlockMemory memory;
 
     const DeviceView* values;  // by operation
     const DeviceView* starts;
@@ -46,6 +43,10 @@ struct StepArgs {
     // The smallest (row * width + column) * batch + sample of a position whose logits cannot be drawn from, or what it
     // was before; such a position gets code 0 and the row goes on.
     unsigned long long* status;
+#if defined(FASTVQ_TRACE)
+    int64_t* trace;  // [blocks][width][traced_instrs][kMarks] of this row, or null
+    int32_t traced_instrs;
+#endif
 };
 
 // The kernel, for cudaLaunchCooperativeKernel with kThreads threads: void step_row(StepArgs).

@@ -34,6 +34,9 @@ void signal(uint32_t* counter, int site);
 // columns 2 (l % 4) and the next.
 void mma_16x8x16(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 
+// How often threads have changed so far, the only clock there is.
+int64_t clocks();
+
 // The block's dynamic shared memory: of exactly the size of the launch, aligned to 16 bytes and no more, all ones
 // (a NaN in every type) at the start.
 char* dynamic_shared();

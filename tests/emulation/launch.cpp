@@ -269,20 +269,34 @@ int64_t Launch::until_switch() {
     return settings_.switch_every > 0 ? random_.below(2 * settings_.switch_every) : INT64_MAX;
 }
 
+// Half words, words and whole numbers of words, each aligned to its size.
+void check_shared(uintptr_t first, int64_t bytes) {
+    if (bytes == 2 ? first % 2 != 0 : bytes % 4 != 0 || first % 4 != 0) {
+        throw Error("shared state: expected half a word or whole words");
+    }
+}
+
 void Launch::hidden_load(const void* address, void* value, int64_t bytes) const {
     const auto first = reinterpret_cast<uintptr_t>(address);
-    if (bytes % 4 != 0 || first % 4 != 0) throw Error("shared state: expected whole words");
-    for (int64_t i = 0; i < bytes / 4; ++i) {
-        const auto found = hidden_.find(first / 4 + i);
-        if (found != hidden_.end()) std::memcpy(static_cast<char*>(value) + 4 * i, &found->second, 4);
+    check_shared(first, bytes);
+    const int64_t part = std::min<int64_t>(bytes, 4);
+    for (int64_t i = 0; i < bytes; i += part) {
+        const auto found = hidden_.find((first + i) / 4);
+        if (found == hidden_.end()) continue;
+        const auto* word = reinterpret_cast<const char*>(&found->second);
+        std::memcpy(static_cast<char*>(value) + i, word + (first + i) % 4, part);
     }
 }
 
 void Launch::hidden_store(void* address, const void* value, int64_t bytes) {
     const auto first = reinterpret_cast<uintptr_t>(address);
-    if (bytes % 4 != 0 || first % 4 != 0) throw Error("shared state: expected whole words");
-    for (int64_t i = 0; i < bytes / 4; ++i) {
-        std::memcpy(&hidden_[first / 4 + i], static_cast<const char*>(value) + 4 * i, 4);
+    check_shared(first, bytes);
+    const int64_t part = std::min<int64_t>(bytes, 4);
+    for (int64_t i = 0; i < bytes; i += part) {
+        const uintptr_t word = (first + i) / 4;
+        if (hidden_.count(word) == 0) std::memcpy(&hidden_[word], reinterpret_cast<void*>(word * 4), 4);
+        std::memcpy(reinterpret_cast<char*>(&hidden_[word]) + (first + i) % 4, static_cast<const char*>(value) + i,
+                    part);
     }
 }
 

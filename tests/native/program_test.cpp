@@ -1,6 +1,7 @@
 // Programs of the CUDA engine: that they compute a plan, whatever the order in which blocks get on.
 #include <algorithm>
 #include <cstring>
+#include <map>
 #include <numeric>
 #include <set>
 #include <stdexcept>
@@ -21,6 +22,9 @@ using cuda::Code;
 using cuda::Instr;
 using cuda::Program;
 using cuda::ProgramOptions;
+using cuda::Step;
+using cuda::StepCode;
+using cuda::Stores;
 using cuda::Wait;
 
 Program make(const PlanCase& plan, const ProgramOptions& options) {
@@ -41,10 +45,19 @@ class Interpreter {
             places_.push_back(is_scratch(index) ? 2 : width_);
             tags_.emplace_back(op.level < 0 ? 0 : places_.back() * parts, -1);
         }
+        for (const Step& step : program.steps) {
+            if (is_result(step)) stores_[step.op] = step.stores;
+        }
+        for (const Instr& instr : program.instrs) {
+            if (instr.code == Code::kAttend) stores_[instr.op] = Stores::kFloats;
+        }
         for (const Block& block : program.blocks) at_.push_back({0, block.first_instr});
     }
 
+    static bool is_result(const Step& step) { return step.code != StepCode::kLoad && step.code != StepCode::kView; }
+
     void run() {
+        for (const At& at : at_) load_early(at);
         std::vector<int64_t> order(at_.size());
         std::iota(order.begin(), order.end(), 0);
         for (int64_t left = static_cast<int64_t>(at_.size()); left > 0;) {
@@ -106,10 +119,34 @@ class Interpreter {
         column_ = at.column;
         execute(instr);
         if (instr.signal >= 0) ++counters_[cuda::counter_place(instr.signal, column_)];
-        if (++at.instr < program_.blocks[b].last_instr) return false;
-        ++counters_[cuda::counter_place(program_.finished_counter, column_)];
-        at.instr = program_.blocks[b].first_instr;
-        return ++at.column == width_;
+        if (++at.instr == program_.blocks[b].last_instr) {
+            ++counters_[cuda::counter_place(program_.finished_counter, column_)];
+            at.instr = program_.blocks[b].first_instr;
+            ++at.column;
+        }
+        if (at.column < width_) load_early(at);
+        return at.column == width_;
+    }
+
+    // What an instruction loads before it waits, as soon as its block comes to it.
+    void load_early(const At& at) {
+        const Instr& instr = program_.instrs[at.instr];
+        column_ = at.column;
+        for (int32_t s = instr.first_step; s < instr.first_step + instr.num_early; ++s) load(instr, program_.steps[s]);
+    }
+
+    void load(const Instr& instr, const Step& step) {
+        expect(step.code == StepCode::kLoad, "a load expected");
+        const OpSpec& op = plan_.ops[step.op];
+        if (step.starts) {
+            expect(op.kind == Kind::kAffine || op.kind == Kind::kLookup, "operation ", step.op, " has no starts");
+            return;
+        }
+        if (op.level >= 0) {
+            expect(stores_.at(step.op) == Stores::kFloats, "operation ", step.op, " is loaded, but not stored as floats");
+        }
+        read(step.op, column_, instr.first, instr.count);
+        if (step.planes[1] >= 0) read(step.op, column_, step.half + instr.first, instr.count);
     }
 
     void read(int64_t index, int64_t column, int64_t first, int64_t count) const {
@@ -137,9 +174,9 @@ class Interpreter {
     }
 
     void execute(const Instr& instr) {
-        const OpSpec& op = plan_.ops[instr.op];
         if (instr.code == Code::kDraw) {
-            read(instr.sources[0], column_, 0, plan_.shape.num_codes);
+            expect(instr.num_steps == 1 && program_.steps[instr.first_step].op == plan_.output, "a draw from elsewhere");
+            read(plan_.output, column_, 0, plan_.shape.num_codes);
             for (int64_t sample = instr.first_job; sample < instr.last_job; ++sample) {
                 expect(!codes_[sample * width_ + column_], "a code is drawn twice");
                 codes_[sample * width_ + column_] = true;
@@ -147,44 +184,69 @@ class Interpreter {
             return;
         }
         if (instr.code == Code::kAttend) return attend(instr);
-        for (int64_t half = 0; half < (op.paired ? 2 : 1); ++half) {
-            const int64_t first = instr.first + half * op.channels / 2;
-            switch (op.kind) {
-                case Kind::kElu:
-                case Kind::kRelu:
-                case Kind::kStoreKeys:
-                    read(op.sources[0], column_, first, instr.count);
-                    break;
-                case Kind::kAdd:
-                    read(op.sources[0], column_, first, instr.count);
-                    read(op.sources[1], column_, first, instr.count);
-                    break;
-                case Kind::kConcatElu:
-                    read(op.sources[0], column_, instr.first, instr.count);
-                    break;
-                case Kind::kGlu:
-                case Kind::kTanh:
-                    read(op.sources[0], column_, instr.first, instr.count);
-                    read(op.sources[0], column_, op.channels + instr.first, instr.count);
-                    break;
-                case Kind::kLookup:
-                    for (int64_t sample = 0; sample < plan_.shape.batch; ++sample) {
-                        for (int64_t c = std::max<int64_t>(0, column_ - op.num_taps); c < column_; ++c) {
-                            expect(codes_[sample * width_ + c], "a code is read before it is drawn");
-                        }
-                    }
-                    break;
-                default:
-                    for (int64_t t = op.first_term; t < op.first_term + op.num_terms; ++t) {
-                        const TermSpec& term = plan_.terms[t];
-                        for (int64_t c = 0; c < term.num_columns; ++c) {
-                            read(term.source, column_ + term.first_column + c, 0, plan_.ops[term.source].channels);
-                        }
-                    }
+        for (int32_t t = instr.first_term; t < instr.first_term + instr.num_terms; ++t) {
+            const cuda::Term& term = program_.terms[t];
+            const int64_t channels = plan_.ops[term.op].channels;
+            if (plan_.ops[term.op].level >= 0) {
+                expect(stores_.at(term.op) == (term.rounded ? Stores::kRounded : Stores::kFloats), "operation ", term.op,
+                       " is not stored as it is read");
+            }
+            for (int64_t c = 0; c < term.depth / channels; ++c) {
+                read(term.op, column_ + term.first_column + c, 0, channels);
             }
         }
-        for (int64_t half = 0; half < (op.paired ? 2 : 1); ++half) {
-            for (int64_t c = 0; c < instr.count; ++c) write(instr.op, half * op.channels / 2 + instr.first + c);
+        planes_.clear();
+        for (int32_t s = instr.first_step; s < instr.first_step + instr.num_steps; ++s) {
+            const Step& step = program_.steps[s];
+            if (s < instr.first_step + instr.num_loads) {
+                if (s >= instr.first_step + instr.num_early) load(instr, step);
+                hold(step);
+            } else {
+                compute(instr, step);
+            }
+        }
+    }
+
+    // What planes hold: the operation whose values, or after num_ops() whose starts, and the half.
+    void hold(const Step& step) {
+        const int64_t what = step.op + (step.code == StepCode::kLoad && step.starts ? plan_.num_ops() : 0);
+        planes_[step.planes[0]] = {what, 0};
+        if (step.planes[1] >= 0) planes_[step.planes[1]] = {what, 1};
+    }
+
+    void expect_planes(const Step& step, int which, int64_t what, int64_t halves) const {
+        for (int64_t half = 0; half < halves; ++half) {
+            expect(planes_.at(step.sources[which][half]) == std::make_pair(what, half), "operation ", step.op,
+                   " reads another one than ", what);
+        }
+    }
+
+    void compute(const Instr& instr, const Step& step) {
+        const OpSpec& op = plan_.ops[step.op];
+        const int64_t halves = op.paired ? 2 : 1;
+        expect(step.half == op.channels / halves, "halves of ", step.half);
+        switch (step.code) {
+            case StepCode::kSum:
+                expect(instr.code == Code::kAffine && instr.op == step.op, "sums of another product");
+                expect_planes(step, 0, step.op + plan_.num_ops(), halves);
+                break;
+            case StepCode::kLookup:
+                expect_planes(step, 0, step.op + plan_.num_ops(), halves);
+                for (int64_t sample = 0; sample < plan_.shape.batch; ++sample) {
+                    for (int64_t c = std::max<int64_t>(0, column_ - op.num_taps); c < column_; ++c) {
+                        expect(codes_[sample * width_ + c], "a code is read before it is drawn");
+                    }
+                }
+                break;
+            case StepCode::kGlu:
+            case StepCode::kTanh: expect_planes(step, 0, op.sources[0], 2); break;
+            case StepCode::kConcatElu: expect_planes(step, 0, op.sources[0], 1); break;
+            case StepCode::kAdd: expect_planes(step, 1, op.sources[1], halves); [[fallthrough]];
+            default: expect_planes(step, 0, op.sources[0], halves);
+        }
+        if (op.kind != Kind::kStoreKeys) hold(step);
+        for (int64_t half = 0; half < halves; ++half) {
+            for (int64_t c = 0; c < instr.count; ++c) write(step.op, half * op.channels / 2 + instr.first + c);
         }
     }
 
@@ -212,6 +274,8 @@ class Interpreter {
     std::vector<int64_t> places_;
     std::vector<std::vector<int64_t>> tags_;  // by operation: [place][part], the column whose result lies there
     std::vector<At> at_;
+    std::map<int32_t, Stores> stores_;                       // by operation that is computed
+    std::map<int32_t, std::pair<int64_t, int64_t>> planes_;  // of the instruction
 };
 
 // Every channel of every operation belongs to one task, and so does every job.
@@ -224,18 +288,20 @@ void check_slices(const PlanCase& plan, const Program& program) {
     }
     times.back().resize(plan.shape.batch);
     for (const Instr& instr : program.instrs) {
-        std::vector<int>& seen = times[instr.code == Code::kDraw ? plan.num_ops() : instr.op];
         if (instr.code == Code::kDraw || instr.code == Code::kAttend) {
+            std::vector<int>& seen = times[instr.code == Code::kDraw ? plan.num_ops() : instr.op];
             for (int64_t job = instr.first_job; job < instr.last_job; ++job) ++seen.at(job);
             continue;
         }
-        const OpSpec& op = plan.ops[instr.op];
-        expect(instr.halves == (op.paired ? 2 : 1) && instr.half == op.channels / instr.halves, "bad halves");
         expect(instr.first % cuda::kSliceStep == 0, "a slice begins at ", instr.first);
-        expect(instr.count % cuda::kSliceStep == 0 || instr.first + instr.count == instr.half, "a slice of ",
-               instr.count);
-        for (int32_t half = 0; half < instr.halves; ++half) {
-            for (int64_t c = 0; c < instr.count; ++c) ++seen.at(half * instr.half + instr.first + c);
+        for (int32_t s = instr.first_step + instr.num_loads; s < instr.first_step + instr.num_steps; ++s) {
+            const int32_t index = program.steps[s].op;
+            const OpSpec& op = plan.ops[index];
+            const int64_t halves = op.paired ? 2 : 1, half = op.channels / halves;
+            expect(instr.count % cuda::kSliceStep == 0 || instr.first + instr.count == half, "a slice of ", instr.count);
+            for (int64_t which = 0; which < halves; ++which) {
+                for (int64_t c = 0; c < instr.count; ++c) ++times[index].at(which * half + instr.first + c);
+            }
         }
     }
     for (const std::vector<int>& seen : times) {
@@ -305,10 +371,28 @@ std::vector<float> unpack(const Instr& instr, const char* data, int64_t* bytes) 
     return matrix;
 }
 
+// The vectors of codes that a step reads; returns the first and last byte of Program::weights.
+std::pair<int64_t, int64_t> check_table(const PlanCase& plan, const Program& program, const Instr& instr,
+                                        const Step& step) {
+    const OpSpec& op = plan.ops[step.op];
+    const char* data = program.weights.data() + step.weights;
+    const int64_t columns = instr.count * (op.paired ? 2 : 1), rows = step.num_taps * plan.shape.num_codes;
+    expect(step.num_taps == op.num_taps, "another number of taps");
+    for (int64_t row = 0; row < rows; ++row) {
+        for (int64_t c = 0; c < columns; ++c) {
+            const int64_t channel = c < instr.count ? instr.first + c : op.channels / 2 + instr.first + c - instr.count;
+            expect(element<float>(data, row * columns + c) == op.weights[row * op.channels + channel],
+                   "another vector of a code");
+        }
+    }
+    expect(step.weights % 16 == 0, "vectors at ", step.weights);
+    return {step.weights, step.weights + rows * columns * 4};
+}
+
 void check_weights(const PlanCase& plan, const Program& program, const ProgramOptions& options) {
     std::set<std::pair<int64_t, int64_t>> regions;  // first and last byte of Program::weights
     for (const Block& block : program.blocks) {
-        expect(block.stationary_bytes + program.work_bytes <= program.shared_bytes, "shared memory runs out");
+        expect(block.stationary_bytes + program.memory.bytes <= program.shared_bytes, "shared memory runs out");
         for (int32_t i = block.first_instr; i < block.last_instr; ++i) {
             const Instr& instr = program.instrs[i];
             const OpSpec& op = plan.ops[instr.op];
@@ -343,13 +427,10 @@ void check_weights(const PlanCase& plan, const Program& program, const ProgramOp
                     }
                 }
                 expect(k == instr.depth, "a depth of ", instr.depth);
-            } else if (instr.code == Code::kLookup) {
-                const int64_t columns = instr.count * instr.halves;
-                for (int64_t row = 0; row < op.num_taps * plan.shape.num_codes; ++row) {
-                    for (int64_t c = 0; c < columns; ++c, bytes += 4) {
-                        expect(element<float>(data, row * columns + c) == op.weights[row * op.channels + channel(c)],
-                               "another vector of a code");
-                    }
+            }
+            for (int32_t s = instr.first_step; s < instr.first_step + instr.num_steps; ++s) {
+                if (program.steps[s].code == StepCode::kLookup) {
+                    regions.insert(check_table(plan, program, instr, program.steps[s]));
                 }
             }
             if (bytes == 0) continue;
@@ -377,6 +458,7 @@ std::string bytes_of(const Program& program) {
     add(program.blocks);
     add(program.waits);
     add(program.terms);
+    add(program.steps);
     add(program.weights);
     return all;
 }
@@ -442,10 +524,10 @@ void test_memory_runs_out() {
     const PlanCase plan = rich_plan();
     const Program program = make(plan, {4, int64_t{227} << 10, false, false});
     // The work alone fits exactly: nothing is stationary.
-    const Program streamed = make(plan, {4, program.work_bytes, false, false});
-    expect(streamed.shared_bytes == streamed.work_bytes, "weights where there is no room");
+    const Program streamed = make(plan, {4, program.memory.bytes, false, false});
+    expect(streamed.shared_bytes == streamed.memory.bytes, "weights where there is no room");
     Interpreter(plan, streamed, 1).run();
-    for (const ProgramOptions& options : {ProgramOptions{4, program.work_bytes - 1, false, false},
+    for (const ProgramOptions& options : {ProgramOptions{4, program.memory.bytes - 1, false, false},
                                           ProgramOptions{0, int64_t{227} << 10, false, false},
                                           ProgramOptions{4, -1, true, true}}) {
         bool refused = false;
