@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
+import fcntl
 import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -37,34 +36,40 @@ def _tool(name: str) -> str | None:
     return shutil.which(name, path=os.pathsep.join([folder, os.environ.get("PATH", "")]))
 
 
-@functools.cache
-def _module() -> ModuleType:
-    """Built once per process, in a folder that is gone afterwards."""
-    with tempfile.TemporaryDirectory() as folder:
+def _build(folder: Path) -> Path:
+    """The compiled module in a folder, built if it is not there yet; processes that share the folder take turns."""
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         cmake, ninja = _tool("cmake"), _tool("ninja")
         assert cmake is not None, "cmake: not found; it is among what the tests need (pip install fastvq[test])"
-        configure = [cmake, "-S", str(_HERE / "emulation"), "-B", folder, f"-DPython_EXECUTABLE={sys.executable}"]
+        build = folder / "build"
+        configure = [cmake, "-S", str(_HERE / "emulation"), "-B", str(build), f"-DPython_EXECUTABLE={sys.executable}"]
         if ninja is not None:
             configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
-        for command in (configure, [cmake, "--build", folder, "--target", "fastvq_emulated", "--parallel"]):
+        for command in (configure, [cmake, "--build", str(build), "--target", "fastvq_emulated", "--parallel"]):
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             assert done.returncode == 0, f"{' '.join(command)}:\n{done.stdout}\n{done.stderr}"
-        path = next(Path(folder).glob("fastvq_emulated*.so"))
-        spec = importlib.util.spec_from_file_location("fastvq_emulated", path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
+        return next(build.glob("fastvq_emulated*.so"))
 
 
 @pytest.fixture(scope="session")
-def emulated_module() -> ModuleType:
-    """Skips where nothing can be compiled; what does not compile is a failure."""
+def emulated_module(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """Built once for all processes of a test run. Skips where nothing can be compiled; what does not compile is a
+    failure."""
     compiler = os.environ.get("CXX", "c++").split()[0]
     if shutil.which(compiler) is None:
         pytest.skip(f"no C++ compiler ({compiler}) to compile the kernels for the host with")
-    return _module()
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    path = _build(shared / "fastvq_emulated")
+    spec = importlib.util.spec_from_file_location("fastvq_emulated", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture

@@ -34,33 +34,49 @@ void add_views(std::vector<DeviceView>& views, const std::vector<View>& from) {
     }
 }
 
-std::vector<float> fill(const PlanCase& plan, uint64_t seed, bool fragments, int blocks, bool check) {
-    fastvq::cuda::EngineSettings settings{0, plan.bf16, fragments, blocks, 0};
+struct Filled {
+    std::vector<float> kept, scratch, codes;
+};
+
+struct Way {
+    bool fragments;
+    int blocks;
+    bool in_turn;  // vectors of the current position alone have two places, and what nobody else reads has none
+    bool check;
+};
+
+Filled fill(const PlanCase& plan, uint64_t seed, const Way& way) {
+    fastvq::cuda::EngineSettings settings{0, plan.bf16, way.fragments, way.blocks, 0};
     auto engine = std::make_unique<StepEngine>(plan.ops, plan.terms, plan.output, plan.shape, settings);
     if (seed % 3 == 0) {  // half of the weights are streamed
         settings.shared_limit = engine->shared_bytes() - engine->stationary_bytes() / engine->blocks() / 2;
         engine = std::make_unique<StepEngine>(plan.ops, plan.terms, plan.output, plan.shape, settings);
     }
     Memory memory(plan, seed);
-    std::vector<float> trace;
+    Filled filled;
     unsigned long long status = ~0ull;
     for (int64_t row = 0; row < plan.height; ++row) {
         memory.begin_row(row);
         std::vector<DeviceView> views;
         add_views(views, memory.values);
         add_views(views, memory.starts);
+        for (std::size_t index = 0; way.in_turn && index < memory.scratch.size(); ++index) {
+            if (!memory.scratch[index].data.empty()) views[index].column_mask = 1;
+        }
         const int64_t first = row * plan.shape.width, stride = plan.height * plan.shape.width;
         engine->run_row({row, views.data(), views.data(), memory.codes.data() + first, stride,
                          memory.uniforms.data() + first, stride, memory.known.data() + first, stride, memory.draw,
                          &status, nullptr});
         expect(status == ~0ull, "a position could not be drawn");
-        if (check) check_row(memory);
-        for (const auto* buffers : {&memory.kept, &memory.scratch}) {
-            for (const Buffer& buffer : *buffers) trace.insert(trace.end(), buffer.data.begin(), buffer.data.end());
-        }
+        if (way.check) check_row(memory);
+        const auto add = [](std::vector<float>& to, const std::vector<Buffer>& buffers) {
+            for (const Buffer& buffer : buffers) to.insert(to.end(), buffer.data.begin(), buffer.data.end());
+        };
+        add(filled.kept, memory.kept);
+        add(filled.scratch, memory.scratch);
     }
-    trace.insert(trace.end(), memory.codes.begin(), memory.codes.end());
-    return trace;
+    filled.codes.assign(memory.codes.begin(), memory.codes.end());
+    return filled;
 }
 
 void choose(uint64_t seed, int site) {
@@ -86,10 +102,17 @@ int main(int argc, char** argv) {
             choose(static_cast<uint64_t>(seed), site);
             // Matrix instructions round what they multiply, which the reference does not.
             const bool fragments = plan.bf16 && seed % 8 >= 6;
-            const auto found = fill(plan, static_cast<uint64_t>(seed), fragments, blocks, !fragments);
-            choose(static_cast<uint64_t>(seed + 13), site);
-            expect(same_bits(fill(plan, static_cast<uint64_t>(seed), fragments, blocks, false), found),
+            const auto number = static_cast<uint64_t>(seed);
+            const Filled found = fill(plan, number, {fragments, blocks, false, !fragments});
+            choose(number + 13, site);
+            const Filled again = fill(plan, number, {fragments, blocks, false, false});
+            expect(same_bits(again.kept, found.kept) && same_bits(again.scratch, found.scratch) &&
+                       same_bits(again.codes, found.codes),
                    "other bits under another schedule");
+            choose(number + 29, site);
+            const Filled in_turn = fill(plan, number, {fragments, blocks, true, false});
+            expect(same_bits(in_turn.kept, found.kept) && same_bits(in_turn.codes, found.codes),
+                   "other bits with vectors in turn");
         } catch (const std::exception& error) {
             std::printf("FAILED: plan %d: %s\n", seed, error.what());
             return 1;
