@@ -23,7 +23,7 @@ from torch import Tensor
 from fastvq.models import Prior
 from fastvq.sampling.engines import static_inputs
 from fastvq.sampling.engines.cuda_grid import CudaStep, sample_cuda
-from fastvq.sampling.engines.state import CompiledPlan, GridState
+from fastvq.sampling.engines.state import CompiledPlan, GridState, RowState
 from fastvq.sampling.plan import Plan, compile_plan
 from fastvq.sampling.request import SampleRequest
 
@@ -38,7 +38,7 @@ def _tool(name: str) -> str | None:
 
 
 @functools.cache
-def _module() -> ModuleType:
+def new_module() -> ModuleType:
     """Built once per process, in a folder that is gone afterwards."""
     with tempfile.TemporaryDirectory() as folder:
         cmake, ninja = _tool("cmake"), _tool("ninja")
@@ -64,7 +64,7 @@ def emulated_module() -> ModuleType:
     compiler = os.environ.get("CXX", "c++").split()[0]
     if shutil.which(compiler) is None:
         pytest.skip(f"no C++ compiler ({compiler}) to compile the kernels for the host with")
-    return _module()
+    return new_module()
 
 
 @pytest.fixture
@@ -125,14 +125,16 @@ class Emulated:
             extension=module,
         )
 
+    def state(self, request: SampleRequest) -> RowState:
+        return GridState(self.compiled, self.batch, static_inputs(self.prior, request))
+
     @torch.inference_mode()
     def fill(self, request: SampleRequest, *, logits: bool = False) -> tuple[Tensor, Tensor]:
         """Codes [B, H, W], and logits [B, H, W, K] of all positions: NaN where none were asked for."""
-        state = GridState(self.compiled, self.batch, static_inputs(self.prior, request))
         config = self.prior.config
         found = torch.full((self.batch, *config.shape, config.num_codes), float("nan"))
         codes = sample_cuda(
-            self.compiled, self.step, state, request, lambda rows: None, logits=found if logits else None
+            self.step, self.state(request), request, lambda rows: None, logits=found if logits else None
         )
         return codes.clone(), found
 
