@@ -1,4 +1,4 @@
-"""What follows the products of a level in a step along a front: sums, gates, additions, activations, looked-up codes.
+"""What follows the products of a level in a step of the sampler: sums, gates, additions, activations, looked-up codes.
 
 A level is a list of chains of instructions, read from a table. A chain runs through a block of positions and channels
 with the last instruction's vector in registers; chains of one launch are independent of each other.
@@ -12,7 +12,7 @@ import triton.language as tl
 from fastvq.kernels.causal_conv_product import elu_pair, expm1_negative
 from fastvq.kernels.front_product import positions
 
-INSTR_FIELDS, CHAIN_FIELDS = 24, 4
+INSTR_FIELDS, CHAIN_FIELDS = 32, 4
 _INSTR_FIELDS: tl.constexpr = tl.constexpr(INSTR_FIELDS)
 _CHAIN_FIELDS: tl.constexpr = tl.constexpr(CHAIN_FIELDS)
 
@@ -51,7 +51,7 @@ def _sum_parts(partials_ptr, instr, offs_m, offs_c, capacity, mask):
         for index in range(first, tl.minimum(first + group, count)):
             part += tl.load(ptrs + index * capacity * columns, mask=mask, other=0.0)
         total += part
-    for index in range(count, count + tl.load(instr + 18).to(tl.int32)):
+    for index in range(count, count + tl.load(instr + 28).to(tl.int32)):
         total += tl.load(ptrs + index * capacity * columns, mask=mask, other=0.0)
     return total
 
@@ -104,25 +104,22 @@ def _read(
 
 @triton.jit
 def _write(
-    features_ptr, values_ptr, fields, value, second, offs_m, offs_feature, slot_rows, step, offs_c, channels, mask,
+    features_ptr, values_ptr, fields, value, second, offs_m, step, row, col, sample, offs_c, channels, mask,
     DOUBLE, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Stores a block [M, C], and with DOUBLE another one behind it, where the three ``fields`` of an instruction say.
-
-    ``offs_feature`` [M] are row and sample within a slot of ``slot_rows`` vectors.
-    """
+    """Stores a block [M, C], and with DOUBLE another one behind it, where the ``fields`` of an instruction say."""
     to_values = tl.load(fields)
     to_features = tl.load(fields + 1)
-    length = tl.where(DOUBLE, channels * 2, channels)
     if to_values >= 0:
-        ptrs = values_ptr + to_values + offs_m[:, None] * length + offs_c[None, :]  # [M, C]
+        ptrs = values_ptr + to_values + offs_m[:, None] * tl.where(DOUBLE, channels * 2, channels) + offs_c[None, :]
         tl.store(ptrs, value, mask=mask)
         if DOUBLE:
             tl.store(ptrs + channels, second, mask=mask)
     if to_features >= 0:
-        units = (length + UNIT - 1) // UNIT
         slot = step % tl.load(fields + 2).to(tl.int32)
-        offs = (to_features + (slot * slot_rows + offs_feature) * units) * UNIT  # [M]
+        ring_row = row % tl.load(fields + 4).to(tl.int32)  # [M]
+        offs = to_features + slot * tl.load(fields + 3) + ring_row * tl.load(fields + 5)  # [M]
+        offs = (offs + sample * tl.load(fields + 6) + col * tl.load(fields + 7)) * UNIT  # [M]
         feature_ptrs = features_ptr + offs[:, None] + offs_c[None, :]  # [M, C]
         tl.store(feature_ptrs, value.to(features_ptr.dtype.element_ty), mask=mask)
         if DOUBLE:
@@ -132,19 +129,18 @@ def _write(
 @triton.jit
 def _tail_kernel(
     step_ptr, codes_ptr, features_ptr, partials_ptr, values_ptr, params_ptr, taps_ptr, instrs_ptr, chains_ptr,
-    batch, capacity, rows, num_codes,
+    batch, capacity, num_codes,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SKEW: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Runs chain 1 of the grid for a block of positions and channels.
 
-    Values are float32 [capacity, channels], of the current step; ``rows`` and UNIT are those of the caches of features,
-    see `_product_kernel`.
+    Values are float32 [capacity, channels], of the current step; offsets of features count UNIT numbers, see
+    `_product_kernel`.
     """
     step = tl.load(step_ptr)
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     row, col, sample, mask_m = positions(step, offs_m, batch, HEIGHT, WIDTH, SKEW)  # [BLOCK_M] each
-    offs_feature = (row % rows).to(tl.int64) * batch + sample  # [BLOCK_M]
     offs_m = offs_m.to(tl.int64)
     chain = chains_ptr + tl.program_id(1) * _CHAIN_FIELDS
     offs_c = tl.load(chain + 2).to(tl.int32) + tl.arange(0, BLOCK_C)  # [BLOCK_C]
@@ -153,8 +149,8 @@ def _tail_kernel(
         instr = instrs_ptr + index * _INSTR_FIELDS
         gate = tl.load(instr + 6)
         operand = tl.load(instr + 7)
-        activation = tl.load(instr + 12)
-        channels = tl.load(instr + 17).to(tl.int32)
+        activation = tl.load(instr + 17)
+        channels = tl.load(instr + 27).to(tl.int32)
         mask = mask_m[:, None] & (offs_c < channels)[None, :]  # [BLOCK_M, BLOCK_C]
         value = _read(
             codes_ptr, partials_ptr, values_ptr, params_ptr, taps_ptr, instr, offs_m, row, col, sample, offs_c,
@@ -174,8 +170,8 @@ def _tail_kernel(
             ptrs = values_ptr + tl.load(instr + 8) + offs_m[:, None] * channels + offs_c[None, :]  # [M, C]
             value = tl.load(ptrs, mask=mask, other=0.0) + value
         _write(
-            features_ptr, values_ptr, instr + 9, value, value, offs_m, offs_feature, rows * batch, step, offs_c,
-            channels, mask, False, UNIT,
+            features_ptr, values_ptr, instr + 9, value, value, offs_m, step, row, col, sample, offs_c, channels, mask,
+            False, UNIT,
         )  # fmt: skip
         last = value
         if activation != 0:
@@ -183,8 +179,8 @@ def _tail_kernel(
             if activation == _RELU:
                 positive = tl.where(value < 0, 0.0, value)  # a maximum would hide NaN
             _write(
-                features_ptr, values_ptr, instr + 13, positive, negative, offs_m, offs_feature, rows * batch, step,
-                offs_c, channels, mask, activation == _CONCAT_ELU, UNIT,
+                features_ptr, values_ptr, instr + 18, positive, negative, offs_m, step, row, col, sample, offs_c,
+                channels, mask, activation == _CONCAT_ELU, UNIT,
             )  # fmt: skip
-            if tl.load(instr + 16) != 0:
+            if tl.load(instr + 26) != 0:
                 last = positive

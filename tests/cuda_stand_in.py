@@ -187,7 +187,7 @@ class Job:
 
     @torch.inference_mode()
     def run(self, row_done: Callable[[int], None] = lambda rows: None, **options: Any) -> Tensor:
-        return sample_cuda(self.compiled, self.step, self.state, self.request, row_done, **options)
+        return sample_cuda(self.step, self.state, self.request, row_done, **options)
 
 
 def floats(address: int, count: int) -> np.ndarray:

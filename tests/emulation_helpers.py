@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import fcntl
+import functools
+import hashlib
 import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -22,7 +25,7 @@ from torch import Tensor
 from fastvq.models import Prior
 from fastvq.sampling.engines import static_inputs
 from fastvq.sampling.engines.cuda_grid import CudaStep, sample_cuda
-from fastvq.sampling.engines.state import CompiledPlan, GridState
+from fastvq.sampling.engines.state import CompiledPlan, GridState, RowState
 from fastvq.sampling.plan import Plan, compile_plan
 from fastvq.sampling.request import SampleRequest
 
@@ -36,40 +39,48 @@ def _tool(name: str) -> str | None:
     return shutil.which(name, path=os.pathsep.join([folder, os.environ.get("PATH", "")]))
 
 
-def _build(folder: Path) -> Path:
-    """The compiled module in a folder, built if it is not there yet; processes that share the folder take turns."""
-    folder.mkdir(exist_ok=True)
+def _folder() -> Path:
+    """Where the module of these sources is built: once for all processes and runs that have the same."""
+    settings = (sys.version, sys.executable, os.environ.get("CXX"), os.environ.get("CXXFLAGS"))
+    digest = hashlib.sha256(repr(settings).encode())
+    for path in sorted([*(_HERE.parent / "csrc").rglob("*.*"), *(_HERE / "emulation").rglob("*.*")]):
+        digest.update(f"{path.relative_to(_HERE.parent)}\n".encode() + path.read_bytes())
+    return Path(tempfile.gettempdir()) / f"fastvq-emulated-{os.getuid()}" / digest.hexdigest()[:24]
+
+
+@functools.cache
+def new_module() -> ModuleType:
+    """Loaded once per process."""
+    folder = _folder()
+    folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        cmake, ninja = _tool("cmake"), _tool("ninja")
-        assert cmake is not None, "cmake: not found; it is among what the tests need (pip install fastvq[test])"
-        build = folder / "build"
-        configure = [cmake, "-S", str(_HERE / "emulation"), "-B", str(build), f"-DPython_EXECUTABLE={sys.executable}"]
-        if ninja is not None:
-            configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
-        for command in (configure, [cmake, "--build", str(build), "--target", "fastvq_emulated", "--parallel"]):
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            assert done.returncode == 0, f"{' '.join(command)}:\n{done.stdout}\n{done.stderr}"
-        return next(build.glob("fastvq_emulated*.so"))
-
-
-@pytest.fixture(scope="session")
-def emulated_module(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    """Built once for all processes of a test run. Skips where nothing can be compiled; what does not compile is a
-    failure."""
-    compiler = os.environ.get("CXX", "c++").split()[0]
-    if shutil.which(compiler) is None:
-        pytest.skip(f"no C++ compiler ({compiler}) to compile the kernels for the host with")
-    shared = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        shared = shared.parent
-    path = _build(shared / "fastvq_emulated")
+        if not (folder / "done").exists():
+            cmake, ninja = _tool("cmake"), _tool("ninja")
+            assert cmake is not None, "cmake: not found; it is among what the tests need (pip install fastvq[test])"
+            configure = [cmake, "-S", _HERE / "emulation", "-B", folder, f"-DPython_EXECUTABLE={sys.executable}"]
+            if ninja is not None:
+                configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+            for command in (configure, [cmake, "--build", folder, "--target", "fastvq_emulated", "--parallel"]):
+                done = subprocess.run(command, capture_output=True, text=True, check=False)
+                assert done.returncode == 0, f"{command}:\n{done.stdout}\n{done.stderr}"
+            (folder / "done").touch()
+    path = next(folder.glob("fastvq_emulated*.so"))
     spec = importlib.util.spec_from_file_location("fastvq_emulated", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def emulated_module() -> ModuleType:
+    """Skips where nothing can be compiled; what does not compile is a failure."""
+    compiler = os.environ.get("CXX", "c++").split()[0]
+    if shutil.which(compiler) is None:
+        pytest.skip(f"no C++ compiler ({compiler}) to compile the kernels for the host with")
+    return new_module()
 
 
 @pytest.fixture
@@ -130,14 +141,16 @@ class Emulated:
             extension=module,
         )
 
+    def state(self, request: SampleRequest) -> RowState:
+        return GridState(self.compiled, self.batch, static_inputs(self.prior, request))
+
     @torch.inference_mode()
     def fill(self, request: SampleRequest, *, logits: bool = False) -> tuple[Tensor, Tensor]:
         """Codes [B, H, W], and logits [B, H, W, K] of all positions: NaN where none were asked for."""
-        state = GridState(self.compiled, self.batch, static_inputs(self.prior, request))
         config = self.prior.config
         found = torch.full((self.batch, *config.shape, config.num_codes), float("nan"))
         codes = sample_cuda(
-            self.compiled, self.step, state, request, lambda rows: None, logits=found if logits else None
+            self.step, self.state(request), request, lambda rows: None, logits=found if logits else None
         )
         return codes.clone(), found
 

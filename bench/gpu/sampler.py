@@ -55,11 +55,10 @@ VARIANTS = {
     "cuda graph": EngineOptions(cuda_graph=True),
     "cuda bf16 graph": EngineOptions(precision="bfloat16", cuda_graph=True),
     "cuda rows": EngineOptions(row_kernel="library"),
-    "cuda triton rows": EngineOptions(row_kernel="triton"),
 }
 # The time may end anywhere, so what is compared most comes first.
 ORDER = (
-    *("cuda graph", "cuda bf16 graph", "cuda", "cuda bf16", "cuda rows", "naive", "torch", "cuda triton rows"),
+    *("cuda graph", "cuda bf16 graph", "cuda", "cuda bf16", "cuda rows", "naive", "torch"),
     "torch graph",
 )
 

@@ -9,10 +9,9 @@ from fastvq._check import require_bool, require_choice, require_positive_int
 from fastvq.errors import ArgumentError, ArgumentTypeError
 
 Precision = Literal["float32", "bfloat16"]
-RowKernel = Literal["library", "triton"]
+RowKernel = Literal["library"]
 
 PRECISIONS = ("float32", "bfloat16")
-ROW_KERNELS = ("library", "triton")
 KERNELS = ("auto", "avx512", "avx2", "baseline")
 _MOST_THREADS = 1024
 
@@ -23,14 +22,13 @@ class EngineOptions:
 
     Attributes:
         precision: of the weights of the ``cpu`` and ``cuda`` engines; sums are float32 either way. ``bfloat16`` halves
-            the memory traffic and is not exact. Along a front the ``cuda`` engine rounds what weights are multiplied by
-            as well; in raster order only the weights of the step phase, and with 8 samples or more what these are
-            multiplied by.
+            the memory traffic and is not exact. The ``cuda`` engine rounds what weights are multiplied by as well; in
+            raster order the steps of a row do so with 8 samples or more, and library convolutions never.
         threads: of the ``cpu`` engine, 1 to 1024; None for PyTorch's number. Steps with little work take fewer.
         kernels: instruction set of the ``cpu`` engine: ``auto``, ``avx512``, ``avx2`` or ``baseline``.
-        row_kernel: what computes the convolutions over the rows above in the ``cuda`` engine: ``library`` (PyTorch's)
-            or ``triton`` (the project's own kernel). Both are float32. None for ``library``. The engine samples in
-            raster order if this is given: along a front it has no row phase.
+        row_kernel: what works out in the ``cuda`` engine what is known when a row starts: None for the products that it
+            has along a front as well, where those can run; ``library`` for PyTorch's convolutions, in float32, to
+            compare with. The engine samples in raster order if this is given: along a front it has no row phase.
         tile: columns of a row that are sampled one after the other before the front moves on, 1 to the width of the
             grid, which is raster order; see :class:`fastvq.sampling.plan.Front`. None for what should be fastest. Codes
             do not depend on it. Priors with attention are sampled in raster order alone. The ``cuda`` engine has
@@ -52,8 +50,10 @@ class EngineOptions:
     def __post_init__(self) -> None:
         require_choice("precision", self.precision, PRECISIONS)
         require_choice("kernels", self.kernels, KERNELS)
-        if self.row_kernel is not None:
-            require_choice("row_kernel", self.row_kernel, ROW_KERNELS)
+        if self.row_kernel not in (None, "library"):
+            raise ArgumentError(
+                f"row_kernel: expected None, for the cuda engine's own products, or 'library', got {self.row_kernel!r}"
+            )
         if self.threads is not None:
             require_positive_int("threads", self.threads, maximum=_MOST_THREADS)
         if self.tile is not None:

@@ -46,7 +46,7 @@ from fastvq.sampling import (
 from fastvq.sampling.engines import cuda, cuda_grid, fill, static_inputs, why_not
 from fastvq.sampling.engines.cuda import cuda_summary
 from fastvq.sampling.engines.cuda_graph import GraphedGrid
-from fastvq.sampling.engines.cuda_grid import ROWS_IN_FLIGHT, CudaStep, ViewRing, why_no_cuda
+from fastvq.sampling.engines.cuda_grid import ROWS_IN_FLIGHT, CudaStep, why_no_cuda
 from fastvq.sampling.engines.state import CompiledPlan, GridState, cache_bytes, padded
 from fastvq.sampling.engines.step_tables import make_scratch
 from fastvq.sampling.plan import compile_plan
@@ -242,22 +242,6 @@ def test_logits_that_are_not_finite() -> None:
         fill("cpu", prior, job.request, lambda rows: None)
 
 
-def test_the_ring_gives_places_in_turn() -> None:
-    ring = ViewRing(3, 5, CPU)
-    assert len(ring) == 3
-    pairs = [ring[row] for row in range(7)]
-    for host, device in pairs:
-        assert host.shape == device.shape == (2, 5, 4)
-        assert host.dtype == device.dtype == torch.int64
-        assert host.data_ptr() != device.data_ptr()
-    for row in range(7):
-        assert pairs[row][0] is pairs[row % 3][0]
-        assert pairs[row][1] is pairs[row % 3][1]
-    assert len({host.data_ptr() for host, _ in pairs}) == 3
-    ring.enqueued(0)
-    ring.wait(0)
-
-
 # The public calls.
 
 
@@ -361,7 +345,7 @@ def test_graphs_need_a_gpu() -> None:
     prior = spread(snail(num_classes=3))
     job = Job(prior)
     with refuses(UnavailableError, "cuda_graph: it needs a GPU, the plan is on cpu"):
-        GraphedGrid(job.compiled, job.step, job.state.statics, job.request)
+        GraphedGrid(job.step, job.state, job.request)
 
 
 def test_keys_of_graphs() -> None:
@@ -411,7 +395,9 @@ def gpu_codes(prior: Prior, **options: Any) -> Tensor:
 @every_prior
 @every_given
 @pytest.mark.parametrize(
-    "options", [{}, {"row_kernel": "triton"}, {"cuda_graph": True}], ids=["plain", "triton", "graph"]
+    "options",
+    [{}, {"row_kernel": "library"}, {"cuda_graph": True}, {"row_kernel": "library", "cuda_graph": True}],
+    ids=["plain", "library", "graph", "library-graph"],
 )
 def test_codes_on_a_gpu(options: dict[str, Any], kind: str, told: str) -> None:
     prior = spread(PRIORS[kind](**GIVEN[told]))

@@ -33,11 +33,12 @@ from fastvq.errors import ArgumentError, UnavailableError
 from fastvq.kernels.launch import Device
 from fastvq.models import Prior
 from fastvq.sampling import EngineOptions, sample
-from fastvq.sampling.engines import cuda_front, fill, static_inputs
+from fastvq.sampling.engines import fill, front_launch, static_inputs
 from fastvq.sampling.engines.base import RowDone
 from fastvq.sampling.engines.cuda_front import FrontGrid, FrontPlan, is_filtered, takes_front
-from fastvq.sampling.engines.front_program import FrontProgram, why_no_front
+from fastvq.sampling.engines.front_program import FrontProgram
 from fastvq.sampling.engines.front_weights import FrontWeights
+from fastvq.sampling.engines.front_work import Work, why_no_front
 from fastvq.sampling.engines.prepared import prepared
 from fastvq.sampling.plan import compile_plan
 from fastvq.sampling.request import SampleRequest, Settings
@@ -78,7 +79,7 @@ class Job:
         self.given = given_to(prior, n)
         made = request_of(self.prior, n, self.given, **{"seed": 4, **changes})
         self.request = made if request is None else request
-        self.weights = FrontWeights(compile_plan(prior), torch.device(device), precision, programs=programs)
+        self.weights = FrontWeights(Work.front(compile_plan(prior)), torch.device(device), precision, programs=programs)
         self.statics = static_inputs(self.prior, self.request)
         filtered = is_filtered(self.request.settings, prior.config.num_codes)
         self.grid = FrontGrid(self.weights, n, self.statics, filtered=filtered, grouped=grouped, keep_logits=True)
@@ -130,7 +131,7 @@ def check_drawn(device: str, **settings: Any) -> str:
     return check_codes(partial(PRIORS["pixelcnn-no-layers"], num_codes=23), device, settings=Settings(**settings))
 
 
-def _in_order(a: np.ndarray, b: np.ndarray, dtype: Any = None) -> np.ndarray:
+def in_order(a: np.ndarray, b: np.ndarray, dtype: Any = None) -> np.ndarray:
     """A product added up in one order; in NumPy's it depends on the place of a row."""
     total = np.zeros((a.shape[0], b.shape[1]), dtype)
     for k in range(a.shape[1]):
@@ -141,9 +142,9 @@ def _in_order(a: np.ndarray, b: np.ndarray, dtype: Any = None) -> np.ndarray:
 def check_bits(precision: str, device: str) -> None:
     """Of a sample's logits: whatever it is sampled with, and however its sums are shared out among programs."""
     prior = spread(BARE(channels=6, num_classes=3, shape=(2, 3)))
-    with mock.patch("numpy.matmul", _in_order):
+    with mock.patch("numpy.matmul", in_order):
         whole = Job(prior, 5, device, precision=precision, grouped=True)
-        assert any(one.group > 1 for one in whole.weights.sums.values())
+        assert any(one.group > 1 for one in whole.weights.cut.sums.values())
         codes, logits = whole.run()
         for n, grouped in ((1, False), (2, True)):
             request = whole.request.rows(torch.arange(n, device=device) + 5 - n)
@@ -234,7 +235,7 @@ test_interpreted, test_on_a_gpu = checked_in_both(__file__, GROUPS)
 @pytest.mark.parametrize("kind", FRONTS)
 def test_every_operation_is_worked_out_once_and_before_it_is_read(kind: str) -> None:
     plan = compile_plan(FRONTS[kind](shape=(4, 8), **GIVEN["alone"]))
-    program = FrontProgram(plan)
+    program = FrontProgram(Work.front(plan))
     known = {op.index for op in plan.ops if op.kind == "static"}
     worked_out: list[int] = []
     for level in program.levels:
@@ -269,7 +270,7 @@ def test_launches_of_priors() -> None:
         prior = BARE(mask=mask, blocks=3, layers_per_block=2, shape=(4, 8))
         return [
             (len(one.products), [len(stage) for stage in one.stages])
-            for one in FrontProgram(compile_plan(prior)).levels
+            for one in FrontProgram(Work.front(compile_plan(prior))).levels
         ]
 
     # Look-up and first block; convolutions of 6 layers; gates of the other blocks.
@@ -294,8 +295,8 @@ def test_priors_that_take_the_front() -> None:
         takes_front(front, EngineOptions(tile=2))
     with refuses(ArgumentError, "tile: expected 8, the width of the grid, got 1: its attention reads all"):
         takes_front(attention, EngineOptions(tile=1))
-    with refuses(ArgumentError, "row_kernel: there is no row phase along a front, got 'triton'"):
-        takes_front(front, EngineOptions(tile=1, row_kernel="triton"))
+    with refuses(ArgumentError, "row_kernel: there is no row phase along a front, got 'library'"):
+        takes_front(front, EngineOptions(tile=1, row_kernel="library"))
 
 
 @needs_triton
@@ -310,7 +311,7 @@ def test_refusals() -> None:
     with torch.no_grad():
         prior.get_submodule("output").weight[0].fill_(math.nan)  # type: ignore[index]
     with refuses(ArgumentError, "prior: its weights hold NaN or infinite values"):
-        FrontWeights(compile_plan(prior), CPU, "float32")
+        FrontWeights(Work.front(compile_plan(prior)), CPU, "float32")
 
 
 # Compiled.
@@ -341,8 +342,8 @@ def test_compiled_kernels_fit_the_chip(
 ) -> None:
     """As a layer of 256 channels over 64 x 64 positions launches them."""
     prior = BARE(shape=(64, 64), channels=256, residual_channels=256, kernel_size=5, num_codes=512)
-    monkeypatch.setattr(cuda_front, "hardware", lambda device: Device(capability, 132))
-    weights = FrontWeights(compile_plan(prior), torch.device("meta"), precision)
+    monkeypatch.setattr(front_launch, "hardware", lambda device: Device(capability, 132))
+    weights = FrontWeights(Work.front(compile_plan(prior)), torch.device("meta"), precision)
     statics = {"background": torch.empty(1, 2, 64, 64, device="meta")}
     FrontGrid(weights, 16, statics, filtered=filtered).enqueue_step()
     kernels = {launch.kernel.__name__: launch for launch in launches}
@@ -404,7 +405,7 @@ def test_memory() -> None:
     before = torch.cuda.memory_allocated()
     fill("cuda", prior, request, lambda rows: None)
     taken = torch.cuda.max_memory_allocated() - before
-    weights = FrontWeights(compile_plan(prior), torch.device("meta"), "float32")
+    weights = FrontWeights(Work.front(compile_plan(prior)), torch.device("meta"), "float32")
     statics = {"background": torch.empty(1, 2, 16, 32, device="meta")}
     grid = FrontGrid(weights, 16, statics)
     assert taken <= 1.1 * grid.bytes + 2**20

@@ -91,12 +91,12 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "row-kernel": (
         {"row_kernel": "cudnn"},
         ArgumentError,
-        "row_kernel: expected one of 'library', 'triton', got 'cudnn'",
+        "row_kernel: expected None, for the cuda engine's own products, or 'library', got 'cudnn'",
     ),
-    "product": (
-        {"row_kernel": "product"},
+    "triton": (
+        {"row_kernel": "triton"},
         ArgumentError,
-        "row_kernel: expected one of 'library', 'triton', got 'product'",
+        "row_kernel: expected None, for the cuda engine's own products, or 'library', got 'triton'",
     ),
     "no-tile": ({"tile": 0}, ArgumentError, "tile: must be at least 1, got 0"),
     "graph": ({"cuda_graph": 1}, ArgumentTypeError, "cuda_graph: expected a bool, got int"),
@@ -112,14 +112,14 @@ def test_options_that_do_not_fit(options: dict[str, Any], error: type[Exception]
 UNKNOWN_OPTIONS: dict[str, tuple[str, dict[str, Any], str]] = {
     "bfloat16-torch": ("torch", {"precision": "bfloat16"}, "precision: only the cuda and cpu engines have bfloat16"),
     "bfloat16-naive": ("naive", {"precision": "bfloat16"}, "precision: only the cuda and cpu engines have bfloat16"),
-    "triton-naive": (
+    "library-naive": (
         "naive",
-        {"row_kernel": "triton"},
+        {"row_kernel": "library"},
         "row_kernel: only the cuda engine has a choice, the engine here",
     ),
-    "triton-torch": (
+    "library-torch": (
         "torch",
-        {"row_kernel": "triton"},
+        {"row_kernel": "library"},
         "row_kernel: only the cuda engine has a choice, the engine here",
     ),
     "library-cpu": ("cpu", {"row_kernel": "library"}, "row_kernel: only the cuda engine has a choice, the engine here"),

@@ -133,7 +133,10 @@ def test_what_an_engine_cannot_do_is_said(preferred: None, capsys: pytest.Captur
         sample(prior, 1, engine="warp")
     for options, message in (
         (EngineOptions("bfloat16"), "precision: only the cuda and cpu engines have bfloat16 weights, the engine here"),
-        (EngineOptions(row_kernel="triton"), "row_kernel: only the cuda engine has a choice, the engine here is 'toy'"),
+        (
+            EngineOptions(row_kernel="library"),
+            "row_kernel: only the cuda engine has a choice, the engine here is 'toy'",
+        ),
         (EngineOptions(tile=1), "tile: the toy engine does not sample along a front, got 1"),
         (EngineOptions(cuda_graph=True), "cuda_graph: only the cuda engine has one, the engine here is 'toy'"),
     ):

@@ -270,7 +270,7 @@ OPTIONS = {
     "threads": EngineOptions(threads=2),
     "baseline": EngineOptions(kernels="baseline"),
     "avx512": EngineOptions(kernels="avx512"),
-    "triton": EngineOptions(row_kernel="triton"),
+    "library": EngineOptions(row_kernel="library"),
     "graph": EngineOptions(cuda_graph=True),
 }
 KINDS: dict[str, Callable[[], Prior]] = {

@@ -14,7 +14,6 @@ from fastvq._evaluation import in_evaluation
 from fastvq.errors import ArgumentError
 from fastvq.models.prior import Prior
 from fastvq.sampling.engines.phases import OnPhase
-from fastvq.sampling.engines.state import require_row_kernel
 from fastvq.sampling.options import EngineOptions
 from fastvq.sampling.plan.form import Plan
 from fastvq.sampling.plan.front import Front
@@ -55,7 +54,7 @@ class Engine(ABC, Generic[P]):
         plans: whether it runs a plan of the prior, with a row phase before the steps of each row, instead of the
             prior's modules. Priors of which there is no plan are refused before it is asked.
         cuda_graphs: whether it can record a grid as a CUDA graph.
-        row_kernels: whether there is a choice of them for its row phase.
+        row_kernels: whether there is a choice of what computes its row phase.
         tiles: whether it samples along a front, so that there is a choice of its tiles.
         micro_batch: most samples that it computes together unless told otherwise.
     """
@@ -88,11 +87,10 @@ class Engine(ABC, Generic[P]):
         """Refuse options, other than the precision, that it does not have and would pass over in silence.
 
         Args:
-            device: of the prior; with it, kernels that are not available there are refused as well.
+            device: of the prior; with it, what is not available there is refused as well.
 
         Raises:
             ArgumentError: there is such an option.
-            UnavailableError: the row kernel cannot run on the device.
         """
         if options.row_kernel is not None and not self.row_kernels:
             raise ArgumentError(f"row_kernel: only the cuda engine has a choice, the engine here is {self.name!r}")
@@ -100,8 +98,6 @@ class Engine(ABC, Generic[P]):
             raise ArgumentError(f"tile: the {self.name} engine does not sample along a front, got {options.tile}")
         if options.cuda_graph and not self.cuda_graphs:
             raise ArgumentError(f"cuda_graph: only the cuda engine has one, the engine here is {self.name!r}")
-        if device is not None and options.row_kernel is not None:
-            require_row_kernel(options.row_kernel, device)
 
     def evaluated(self, prior: Prior) -> Prior:
         """The prior in evaluation mode, as far as the engine runs its modules: a plan has all but the context in it."""

@@ -5,8 +5,9 @@ samples at once; each kernel finds its positions from the number of the step, wh
 launches of all steps are the same and a CUDA graph of one step serves for all. Kernels are Triton's; the compiled
 extension is not needed.
 
-Every output is summed in one order that does not depend on the batch, see `fastvq.kernels.front_product`: the codes of
-a sample are the same whatever it is sampled with. It has not yet run on a GPU, only in Triton's interpreter.
+Every output is summed in one order that does not depend on the batch, see `fastvq.kernels.front_product`, and what is
+known of a condition is worked out sample by sample: the codes of a sample are the same whatever it is sampled with. It
+has not yet run on a GPU, only in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -19,24 +20,23 @@ from torch import Tensor
 
 from fastvq import _nvtx
 from fastvq.errors import ArgumentError, UnavailableError
-from fastvq.kernels.launch import hardware, on_device
+from fastvq.kernels.launch import on_device
 from fastvq.models.prior import Prior
 from fastvq.ops.dispatch import triton_reason
 from fastvq.sampling.engines.base import RowDone
 from fastvq.sampling.engines.cuda_grid import LEAST_CAPABILITY, NOTHING_BAD, ROWS_IN_FLIGHT, synchronise
-from fastvq.sampling.engines.front_program import why_no_front
-from fastvq.sampling.engines.front_tables import TAIL_BLOCK, Layout, Tables
+from fastvq.sampling.engines.front_launch import StepKernels
+from fastvq.sampling.engines.front_tables import static_sizes
 from fastvq.sampling.engines.front_weights import FrontWeights
+from fastvq.sampling.engines.front_work import Work, why_no_front
 from fastvq.sampling.engines.phases import OnPhase, Phases
 from fastvq.sampling.engines.prepared import Kept, Prepared
-from fastvq.sampling.engines.state import static_inputs
+from fastvq.sampling.engines.state import separate_statics
 from fastvq.sampling.engines.step_tables import not_drawable
 from fastvq.sampling.options import EngineOptions
 from fastvq.sampling.plan.form import Plan
 from fastvq.sampling.request import SampleRequest, Settings
 
-# Of float32 products on tensor cores: six products of bfloat16 thirds, which together carry 24 bits.
-FLOAT32_PRODUCTS = "bf16x6"
 # Pairs of logits that a warp of a filtered draw compares at a time.
 _COMPARED = 1024
 _GRAPH = "front graph"
@@ -99,13 +99,16 @@ class FrontPlan:
             raise UnavailableError(f"engine: 'cuda' was asked for but cannot run here: {reason}")
         precision = options.precision
         weights = kept.get(
-            "front", precision, lambda: FrontWeights(kept.plan, kept.device, precision), instead_of=(_GRAPH,)
-        )  # fmt: skip
+            "front",
+            precision,
+            lambda: FrontWeights(Work.front(kept.plan), kept.device, precision),
+            instead_of=(_GRAPH,),
+        )
         return cls(weights, kept if options.cuda_graph else None)
 
     def fill(self, prior: Prior, request: SampleRequest, row_done: RowDone, on_phase: OnPhase | None) -> Tensor:
         """See `fastvq.sampling.engines.base.Engine.fill`."""
-        weights, statics = self.weights, static_inputs(prior, request)
+        weights, statics = self.weights, separate_statics(prior, request)
         batch, filtered = len(request.noise), is_filtered(request.settings, weights.plan.num_codes)
 
         def make() -> FrontGrid:
@@ -118,13 +121,13 @@ class FrontPlan:
         return grid.fill(request, statics, row_done, on_phase, recorded=True)
 
 
-class FrontGrid:
+class FrontGrid(StepKernels):
     """The caches of one micro-batch, and the launches of a step.
 
     Args:
         statics: what the prior is told: of the shapes that `begin` is given.
         filtered: codes are drawn by top_k or top_p.
-        grouped: see `Tables`.
+        grouped: see `Layout`.
         keep_logits: ``logits`` is float32 [n, H, W, K] and receives those of all positions.
     """
 
@@ -138,21 +141,10 @@ class FrontGrid:
         grouped: bool | None = None,
         keep_logits: bool = False,
     ) -> None:
-        self.weights, self.plan, self.device = weights, weights.plan, weights.device
-        self.front, self.batch, self.filtered = self.plan.front(1), batch, filtered
+        super().__init__(weights, batch, static_sizes(statics), grouped=grouped)
+        self.front, self.filtered = self.plan.front(1), filtered
         self.lock = threading.Lock()
-        self.layout = Layout(weights, batch, statics)
-        tables = Tables(weights, self.layout, grouped=grouped)
-        self.launches = tables.launches
         device = self.device
-        self._items, self._programs, self._instructions, self._chains = (
-            torch.tensor(table, dtype=torch.int64).to(device)
-            for table in (tables.items, tables.programs, tables.instructions, tables.chains)
-        )
-        # Vectors are padded with zeros that products read.
-        self.features = torch.zeros(self.layout.features * weights.tiles.block_k, dtype=weights.dtype, device=device)
-        self.values = torch.empty(self.layout.values, dtype=torch.float32, device=device)
-        self.partials = torch.empty(tables.partials, dtype=torch.float32, device=device)
         height, width = self.plan.shape
         sizes = (batch, height, width)
         self.codes = torch.empty(sizes, dtype=torch.int64, device=device)
@@ -165,12 +157,6 @@ class FrontGrid:
         self.status = torch.full((1,), NOTHING_BAD, dtype=torch.int64, device=device)
         self._graph: torch.cuda.CUDAGraph | None = None
 
-    @property
-    def bytes(self) -> int:
-        """Of everything that a grid takes beside the weights."""
-        tensors = (value for value in vars(self).values() if isinstance(value, Tensor))
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
     def begin(self, request: SampleRequest, statics: dict[str, Tensor]) -> None:
         """Enqueue what comes before the first step."""
         self.codes.copy_(request.start_codes())
@@ -181,12 +167,7 @@ class FrontGrid:
         self._options.copy_(torch.tensor([settings.temperature, top_k, top_p]))
         self.step.zero_()
         self.status.fill_(NOTHING_BAD)
-        unit = self.weights.tiles.block_k
-        for index, (base, units, sizes) in self.layout.statics.items():
-            op = self.plan.ops[index]
-            count = sizes[0] * sizes[1] * sizes[2] * units
-            place = self.features[base * unit : (base + count) * unit].view(*sizes, units * unit)
-            place[..., : op.channels] = statics[op.variant].permute(0, 2, 3, 1)
+        self.put_statics(statics)
 
     def _record(self) -> None:
         # Kernels are compiled and loaded when they are first launched, which must not happen while recording.
@@ -202,41 +183,9 @@ class FrontGrid:
         if self._graph is not None:
             self._graph.replay()
             return
-        for kind, first, last in self.launches:
-            if kind == "product":
-                self._multiply(first, last)
-            else:
-                self._finish(first, last)
+        self.enqueue(self.step, self.codes)
         self._draw()
         self.step.add_(1)
-
-    def _multiply(self, first: int, last: int) -> None:
-        from fastvq.kernels.front_product import _product_kernel
-
-        height, width = self.plan.shape
-        tiles, weights = self.weights.tiles, self.weights
-        # Eight warps share out the accumulators, which Blackwell has in a memory of their own.
-        _product_kernel[(-(-self.layout.capacity // tiles.block_m), last - first)](
-            self.step, self.features, weights.weights, self.partials, self._items, self._programs[first:last],
-            self.batch,
-            HEIGHT=height, WIDTH=width, SKEW=self.front.skew,
-            PRECISION="interpreted" if self.device.type == "cpu" else FLOAT32_PRODUCTS,
-            BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,
-            num_warps=4 if hardware(self.device).capability >= 100 else 8, num_stages=tiles.stages,
-        )  # fmt: skip
-
-    def _finish(self, first: int, last: int) -> None:
-        from fastvq.kernels.front_tail import _tail_kernel
-
-        height, width = self.plan.shape
-        block_m, block_c = TAIL_BLOCK
-        _tail_kernel[(-(-self.layout.capacity // block_m), last - first)](
-            self.step, self.codes, self.features, self.partials, self.values, self.weights.params, self.weights.taps,
-            self._instructions, self._chains[first:last],
-            self.batch, self.layout.capacity, self.layout.cached_rows, self.plan.num_codes,
-            HEIGHT=height, WIDTH=width, SKEW=self.front.skew, UNIT=self.weights.tiles.block_k,
-            BLOCK_M=block_m, BLOCK_C=block_c, num_warps=4,
-        )  # fmt: skip
 
     def _draw(self) -> None:
         from fastvq.kernels.front_draw import _draw_kernel

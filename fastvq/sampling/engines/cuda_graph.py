@@ -14,9 +14,8 @@ from fastvq import _nvtx
 from fastvq.errors import UnavailableError
 from fastvq.kernels.launch import on_device
 from fastvq.sampling.engines.base import RowDone
-from fastvq.sampling.engines.cuda_grid import CudaStep, Grid, synchronise
-from fastvq.sampling.engines.state import CompiledPlan, GridState
-from fastvq.sampling.engines.step_tables import VIEW_FIELDS
+from fastvq.sampling.engines.cuda_grid import CudaStep, Grid, make_views, synchronise
+from fastvq.sampling.engines.state import RowState
 from fastvq.sampling.request import SampleRequest
 
 
@@ -24,26 +23,22 @@ class GraphedGrid:
     """A recorded grid.
 
     Args:
-        statics: what the prior is told, as `GridState` takes it; this and the request's numbers are copied into places
-            of the graph's own, and those of later requests as well.
+        state: the graph's own. What the prior is told and the request's numbers are copied into places of the graph's
+            own, and those of later requests as well.
 
     Raises:
         UnavailableError: the plan is not on a GPU.
     """
 
-    def __init__(
-        self, compiled: CompiledPlan, step: CudaStep, statics: dict[str, Tensor], request: SampleRequest
-    ) -> None:
+    def __init__(self, step: CudaStep, state: RowState, request: SampleRequest) -> None:
         if step.device.type != "cuda":
             raise UnavailableError(f"cuda_graph: it needs a GPU, the plan is on {step.device}")
-        self.compiled, self.step, self.settings = compiled, step, request.settings
-        self._statics = {name: tensor.clone() for name, tensor in statics.items()}
+        self.step, self.state, self.settings = step, state, request.settings
+        state.statics = {name: tensor.clone() for name, tensor in state.statics.items()}
         self._noise, self._known = request.noise.contiguous().clone(), request.known.contiguous().clone()
         self._start = request.start_codes().clone()
-        height, _ = compiled.plan.shape
-        shape = (height, 2, len(step.tables.ops), VIEW_FIELDS)
-        self._host = torch.empty(shape, dtype=torch.int64, pin_memory=True)
-        self._views = torch.empty(shape, dtype=torch.int64, device=step.device)
+        # A recorded copy reads the host's memory in every replay.
+        self._views = make_views(step)
         with step.lock, on_device(step.device):
             self._record()
 
@@ -64,13 +59,10 @@ class GraphedGrid:
             self._grid = self._enqueue()
 
     def _enqueue(self) -> Grid:
-        # The state is made here because a replay has to begin with caches of zeros as well.
-        state = GridState(self.compiled, self.step.batch, self._statics)
-        state.codes.copy_(self._start)
-        grid = Grid(self.step, state, self._noise, self._known, self.settings)
-        # A recorded copy reads the host's memory in every replay, and there is a place for every row.
-        for row, (host, device) in enumerate(zip(self._host, self._views, strict=True)):
-            grid.enqueue(row, host, device)
+        grid = Grid(self.step, self.state, self._noise, self._known, self.settings, self._views)
+        grid.begin(self._start)
+        for row in range(self.step.plan.shape[0]):
+            grid.enqueue(row)
         return grid
 
     def fill(self, statics: dict[str, Tensor], request: SampleRequest, row_done: RowDone) -> Tensor:
@@ -81,14 +73,14 @@ class GraphedGrid:
         """
         with self.step.lock, on_device(self.step.device), _nvtx.annotate("grid"):
             try:
-                for name, place in self._statics.items():
+                for name, place in self.state.statics.items():
                     place.copy_(statics[name])
                 self._noise.copy_(request.noise)
                 self._known.copy_(request.known)
                 self._start.copy_(request.start_codes())
                 self._graph.replay()
                 self._grid.check()
-                codes = self._grid.state.codes.clone()
+                codes = self.state.codes.clone()
             finally:
                 synchronise(self.step.device)
         row_done(codes.shape[1])

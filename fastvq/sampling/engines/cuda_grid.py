@@ -1,14 +1,17 @@
 """The cached sampler with its step phase in CUDA: one launch fills a row, draws included, and nothing waits for it.
 
-Rows are enqueued one after the other on the current stream: library kernels for what is known when a row starts, then
-the launch. The host is a few rows ahead of the device; it reads nothing back before the end of the grid.
+Rows are enqueued one after the other on the current stream: a few launches for what is known when a row starts
+(`fastvq.sampling.engines.cuda_rows`; library kernels where those cannot run), then the one that fills it. The host is a
+few rows ahead of the device; it reads nothing back before the end of the grid.
 """
 
 from __future__ import annotations
 
+import collections
 import threading
 from types import ModuleType
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,10 +22,11 @@ from fastvq.errors import UnavailableError
 from fastvq.kernels.launch import on_device
 from fastvq.sampling.engines.base import RowDone
 from fastvq.sampling.engines.phases import OnPhase, Phases
-from fastvq.sampling.engines.state import CompiledPlan, GridState
+from fastvq.sampling.engines.state import RowState, SteadyState
 from fastvq.sampling.engines.step_tables import (
     VIEW_FIELDS,
     PlanTables,
+    fill_all_views,
     fill_views,
     logits_view,
     make_scratch,
@@ -120,11 +124,23 @@ class CudaStep:
         self.tables.release()  # the extension has packed them
 
 
+Views = tuple[Tensor, Tensor]
+
+
+def make_views(step: CudaStep) -> Views:
+    """Room for the views of all rows on the host and on the device: int64 [H, 2, operations, 4]."""
+    shape = (step.plan.shape[0], 2, len(step.tables.ops), VIEW_FIELDS)
+    host = torch.empty(shape, dtype=torch.int64, pin_memory=step.device.type == "cuda")
+    return host, torch.empty(shape, dtype=torch.int64, device=step.device)
+
+
 class Grid:
     """What the rows of one grid are enqueued from: the state, room for the current position, the status word.
 
     Args:
         noise, known: float32 and bool [n, H, W], contiguous.
+        views: see `make_views`. Copies of them wait on the host, which must not write there again before all rows are
+            done.
         logits: None, or float32 [n, H, W, K] to receive those of all positions.
         on_phase: what is told how long the phases took.
     """
@@ -132,44 +148,61 @@ class Grid:
     def __init__(
         self,
         step: CudaStep,
-        state: GridState,
+        state: RowState,
         noise: Tensor,
         known: Tensor,
         settings: Settings,
+        views: Views,
         logits: Tensor | None = None,
         on_phase: OnPhase | None = None,
     ) -> None:
         self.step, self.state, self.settings, self.logits = step, state, settings, logits
         self.phases = Phases(on_phase, step.device)
         self.noise, self.known = noise, known
+        self.host, self.device = views
         self.scratch = make_scratch(state, places=2)
         self.status = torch.full((1,), NOTHING_BAD, dtype=torch.int64, device=step.device)
 
-    def enqueue(self, row: int, host: Tensor, device: Tensor) -> list[Tensor]:
-        """Enqueue a row. Views are written to ``host`` and read from ``device``, int64 [2, operations, 4] each.
+    def begin(self, codes: Tensor) -> None:
+        """Enqueue what comes before the first row; ``codes`` [n, H, W] are those that the grid starts from."""
+        self.state.begin(codes)
+        if isinstance(self.state, SteadyState):
+            views = self.host.numpy()
+            fill_all_views(views, self.step.tables, self.state, self.scratch)
+            for row in range(len(views)):
+                self._view_logits(views[row], row)
+            self.device.copy_(self.host, non_blocking=True)
+
+    def enqueue(self, row: int) -> list[Tensor]:
+        """Enqueue a row.
 
         Returns tensors to keep until the launch is enqueued. They need not be kept longer: the allocator gives memory
         of a stream to later work of the same stream only, which runs after the launch.
         """
         step, state = self.step, self.state
         entries = 2 * len(step.tables.ops) * VIEW_FIELDS
+        kept: list[Tensor] = []
         with self.phases.phase("row phase"):
             state.begin_row(row)
-            views = host.numpy()
-            kept = fill_views(views, step.tables, state, self.scratch, row)
-            if self.logits is not None:
-                views[0, step.plan.output] = logits_view(state, self.logits, row)
-            device.copy_(host, non_blocking=True)
+            if not isinstance(state, SteadyState):
+                views = self.host[row].numpy()
+                kept = fill_views(views, step.tables, state, self.scratch, row)
+                self._view_logits(views, row)
+                self.device[row].copy_(self.host[row], non_blocking=True)
         with self.phases.phase("step phase"):
             step.native.run_row(
                 row,
-                address("host", host, torch.int64, entries),
-                address("device", device, torch.int64, entries, step.device),
+                address("host", self.host[row], torch.int64, entries),
+                address("device", self.device[row], torch.int64, entries, step.device),
                 *row_arguments(state, self.noise, self.known, self.settings, row),
                 address("status", self.status, torch.int64, 1, step.device),
                 _stream(step.device),
             )
         return kept
+
+    def _view_logits(self, views: np.ndarray, row: int) -> None:
+        if self.logits is not None:
+            views[0, self.step.plan.output] = logits_view(self.state, self.logits, row)
 
     def check(self) -> None:
         """Wait for all rows, and refuse grids of which a position could not be drawn.
@@ -183,45 +216,9 @@ class Grid:
             raise not_drawable(sample, *divmod(position, self.state.width))
 
 
-class ViewRing:
-    """Views of the rows in flight, written on the host and copied to the device without waiting.
-
-    The host must not write to pinned memory whose copy is still waiting, so each place has an event behind its row.
-    """
-
-    def __init__(self, places: int, num_ops: int, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
-        shape = (2, num_ops, VIEW_FIELDS)
-        self.host = [torch.empty(shape, dtype=torch.int64, pin_memory=self._on_gpu) for _ in range(places)]
-        self.device = [torch.empty(shape, dtype=torch.int64, device=device) for _ in range(places)]
-        self._events: list[torch.cuda.Event | None] = [None] * places
-
-    def __len__(self) -> int:
-        return len(self.host)
-
-    def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
-        """The views of a row, on the host and on the device; the row ``len(self)`` before has to be done."""
-        place = row % len(self)
-        return self.host[place], self.device[place]
-
-    def enqueued(self, row: int) -> None:
-        """All work of a row is on the current stream."""
-        if self._on_gpu:
-            event = torch.cuda.Event(blocking=True)
-            event.record()
-            self._events[row % len(self)] = event
-
-    def wait(self, row: int) -> None:
-        """Until a row is done; it is one of the last ``len(self)`` enqueued."""
-        event = self._events[row % len(self)]
-        if event is not None:
-            event.synchronize()
-
-
 def sample_cuda(
-    compiled: CompiledPlan,
     step: CudaStep,
-    state: GridState,
+    state: RowState,
     request: SampleRequest,
     row_done: RowDone,
     logits: Tensor | None = None,
@@ -232,24 +229,30 @@ def sample_cuda(
     Raises:
         ArgumentError: logits that are not finite; the whole grid has been computed then.
     """
-    height, _ = compiled.plan.shape
+    height, _ = step.plan.shape
     with step.lock, on_device(step.device), _nvtx.annotate("grid"):
-        state.codes.copy_(request.start_codes())
         noise, known = request.noise.contiguous(), request.known.contiguous()
-        grid = Grid(step, state, noise, known, request.settings, logits, on_phase)
-        ring = ViewRing(min(ROWS_IN_FLIGHT, height), len(step.tables.ops), step.device)
-        finished = enqueued = 0
+        grid = Grid(step, state, noise, known, request.settings, make_views(step), logits, on_phase)
+        rows: collections.deque[torch.cuda.Event | None] = collections.deque()
+
+        def finish() -> None:
+            event = rows.popleft()
+            if event is not None:
+                event.synchronize()
+            row_done(1)
+
         try:
-            while finished < height:
-                if enqueued < min(height, finished + len(ring)):
-                    with _nvtx.annotate("row"):
-                        grid.enqueue(enqueued, *ring[enqueued])
-                    ring.enqueued(enqueued)
-                    enqueued += 1
-                    continue
-                ring.wait(finished)
-                finished += 1
-                row_done(1)
+            grid.begin(request.start_codes())
+            for row in range(height):
+                if len(rows) == ROWS_IN_FLIGHT:
+                    finish()
+                with _nvtx.annotate("row"):
+                    grid.enqueue(row)
+                rows.append(torch.cuda.Event(blocking=True) if step.device.type == "cuda" else None)
+                if rows[-1] is not None:
+                    rows[-1].record()
+            while rows:
+                finish()
             grid.check()
             grid.phases.finish()
         finally:

@@ -1,9 +1,10 @@
-"""A plan's operations as the launches of one step along a front: for each level the products, then what follows them.
+"""Operations of a plan as the launches of one step: for each level the products, then what follows them.
 
-Everything is evaluated where and when a position is sampled. An operation's level is one more than those of what its
-products read at the position; all else of a level follows its products, element by element. An instruction works out
-one operation, with a gate in front of it and an activation behind it where the plan has those; instructions that pass a
-vector on in registers make a chain, and a stage is the chains that need not wait for each other.
+Everything is evaluated where and when a position is sampled, or for all positions of a row before the first of them is.
+An operation's level is one more than those of what its products read of the same step; all else of a level follows its
+products, element by element. An instruction works out one operation, with a gate in front of it and an activation
+behind it where the plan has those; instructions that pass a vector on in registers make a chain, and a stage is the
+chains that need not wait for each other.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fastvq.sampling.plan.form import Op, Plan
+from fastvq.sampling.engines.front_work import Work
+from fastvq.sampling.plan.form import Op
 
-HERE = (0, 0)
 Source = Literal["sum", "values", "lookup"]
 
 
@@ -61,24 +62,30 @@ class FrontProgram:
     """The launches of a step, in order.
 
     Attributes:
-        levels: at least one.
-        values: operations whose vectors of the current step are read element by element in another chain, and logits.
+        values: operations whose vectors of the current step are read element by element in another chain, or by others.
         features: operations that products read, statics among them.
     """
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-        self.values: set[int] = {plan.output}
-        self.features = {term.source for op in plan.ops for term in op.terms}
-        self._level = _levels(plan)
-        self._readers: dict[int, list[Op]] = {op.index: [] for op in plan.ops}
-        for op in plan.ops:
+    def __init__(self, work: Work) -> None:
+        self._work = work
+        made = [work.ops[index] for index in sorted(work.made)]
+        self.values: set[int] = set(work.wanted)
+        self.features = {term.source for op in made for term in op.terms}
+        self._level = _levels(work)
+        self._readers: dict[int, list[Op]] = {op.index: [] for op in work.ops}
+        for op in made:
             for source in op.sources:
                 self._readers[source].append(op)
         self.levels = [self._one_level(level) for level in range(max(self._level) + 1)]
 
+    @property
+    def launches(self) -> int:
+        """Of a step: one for each stage and for the products of each level; the first has parts of all products."""
+        products = [bool(level.products) for level in self.levels]
+        return any(products) + sum(products[1:]) + sum(len(level.stages) for level in self.levels)
+
     def _one_level(self, level: int) -> Level:
-        ops = [op for op in self.plan.ops if self._level[op.index] == level and op.kind != "static"]
+        ops = [op for op in self._work.ops if self._level[op.index] == level]
         # Where the vector of an operation of this level is worked out, and the last instructions of chains.
         self._made: dict[int, Instruction] = {}
         self._chains: list[Chain] = []
@@ -107,7 +114,7 @@ class FrontProgram:
         return self._readers[op.index]
 
     def _is_stored(self, op: Op) -> bool:
-        return op.index in self.features or op.index == self.plan.output
+        return op.index in self.features or op.index in self._work.wanted
 
     def _adds(self, gate: Op) -> Op | None:
         """The addition of the same level that alone reads a gate, and works it out itself."""
@@ -124,7 +131,7 @@ class FrontProgram:
 
     def _source(self, index: int, level: int) -> tuple[Source, int, int]:
         """How an operation is read, and from which stage on."""
-        if self.plan.ops[index].kind == "affine" and self._level[index] == level:
+        if self._work.ops[index].kind == "affine" and self._level[index] == level:
             return "sum", index, 0
         self.values.add(index)
         return "values", index, self._made[index].stage + 1 if index in self._made else 0
@@ -145,7 +152,7 @@ class FrontProgram:
 
     def _add(self, op: Op, level: int) -> None:
         first, second = op.sources
-        other = self.plan.ops[second]
+        other = self._work.ops[second]
         gate = other.variant if other.kind == "gate" and self._adds(other) is op else ""
         source, read, stage = self._source(other.sources[0] if gate else second, level)
         made = self._made.get(first)
@@ -162,22 +169,14 @@ class FrontProgram:
         self._begin(Instruction(op.index, source, read, stage, gate, first))
 
 
-def why_no_front(plan: Plan) -> str | None:
-    """Why a plan cannot be run along a front by kernels for whole steps, or None."""
-    if plan.skew is None:
-        return plan.raster_reason
-    ops = plan.ops
-    if any(ops[source].kind == "static" for op in ops for source in op.sources):
-        return "it reads what is known beforehand element by element"
-    return None
-
-
-def _levels(plan: Plan) -> list[int]:
+def _levels(work: Work) -> list[int]:
+    """Of all operations: -1 for those that are not worked out."""
     levels: list[int] = []
-    for op in plan.ops:
-        if op.kind == "affine":
-            here = [levels[t.source] + 1 for t in op.terms if HERE in t.taps and plan.ops[t.source].kind != "static"]
-        else:
-            here = [levels[source] for source in op.sources]
+    for op in work.ops:
+        if op.index not in work.made:
+            levels.append(-1)
+            continue
+        waits = [term.source for term in op.terms if work.waits(term)]
+        here = [levels[source] for source in op.sources] + [levels[source] + 1 for source in waits]
         levels.append(max(here, default=0))
     return levels

@@ -1,4 +1,4 @@
-"""Where the vectors of a micro-batch lie that is sampled along a front, and the tables that its kernels read."""
+"""Where the vectors of a micro-batch lie that kernels for whole steps read and write, and the tables that they read."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from typing import NamedTuple
 from torch import Tensor
 
 from fastvq.sampling.engines.front_program import Instruction, Level
-from fastvq.sampling.engines.front_weights import FrontWeights, Part, Sum
-from fastvq.sampling.plan.form import Plan
+from fastvq.sampling.engines.front_weights import Cut, Part, Sum
+from fastvq.sampling.plan.form import Op, Plan
 
 # Positions and channels of a block of what follows products.
 TAIL_BLOCK = (2, 256)
+# Among values, and a place.
+_NOWHERE = [-1, -1, 1, 0, 1, 0, 0, 0]
 
 
 class _Place(NamedTuple):
-    """Where the vectors of an operation lie, in units of padded channels: see `_product_kernel`."""
+    """Where the vectors of an operation lie, in units of channels: see `_product_kernel`."""
 
     base: int
     span: int
@@ -27,47 +29,110 @@ class _Place(NamedTuple):
     col: int
 
 
+Sizes = tuple[int, int, int]
+
+
 class Layout:
     """Places of everything that a micro-batch remembers.
 
+    Args:
+        statics: samples, rows and columns of what is known beforehand, by name; 1 where it is the same.
+        grouped: programs compute groups of parts; None where this fills the chip.
+
     Attributes:
-        rows: in flight, times the batch: most positions of a step.
-        cached_rows: rows of which a slot of a cache has vectors.
-        features: units of ``block_k`` numbers in all.
+        capacity: most positions of a step.
+        features: units of numbers in all.
         values: float32 numbers of the vectors of the current step.
+        partials: float32 numbers of the sums that products store.
     """
 
-    def __init__(self, weights: FrontWeights, batch: int, statics: dict[str, Tensor]) -> None:
-        plan, unit = weights.plan, weights.tiles.block_k
-        assert plan.skew is not None
-        height, width = plan.shape
-        self.batch = batch
-        self.capacity = plan.front(1).rows * batch
-        spans = {op.index: _span(plan, op.index) for op in plan.ops}
-        self.cached_rows = min(height, (width + max(spans.values()) - 2) // plan.skew + 1)
+    def __init__(self, cut: Cut, batch: int, statics: dict[str, Sizes], *, grouped: bool | None = None) -> None:
+        self.cut, self.work, self.batch, self._sizes = cut, cut.work, batch, statics
+        plan = self.work.plan
+        self._shared = set(self.work.shared)
+        self.capacity = batch * (plan.shape[1] if self.work.raster else plan.front(1).rows)
+        spans = {} if self.work.raster else {op.index: _span(plan, op.index) for op in plan.ops}
         self.places: dict[int, _Place] = {}
-        self.statics: dict[int, tuple[int, int, tuple[int, ...]]] = {}
+        self.statics: dict[int, tuple[int, int, Sizes]] = {}
         self.features = 0
-        for index in sorted(weights.program.features):
-            op = plan.ops[index]
-            units = -(-op.channels // unit)
-            if op.kind == "static":
-                samples, _, rows, columns = statics[op.variant].shape
-                col, row, sample = units, units * columns, units * columns * rows
-                # What is the same everywhere is read with a stride of 0.
-                strides = [stride * (size > 1) for stride, size in ((row, rows), (sample, samples), (col, columns))]
-                self.places[index] = _Place(self.features, 1, 0, height, *strides)
-                self.statics[index] = (self.features, units, (samples, rows, columns))
-                self.features += samples * sample
-            else:
-                slot = self.cached_rows * batch * units
-                rows = self.cached_rows
-                self.places[index] = _Place(self.features, spans[index], slot, rows, batch * units, units, 0)
-                self.features += spans[index] * slot
+        for op in self.work.ops:
+            if op.kind == "static" and (self.work.raster or op.index in cut.program.features):
+                self._place_static(op)
+            elif self.work.raster and (op.index in cut.program.features or op.index in plan.history):
+                self._place_rows(op)
+            elif op.index in cut.program.features:
+                self._place_steps(op, spans[op.index], front_rows(plan, spans))
         self.values, self.value_places = 0, {}
-        for index in sorted(weights.program.values):
+        for index in sorted(cut.program.values):
             self.value_places[index] = self.values
             self.values += self.capacity * plan.ops[index].channels
+        self._share_out(grouped)
+
+    def _units(self, op: Op) -> int:
+        """Of a vector, padded to whole blocks where nothing else reads it."""
+        block = self.cut.unit if op.index in self._shared else self.cut.tiles.block_k
+        return -(-op.channels // block) * (block // self.cut.unit)
+
+    def _place_static(self, op: Op) -> None:
+        """All of the grid."""
+        if op.sources:
+            parts = [self.statics[source][2] for source in op.sources]
+            samples, rows, columns = (max(part[axis] for part in parts) for axis in range(3))
+        else:
+            samples, rows, columns = self._sizes[op.variant]
+        units = self._units(op)
+        col, row, sample = units, units * columns, units * columns * rows
+        # What is the same everywhere is read with a stride of 0.
+        strides = [stride * (size > 1) for stride, size in ((row, rows), (sample, samples), (col, columns))]
+        self.places[op.index] = _Place(self.features, 1, 0, self.work.plan.shape[0], *strides)
+        self.statics[op.index] = (self.features, units, (samples, rows, columns))
+        self.features += samples * sample
+
+    def _place_rows(self, op: Op) -> None:
+        """The rows that are read, with zeros left of the grid, which the steps of a row read too."""
+        past, units, width = self.work.plan.history.get(op.index), self._units(op), self.work.plan.shape[1]
+        rows, left = (1, 0) if past is None else (past.above + 1, past.left)
+        row = (left + width) * units
+        self.places[op.index] = _Place(self.features + left * units, 1, 0, rows, row, rows * row, units)
+        self.features += self.batch * rows * row
+
+    def _place_steps(self, op: Op, span: int, rows: int) -> None:
+        """The steps that are read, all of a step together."""
+        units = self._units(op)
+        slot = rows * self.batch * units
+        self.places[op.index] = _Place(self.features, span, slot, rows, self.batch * units, units, 0)
+        self.features += span * slot
+
+    def _share_out(self, grouped: bool | None) -> None:
+        cut, tiles = self.cut, -(-self.capacity // self.cut.tiles.block_m)
+        groups = sum(-(-len(one.early) // one.group) * cut.column_tiles(one.op) for one in cut.sums.values())
+        self.grouped = 2 * tiles * groups >= cut.programs if grouped is None else grouped
+        self.columns_at: dict[int, int] = {}
+        self.partials = 0
+        for one in cut.sums.values():
+            self.columns_at[one.op.index] = self.partials
+            self.partials += (self.early(one) + len(one.late)) * self.capacity * one.op.channels
+
+    def early(self, one: Sum) -> int:
+        """Sums that the launch of early parts stores."""
+        return -(-len(one.early) // one.group) if self.grouped else len(one.early)
+
+    @property
+    def numbers(self) -> tuple[int, int]:
+        """Of what products read, and of float32 beside them."""
+        return self.features * self.cut.unit, self.values + self.partials
+
+
+def static_sizes(statics: dict[str, Tensor]) -> dict[str, Sizes]:
+    """Of tensors [B or 1, C, H or 1, W or 1]."""
+    return {name: (x.shape[0], x.shape[2], x.shape[3]) for name, x in statics.items()}
+
+
+def front_rows(plan: Plan, spans: dict[int, int]) -> int:
+    """Rows of which a slot of a cache has vectors along a front."""
+    assert plan.skew is not None
+    height, width = plan.shape
+    return min(height, (width + max(spans.values()) - 2) // plan.skew + 1)
 
 
 def _span(plan: Plan, index: int) -> int:
@@ -82,7 +147,7 @@ def front_bytes(plan: Plan, element: int) -> int:
     assert plan.skew is not None
     height, width = plan.shape
     spans = {op.index: _span(plan, op.index) for op in plan.ops}
-    rows, numbers = min(height, (width + max(spans.values()) - 2) // plan.skew + 1), 0
+    rows, numbers = front_rows(plan, spans), 0
     for op in plan.ops:
         if op.kind == "static":
             numbers += op.channels * {"context": height * width, "label": 1}.get(op.variant, 0)
@@ -95,68 +160,52 @@ def front_bytes(plan: Plan, element: int) -> int:
 class Tables:
     """The tables of numbers that kernels read, and the launches of a step that read them.
 
-    Args:
-        grouped: programs compute groups of parts; None where this fills the chip.
-
     Attributes:
-        partials: float32 numbers of the sums that products store.
         launches: kernel by kernel ``product`` or ``tail``, and its first and last program.
     """
 
-    def __init__(self, weights: FrontWeights, layout: Layout, *, grouped: bool | None = None) -> None:
-        self.weights, self.layout = weights, layout
+    def __init__(self, layout: Layout) -> None:
+        self.layout, self.cut = layout, layout.cut
         self.items: list[list[int]] = []
         self.programs: list[list[int]] = []
         self.instructions: list[list[int]] = []
         self.chains: list[list[int]] = []
-        self.partials = 0
-        self._columns_at: dict[int, int] = {}
-        tiles = -(-layout.capacity // weights.tiles.block_m)
-        groups = sum(-(-len(one.early) // one.group) * weights.column_tiles(one.op) for one in weights.sums.values())
-        self.grouped = 2 * tiles * groups >= weights.programs if grouped is None else grouped
-        for one in weights.sums.values():
-            self._columns_at[one.op.index] = self.partials
-            self.partials += (self._early(one) + len(one.late)) * layout.capacity * one.op.channels
         self.launches: list[tuple[str, int, int]] = []
-        for number, level in enumerate(weights.program.levels):
+        for number, level in enumerate(self.cut.program.levels):
             self._products(level, first=number == 0)
             self._stages(level)
-
-    def _early(self, one: Sum) -> int:
-        """Sums that the launch of early parts stores."""
-        return -(-len(one.early) // one.group) if self.grouped else len(one.early)
 
     def _products(self, level: Level, *, first: bool) -> None:
         begin = len(self.programs)
         if first:
-            for one in self.weights.sums.values():
-                length = one.group if self.grouped else 1
+            for one in self.cut.sums.values():
+                length = one.group if self.layout.grouped else 1
                 self._programs(one, [one.early[i : i + length] for i in range(0, len(one.early), length)], 0)
         for op in level.products:
-            one = self.weights.sums[op.index]
-            self._programs(one, [[part] for part in one.late], self._early(one))
+            one = self.cut.sums[op.index]
+            self._programs(one, [[part] for part in one.late], self.layout.early(one))
         if len(self.programs) > begin:
             self.launches.append(("product", begin, len(self.programs)))
 
     def _programs(self, one: Sum, runs: Sequence[Sequence[Part]], before: int) -> None:
         op = one.op
         for number, run in enumerate(runs):
-            out = self._columns_at[op.index] + (before + number) * self.layout.capacity * op.channels
-            for tile in range(self.weights.column_tiles(op)):
+            out = self.layout.columns_at[op.index] + (before + number) * self.layout.capacity * op.channels
+            for tile in range(self.cut.column_tiles(op)):
                 item = len(self.items)
                 self.items += [self._item(part, tile) for part in run]
-                column = tile * self.weights.tiles.block_n
+                column = tile * self.cut.tiles.block_n
                 self.programs.append([item, len(self.items), out, op.channels, column, 0, 0, 0])
 
     def _item(self, part: Part, tile: int) -> list[int]:
         term = part.term
-        chunks = self.weights.chunks(term)
+        chunks = self.cut.chunks(term)
         (top, left), columns = term.taps[0], [dc for _, dc in term.taps]
         width = max(columns) - min(columns) + 1
         assert term.taps == tuple((top + i // width, left + i % width) for i in range(len(term.taps)))
         weights = part.weights + tile * len(term.taps) * chunks
         place = self.layout.places[term.source]
-        return [*place, top, left, width, chunks, part.first, part.last, weights, 0, 0]
+        return [*place, top, left, width, chunks, part.first, part.last, weights, term.weight.shape[1], 0]
 
     def _stages(self, level: Level) -> None:
         for stage in level.stages:
@@ -164,7 +213,7 @@ class Tables:
             for chain in stage:
                 first = len(self.instructions)
                 self.instructions += [self._instruction(one) for one in chain]
-                channels = max(self.weights.plan.ops[one.op].channels for one in chain)
+                channels = max(self.cut.work.ops[one.op].channels for one in chain)
                 for channel in range(0, channels, TAIL_BLOCK[1]):
                     self.chains.append([first, len(self.instructions), channel, 0])
             self.launches.append(("tail", begin, len(self.chains)))
@@ -172,17 +221,17 @@ class Tables:
     def _instruction(self, one: Instruction) -> list[int]:
         from fastvq.kernels import front_tail as kernel
 
-        plan, layout = self.weights.plan, self.layout
-        read, op = plan.ops[one.read], plan.ops[one.op]
+        ops, layout = self.cut.work.ops, self.layout
+        read, op = ops[one.read], ops[one.op]
         source = [kernel.SOURCES[one.source], 0, 0, 1, read.channels, 0]
         late = 0
         if one.source == "sum":
-            total = self.weights.sums[one.read]
+            total = self.cut.sums[one.read]
             late = len(total.late)
-            group = 1 if self.grouped else total.group
-            source[1:4], source[5] = [self._columns_at[one.read], self._early(total), group], total.bias
+            group = 1 if self.layout.grouped else total.group
+            source[1:4], source[5] = [self.layout.columns_at[one.read], self.layout.early(total), group], total.bias
         elif one.source == "lookup":
-            bias, table, taps = self.weights.lookups[one.read]
+            bias, table, taps = self.cut.lookups[one.read]
             source[1:4], source[5] = [table, len(read.taps), taps], bias
         else:
             source[1] = layout.value_places[one.read]
@@ -191,10 +240,10 @@ class Tables:
             operand = "last"
         elif one.operand is not None:
             operand, added = "values", layout.value_places[one.operand]
-        activation = "" if one.activation is None else plan.ops[one.activation].variant
-        behind = [-1, -1, 1] if one.activation is None else self._stored(one.activation)
+        activation = "" if one.activation is None else ops[one.activation].variant
+        behind = _NOWHERE if one.activation is None else self._stored(one.activation)
         # An instruction that only activates what is stored already stores nothing else.
-        own = [-1, -1, 1] if one.source == "values" and one.read == one.op else self._stored(one.op)
+        own = _NOWHERE if one.source == "values" and one.read == one.op else self._stored(one.op)
         return [
             *source,
             kernel.GATES[one.gate],
@@ -206,10 +255,11 @@ class Tables:
             int(one.leaves != one.op),
             op.channels,
             late,
-            *[0] * 5,
+            *[0] * 3,
         ]
 
     def _stored(self, index: int) -> list[int]:
-        place = self.layout.places.get(index)
+        """Where a vector is stored: among values, and at a place of its own."""
         values = self.layout.value_places.get(index, -1)
-        return [values, -1, 1] if place is None else [values, place.base, place.span]
+        place = None if index in self.cut.work.starts else self.layout.places.get(index)
+        return [values, *(_NOWHERE[1:] if place is None else place)]

@@ -12,7 +12,6 @@ import torch
 from fastvq._watch import Snapshot, contents_of
 from fastvq.models.prior import Prior
 from fastvq.sampling.engines.state import CompiledPlan
-from fastvq.sampling.options import RowKernel
 from fastvq.sampling.plan import Plan, compile_plan
 
 T = TypeVar("T")
@@ -25,14 +24,23 @@ class Kept:
         self._lock = threading.Lock()
         self._made: dict[str, tuple[Hashable, Any]] = {}
 
-    def get(self, kind: str, key: Hashable, make: Callable[[], T], *, instead_of: tuple[str, ...] = ()) -> T:
+    def get(
+        self,
+        kind: str,
+        key: Hashable,
+        make: Callable[[], T],
+        *,
+        instead_of: tuple[str, ...] = (),
+        also: tuple[Hashable, ...] = (),
+    ) -> T:
         """What there is of a kind, or a new one where it was made for another key.
 
         Args:
             instead_of: kinds that hold on to what is replaced, and go with it.
+            also: keys of what serves as well.
         """
         with self._lock:
-            if kind not in self._made or self._made[kind][0] != key:
+            if kind not in self._made or self._made[kind][0] not in (key, *also):
                 for outdated in (*instead_of, kind):
                     self._made.pop(outdated, None)  # their memory makes room
                 self._made[kind] = (key, make())
@@ -48,8 +56,8 @@ class Prepared(Kept):
         self.weights = weights
         self.plan, self.device = compile_plan(prior), next(prior.parameters()).device
 
-    def compiled(self, row_kernel: RowKernel) -> CompiledPlan:
-        return self.get(f"rows by {row_kernel}", None, lambda: CompiledPlan(self.plan, self.device, row_kernel))
+    def compiled(self) -> CompiledPlan:
+        return self.get("library rows", None, lambda: CompiledPlan(self.plan, self.device))
 
 
 _LOCK = threading.Lock()

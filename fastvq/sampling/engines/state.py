@@ -1,19 +1,15 @@
-"""What a micro-batch remembers while its grids are filled, and the row phase that all cached engines share."""
+"""What a micro-batch remembers while its grids are filled row by row, and the row phase by PyTorch's convolutions."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvq._check import require_choice
-from fastvq.errors import UnavailableError
-from fastvq.kernels.taps import Taps
 from fastvq.models.prior import Prior
-from fastvq.ops.dispatch import triton_reason
-from fastvq.sampling.options import ROW_KERNELS, RowKernel
 from fastvq.sampling.plan.form import History, Op, Plan, Term
 from fastvq.sampling.request import SampleRequest
 
@@ -41,16 +37,9 @@ class Window(NamedTuple):
 
 
 class RowConv:
-    """The row part of one term as a convolution over the channels-last history of its source.
+    """The row part of one term as a convolution over the channels-last history of its source."""
 
-    Args:
-        kernel: ``library`` (PyTorch's), or ``triton``: the project's causal convolution, whose products over the rows
-            above take any rectangle of taps.
-    """
-
-    def __init__(
-        self, term: Term, history: History | None, device: torch.device, kernel: RowKernel = "library"
-    ) -> None:
+    def __init__(self, term: Term, history: History | None, device: torch.device) -> None:
         self.source = term.source
         self.direct = set(term.taps) == {(0, 0)}
         self.top = max(-dr for dr, _ in term.taps)
@@ -62,14 +51,6 @@ class RowConv:
         self._window = Window.of(term, history)
         height, width = self._window.height, self._window.extra + 1
         self._packed: tuple[tuple[int, ...], Tensor] | None = None
-        self._prepack = False
-        self._taps: Taps | None = None
-        if kernel == "triton":
-            self._taps = Taps(width, self.top, history.left - self._window.left, len(term.taps))
-            # The kernel counts what lies beside the grid as zero.
-            self._window = self._window._replace(left=history.left, extra=0)
-            self.weight = weight.transpose(1, 2).contiguous()  # [T, C_out, C_in]
-            return
         shaped = weight.reshape(height, width, *weight.shape[1:]).permute(3, 2, 0, 1)  # [C_out, C_in, height, width]
         self._prepack = device.type == "cpu" and _PREPACK
         # What gets packed later needs no copy of its own in between: weights are most of the memory.
@@ -81,18 +62,7 @@ class RowConv:
             return rows[self.source] @ self.weight
         assert ring is not None
         x = self._window.read(ring, width)
-        if self._taps is not None:
-            return self._triton(x)
         return self._conv(x.permute(0, 3, 1, 2))[:, :, 0].transpose(1, 2)
-
-    def _triton(self, x: Tensor) -> Tensor:
-        """The last row of x [B, height, W, C_in], as [B, W, C_out]."""
-        from fastvq.kernels.causal_conv_product import convolve
-
-        assert self._taps is not None
-        out = x.new_empty(x.shape[0], 1, x.shape[2], self.weight.shape[1])
-        convolve(x.contiguous(), self.weight, out, self._taps, precision="ieee", first_row=self.top)
-        return out[:, 0]
 
     def _conv(self, x: Tensor) -> Tensor:
         if not self._prepack:
@@ -123,37 +93,16 @@ _PREPACK = _can_prepack()
 
 
 class CompiledPlan:
-    """A plan with its row weights made ready for one device; used by any number of micro-batches.
+    """A plan with its row weights made ready for one device; used by any number of micro-batches."""
 
-    Args:
-        row_kernel: what computes the row phase's affine operations, see `RowConv`.
-
-    Raises:
-        UnavailableError: there is no such kernel on this device.
-    """
-
-    def __init__(self, plan: Plan, device: torch.device, row_kernel: RowKernel = "library") -> None:
-        require_choice("row_kernel", row_kernel, ROW_KERNELS)
-        require_row_kernel(row_kernel, device)
+    def __init__(self, plan: Plan, device: torch.device) -> None:
         self.plan, self.device = plan, device
         self.bias = {op.index: op.bias.to(device) for op in plan.ops if op.bias is not None}
         self.convs = {
-            index: [RowConv(t, plan.history.get(t.source), device, row_kernel) for t in terms]
+            index: [RowConv(t, plan.history.get(t.source), device) for t in terms]
             for index, terms in plan.row_terms.items()
         }
         self.above_tables = {op.index: above for op in plan.ops if (above := _above_table(op, device)) is not None}
-
-
-def require_row_kernel(row_kernel: str, device: torch.device) -> None:
-    """
-    Raises:
-        UnavailableError: it cannot run on a device.
-    """
-    reason = None
-    if row_kernel == "triton":
-        reason = triton_reason(torch.empty(0, dtype=torch.float32, device=device))
-    if reason is not None:
-        raise UnavailableError(f"row_kernel: {row_kernel!r} was asked for but cannot run here: {reason}")
 
 
 def _above_table(op: Op, device: torch.device) -> tuple[list[tuple[int, int]], Tensor] | None:
@@ -180,6 +129,10 @@ class Ring:
         self.data = torch.zeros(sizes, dtype=torch.float32, device=device)
         self.slot = history.above
 
+    def clear(self) -> None:
+        self.data.zero_()
+        self.slot = self.above
+
     def advance(self) -> None:
         self.slot += 1
         if self.slot == self.data.shape[1]:
@@ -193,20 +146,27 @@ def ring_rows(history: History) -> int:
     return 2 * (history.above + 1)
 
 
-class GridState:
-    """The caches of one micro-batch: rings, rows worked out beforehand, keys and values."""
+class RowState(ABC):
+    """What a micro-batch remembers that is filled row by row.
 
-    def __init__(self, compiled: CompiledPlan, batch: int, statics: dict[str, Tensor]) -> None:
-        plan, device = compiled.plan, compiled.device
+    Args:
+        statics: what is known before the first position, of the shapes that `static_inputs` gives.
+
+    Attributes:
+        codes: int64 [B, H, W].
+        keys: float32 [B, C, positions], padded, by operation. They lie channel by channel, so that scores of
+            consecutive positions are one vector.
+        values: float32 [B, positions, C], by operation.
+        rows: float32 [B, W or 1, C], of the row that has begun: the values of row operations, and what step operations
+            start from.
+    """
+
+    rows: dict[int, Tensor]
+
+    def __init__(self, plan: Plan, device: torch.device, batch: int, statics: dict[str, Tensor]) -> None:
         height, self.width = plan.shape
-        self.compiled, self.plan, self.batch = compiled, plan, batch
-        self.statics = statics
+        self.plan, self.device, self.batch, self.statics = plan, device, batch, statics
         self.codes = torch.zeros(batch, height, self.width, dtype=torch.int64, device=device)
-        self.rings = {
-            index: Ring(history, batch, self.width, plan.ops[index].channels, device)
-            for index, history in plan.history.items()
-        }
-        # Keys lie channel by channel (scores of consecutive positions are one vector), values position by position.
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
         for op in plan.ops:
@@ -217,17 +177,65 @@ class GridState:
                 self.keys[key] = torch.zeros(sizes, dtype=torch.float32, device=device)
                 sizes = (batch, positions, plan.ops[value].channels)
                 self.values[value] = torch.zeros(sizes, dtype=torch.float32, device=device)
-        self.rows: dict[int, Tensor] = {}
+
+    def begin(self, codes: Tensor) -> None:
+        """Forget the last grid; ``codes`` [B, H, W] are those that the next one starts from."""
+        for cache in (*self.keys.values(), *self.values.values()):
+            cache.zero_()
+        self.codes.copy_(codes)
+
+    @abstractmethod
+    def begin_row(self, row: int) -> None:
+        """Work out what is known about this row before it starts. Rows follow one another."""
+
+    @abstractmethod
+    def cache_row(self, index: int) -> Tensor:
+        """Where the vectors of the row that has begun go of an operation whose past is read: float32 [B, W, C]."""
+
+
+class SteadyState(RowState):
+    """Caches in which everything has its place before the first row: views of all rows can be known then."""
+
+    @abstractmethod
+    def go_to(self, row: int) -> None:
+        """Let `rows` and `cache_row` lead to where those of a row are, whatever is there yet."""
+
+    @abstractmethod
+    def cached_rows(self, index: int) -> int:
+        """Rows after which `cache_row` is the same place again."""
+
+
+class GridState(RowState):
+    """Caches for a row phase by PyTorch's convolutions."""
+
+    def __init__(self, compiled: CompiledPlan, batch: int, statics: dict[str, Tensor]) -> None:
+        super().__init__(compiled.plan, compiled.device, batch, statics)
+        self.compiled = compiled
+        plan, device = compiled.plan, compiled.device
+        self.rings = {
+            index: Ring(history, batch, self.width, plan.ops[index].channels, device)
+            for index, history in plan.history.items()
+        }
+        self.rows = {}
+        self._find_uniform()
+
+    def _find_uniform(self) -> None:
         self._uniform: dict[int, Tensor] = {}
-        for op in plan.row_ops():
-            if op.index in plan.uniform:
+        for op in self.plan.row_ops():
+            if op.index in self.plan.uniform:
                 self._uniform[op.index] = self._row_value(op, 0, self._uniform)
 
-    def begin_row(self, row: int) -> None:
-        """Work out what is known about this row before it starts.
+    def begin(self, codes: Tensor) -> None:
+        super().begin(codes)
+        for ring in self.rings.values():
+            ring.clear()
+        self._find_uniform()
 
-        ``rows[i]`` is [B, W or 1, C]: the values of row operations, and what step operations start from.
-        """
+    def cache_row(self, index: int) -> Tensor:
+        ring = self.rings[index]
+        return ring.data[:, ring.slot, ring.left : ring.left + self.width]
+
+    def begin_row(self, row: int) -> None:
         if row:
             for ring in self.rings.values():
                 ring.advance()
@@ -238,8 +246,7 @@ class GridState:
                 continue
             rows[op.index] = self._row_value(op, row, rows)
             if op.index in self.rings and self.plan.timing[op.index] == "row":
-                ring = self.rings[op.index]
-                ring.data[:, ring.slot, ring.left : ring.left + self.width] = rows[op.index]
+                self.cache_row(op.index).copy_(rows[op.index])
         self.rows = rows
 
     def _row_value(self, op: Op, row: int, rows: dict[int, Tensor]) -> Tensor:
@@ -282,6 +289,14 @@ def static_inputs(prior: Prior, request: SampleRequest) -> dict[str, Tensor]:
     return prior.statics(request.condition, request.label, batch=len(request.noise))
 
 
+def separate_statics(prior: Prior, request: SampleRequest) -> dict[str, Tensor]:
+    """`static_inputs` with each sample's condition by itself: libraries round differently for other batches."""
+    if not request.condition:
+        return static_inputs(prior, request)
+    each = [static_inputs(prior, request.rows(slice(n, n + 1))) for n in range(len(request.noise))]
+    return {name: torch.cat([one[name] for one in each]) if name == "context" else x for name, x in each[0].items()}
+
+
 def padded(positions: int) -> int:
     """Positions rounded up to whole vectors of the widest instruction set."""
     return -(-positions // 16) * 16
@@ -305,24 +320,32 @@ def elementwise(op: Op, sources: list[Tensor]) -> Tensor:
     return x + sources[1]
 
 
-def cache_bytes(plan: Plan, places: int) -> int:
-    """Bytes per sample of a `GridState` and what goes with it, with ``places`` for the current position's vectors."""
+def common_bytes(plan: Plan, places: int) -> int:
+    """Bytes per sample of a `RowState` and what goes with it, with ``places`` for the current position's vectors."""
     height, width = plan.shape
     floats = 0
     kept = {*plan.history, *(op.sources[2] for op in plan.ops if op.kind == "attention")}
-    for index, history in plan.history.items():
-        floats += ring_rows(history) * (width + history.left + history.right) * plan.ops[index].channels
     for op in plan.ops:
         if op.kind == "attention":
             _, key, value = op.sources
             floats += padded(height * width) * plan.ops[key].channels + height * width * plan.ops[value].channels
         if op.kind == "static":
             floats += op.channels * {"context": height * width, "label": 1}.get(op.variant, 0)
-        elif plan.level[op.index] < 0 or plan.row_terms.get(op.index) or any(dr < 0 for dr, _ in op.taps):
-            floats += op.channels * (width if _varies(op, plan) else 1)
         if plan.level[op.index] >= 0 and op.index not in kept:
             floats += places * op.channels
     return torch.float32.itemsize * floats + torch.int64.itemsize * height * width
+
+
+def cache_bytes(plan: Plan, places: int) -> int:
+    """Bytes per sample of a `GridState` and what goes with it, see `common_bytes`."""
+    width, floats = plan.shape[1], 0
+    for index, history in plan.history.items():
+        floats += ring_rows(history) * (width + history.left + history.right) * plan.ops[index].channels
+    for op in plan.ops:
+        begins = plan.level[op.index] < 0 or plan.row_terms.get(op.index) or any(dr < 0 for dr, _ in op.taps)
+        if op.kind != "static" and begins:
+            floats += op.channels * (width if _varies(op, plan) else 1)
+    return common_bytes(plan, places) + torch.float32.itemsize * floats
 
 
 def _varies(op: Op, plan: Plan) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastvq import _engine
 from fastvq._memory import address, array_address, strided_address
 from fastvq.errors import ArgumentError, UnavailableError
-from fastvq.sampling.engines.state import GridState, padded, ring_rows
+from fastvq.sampling.engines.state import RowState, SteadyState, padded
 from fastvq.sampling.plan.form import Op, Plan, Term, require_finite
 from fastvq.sampling.request import Settings
 
@@ -235,10 +235,10 @@ def paired_ops(plan: Plan) -> set[int]:
     return paired
 
 
-def make_scratch(state: GridState, places: int) -> dict[int, Tensor]:
+def make_scratch(state: RowState, places: int) -> dict[int, Tensor]:
     """Room [places, B, C] for the current position of every operation whose past is not kept."""
-    kept = {*state.rings, *state.values}
-    device = state.compiled.device
+    kept = {*state.plan.history, *state.values}
+    device = state.device
     return {
         op.index: torch.empty(places, state.batch, op.channels, dtype=torch.float32, device=device)
         for op in state.plan.step_ops()
@@ -247,7 +247,7 @@ def make_scratch(state: GridState, places: int) -> dict[int, Tensor]:
 
 
 def fill_views(
-    views: np.ndarray, tables: PlanTables, state: GridState, scratch: dict[int, Tensor], row: int
+    views: np.ndarray, tables: PlanTables, state: RowState, scratch: dict[int, Tensor], row: int
 ) -> list[Tensor]:
     """Write where each operation finds its values and its starts in a row that has begun.
 
@@ -262,7 +262,7 @@ def fill_views(
     values, starts = views
     kept: list[Tensor] = []
     plan, batch, width = tables.plan, state.batch, state.width
-    device, positions = state.compiled.device, plan.shape[0] * plan.shape[1]
+    device, positions = state.device, plan.shape[0] * plan.shape[1]
 
     def first(name: str, tensor: Tensor, sizes: tuple[int, ...], *place: int) -> int:
         """Address of the vector of the first sample at a place."""
@@ -276,11 +276,10 @@ def fill_views(
             continue
         if op.kind in ("affine", "lookup"):
             starts[op.index] = _row_view(state, op, kept)
-        if op.index in state.rings:
-            data, ring, past = state.rings[op.index].data, state.rings[op.index], plan.history[op.index]
-            sizes = (batch, ring_rows(past), past.left + width + past.right, op.channels)
-            found = first("ring", data, sizes, ring.slot, ring.left)
-            values[op.index] = (found, data.stride(0), data.stride(2), EVERY_COLUMN)
+        if op.index in plan.history:
+            cache = state.cache_row(op.index)
+            found = strided_address("cache", cache, torch.float32, (batch, width, op.channels), device)
+            values[op.index] = (found, cache.stride(0), cache.stride(1), EVERY_COLUMN)
         elif op.index in state.values:
             cache = state.values[op.index]
             found = first("values", cache, (batch, positions, op.channels), row * width)
@@ -297,28 +296,47 @@ def fill_views(
     return kept
 
 
-def _row_view(state: GridState, op: Op, kept: list[Tensor]) -> tuple[int, int, int, int]:
-    rows = state.rows[op.index]
+def fill_all_views(views: np.ndarray, tables: PlanTables, state: SteadyState, scratch: dict[int, Tensor]) -> None:
+    """`fill_views` of every row, before the first one: int64 [H, 2, operations, 4]."""
+    height = len(views)
+    for row in range(min(2, height)):
+        state.go_to(row)
+        fill_views(views[row], tables, state, scratch, row)
+    if height == 1:
+        return
+    further = views[1, :, :, 0] - views[0, :, :, 0]
+    views[2:] = views[0]
+    turns = np.full((2, len(tables.ops)), height)
+    for index in state.plan.history:
+        if state.plan.level[index] >= 0:
+            turns[0, index] = state.cached_rows(index)
+    views[:, :, :, 0] = views[0, :, :, 0] + np.arange(height)[:, None, None] % turns * further
+
+
+def _row_view(state: RowState, op: Op, kept: list[Tensor]) -> tuple[int, int, int, int]:
+    rows = state.rows.get(op.index)
+    if rows is None:
+        return 0, 0, 0, 0  # nothing reads it
     if rows.stride(-1) != 1 and rows.shape[-1] > 1:
         rows = rows.contiguous()
     kept.append(rows)
     columns = 1 if rows.shape[1] == 1 else state.width
     sizes = (state.batch, columns, op.channels)
-    found = strided_address("row", rows, torch.float32, sizes, state.compiled.device)
+    found = strided_address("row", rows, torch.float32, sizes, state.device)
     stride, mask = (rows.stride(1), EVERY_COLUMN) if columns > 1 else (0, SAME)
     return found, rows.stride(0), stride, mask
 
 
-def logits_view(state: GridState, logits: Tensor, row: int) -> tuple[int, int, int, int]:
+def logits_view(state: RowState, logits: Tensor, row: int) -> tuple[int, int, int, int]:
     """The view of the output where the logits [B, H, W, K] of all positions are wanted."""
     sizes = (state.batch, *state.plan.shape, state.plan.num_codes)
-    found = strided_address("logits", logits, torch.float32, sizes, state.compiled.device)
+    found = strided_address("logits", logits, torch.float32, sizes, state.device)
     found += row * logits.stride(1) * logits.element_size()
     return found, logits.stride(0), logits.stride(2), EVERY_COLUMN
 
 
 def row_arguments(
-    state: GridState, noise: Tensor, known: Tensor, settings: Settings, row: int
+    state: RowState, noise: Tensor, known: Tensor, settings: Settings, row: int
 ) -> tuple[int | float, ...]:
     """What both engines draw a row by: its codes, uniform numbers and known places by address, and the settings."""
     num_codes = state.plan.num_codes
@@ -329,7 +347,7 @@ def row_arguments(
         ("known", known, torch.bool),
     ):
         sizes = (state.batch, state.width)
-        grids += [strided_address(name, grid[:, row], dtype, sizes, state.compiled.device), grid.stride(0)]
+        grids += [strided_address(name, grid[:, row], dtype, sizes, state.device), grid.stride(0)]
     return (
         *grids,
         settings.temperature,
