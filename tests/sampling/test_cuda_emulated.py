@@ -221,6 +221,32 @@ def test_logits_that_are_not_finite(emulated: ModuleType, sample: int) -> None:
         assert int(device.fill(fine)[0].max()) == 0  # and the next grid knows nothing of it
 
 
+def test_a_trace(emulated: ModuleType) -> None:
+    """Every instruction of every block at every column, in order, and without a place nothing is noted."""
+    device = Emulated(emulated, spread(PRIORS["strict"]()), 2)
+    native, width = device.step.native, device.prior.config.shape[1]
+    times = torch.full((native.blocks, width, native.instructions, 5), -1, dtype=torch.int64)
+    with pytest.raises(ValueError, match=f"count: expected {times.numel()}"):
+        native.set_trace(times.data_ptr(), times.numel() - 1)
+    native.set_trace(times.data_ptr(), times.numel())
+    codes = require_codes(device, {})
+    assert max(len(native.program(block)) for block in range(native.blocks)) == native.instructions
+    for block in range(native.blocks):
+        program = native.program(block)
+        noted = times[block, :, : len(program)]
+        assert (times[block, :, len(program) :] == -1).all()
+        ends = torch.tensor([3 if instr["signals"] else 2 for instr in program])
+        assert (noted[:, ends == 2, 3] == -1).all()
+        for column in noted:
+            marks = torch.cat([entry[: end + 1] for entry, end in zip(column, ends.tolist(), strict=True)])
+            assert (marks.diff() >= 0).all()
+        assert (noted[..., 4] > 0).all()
+    before = times.clone()
+    native.set_trace(0, times.numel())
+    assert torch.equal(require_codes(device, {}), codes)
+    assert torch.equal(times, before)
+
+
 # Precisions.
 
 
