@@ -178,7 +178,9 @@ def _forward_kernel(
     if STRICT:
         total = tl.where(offs_m == 0, 1.0, total)  # [BLOCK_M]
     out_ptr += b * out_stride_b + h * out_stride_h
-    store_rows(out_ptr, first, out_stride_n, out_stride_e, length, acc / total[:, None], E, BLOCK_M, BLOCK_E)
+    # Rounded once: where one weight is all of the sum, a value comes out as it is but for two roundings.
+    out = tl.div_rn(acc, tl.broadcast_to(total[:, None], [BLOCK_M, BLOCK_E]))  # [BLOCK_M, BLOCK_E]
+    store_rows(out_ptr, first, out_stride_n, out_stride_e, length, out, E, BLOCK_M, BLOCK_E)
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastvq.errors import ArgumentError
 from fastvq.kernels.causal_conv_product import ACTIVATION_KINDS, convolve, nhwc
 from fastvq.kernels.causal_conv_weight import backward_weight
+from fastvq.kernels.elementary import sigmoids
 from fastvq.kernels.launch import on_device
 from fastvq.kernels.taps import read_taps
 
@@ -27,9 +28,10 @@ def _gate_backward_kernel(grad_ptr, pre_gate_ptr, out_ptr, size, channels, BLOCK
     offs_wide = offs + offs // channels * channels  # [BLOCK]
     value = tl.load(grad_ptr + offs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK]
     a = tl.load(pre_gate_ptr + offs_wide, mask=mask, other=0.0).to(tl.float32)  # [BLOCK]
-    gate = tl.sigmoid(tl.load(pre_gate_ptr + offs_wide + channels, mask=mask, other=0.0).to(tl.float32))  # [BLOCK]
+    b = tl.load(pre_gate_ptr + offs_wide + channels, mask=mask, other=0.0).to(tl.float32)  # [BLOCK]
+    gate, rest = sigmoids(b)  # [BLOCK] each
     tl.store(out_ptr + offs_wide, value * gate, mask=mask)
-    tl.store(out_ptr + offs_wide + channels, value * a * gate * (1 - gate), mask=mask)
+    tl.store(out_ptr + offs_wide + channels, value * a * gate * rest, mask=mask)
 
 
 @torch.no_grad()

@@ -17,13 +17,13 @@ from fastvq.kernels.causal_conv_product import (
     CHANNEL_MULTIPLE,
     Tiles,
     activated,
-    elu_pair,
     is_fused,
     kernel_precision,
     multiply,
     nhwc,
     require_countable,
 )
+from fastvq.kernels.elementary import elu_pair
 from fastvq.kernels.launch import Device, hardware, on_device
 from fastvq.kernels.taps import read_taps
 

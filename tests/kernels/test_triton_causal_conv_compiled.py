@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from functools import partial
 
 import pytest
@@ -94,6 +95,10 @@ def test_compiled_kernels_fit_the_chip(
     assert launches
     for found in launches:
         resources = found.compile(capability)
+        if precision == "ieee":
+            # Nothing approximate, and a sum of its own for every block of depth: 32 of a thread's, or 16 pairs.
+            assert "ex2.approx" not in resources.ptx
+            assert len(re.findall(r"\badd(?:\.rn)?\.f32", resources.ptx)) >= 16
         assert_fits(resources, capability)
         if "PRECISION" in found.options:
             # Copies run ahead of the products.

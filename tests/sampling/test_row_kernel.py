@@ -18,6 +18,7 @@ from helpers import refuses, snail
 from plan_priors import GIVEN, PRIORS
 from triton_helpers import Check, assert_interpreted, names, needs_gpu, needs_triton, serve
 
+from fastvq._precision import full_float32
 from fastvq.errors import ArgumentError, UnavailableError
 from fastvq.models import Prior
 from fastvq.sampling import EngineOptions
@@ -74,7 +75,8 @@ def check_row_kernel(make: Callable[[], Prior], device: str) -> str:
 
 def _row_check(name: str) -> Check:
     def check(device: str) -> str:
-        with torch.inference_mode():
+        # As samplers do: a library's convolution of float32 may be one of TF32 otherwise.
+        with torch.inference_mode(), full_float32(torch.device(device)):
             return check_row_kernel(EXTRA[name], device)
 
     return check
