@@ -19,17 +19,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fastvq.errors import ArgumentError
-from fastvq.kernels.elementary import elu_pair, exp_negative, sigmoids
+from fastvq.kernels.causal_surroundings import CONCAT_ELU, activated, finish, require_countable
+from fastvq.kernels.elementary import elu_pair
 from fastvq.kernels.launch import Device, hardware, on_device
 from fastvq.kernels.taps import Taps
-
-ACTIVATION_KINDS: dict[str | None, int] = {None: 0, "elu": 1, "concat_elu": 2}
-_ELU: tl.constexpr = tl.constexpr(1)
-_CONCAT_ELU: tl.constexpr = tl.constexpr(2)
-
-# Of a row, that what follows the product handles at a time: more would not fit in registers.
-_FINISHED_BITS: tl.constexpr = tl.constexpr(1024)
 
 # An ELU costs about as much on its own, reading and writing each value once, as it does in this many repetitions inside
 # a product; a product repeats it for every tap and block of columns.
@@ -112,69 +105,6 @@ def _add_products(acc, a, weight_ptrs, mask_k, EVEN: tl.constexpr, PRECISION: tl
 
 
 @triton.jit
-def _halves(block):
-    """The left and the right half of the columns of a block [M, N]."""
-    pairs = tl.reshape(block, [block.shape[0], 2, block.shape[1] // 2])  # [M, 2, N / 2]
-    return tl.split(tl.permute(pairs, [0, 2, 1]))  # [M, N / 2] twice
-
-
-@triton.jit
-def _finish(
-    acc, other, bias_ptr, context_ptr, residual_ptr, given_ptr, out_ptr, pre_gate_ptr,
-    offs_m, image, first_n, positions, columns,
-    PAIR: tl.constexpr, GATE: tl.constexpr, DERIVATIVE: tl.constexpr, SAMPLE_CONTEXT: tl.constexpr,
-):  # fmt: skip
-    """What follows the products acc and other [M, N], for columns ``first_n`` onwards.
-
-    ``offs_m`` and ``image``, [M], say of which positions and images.
-    """
-    if acc.shape[1] * out_ptr.dtype.element_ty.primitive_bitwidth > _FINISHED_BITS:
-        left, right = _halves(acc)  # [M, N / 2] each
-        other_left, other_right = _halves(other) if PAIR else (left, right)  # [M, N / 2] each
-        _finish(
-            left, other_left, bias_ptr, context_ptr, residual_ptr, given_ptr, out_ptr, pre_gate_ptr,
-            offs_m, image, first_n, positions, columns, PAIR, GATE, DERIVATIVE, SAMPLE_CONTEXT,
-        )  # fmt: skip
-        _finish(
-            right, other_right, bias_ptr, context_ptr, residual_ptr, given_ptr, out_ptr, pre_gate_ptr,
-            offs_m, image, first_n + acc.shape[1] // 2, positions, columns, PAIR, GATE, DERIVATIVE, SAMPLE_CONTEXT,
-        )  # fmt: skip
-    else:
-        offs_n = first_n + tl.arange(0, acc.shape[1])  # [N]
-        total = columns * 2 if PAIR else columns
-        mask_n = offs_n < columns  # [N]
-        mask = (offs_m < positions)[:, None] & (offs_n < columns)[None, :]  # [M, N]
-        offs_row = offs_m.to(tl.int64)[:, None]  # [M, 1]
-        if bias_ptr is not None:
-            acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]  # [M, N]
-            if PAIR:
-                other += tl.load(bias_ptr + columns + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]  # [M, N]
-        if context_ptr is not None:
-            source = image[:, None] if SAMPLE_CONTEXT else offs_row  # [M, 1]
-            context_ptrs = context_ptr + source * total + offs_n[None, :]  # [M, N]
-            acc += tl.load(context_ptrs, mask=mask, other=0.0).to(tl.float32)  # [M, N]
-            if PAIR:
-                other += tl.load(context_ptrs + columns, mask=mask, other=0.0).to(tl.float32)  # [M, N]
-        if pre_gate_ptr is not None:
-            pre_gate_ptrs = pre_gate_ptr + offs_row * total + offs_n[None, :]  # [M, N]
-            tl.store(pre_gate_ptrs, acc, mask=mask)
-            tl.store(pre_gate_ptrs + columns, other, mask=mask)
-        if GATE:
-            acc *= sigmoids(other)[0]  # [M, N]
-        if DERIVATIVE != 0:
-            given_ptrs = given_ptr + offs_row * columns + offs_n[None, :]  # [M, N]
-            value = tl.load(given_ptrs, mask=mask, other=0.0).to(tl.float32)  # [M, N]
-            slope = exp_negative(-tl.abs(value))  # [M, N]
-            acc *= tl.where(value > 0, 1.0, slope)
-            if DERIVATIVE == _CONCAT_ELU:
-                acc -= other * tl.where(value < 0, 1.0, slope)
-        offs = offs_row * columns + offs_n[None, :]  # [M, N]
-        if residual_ptr is not None:
-            acc += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)  # [M, N]
-        tl.store(out_ptr + offs, acc, mask=mask)
-
-
-@triton.jit
 def _conv_kernel(
     x_ptr, weight_ptr, bias_ptr, context_ptr, residual_ptr, given_ptr, out_ptr, pre_gate_ptr,
     positions, height, width, first_row, out_rows, channels, columns,
@@ -188,7 +118,7 @@ def _conv_kernel(
     x [images, height, width, channels]; weight [TAPS, N, K], where K is ``channels``, or twice as many for concat-ELU,
     and N is ``columns``, or twice as many with a gate or the derivative of concat-ELU (at ``given_ptr``).
     """
-    PAIR: tl.constexpr = GATE or DERIVATIVE == _CONCAT_ELU
+    PAIR: tl.constexpr = GATE or DERIVATIVE == CONCAT_ELU
     blocks = tl.cdiv(columns, BLOCK_N)
     offs_m = tl.program_id(0) // blocks * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     first_n = tl.program_id(0) % blocks * BLOCK_N
@@ -200,7 +130,7 @@ def _conv_kernel(
     row = line % out_rows + first_row  # [BLOCK_M]
     image = (line // out_rows).to(tl.int64)  # [BLOCK_M]
     x_ptrs = x_ptr + ((image * height + row) * width + col) * channels  # [BLOCK_M]
-    depth = channels * 2 if PROLOGUE == _CONCAT_ELU else channels
+    depth = channels * 2 if PROLOGUE == CONCAT_ELU else channels
     total = columns * 2 if PAIR else columns
     # Columns past the end repeat the last one and are not stored, which spares a mask.
     offs_column = tl.minimum(offs_n, columns - 1).to(tl.int64)  # [BLOCK_N]
@@ -232,41 +162,16 @@ def _conv_kernel(
             acc = _add_products(acc, positive, tap_ptrs, mask_k, EVEN, PRECISION)  # [BLOCK_M, BLOCK_N]
             if PAIR:
                 other = _add_products(other, positive, tap_ptrs + second, mask_k, EVEN, PRECISION)
-            if PROLOGUE == _CONCAT_ELU:
+            if PROLOGUE == CONCAT_ELU:
                 negative = negative.to(a.dtype)
                 acc = _add_products(acc, negative, tap_ptrs + channels, mask_k, EVEN, PRECISION)
                 if PAIR:
                     other = _add_products(other, negative, tap_ptrs + channels + second, mask_k, EVEN, PRECISION)
 
-    _finish(
+    finish(
         acc, other, bias_ptr, context_ptr, residual_ptr, given_ptr, out_ptr, pre_gate_ptr,
         offs_m, image, first_n, positions, columns, PAIR, GATE, DERIVATIVE, SAMPLE_CONTEXT,
     )  # fmt: skip
-
-
-@triton.jit
-def _activate_kernel(x_ptr, out_ptr, size, channels, PAIR: tl.constexpr, BLOCK: tl.constexpr):
-    """ELU of x [P, channels]; with PAIR that of -x beside it."""
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
-    mask = offs < size  # [BLOCK]
-    value = tl.load(x_ptr + offs, mask=mask, other=0.0)  # [BLOCK]
-    positive, negative = elu_pair(value.to(tl.float32), x_ptr.dtype.element_ty == tl.float32)  # [BLOCK] each
-    if PAIR:
-        offs_out = offs + offs // channels * channels  # [BLOCK]
-        tl.store(out_ptr + offs_out, positive, mask=mask)
-        tl.store(out_ptr + offs_out + channels, negative, mask=mask)
-    else:
-        tl.store(out_ptr + offs, positive, mask=mask)
-
-
-def activated(x: Tensor, kind: int) -> Tensor:
-    """ELU or concat-ELU of x [..., C], contiguous."""
-    out = x.new_empty((*x.shape[:-1], x.shape[-1] * kind))
-    if x.numel():
-        _activate_kernel[(triton.cdiv(x.numel(), 1024),)](
-            x, out, x.numel(), x.shape[-1], PAIR=kind == 2, BLOCK=1024, num_warps=4
-        )
-    return out
 
 
 def convolve(
@@ -325,16 +230,5 @@ def convolve(
         )  # fmt: skip
 
 
-def require_countable(what: str, number: int) -> None:
-    """Kernels count in 32 bits, up to a block beyond the end."""
-    if number > 2**31 - 1024:
-        raise ArgumentError(f"{what} to number at most 2^31 - 1024, got {number}")
-
-
 def kernel_precision(x: Tensor, precision: str) -> str:
     return "interpreted" if x.device.type == "cpu" and x.dtype == torch.bfloat16 else precision
-
-
-def nhwc(x: Tensor) -> Tensor:
-    """[B, H, W, C], contiguous; a copy unless x is channels-last."""
-    return x.permute(0, 2, 3, 1).contiguous()

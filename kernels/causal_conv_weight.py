@@ -13,16 +13,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fastvq.kernels.causal_conv_product import (
-    ACTIVATION_KINDS,
     CHANNEL_MULTIPLE,
     Tiles,
-    activated,
     is_fused,
     kernel_precision,
     multiply,
-    nhwc,
-    require_countable,
 )
+from fastvq.kernels.causal_surroundings import ACTIVATION_KINDS, activated, nhwc, require_countable
 from fastvq.kernels.elementary import elu_pair
 from fastvq.kernels.launch import Device, hardware, on_device
 from fastvq.kernels.taps import read_taps
@@ -111,6 +108,7 @@ def backward_weight(
     form: str,
     activation: str | None = None,
     precision: str = "ieee",
+    sums: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients with respect to weight [O, C', k, k] and bias [O] of `causal_conv.forward`; the same bits in every run.
@@ -120,6 +118,7 @@ def backward_weight(
         x: [B, C, H, W].
         kernel_size: k.
         mask, form, activation, precision: as for `causal_conv.forward`.
+        sums: [O], of grad over all positions, where they are known.
         dtype: of the gradients; x's by default. Sums are float32, or float64 for the bias.
 
     Returns:
@@ -132,7 +131,7 @@ def backward_weight(
     columns, channels = grad.shape[-1], x.shape[-1] * max(1, kind)
     weight = x.new_zeros((columns, channels, kernel_size**2), dtype=dtype)
     # As many terms as there are positions, in an order that PyTorch chooses: float64 makes it irrelevant.
-    bias = grad.sum((0, 1, 2), dtype=torch.float64).to(dtype)
+    bias = (grad.sum((0, 1, 2), dtype=torch.float64) if sums is None else sums).to(dtype)
     if taps.count and x.numel() and columns:
         with on_device(x.device):
             partial = _partial_sums(grad, x, taps.count, kind, kernel_size, taps.above, taps.left, precision)

@@ -2,7 +2,8 @@
 
 There it is a product with log2(e), whose rounding alone makes an error of x / 2 units at x, and an approximate
 power of 2; ``exp(x) - 1`` loses all digits near 0 besides. Here x is reduced by multiples of ln 2, and a polynomial
-does the rest: at most two units off, all the way down to where results become subnormal.
+does the rest: at most two units off, all the way down to where results become subnormal. Without PRECISE these are the
+shorter forms, for results that are rounded to 11 bits or fewer.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["elu_pair", "exp_negative", "expm1_negative", "sigmoids"]
+__all__ = ["elu_pair", "exp_negative", "expm1_negative", "sigmoid", "sigmoids"]
 
 _LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 # ln 2 in two parts. Multiples of the first are exact: it has nine bits.
@@ -40,15 +41,17 @@ def _power_of_2(n):
 
 
 @triton.jit
-def exp_negative(x):
+def exp_negative(x, PRECISE: tl.constexpr):
     """exp of a block <= 0."""
-    series, first, second = _reduced(x)
-    return (1 + series) * first * second
+    if PRECISE:
+        series, first, second = _reduced(x)
+        return (1 + series) * first * second
+    return tl.exp(x)
 
 
 @triton.jit
 def expm1_negative(x, PRECISE: tl.constexpr):
-    """exp(x) - 1 of a block <= 0; without PRECISE in fewer steps, for results that are rounded to 11 bits or fewer."""
+    """exp(x) - 1 of a block <= 0."""
     if PRECISE:
         series, first, second = _reduced(x)
         power = first * second
@@ -64,9 +67,17 @@ def elu_pair(x, PRECISE: tl.constexpr):
 
 
 @triton.jit
+def sigmoid(x, PRECISE: tl.constexpr):
+    """Of a block."""
+    if PRECISE:
+        return sigmoids(x)[0]
+    return tl.sigmoid(x)
+
+
+@triton.jit
 def sigmoids(x):
-    """The sigmoids of x and -x of a block, neither as a difference from 1."""
-    below = exp_negative(-tl.abs(x))
+    """The sigmoids of x and -x of a block, neither as a difference from 1, with the accuracy of float32."""
+    below = exp_negative(-tl.abs(x), True)
     larger = tl.div_rn(1.0, 1 + below)
     smaller = tl.div_rn(below, 1 + below)
     return tl.where(x < 0, smaller, larger), tl.where(x < 0, larger, smaller)

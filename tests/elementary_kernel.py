@@ -18,7 +18,7 @@ def every_function(x_ptr, out_ptr, size, BLOCK: tl.constexpr):
     x = tl.load(x_ptr + offs, mask=mask, other=0.0)  # [BLOCK]
     above, below = sigmoids(x)  # [BLOCK] each
     positive, negative = elu_pair(x, True)  # [BLOCK] each
-    tl.store(out_ptr + offs, exp_negative(-tl.abs(x)), mask=mask)
+    tl.store(out_ptr + offs, exp_negative(-tl.abs(x), True), mask=mask)
     tl.store(out_ptr + size + offs, expm1_negative(-tl.abs(x), True), mask=mask)
     tl.store(out_ptr + size * 2 + offs, above, mask=mask)
     tl.store(out_ptr + size * 3 + offs, below, mask=mask)
