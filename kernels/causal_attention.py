@@ -37,10 +37,21 @@ from fastvq.kernels.launch import hardware, on_device
 __all__ = ["backward", "forward", "forward_tiles"]
 
 
+FORWARD_TILES = (
+    Tiles(128, 64, 8, 3),
+    Tiles(128, 64, 8, 2),
+    Tiles(64, 64, 8, 2),
+    Tiles(64, 32, 8, 2),
+    Tiles(32, 32, 8, 1),
+    Tiles(32, 16, 8, 1),
+    Tiles(16, 16, 8, 1),
+)
+
+
 def forward_tiles(
     query_width: int, value_width: int, dtype: torch.dtype, capability: int, precision: str, dropout: bool
 ) -> Tiles:
-    """Tiles of `_forward_kernel`: the largest that leave no register spilled."""
+    """Those of FORWARD_TILES that `_forward_kernel` takes: the largest that leave no register spilled."""
     widest = max(block_width(query_width), block_width(value_width))
     if dtype == torch.float32:
         if widest <= 64:

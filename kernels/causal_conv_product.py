@@ -42,6 +42,23 @@ class Tiles(NamedTuple):
     stages: int
 
 
+# Largest first; of the depth that half types have. The last one is for float32 without tensor cores: its products and
+# operands live in registers.
+PRODUCT_TILES = (
+    Tiles(128, 256, 64, 8, 4),
+    Tiles(128, 128, 64, 8, 4),
+    Tiles(128, 64, 64, 4, 4),
+    Tiles(64, 64, 64, 4, 4),
+    Tiles(32, 32, 64, 4, 4),
+    Tiles(64, 64, 16, 4, 2),
+)
+
+
+def shared_budget(device: Device) -> int:
+    """Bytes that the stages of a pipeline may take."""
+    return (208 if device.capability >= 90 else 144) * 1024
+
+
 def is_fused(kind: int, repetitions: int, dtype: torch.dtype, precision: str, device: Device) -> bool:
     """Whether x is activated inside a product that would do so ``repetitions`` times.
 
@@ -62,23 +79,19 @@ def product_tiles(
     per product, and with 256 columns x is read once for every tap.
     """
     narrow = max(16, triton.next_power_of_2(columns))
+    *large, tiles = PRODUCT_TILES
     if dtype == torch.float32 and precision == "ieee":
-        # No tensor cores: products and operands live in registers.
-        return Tiles(64, min(32 if signs == 2 else 64, narrow), 16, 4, 2)
-    item = dtype.itemsize
-    sizes = [(128, 128, 8), (128, 64, 4), (64, 64, 4), (32, 32, 4)]
-    if device.capability >= 90:
-        sizes.insert(0, (128, 256, 8))
-    for block_m, block_n, warps in sizes:  # noqa: B007
-        programs = triton.cdiv(rows, block_m) * triton.cdiv(columns, block_n)
-        if block_n < 2 * narrow and 4 * programs >= 3 * device.processors:
+        return tiles._replace(block_n=min(tiles.block_n // signs, narrow))
+    for tiles in large if device.capability >= 90 else large[1:]:
+        programs = triton.cdiv(rows, tiles.block_m) * triton.cdiv(columns, tiles.block_n)
+        if tiles.block_n < 2 * narrow and 4 * programs >= 3 * device.processors:
             break
-    block_n = min(block_n, narrow)
+    item, block_n = dtype.itemsize, min(tiles.block_n, narrow)
     # 128 bytes of depth fill a swizzled line of shared memory.
-    block_k = min(128 // item // signs, max(16, triton.next_power_of_2(depth)))
-    stage = (block_m + signs * block_n) * block_k * item
-    budget = (208 if device.capability >= 90 else 144) * 1024
-    return Tiles(block_m, block_n, block_k, warps, max(2, min(4, budget // stage)))
+    block_k = min(2 * tiles.block_k // item // signs, max(16, triton.next_power_of_2(depth)))
+    stage = (tiles.block_m + signs * block_n) * block_k * item
+    stages = max(2, min(tiles.stages, shared_budget(device) // stage))
+    return tiles._replace(block_n=block_n, block_k=block_k, stages=stages)
 
 
 @triton.jit
