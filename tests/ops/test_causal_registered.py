@@ -574,14 +574,31 @@ def test_gated_block_equals_its_steps(
 
 @needs_gpu
 @each_mask
-def test_both_backends_agree_on_a_gpu(mask: Mask) -> None:
+def test_all_backends_agree_on_a_gpu(mask: Mask) -> None:
     tensors = {n: t.cuda().float() for n, t in block_arguments("concat_elu", "uniform", True, True).items()}
     options = {"mask": mask, "activation": "concat_elu", "gate": True}
-    results = []
+    results = {}
     with full_float32(torch.device("cuda")):
-        for backend in ("triton", "torch"):
+        for backend in ("torch", "fused", "triton"):
             given = dict(zip(tensors, leaves(*tensors.values()), strict=True))
             out = fused_causal_conv2d(**given, **options, backend=backend)
-            results.append([out, *torch.autograd.grad(out.square().sum(), list(given.values()))])
+            results[backend] = [out, *torch.autograd.grad(out.square().sum(), list(given.values()))]
+    for backend in ("fused", "triton"):
+        for mine, theirs in zip(results[backend], results["torch"], strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
+
+
+@needs_gpu
+@each_mask
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_attention_of_the_library_agrees_on_a_gpu(mask: Mask, dtype: torch.dtype) -> None:
+    tensors = [normal(2, 2, 37, 16, seed=seed).to("cuda", dtype) for seed in range(3)]
+    results = []
+    with full_float32(torch.device("cuda")):
+        for backend in ("sdpa", "triton"):
+            inputs = leaves(*tensors)
+            out = causal_attention(*inputs, mask=mask, backend=backend)
+            results.append([out, *gradients(out.cpu(), inputs)])
     for mine, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=1e-2)
+        bound = 1e-4 if dtype == torch.float32 else 3e-2
+        torch.testing.assert_close(mine, theirs, rtol=bound, atol=bound)
