@@ -37,10 +37,21 @@ from fastvq.kernels.launch import hardware, on_device
 __all__ = ["backward", "forward", "forward_tiles"]
 
 
+FORWARD_TILES = (
+    Tiles(128, 64, 8, 3),
+    Tiles(128, 64, 8, 2),
+    Tiles(64, 64, 8, 2),
+    Tiles(64, 32, 8, 2),
+    Tiles(32, 32, 8, 1),
+    Tiles(32, 16, 8, 1),
+    Tiles(16, 16, 8, 1),
+)
+
+
 def forward_tiles(
     query_width: int, value_width: int, dtype: torch.dtype, capability: int, precision: str, dropout: bool
 ) -> Tiles:
-    """Tiles of `_forward_kernel`: the largest that leave no register spilled."""
+    """Those of FORWARD_TILES that `_forward_kernel` takes: the largest that leave no register spilled."""
     widest = max(block_width(query_width), block_width(value_width))
     if dtype == torch.float32:
         if widest <= 64:
@@ -178,7 +189,9 @@ def _forward_kernel(
     if STRICT:
         total = tl.where(offs_m == 0, 1.0, total)  # [BLOCK_M]
     out_ptr += b * out_stride_b + h * out_stride_h
-    store_rows(out_ptr, first, out_stride_n, out_stride_e, length, acc / total[:, None], E, BLOCK_M, BLOCK_E)
+    # Rounded once: where one weight is all of the sum, a value comes out as it is but for two roundings.
+    out = tl.div_rn(acc, tl.broadcast_to(total[:, None], [BLOCK_M, BLOCK_E]))  # [BLOCK_M, BLOCK_E]
+    store_rows(out_ptr, first, out_stride_n, out_stride_e, length, out, E, BLOCK_M, BLOCK_E)
 
 
 @torch.no_grad()

@@ -26,10 +26,21 @@ from fastvq.kernels.launch import hardware, on_device
 __all__ = ["backward", "key_tiles", "query_tiles"]
 
 
+QUERY_TILES = (Tiles(128, 64, 8, 2), Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(16, 16, 8, 1))
+KEY_TILES = (
+    Tiles(64, 128, 8, 2),
+    Tiles(32, 128, 8, 2),
+    Tiles(32, 64, 8, 2),
+    Tiles(32, 32, 8, 2),
+    Tiles(16, 32, 8, 1),
+    Tiles(16, 16, 8, 1),
+)
+
+
 def query_tiles(
     query_width: int, value_width: int, dtype: torch.dtype, capability: int, precision: str, dropout: bool
 ) -> Tiles:
-    """Tiles of `_query_gradient_kernel`: the largest that leave no register spilled."""
+    """Those of QUERY_TILES that `_query_gradient_kernel` takes: the largest that leave no register spilled."""
     widest = max(block_width(query_width), block_width(value_width))
     if dtype == torch.float32:
         return Tiles(16, 16, 8, 1)
@@ -41,7 +52,7 @@ def query_tiles(
 def key_tiles(
     query_width: int, value_width: int, dtype: torch.dtype, capability: int, precision: str, dropout: bool
 ) -> Tiles:
-    """Tiles of `_key_value_gradient_kernel`, which holds two sums: the largest that leave no register spilled."""
+    """Those of KEY_TILES that `_key_value_gradient_kernel` takes, which holds two sums: the largest without spills."""
     widest = max(block_width(query_width), block_width(value_width))
     if dtype == torch.float32:
         return Tiles(16, 32 if widest <= 64 or precision == "tf32" else 16, 8, 1)

@@ -1,35 +1,20 @@
 """Masked causal convolution on a GPU, with the activation before it and the gate and sums after it, and its gradients.
 
-The arithmetic is in `causal_conv_product` and `causal_conv_weight`.
+The arithmetic is in `causal_conv_product`, `causal_conv_weight` and `causal_surroundings`.
 """
 
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from fastvq.errors import ArgumentError
-from fastvq.kernels.causal_conv_product import ACTIVATION_KINDS, convolve, nhwc
+from fastvq.kernels.causal_conv_product import convolve
 from fastvq.kernels.causal_conv_weight import backward_weight
-from fastvq.kernels.launch import on_device
+from fastvq.kernels.causal_surroundings import ACTIVATION_KINDS, gate_backward, nhwc
 from fastvq.kernels.taps import read_taps
 
 __all__ = ["backward_input", "backward_weight", "forward", "gate_backward"]
-
-
-@triton.jit
-def _gate_backward_kernel(grad_ptr, pre_gate_ptr, out_ptr, size, channels, BLOCK: tl.constexpr):
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
-    mask = offs < size  # [BLOCK]
-    # Of the first half of the channels, where there are twice as many.
-    offs_wide = offs + offs // channels * channels  # [BLOCK]
-    value = tl.load(grad_ptr + offs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK]
-    a = tl.load(pre_gate_ptr + offs_wide, mask=mask, other=0.0).to(tl.float32)  # [BLOCK]
-    gate = tl.sigmoid(tl.load(pre_gate_ptr + offs_wide + channels, mask=mask, other=0.0).to(tl.float32))  # [BLOCK]
-    tl.store(out_ptr + offs_wide, value * gate, mask=mask)
-    tl.store(out_ptr + offs_wide + channels, value * a * gate * (1 - gate), mask=mask)
 
 
 @torch.no_grad()
@@ -113,19 +98,6 @@ def backward_input(
     given = nhwc(x) if kind and x is not None else None
     packed = _packed(weight, taps.count, grad.dtype, transposed=True)
     convolve(nhwc(grad), packed, out, taps, reverse=True, derivative=kind, given=given, precision=precision)
-    return out.permute(0, 3, 1, 2)
-
-
-@torch.no_grad()
-def gate_backward(grad: Tensor, pre_gate: Tensor) -> Tensor:
-    """Gradient [B, O, H, W] with respect to ``pre_gate``, channels-last, from that of a sigmoid(b) [B, O / 2, H, W]."""
-    grad, pre_gate = nhwc(grad), nhwc(pre_gate)
-    out = torch.empty_like(pre_gate)
-    if grad.numel():
-        with on_device(grad.device):
-            _gate_backward_kernel[(triton.cdiv(grad.numel(), 1024),)](
-                grad, pre_gate, out, grad.numel(), grad.shape[-1], BLOCK=1024, num_warps=4
-            )
     return out.permute(0, 3, 1, 2)
 
 

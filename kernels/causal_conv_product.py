@@ -19,16 +19,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fastvq.errors import ArgumentError
+from fastvq.kernels.causal_surroundings import CONCAT_ELU, activated, finish, require_countable
+from fastvq.kernels.elementary import elu_pair
 from fastvq.kernels.launch import Device, hardware, on_device
 from fastvq.kernels.taps import Taps
-
-ACTIVATION_KINDS: dict[str | None, int] = {None: 0, "elu": 1, "concat_elu": 2}
-_ELU: tl.constexpr = tl.constexpr(1)
-_CONCAT_ELU: tl.constexpr = tl.constexpr(2)
-
-# Of a row, that what follows the product handles at a time: more would not fit in registers.
-_FINISHED_BITS: tl.constexpr = tl.constexpr(1024)
 
 # An ELU costs about as much on its own, reading and writing each value once, as it does in this many repetitions inside
 # a product; a product repeats it for every tap and block of columns.
@@ -46,6 +40,23 @@ class Tiles(NamedTuple):
     block_k: int
     warps: int
     stages: int
+
+
+# Largest first; of the depth that half types have. The last one is for float32 without tensor cores: its products and
+# operands live in registers.
+PRODUCT_TILES = (
+    Tiles(128, 256, 64, 8, 4),
+    Tiles(128, 128, 64, 8, 4),
+    Tiles(128, 64, 64, 4, 4),
+    Tiles(64, 64, 64, 4, 4),
+    Tiles(32, 32, 64, 4, 4),
+    Tiles(64, 64, 16, 4, 2),
+)
+
+
+def shared_budget(device: Device) -> int:
+    """Bytes that the stages of a pipeline may take."""
+    return (208 if device.capability >= 90 else 144) * 1024
 
 
 def is_fused(kind: int, repetitions: int, dtype: torch.dtype, precision: str, device: Device) -> bool:
@@ -68,50 +79,32 @@ def product_tiles(
     per product, and with 256 columns x is read once for every tap.
     """
     narrow = max(16, triton.next_power_of_2(columns))
+    *large, tiles = PRODUCT_TILES
     if dtype == torch.float32 and precision == "ieee":
-        # No tensor cores: products and operands live in registers.
-        return Tiles(64, min(32 if signs == 2 else 64, narrow), 16, 4, 2)
-    item = dtype.itemsize
-    sizes = [(128, 128, 8), (128, 64, 4), (64, 64, 4), (32, 32, 4)]
-    if device.capability >= 90:
-        sizes.insert(0, (128, 256, 8))
-    for block_m, block_n, warps in sizes:  # noqa: B007
-        programs = triton.cdiv(rows, block_m) * triton.cdiv(columns, block_n)
-        if block_n < 2 * narrow and 4 * programs >= 3 * device.processors:
+        return tiles._replace(block_n=min(tiles.block_n // signs, narrow))
+    for tiles in large if device.capability >= 90 else large[1:]:
+        programs = triton.cdiv(rows, tiles.block_m) * triton.cdiv(columns, tiles.block_n)
+        if tiles.block_n < 2 * narrow and 4 * programs >= 3 * device.processors:
             break
-    block_n = min(block_n, narrow)
+    item, block_n = dtype.itemsize, min(tiles.block_n, narrow)
     # 128 bytes of depth fill a swizzled line of shared memory.
-    block_k = min(128 // item // signs, max(16, triton.next_power_of_2(depth)))
-    stage = (block_m + signs * block_n) * block_k * item
-    budget = (208 if device.capability >= 90 else 144) * 1024
-    return Tiles(block_m, block_n, block_k, warps, max(2, min(4, budget // stage)))
-
-
-@triton.jit
-def expm1_negative(x, PRECISE: tl.constexpr):
-    """exp(x) - 1 of a block <= 0; PRECISE keeps float32's relative error near zero, where the difference loses it."""
-    value = tl.exp(x) - 1
-    if PRECISE:
-        series = 1 + x * (1 / 7) * (1 + x * 0.125)
-        series = 1 + x * 0.25 * (1 + x * 0.2 * (1 + x * (1 / 6) * series))
-        series = x * (1 + x * 0.5 * (1 + x * (1 / 3) * series))
-        value = tl.where(x > -0.5, series, value)
-    return value
-
-
-@triton.jit
-def elu_pair(x, PRECISE: tl.constexpr):
-    """elu(x) and elu(-x) of a block, which share their exponential."""
-    below = expm1_negative(-tl.abs(x), PRECISE)
-    return tl.where(x > 0, x, below), tl.where(x < 0, -x, below)
+    block_k = min(2 * tiles.block_k // item // signs, max(16, triton.next_power_of_2(depth)))
+    stage = (tiles.block_m + signs * block_n) * block_k * item
+    stages = max(2, min(tiles.stages, shared_budget(device) // stage))
+    return tiles._replace(block_n=block_n, block_k=block_k, stages=stages)
 
 
 @triton.jit
 def multiply(a, b, acc, PRECISION: tl.constexpr):
     """acc + a b for blocks acc [M, N], a [M, K] and b [K, N].
 
-    PRECISION may also be ``interpreted``: Triton's interpreter multiplies bfloat16 as integers.
+    PRECISION may also be ``interpreted``: Triton's interpreter multiplies bfloat16 as integers. Without tensor cores
+    (``ieee``) every block of depth gets a sum of its own before it is added: one chain over all of the depth errs by
+    two to four times as much.
     """
+    if PRECISION == "ieee" and a.dtype == tl.float32:
+        # Of no effect but one, on float32: a product that has this option is not merged with the addition.
+        return acc + tl.dot(a, b, input_precision="ieee", max_num_imprecise_acc=a.shape[1])  # [M, N]
     if PRECISION == "interpreted":
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")  # [M, N]
     return tl.dot(a, b, acc, input_precision=PRECISION)  # [M, N]
@@ -122,69 +115,6 @@ def _add_products(acc, a, weight_ptrs, mask_k, EVEN: tl.constexpr, PRECISION: tl
     """acc [M, N] + a b^T for blocks a [M, K] and b [N, K], b at ``weight_ptrs``."""
     b = tl.load(weight_ptrs) if EVEN else tl.load(weight_ptrs, mask=mask_k[None, :], other=0.0)  # [N, K]
     return multiply(a, tl.trans(b), acc, PRECISION)  # [M, N]
-
-
-@triton.jit
-def _halves(block):
-    """The left and the right half of the columns of a block [M, N]."""
-    pairs = tl.reshape(block, [block.shape[0], 2, block.shape[1] // 2])  # [M, 2, N / 2]
-    return tl.split(tl.permute(pairs, [0, 2, 1]))  # [M, N / 2] twice
-
-
-@triton.jit
-def _finish(
-    acc, other, bias_ptr, context_ptr, residual_ptr, given_ptr, out_ptr, pre_gate_ptr,
-    offs_m, image, first_n, positions, columns,
-    PAIR: tl.constexpr, GATE: tl.constexpr, DERIVATIVE: tl.constexpr, SAMPLE_CONTEXT: tl.constexpr,
-):  # fmt: skip
-    """What follows the products acc and other [M, N], for columns ``first_n`` onwards.
-
-    ``offs_m`` and ``image``, [M], say of which positions and images.
-    """
-    if acc.shape[1] * out_ptr.dtype.element_ty.primitive_bitwidth > _FINISHED_BITS:
-        left, right = _halves(acc)  # [M, N / 2] each
-        other_left, other_right = _halves(other) if PAIR else (left, right)  # [M, N / 2] each
-        _finish(
-            left, other_left, bias_ptr, context_ptr, residual_ptr, given_ptr, out_ptr, pre_gate_ptr,
-            offs_m, image, first_n, positions, columns, PAIR, GATE, DERIVATIVE, SAMPLE_CONTEXT,
-        )  # fmt: skip
-        _finish(
-            right, other_right, bias_ptr, context_ptr, residual_ptr, given_ptr, out_ptr, pre_gate_ptr,
-            offs_m, image, first_n + acc.shape[1] // 2, positions, columns, PAIR, GATE, DERIVATIVE, SAMPLE_CONTEXT,
-        )  # fmt: skip
-    else:
-        offs_n = first_n + tl.arange(0, acc.shape[1])  # [N]
-        total = columns * 2 if PAIR else columns
-        mask_n = offs_n < columns  # [N]
-        mask = (offs_m < positions)[:, None] & (offs_n < columns)[None, :]  # [M, N]
-        offs_row = offs_m.to(tl.int64)[:, None]  # [M, 1]
-        if bias_ptr is not None:
-            acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]  # [M, N]
-            if PAIR:
-                other += tl.load(bias_ptr + columns + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]  # [M, N]
-        if context_ptr is not None:
-            source = image[:, None] if SAMPLE_CONTEXT else offs_row  # [M, 1]
-            context_ptrs = context_ptr + source * total + offs_n[None, :]  # [M, N]
-            acc += tl.load(context_ptrs, mask=mask, other=0.0).to(tl.float32)  # [M, N]
-            if PAIR:
-                other += tl.load(context_ptrs + columns, mask=mask, other=0.0).to(tl.float32)  # [M, N]
-        if pre_gate_ptr is not None:
-            pre_gate_ptrs = pre_gate_ptr + offs_row * total + offs_n[None, :]  # [M, N]
-            tl.store(pre_gate_ptrs, acc, mask=mask)
-            tl.store(pre_gate_ptrs + columns, other, mask=mask)
-        if GATE:
-            acc = acc * tl.sigmoid(other)  # [M, N]
-        if DERIVATIVE != 0:
-            given_ptrs = given_ptr + offs_row * columns + offs_n[None, :]  # [M, N]
-            value = tl.load(given_ptrs, mask=mask, other=0.0).to(tl.float32)  # [M, N]
-            slope = tl.exp(-tl.abs(value))  # [M, N]
-            acc *= tl.where(value > 0, 1.0, slope)
-            if DERIVATIVE == _CONCAT_ELU:
-                acc -= other * tl.where(value < 0, 1.0, slope)
-        offs = offs_row * columns + offs_n[None, :]  # [M, N]
-        if residual_ptr is not None:
-            acc += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)  # [M, N]
-        tl.store(out_ptr + offs, acc, mask=mask)
 
 
 @triton.jit
@@ -201,7 +131,7 @@ def _conv_kernel(
     x [images, height, width, channels]; weight [TAPS, N, K], where K is ``channels``, or twice as many for concat-ELU,
     and N is ``columns``, or twice as many with a gate or the derivative of concat-ELU (at ``given_ptr``).
     """
-    PAIR: tl.constexpr = GATE or DERIVATIVE == _CONCAT_ELU
+    PAIR: tl.constexpr = GATE or DERIVATIVE == CONCAT_ELU
     blocks = tl.cdiv(columns, BLOCK_N)
     offs_m = tl.program_id(0) // blocks * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     first_n = tl.program_id(0) % blocks * BLOCK_N
@@ -213,7 +143,7 @@ def _conv_kernel(
     row = line % out_rows + first_row  # [BLOCK_M]
     image = (line // out_rows).to(tl.int64)  # [BLOCK_M]
     x_ptrs = x_ptr + ((image * height + row) * width + col) * channels  # [BLOCK_M]
-    depth = channels * 2 if PROLOGUE == _CONCAT_ELU else channels
+    depth = channels * 2 if PROLOGUE == CONCAT_ELU else channels
     total = columns * 2 if PAIR else columns
     # Columns past the end repeat the last one and are not stored, which spares a mask.
     offs_column = tl.minimum(offs_n, columns - 1).to(tl.int64)  # [BLOCK_N]
@@ -245,41 +175,16 @@ def _conv_kernel(
             acc = _add_products(acc, positive, tap_ptrs, mask_k, EVEN, PRECISION)  # [BLOCK_M, BLOCK_N]
             if PAIR:
                 other = _add_products(other, positive, tap_ptrs + second, mask_k, EVEN, PRECISION)
-            if PROLOGUE == _CONCAT_ELU:
+            if PROLOGUE == CONCAT_ELU:
                 negative = negative.to(a.dtype)
                 acc = _add_products(acc, negative, tap_ptrs + channels, mask_k, EVEN, PRECISION)
                 if PAIR:
                     other = _add_products(other, negative, tap_ptrs + channels + second, mask_k, EVEN, PRECISION)
 
-    _finish(
+    finish(
         acc, other, bias_ptr, context_ptr, residual_ptr, given_ptr, out_ptr, pre_gate_ptr,
         offs_m, image, first_n, positions, columns, PAIR, GATE, DERIVATIVE, SAMPLE_CONTEXT,
     )  # fmt: skip
-
-
-@triton.jit
-def _activate_kernel(x_ptr, out_ptr, size, channels, PAIR: tl.constexpr, BLOCK: tl.constexpr):
-    """ELU of x [P, channels]; with PAIR that of -x beside it."""
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
-    mask = offs < size  # [BLOCK]
-    value = tl.load(x_ptr + offs, mask=mask, other=0.0)  # [BLOCK]
-    positive, negative = elu_pair(value.to(tl.float32), x_ptr.dtype.element_ty == tl.float32)  # [BLOCK] each
-    if PAIR:
-        offs_out = offs + offs // channels * channels  # [BLOCK]
-        tl.store(out_ptr + offs_out, positive, mask=mask)
-        tl.store(out_ptr + offs_out + channels, negative, mask=mask)
-    else:
-        tl.store(out_ptr + offs, positive, mask=mask)
-
-
-def activated(x: Tensor, kind: int) -> Tensor:
-    """ELU or concat-ELU of x [..., C], contiguous."""
-    out = x.new_empty((*x.shape[:-1], x.shape[-1] * kind))
-    if x.numel():
-        _activate_kernel[(triton.cdiv(x.numel(), 1024),)](
-            x, out, x.numel(), x.shape[-1], PAIR=kind == 2, BLOCK=1024, num_warps=4
-        )
-    return out
 
 
 def convolve(
@@ -338,16 +243,5 @@ def convolve(
         )  # fmt: skip
 
 
-def require_countable(what: str, number: int) -> None:
-    """Kernels count in 32 bits, up to a block beyond the end."""
-    if number > 2**31 - 1024:
-        raise ArgumentError(f"{what} to number at most 2^31 - 1024, got {number}")
-
-
 def kernel_precision(x: Tensor, precision: str) -> str:
     return "interpreted" if x.device.type == "cpu" and x.dtype == torch.bfloat16 else precision
-
-
-def nhwc(x: Tensor) -> Tensor:
-    """[B, H, W, C], contiguous; a copy unless x is channels-last."""
-    return x.permute(0, 2, 3, 1).contiguous()

@@ -13,17 +13,15 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fastvq.kernels.causal_conv_product import (
-    ACTIVATION_KINDS,
     CHANNEL_MULTIPLE,
     Tiles,
-    activated,
-    elu_pair,
     is_fused,
     kernel_precision,
     multiply,
-    nhwc,
-    require_countable,
+    shared_budget,
 )
+from fastvq.kernels.causal_surroundings import ACTIVATION_KINDS, activated, nhwc, require_countable
+from fastvq.kernels.elementary import elu_pair
 from fastvq.kernels.launch import Device, hardware, on_device
 from fastvq.kernels.taps import read_taps
 
@@ -32,23 +30,36 @@ __all__ = ["backward_weight"]
 _PAIR: tl.constexpr = tl.constexpr(2)
 
 
+# Channels, columns and positions (of half types) of one tap's product, largest first; the last one is for float32
+# without tensor cores.
+WEIGHT_TILES = (
+    Tiles(128, 256, 64, 8, 4),
+    Tiles(128, 128, 64, 8, 4),
+    Tiles(64, 128, 64, 4, 4),
+    Tiles(64, 64, 16, 4, 2),
+)
+
+
 def weight_tiles(channels: int, columns: int, dtype: torch.dtype, precision: str, device: Device, signs: int) -> Tiles:
-    """Tiles of one tap's product: channels, columns, positions; ``signs`` is 2 when concat-ELU is computed on the way.
+    """Tiles of one tap's product; ``signs`` is 2 when concat-ELU is computed on the way.
 
     Accumulators of both signs count as rows.
     """
     narrow_m = max(16, triton.next_power_of_2(channels))
     narrow_n = max(16, triton.next_power_of_2(columns))
-    if dtype == torch.float32 and precision == "ieee":
-        return Tiles(min(64 // signs, narrow_m), min(64, narrow_n), 16, 4, 2)
-    wide = device.capability >= 90 and narrow_n >= 256
-    # Transposing blocks of float32 takes registers.
-    tall = 128 if wide or dtype != torch.float32 else 64
-    block_m, block_n = min(tall // signs, narrow_m), min(256 if wide else 128, narrow_n)
+    widest, large, small, tiles = WEIGHT_TILES
+    plain = dtype == torch.float32 and precision == "ieee"
+    if not plain:
+        # Transposing blocks of float32 takes registers.
+        tiles = small if dtype == torch.float32 else large
+        tiles = widest if device.capability >= 90 and narrow_n >= widest.block_n else tiles
+    block_m, block_n = min(tiles.block_m // signs, narrow_m), min(tiles.block_n, narrow_n)
+    if plain:
+        return tiles._replace(block_m=block_m, block_n=block_n)
     warps = 8 if signs * block_m * block_n >= 128 * 128 else 4
-    block_k = 128 // dtype.itemsize
-    budget = (208 if device.capability >= 90 else 144) * 1024
-    return Tiles(block_m, block_n, block_k, warps, max(2, min(4, budget // ((block_m + block_n) * 128))))
+    block_k = 2 * tiles.block_k // dtype.itemsize
+    stages = max(2, min(tiles.stages, shared_budget(device) // ((block_m + block_n) * 128)))
+    return Tiles(block_m, block_n, block_k, warps, stages)
 
 
 @triton.jit
@@ -111,6 +122,7 @@ def backward_weight(
     form: str,
     activation: str | None = None,
     precision: str = "ieee",
+    sums: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients with respect to weight [O, C', k, k] and bias [O] of `causal_conv.forward`; the same bits in every run.
@@ -120,6 +132,7 @@ def backward_weight(
         x: [B, C, H, W].
         kernel_size: k.
         mask, form, activation, precision: as for `causal_conv.forward`.
+        sums: [O], of grad over all positions, where they are known.
         dtype: of the gradients; x's by default. Sums are float32, or float64 for the bias.
 
     Returns:
@@ -132,7 +145,7 @@ def backward_weight(
     columns, channels = grad.shape[-1], x.shape[-1] * max(1, kind)
     weight = x.new_zeros((columns, channels, kernel_size**2), dtype=dtype)
     # As many terms as there are positions, in an order that PyTorch chooses: float64 makes it irrelevant.
-    bias = grad.sum((0, 1, 2), dtype=torch.float64).to(dtype)
+    bias = (grad.sum((0, 1, 2), dtype=torch.float64) if sums is None else sums).to(dtype)
     if taps.count and x.numel() and columns:
         with on_device(x.device):
             partial = _partial_sums(grad, x, taps.count, kind, kernel_size, taps.above, taps.left, precision)

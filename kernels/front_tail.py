@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastvq.kernels.causal_conv_product import elu_pair, expm1_negative
+from fastvq.kernels.elementary import elu_pair, expm1_negative
 from fastvq.kernels.front_product import positions
 
 INSTR_FIELDS, CHAIN_FIELDS = 32, 4

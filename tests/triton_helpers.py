@@ -227,7 +227,8 @@ def rows_above(
     precision: str = "ieee",
 ) -> Tensor:
     """What rows above contribute to output rows ``first`` to ``first + rows - 1``, [B, O, rows, W]."""
-    from fastvq.kernels.causal_conv_product import ACTIVATION_KINDS, convolve, nhwc
+    from fastvq.kernels.causal_conv_product import convolve
+    from fastvq.kernels.causal_surroundings import ACTIVATION_KINDS, nhwc
     from fastvq.kernels.taps import read_taps
 
     taps = read_taps(weight.shape[-1], "strict", form)

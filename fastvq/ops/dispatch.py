@@ -46,19 +46,31 @@ class Backend:
         why_not: of the tensors that decide, as `explain_backend` takes them: why it cannot run, or None.
         run: what the operation calls; the operation's own `backends` module says how.
         gpu: comes before all others for tensors on a GPU, and after them elsewhere.
+        refuses: of the operation's options, by name: why it cannot run with them, or None.
     """
 
     name: str
     why_not: Callable[..., str | None]
     run: Any
     gpu: bool = False
+    refuses: Callable[..., str | None] | None = None
+
+    def reason(self, tensors: Sequence[Tensor], options: dict[str, Any]) -> str | None:
+        """Why it cannot run, or None."""
+        return self.why_not(*tensors) or (self.refuses(**options) if self.refuses is not None else None)
 
 
 class Backends:
-    """The table of an operation, best first."""
+    """The table of an operation, best first.
 
-    def __init__(self, operation: str, rows: Sequence[Backend]) -> None:
-        self.operation = operation
+    ``prefer`` says of the tensors that decide and of options by name, for tensors on a GPU, which row comes first, and
+    why.
+    """
+
+    def __init__(
+        self, operation: str, rows: Sequence[Backend], prefer: Callable[..., tuple[str, str]] | None = None
+    ) -> None:
+        self.operation, self.prefer = operation, prefer
         self.replace(rows)
 
     def replace(self, rows: Sequence[Backend]) -> None:
@@ -81,22 +93,28 @@ class Backends:
         place = len(names) if before is None else names.index(before)
         self.replace([*self.rows[:place], row, *self.rows[place:]])
 
-    def ordered(self, tensor: Tensor) -> Sequence[Backend]:
-        """The rows, best first, for arguments where this tensor is."""
-        return self._on_gpu if tensor.is_cuda else self._elsewhere
+    def preference(self, *tensors: Tensor, **options: Any) -> tuple[str, str] | None:
+        """Name of the row that comes first for these arguments, and why; None where the table's order holds."""
+        return self.prefer(*tensors, **options) if self.prefer is not None and tensors[0].is_cuda else None
 
-    def candidates(self, *tensors: Tensor) -> list[Candidate]:
+    def ordered(self, *tensors: Tensor, **options: Any) -> Sequence[Backend]:
+        """The rows, best first, for these arguments."""
+        rows = self._on_gpu if tensors[0].is_cuda else self._elsewhere
+        preference = self.preference(*tensors, **options)
+        return rows if preference is None else sorted(rows, key=lambda row: row.name != preference[0])
+
+    def candidates(self, *tensors: Tensor, **options: Any) -> list[Candidate]:
         """Name of every backend with the reason against it or None, best first."""
-        return [(row.name, row.why_not(*tensors)) for row in self.ordered(tensors[0])]
+        return [(row.name, row.reason(tensors, options)) for row in self.ordered(*tensors, **options)]
 
-    def select(self, backend: str | None, *tensors: Tensor) -> Backend:
+    def select(self, backend: str | None, *tensors: Tensor, **options: Any) -> Backend:
         """The backend to run; errors are those of `select_backend`."""
-        rows = self.ordered(tensors[0])
+        rows = self.ordered(*tensors, **options)
         if backend is None:
             for row in rows:
-                if row.why_not(*tensors) is None:
+                if row.reason(tensors, options) is None:
                     return row
-        name = select_backend(self.operation, self.candidates(*tensors), backend)
+        name = select_backend(self.operation, self.candidates(*tensors, **options), backend)
         return next(row for row in rows if row.name == name)
 
 

@@ -15,7 +15,7 @@ from fastvq.ops.nearest_code.backends import BACKENDS as NEAREST_CODE
 _TABLES = {table.operation: table for table in (CAUSAL_ATTENTION, CAUSAL_CONV, DRAW, EMA_UPDATE, NEAREST_CODE)}
 
 
-def explain_backend(op: str, *args: Any, backend: str | None = None) -> str:
+def explain_backend(op: str, *args: Any, backend: str | None = None, **options: Any) -> str:
     """One line per backend of an operation: which would run for these arguments, and why the others would not.
 
     Args:
@@ -24,6 +24,8 @@ def explain_backend(op: str, *args: Any, backend: str | None = None) -> str:
             ``nearest_code``: x and the codebook; ``ema_update``: its five tensors; ``causal_conv2d``: x and the
             weight; ``causal_attention``: query, key and value).
         backend: as for the operation itself.
+        options: those of the operation that decide too (``causal_conv2d``: mask and form; ``causal_attention``:
+            dropout), its defaults where not given.
 
     Raises:
         ArgumentError: there is no such operation, or no such backend.
@@ -31,8 +33,15 @@ def explain_backend(op: str, *args: Any, backend: str | None = None) -> str:
     """
     if op not in _TABLES:
         raise ArgumentError(f"op: expected one of {', '.join(map(repr, _TABLES))}, got {op!r}")
-    candidates = _TABLES[op].candidates(*args)
+    table = _TABLES[op]
+    candidates = table.candidates(*args, **options)
     chosen = select_backend(op, candidates, backend)
-    why = "chosen: the first that can run" if backend is None else "chosen: asked for"
+    preference = table.preference(*args, **options)
+    if backend is not None:
+        why = "chosen: asked for"
+    elif preference is not None and preference[0] == chosen:
+        why = f"chosen: {preference[1]}"
+    else:
+        why = "chosen: the first that can run"
     lines = (f"{name}: {why if name == chosen else reason or 'could run, not chosen'}" for name, reason in candidates)
     return "\n".join(lines)

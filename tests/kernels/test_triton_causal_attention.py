@@ -124,9 +124,11 @@ def assert_accurate(tensors: list[Tensor], found: list[Tensor], *settings: Any) 
     """Errors at most twice those of `plain` in the same type, plus what the kernels round where it may not.
 
     `plain` errs by nothing at all where few positions are seen or a weight is 1. The output is a sum of weighted values
-    divided by the sum of weights: half a unit of float32 for the product and half a unit for the quotient, or two units
-    where a GPU divides approximately, and half a unit of a shorter type when it is stored; and what two more roundings
-    of the logits, in base 2, do to it where weights are not 0 or 1 (`scaled_logits`). Gradients: a float32 unit of
+    divided by the sum of weights. A weight that is all of the sum need not be 1: the maximum that logits are measured
+    from is rounded, while a GPU subtracts it from an unrounded product. It cancels, but for half a unit of float32 when
+    the value is multiplied by it and half a unit when the product is divided by it. Half a unit of a shorter type
+    follows when it is stored; and what two more roundings of the logits, in base 2, do to it where weights are not 0 or
+    1 (`scaled_logits`). Gradients: a float32 unit of
     the terms added up, times the largest lse beyond 1, for the two rounded sums, dp and delta, and for weights that are
     recomputed from a rounded lse.
     """
@@ -136,8 +138,7 @@ def assert_accurate(tensors: list[Tensor], found: list[Tensor], *settings: Any) 
     growth = torch.finfo(torch.float32).eps * max(1.0, float(lse))
     half, unit32 = torch.finfo(dtype).eps / 2, torch.finfo(torch.float32).eps
     rounding = [float(want.abs().max()) * half for want in exact]
-    divided = (0.5 + (2.0 if found[0].is_cuda else 0.5)) * unit32
-    rounding[0] = float(exact[0].abs().max()) * (divided if dtype == torch.float32 else divided + half)
+    rounding[0] = float(exact[0].abs().max()) * (unit32 if dtype == torch.float32 else unit32 + half)
     rounding[0] += scaled_logits(tensors, exact[0], *settings)
     for i, terms in enumerate(magnitudes(tensors, *settings), start=1):
         rounding[i] += growth * terms

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import re
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -13,10 +15,10 @@ from triton_helpers import Launch, Recorder, assert_fits, needs_compiler, needs_
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
-    from fastvq.kernels import causal_conv, causal_conv_product, causal_conv_weight
+    from fastvq.kernels import causal_conv_product, causal_conv_weight, causal_surroundings
 
     found: list[Launch] = []
-    for module in (causal_conv, causal_conv_product, causal_conv_weight):
+    for module in (causal_conv_product, causal_conv_weight, causal_surroundings):
         for name, value in list(vars(module).items()):
             if name.endswith("_kernel"):
                 monkeypatch.setattr(module, name, Recorder(value, found))
@@ -26,6 +28,22 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     made = torch.empty(shape, dtype=dtype, device="meta")
     return made.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else made
+
+
+def joined(make: Callable[..., Tensor], gate: bool) -> None:
+    """The kernels around the library's convolutions of such a layer, forward and backward."""
+    from fastvq.kernels import causal_surroundings as kernels
+
+    x, wide = kernels.nhwc(make(32, 256, 64, 64)), kernels.nhwc(make(32, 512, 64, 64))
+    whole, upper, current = kernels.Layout(64, 64), kernels.Layout(67, 64, 4, 0), kernels.Layout(64, 65, 0, 2)
+    kernels.spread(x, 2 if gate else 1, upper, current)
+    if gate:
+        around = kernels.Surroundings(make(512), wide, x, True)
+        kernels.join(x, ((wide, whole), (wide, whole)), around, wide)
+        parts = tuple((kernels.nhwc(make(32, 512, lay.rows, lay.columns)), lay) for lay in (upper, current))
+        kernels.join(x, parts, kernels.Surroundings(given=x, derivative=2))
+    else:
+        kernels.join(x, ((x, whole),), kernels.Surroundings(make(256)))
 
 
 def launch(kind: str, dtype: torch.dtype, precision: str) -> None:
@@ -62,6 +80,8 @@ def launch(kind: str, dtype: torch.dtype, precision: str) -> None:
         kernels.backward_weight(x, x, kernel_size=1, **pointwise)
     elif kind == "of-gate":
         kernels.gate_backward(x, wide)
+    elif kind in ("joined", "joined-gate"):
+        joined(make, gate=kind == "joined-gate")
     else:
         raise AssertionError(kind)
 
@@ -75,7 +95,8 @@ COMPILED = [
     ("small", "bfloat16", 80),
     ("small", "ieee", 90),
     ("single", "bfloat16", 90),
-    ("of-gate", "bfloat16", 90),
+    *itertools.product(("of-gate", "joined", "joined-gate"), ("bfloat16",), (80, 90, 100)),
+    *itertools.product(("joined-gate",), ("float16", "ieee"), (90,)),
 ]
 
 
@@ -86,14 +107,18 @@ def test_compiled_kernels_fit_the_chip(
     kind: str, precision: str, capability: int, launches: list[Launch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The tiles that are chosen for these layers, on chips of 132 multiprocessors."""
-    from fastvq.kernels import causal_conv_product, causal_conv_weight
+    from fastvq.kernels import causal_conv_product, causal_conv_weight, causal_surroundings
 
-    for module in (causal_conv_product, causal_conv_weight):
+    for module in (causal_conv_product, causal_conv_weight, causal_surroundings):
         monkeypatch.setattr(module, "hardware", lambda device: causal_conv_product.Device(capability, 132))
     launch(kind, getattr(torch, precision, torch.float32), precision if precision == "tf32" else "ieee")
     assert launches
     for found in launches:
         resources = found.compile(capability)
+        if precision == "ieee":
+            # Nothing approximate, and a sum of its own for every block of depth: 32 of a thread's, or 16 pairs.
+            assert "ex2.approx" not in resources.ptx
+            assert "PRECISION" not in found.options or len(re.findall(r"\badd(?:\.rn)?\.f32", resources.ptx)) >= 16
         assert_fits(resources, capability)
         if "PRECISION" in found.options:
             # Copies run ahead of the products.

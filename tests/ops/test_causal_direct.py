@@ -130,8 +130,8 @@ def test_a_gradient_under_a_mode_is_the_registered_one(call: str) -> None:
     with Recorder() as recorder:
         torch.autograd.grad(out.sum(), inputs)
     names = {str(func) for func in recorder.seen if func.namespace == "fastvq"}
-    both = {"fastvq.causal_conv2d_gate_backward.default", "fastvq.causal_conv2d_backward.default"}
-    assert names == (both if call == "gathered" else {"fastvq.causal_attention_backward.default"})
+    operation = "causal_conv2d" if call == "gathered" else "causal_attention"
+    assert names == {f"fastvq.{operation}_backward.default"}
 
 
 class Named(Tensor):

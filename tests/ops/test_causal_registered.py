@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from triton_helpers import needs_gpu
 
+from fastvq._precision import full_float32
 from fastvq.errors import ArgumentError, ArgumentTypeError, UnavailableError
 from fastvq.models.blocks import CausalConv2d, GatedBlock
 from fastvq.ops import (
@@ -222,7 +223,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "residual": ({"residual": torch.zeros(2, 6, 4, 5)}, ArgumentError, r"residual: expected shape \[2, 3, 4, 5\]"),
     "dtype": ({"weight": torch.zeros(6, 3, 3, 3).half()}, ArgumentTypeError, "weight: expected torch.float32 as for x"),
     "device": ({"bias": torch.zeros(6, device="meta")}, ArgumentError, "bias: expected device cpu as for x, got meta"),
-    "backend": ({"backend": "cpp"}, ArgumentError, "backend: expected None or one of 'torch', 'triton'"),
+    "backend": ({"backend": "cpp"}, ArgumentError, "backend: expected None or one of 'torch', 'fused', 'triton'"),
 }
 
 
@@ -247,14 +248,18 @@ def test_backends_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     x, weight = torch.zeros(1, 3, 4, 5), torch.zeros(4, 3, 3, 3)
     lines = explain_backend("causal_conv2d", x, weight).splitlines()
-    assert lines == ["torch: chosen: the first that can run", "triton: it needs a GPU, the tensor is on cpu"]
+    reason = "it needs a GPU, the tensor is on cpu"
+    assert lines == ["torch: chosen: the first that can run", f"fused: {reason}", f"triton: {reason}"]
     query = torch.zeros(1, 2, 5, 4)
-    assert explain_backend("causal_attention", query, query, query).splitlines() == lines
+    lines = explain_backend("causal_attention", query, query, query).splitlines()
+    assert lines == ["torch: chosen: the first that can run", "sdpa: could run, not chosen", f"triton: {reason}"]
+    dropping = explain_backend("causal_attention", query, query, query, dropout=0.1).splitlines()
+    assert dropping[1] == "sdpa: it drops weights, not logits"
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     for dtype, width, limit in ((torch.float32, 129, " of float32 up to 128"), (torch.bfloat16, 300, " up to 256")):
         narrow, wide = query.to(dtype), torch.zeros(1, 2, 5, width, dtype=dtype)
         reason = why_no_triton() or f"it takes widths{limit}, not {width}"
-        assert explain_backend("causal_attention", narrow, narrow, wide).splitlines()[1] == f"triton: {reason}"
+        assert explain_backend("causal_attention", narrow, narrow, wide).splitlines()[2] == f"triton: {reason}"
 
 
 @pytest.mark.parametrize("what", ["convolution", "gate", "attention"])
@@ -291,10 +296,9 @@ WITHOUT_GRADIENT = ("test_schema", "test_autograd_registration", "test_faketenso
 @pytest.mark.parametrize("needed", [(True, True), (True, False), (False, True)], ids=str)
 def test_gradient_of_convolution_is_registered(needed: tuple[bool, bool]) -> None:
     grad, x, weight = (normal(*s).float() for s in ((2, 6, 4, 5), (2, 3, 4, 5), (6, 6, 3, 3)))
-    arguments = (grad, x, weight, "inclusive", "symmetric", "concat_elu", *needed, None)
-    torch.library.opcheck(torch.ops.fastvq.causal_conv2d_backward.default, arguments, test_utils=WITHOUT_GRADIENT)
-    of_gate = torch.ops.fastvq.causal_conv2d_gate_backward.default
-    torch.library.opcheck(of_gate, (x[:, :3], grad, None), test_utils=WITHOUT_GRADIENT)
+    for upstream, pre_gate in ((grad, None), (grad[:, :3], grad)):
+        arguments = (upstream, x, weight, pre_gate, "inclusive", "symmetric", "concat_elu", *needed, None)
+        torch.library.opcheck(torch.ops.fastvq.causal_conv2d_backward.default, arguments, test_utils=WITHOUT_GRADIENT)
 
 
 @each_mask
@@ -494,8 +498,8 @@ def test_a_seed_decides_and_leaves_the_generator_alone() -> None:
         ({"key": torch.zeros(1, 2, 5, 4).double()}, ArgumentTypeError, "key: expected torch.float32 as for query"),
         ({"value": torch.zeros(1, 2, 5, 4).long()}, ArgumentTypeError, "value: expected a floating-point tensor"),
         ({"query": None}, ArgumentTypeError, "query: expected a torch.Tensor"),
-        ({"dropout": 0.1, "backend": "cpp"}, ArgumentError, "backend: expected None or one of 'torch', 'triton'"),
-        ({"backend": "cpp"}, ArgumentError, "backend: expected None or one of 'torch', 'triton'"),
+        ({"dropout": 0.1, "backend": "cpp"}, ArgumentError, "backend: expected None or one of 'torch', 'sdpa'"),
+        ({"backend": "cpp"}, ArgumentError, "backend: expected None or one of 'torch', 'sdpa', 'triton'"),
     ],
     ids=["one", "negative", "nan", "text", "float-seed", "negative-seed", "large-seed", "dtype", "integers", "none",
          "backend-dropout", "backend"],
@@ -570,13 +574,31 @@ def test_gated_block_equals_its_steps(
 
 @needs_gpu
 @each_mask
-def test_both_backends_agree_on_a_gpu(mask: Mask) -> None:
+def test_all_backends_agree_on_a_gpu(mask: Mask) -> None:
     tensors = {n: t.cuda().float() for n, t in block_arguments("concat_elu", "uniform", True, True).items()}
     options = {"mask": mask, "activation": "concat_elu", "gate": True}
+    results = {}
+    with full_float32(torch.device("cuda")):
+        for backend in ("torch", "fused", "triton"):
+            given = dict(zip(tensors, leaves(*tensors.values()), strict=True))
+            out = fused_causal_conv2d(**given, **options, backend=backend)
+            results[backend] = [out, *torch.autograd.grad(out.square().sum(), list(given.values()))]
+    for backend in ("fused", "triton"):
+        for mine, theirs in zip(results[backend], results["torch"], strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
+
+
+@needs_gpu
+@each_mask
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_attention_of_the_library_agrees_on_a_gpu(mask: Mask, dtype: torch.dtype) -> None:
+    tensors = [normal(2, 2, 37, 16, seed=seed).to("cuda", dtype) for seed in range(3)]
     results = []
-    for backend in ("triton", "torch"):
-        given = dict(zip(tensors, leaves(*tensors.values()), strict=True))
-        out = fused_causal_conv2d(**given, **options, backend=backend)
-        results.append([out, *torch.autograd.grad(out.square().sum(), list(given.values()))])
+    with full_float32(torch.device("cuda")):
+        for backend in ("sdpa", "triton"):
+            inputs = leaves(*tensors)
+            out = causal_attention(*inputs, mask=mask, backend=backend)
+            results.append([out, *gradients(out.cpu(), inputs)])
     for mine, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=1e-2)
+        bound = 1e-4 if dtype == torch.float32 else 3e-2
+        torch.testing.assert_close(mine, theirs, rtol=bound, atol=bound)

@@ -51,7 +51,8 @@ def causal_attention(
             by 1 / (1 - dropout). 0 when not training.
         seed: of the dropout, in 0..2^63 - 1. The same seed drops the same logits for the same shape, device and
             backend. None draws a seed from PyTorch's default generator of the CPU.
-        backend: None for the first that can run, ``"triton"`` (GPU) or ``"torch"``; see `fastvq.ops.explain_backend`.
+        backend: None for the first that can run, ``"sdpa"`` (PyTorch's own, without dropout and with values as wide as
+            keys: the first on a GPU), ``"triton"`` (GPU) or ``"torch"``; see `fastvq.ops.explain_backend`.
 
     Returns:
         [B, heads, N, E], of the inputs' dtype (that of autocast where it is on); logits are scaled by 1 / sqrt(D).
@@ -74,9 +75,7 @@ def causal_attention(
     learning = learns(query, key, value)
     if not direct and in_forward_mode():
         return _plain_attention(query, key, value, mask, dropout, backend)
-    # On a GPU without Triton the registered operation would do too, but the library's is faster.
-    on_library = backend == "torch" or (backend is None and device != "cuda")
-    if on_library and not dropout and (device != "cpu" or query.shape[3] == value.shape[3]) and query.shape[2] > 1:
+    if backends.runs_on_library(query, key, value, dropout, backend):
         if direct and learning:
             query, key, value = _Once.apply(query, key, value)
         return library_attention(query, key, value, mask)

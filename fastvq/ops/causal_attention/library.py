@@ -7,6 +7,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def why_not(query: Tensor, key: Tensor, value: Tensor) -> str | None:
+    """Why PyTorch's operator does not serve, or None."""
+    length, width, value_width = query.shape[2], query.shape[3], value.shape[3]
+    if length < 2:
+        return f"it takes two positions or more, not {length}"
+    if width != value_width:
+        return f"it takes values as wide as keys, not {value_width} and {width}"
+    if query.is_cuda and query.dtype == torch.float64:
+        return "it would hold all logits of float64"
+    return None
+
+
+def refuses(dropout: float = 0.0, lse: bool = False) -> str | None:
+    """Why not with these options; ``lse`` asks for the logarithms of sums too, as registered operations keep them."""
+    if dropout:
+        return "it drops weights, not logits"
+    return "it keeps the logarithms of sums to itself" if lse else None
+
+
 def library_attention(query: Tensor, key: Tensor, value: Tensor, mask: str) -> Tensor:
     """PyTorch's operator."""
     if mask == "inclusive":

@@ -37,7 +37,8 @@ def causal_conv2d(
         form: ``rows`` reads k rows ending at the current one (van den Oord et al. 2016, PixelSNAIL ports);
             ``symmetric`` is the usual kernel centred on the current position, of which the lower half is masked.
             Columns reach k // 2 to the left and k - 1 - k // 2 to the right in both.
-        backend: None for the first that can run, ``"triton"`` (GPU) or ``"torch"``; see `fastvq.ops.explain_backend`.
+        backend: None for the best that can run, ``"triton"`` (GPU), ``"fused"`` (GPU: the library's convolution between
+            two Triton kernels) or ``"torch"``; see `fastvq.ops.explain_backend` and docs/numerics.md.
 
     Returns:
         [B, O, H, W] in channels-last memory, of x's dtype (that of autocast where it is on).
@@ -69,8 +70,8 @@ def fused_causal_conv2d(
 ) -> Tensor:
     """residual + gate(causal_conv2d(activation(x)) + context), without storing what lies between.
 
-    Both halves of a gated residual block (Chen et al. 2017, figure 3) are of this kind. The activation of x is neither
-    kept for the backward pass nor, on a GPU, ever written.
+    Both halves of a gated residual block (Chen et al. 2017, figure 3) are of this kind. The activation of x is not kept
+    for the backward pass.
 
     Args:
         x, weight, bias, mask, form, backend: as for `causal_conv2d`.

@@ -1,6 +1,6 @@
 """The backends of masked convolution, and the operations registered for it.
 
-What a row runs is a module with ``forward``, ``backward`` and ``gate_backward``, see `fastvq.ops.causal_conv.library`.
+What a row runs is a module with ``forward`` and ``backward``, see `fastvq.ops.causal_conv.library`.
 """
 
 from __future__ import annotations
@@ -13,31 +13,33 @@ from torch import Tensor
 from fastvq.errors import UnavailableError
 from fastvq.kernels.taps import read_taps
 from fastvq.ops._registered import ALL_DEVICES, Gradient, Registered
-from fastvq.ops.causal_conv import library, triton
-from fastvq.ops.causal_conv.options import GateOptions, GradientOptions, Gradients, Options
+from fastvq.ops.causal_conv import fused, library, triton
+from fastvq.ops.causal_conv.choice import preferred
+from fastvq.ops.causal_conv.options import GradientOptions, Gradients, Options
 from fastvq.ops.dispatch import Backend, Backends, anywhere, runs_directly, triton_reason
 
 BACKENDS = Backends(
     "causal_conv2d",
-    [Backend("torch", anywhere, library), Backend("triton", triton_reason, triton, gpu=True)],
+    [
+        Backend("torch", anywhere, library),
+        Backend("fused", triton_reason, fused, gpu=True),
+        Backend("triton", triton_reason, triton, gpu=True),
+    ],
+    prefer=preferred,
 )
 
 
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, context: Tensor | None, residual: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor | None]:
-    chosen = BACKENDS.select(options.backend, x, weight)
+    chosen = BACKENDS.select(options.backend, x, weight, mask=options.mask, form=options.form)
     found: tuple[Tensor, Tensor | None] = chosen.run.forward(x, weight, bias, context, residual, options)
     return found
 
 
-def _backward(grad: Tensor, x: Tensor, weight: Tensor, options: GradientOptions) -> Gradients:
-    found: Gradients = BACKENDS.select(options.backend, x, weight).run.backward(grad, x, weight, options)
-    return found
-
-
-def _gate_backward(grad: Tensor, pre_gate: Tensor, options: GateOptions) -> Tensor:
-    found: Tensor = BACKENDS.select(options.backend, grad, pre_gate).run.gate_backward(grad, pre_gate)
+def _backward(grad: Tensor, x: Tensor, weight: Tensor, pre_gate: Tensor | None, options: GradientOptions) -> Gradients:
+    chosen = BACKENDS.select(options.backend, x, weight, mask=options.mask, form=options.form)
+    found: Gradients = chosen.run.backward(grad, x, weight, pre_gate, options)
     return found
 
 
@@ -56,11 +58,14 @@ def _fake(
     return out, _image(x, channels) if options.gate and options.keep else x.new_empty(0)
 
 
-def _fake_backward(grad: Tensor, x: Tensor, weight: Tensor, options: GradientOptions) -> Gradients:
+def _fake_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, pre_gate: Tensor | None, options: GradientOptions
+) -> Gradients:
     return (
         _image(x, x.shape[1]) if options.needs_input else x.new_empty(0),
         weight.new_empty(weight.shape if options.needs_weight else (0,)),
         weight.new_empty(weight.shape[:1] if options.needs_weight else (0,)),
+        x.new_empty(0) if pre_gate is None else _image(x, weight.shape[0]),
     )
 
 
@@ -81,18 +86,20 @@ def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     of_x = of_weight = of_bias = of_context = None
     if needs_x or needs_weight or needs_bias or needs_context:
         grad = grad.to(x.dtype)
-        if options.gate:
-            if not options.keep:
-                raise UnavailableError("keep: the gradient of a gate needs what the forward pass was told not to keep")
-            direct = _has_no_gradient(grad, pre_gate)
-            grad = causal_conv2d_gate_backward(grad, pre_gate, options=GateOptions(options.backend), direct=direct)
-        if needs_context:
-            of_context = grad.sum((2, 3), keepdim=True) if ctx.uniform_context else grad
-        if needs_x or needs_weight or needs_bias:
+        if options.gate and not options.keep:
+            raise UnavailableError("keep: the gradient of a gate needs what the forward pass was told not to keep")
+        gated = pre_gate if options.gate else None
+        if options.gate or needs_x or needs_weight or needs_bias:
             mask, form, activation, *_, backend = options
             wanted = GradientOptions(mask, form, activation, needs_x, needs_weight or needs_bias, backend)
-            direct = _has_no_gradient(grad, x, weight)
-            of_x, of_weight, of_bias = causal_conv2d_backward(grad, x, weight, options=wanted, direct=direct)
+            # Nobody will ask for the gradient of this gradient where none is recorded.
+            direct = not torch.is_grad_enabled() and runs_directly(grad, x, weight)
+            of_x, of_weight, of_bias, of_result = causal_conv2d_backward(
+                grad, x, weight, gated, options=wanted, direct=direct
+            )
+            grad = of_result if options.gate else grad
+        if needs_context:
+            of_context = grad.sum((2, 3), keepdim=True) if ctx.uniform_context else grad
     return (
         of_x if needs_x else None,
         of_weight if needs_weight else None,
@@ -102,11 +109,6 @@ def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
-def _has_no_gradient(*tensors: Tensor) -> bool:
-    """Whether a backend may find a gradient directly: nobody will ask for the gradient of that."""
-    return not torch.is_grad_enabled() and runs_directly(*tensors)
-
-
 def _flops(x: torch.Size, weight: torch.Size, *rest: Any) -> int:
     """Of the taps that are read."""
     options = rest[-1]
@@ -114,7 +116,9 @@ def _flops(x: torch.Size, weight: torch.Size, *rest: Any) -> int:
     return 2 * x[0] * x[2] * x[3] * weight[0] * weight[1] * taps.count
 
 
-def _backward_flops(grad: torch.Size, x: torch.Size, weight: torch.Size, options: GradientOptions) -> int:
+def _backward_flops(
+    grad: torch.Size, x: torch.Size, weight: torch.Size, pre_gate: Any, options: GradientOptions
+) -> int:
     return (options.needs_input + options.needs_weight) * _flops(x, weight, options)
 
 
@@ -133,20 +137,13 @@ causal_conv2d = Registered(
     flops=_flops,
 )
 causal_conv2d_backward = Registered(
-    "causal_conv2d_backward(Tensor grad, Tensor x, Tensor weight, str mask, str form, str? activation,"
-    " bool needs_input, bool needs_weight, str? backend) -> (Tensor of_x, Tensor of_weight, Tensor of_bias)",
+    "causal_conv2d_backward(Tensor grad, Tensor x, Tensor weight, Tensor? pre_gate, str mask, str form,"
+    " str? activation, bool needs_input, bool needs_weight, str? backend)"
+    " -> (Tensor of_x, Tensor of_weight, Tensor of_bias, Tensor of_result)",
     GradientOptions,
     _backward,
     _fake_backward,
     devices=ALL_DEVICES,
     gradient=_NO_SECOND,
     flops=_backward_flops,
-)
-causal_conv2d_gate_backward = Registered(
-    "causal_conv2d_gate_backward(Tensor grad, Tensor pre_gate, str? backend) -> Tensor",
-    GateOptions,
-    _gate_backward,
-    lambda grad, pre_gate, options: _image(pre_gate, pre_gate.shape[1]),
-    devices=ALL_DEVICES,
-    gradient=_NO_SECOND,
 )

@@ -42,19 +42,23 @@ def forward(
     return channels_last(out), channels_last(pre_gate) if options.gate and options.keep else None
 
 
-def backward(grad: Tensor, x: Tensor, weight: Tensor, options: GradientOptions) -> Gradients:
-    """Gradients of x, weight and bias from that of the convolution's result; an empty tensor for what is not needed."""
+def backward(grad: Tensor, x: Tensor, weight: Tensor, pre_gate: Tensor | None, options: GradientOptions) -> Gradients:
+    """Gradients of x, weight and bias, from that of the convolution's result; an empty tensor for what is not needed.
+
+    With ``pre_gate``, [B, O, H, W], from the gradient of the gate's result, [B, O / 2, H, W], and that of the
+    convolution's result in addition.
+    """
+    of_result = grad.new_empty(0)
+    if pre_gate is not None:
+        grad = of_result = channels_last(torch.ops.aten.glu_backward(channels_last(grad), pre_gate, 1))
+    if not (options.needs_input or options.needs_weight):
+        return grad.new_empty(0), grad.new_empty(0), grad.new_empty(0), of_result
     activated = activate(x, options.activation)
     taps = read_taps(weight.shape[-1], options.mask, options.form)
     of_x, of_weight, of_bias = _gradients(grad, activated, weight, taps, options.needs_input, options.needs_weight)
     if options.needs_input and options.activation is not None:
         of_x = _through_activation(of_x, activated, options.activation)
-    return channels_last(of_x) if options.needs_input else of_x, of_weight, of_bias
-
-
-def gate_backward(grad: Tensor, pre_gate: Tensor) -> Tensor:
-    """Gradient [B, O, H, W] of what is gated, from that of the gate's result."""
-    return channels_last(torch.ops.aten.glu_backward(channels_last(grad), pre_gate, 1))
+    return channels_last(of_x) if options.needs_input else of_x, of_weight, of_bias, of_result
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -119,7 +123,9 @@ def _sources(height: int, width: int, taps: Taps) -> Tensor:
         return torch.where(inside, row * width + column, height * width).flatten()
 
 
-def _gradients(grad: Tensor, x: Tensor, weight: Tensor, taps: Taps, needs_input: bool, needs_weight: bool) -> Gradients:
+def _gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, taps: Taps, needs_input: bool, needs_weight: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `_convolve` with respect to x, weight and bias."""
     if _in_float32(x):
         wide = _gradients(grad.float(), x.float(), weight.float(), taps, needs_input, needs_weight)
@@ -133,7 +139,7 @@ def _gradients(grad: Tensor, x: Tensor, weight: Tensor, taps: Taps, needs_input:
     if x.numel() and current:
         given = _padded(x, left, current - left - 1, 0, 0)
         part = weight[:, :, above : above + 1, :current]
-        found, of_part = _library_gradients(grad, given, part, (0, 0), needs_input, needs_weight)
+        found, of_part = library_gradients(grad, given, part, (0, 0), needs_input, needs_weight)
         if found is not None:
             of_x = _padded(found[..., left:], 0, 1 + left - current, 0, 0)
         if of_part is not None:
@@ -144,7 +150,7 @@ def _gradients(grad: Tensor, x: Tensor, weight: Tensor, taps: Taps, needs_input:
         # An even kernel makes one column more, which nothing depends on.
         below = _padded(grad[:, :, 1:], 0, 2 * left + 1 - kernel, 0, 0)
         given, part = _padded(x, 0, 0, above - 1, -1), weight[:, :, :above]
-        found, of_part = _library_gradients(below, given, part, (0, left), needs_input, needs_weight)
+        found, of_part = library_gradients(below, given, part, (0, left), needs_input, needs_weight)
         if found is not None:
             of_x[:, :, :-1] += found[:, :, above - 1 :]
         if of_part is not None:
@@ -157,9 +163,10 @@ def _in_float32(x: Tensor) -> bool:
     return x.dtype == torch.float16 and x.device.type == "cpu"
 
 
-def _library_gradients(
+def library_gradients(
     grad: Tensor, x: Tensor, weight: Tensor, padding: tuple[int, int], needs_input: bool, needs_weight: bool
 ) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of x and weight by PyTorch's operator, None where not needed."""
     wanted = [needs_input, needs_weight, False]
     found = torch.ops.aten.convolution_backward(
         grad, x, weight, None, [1, 1], list(padding), [1, 1], False, [0, 0], 1, wanted

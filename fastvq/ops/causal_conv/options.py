@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-Gradients = tuple[Tensor, Tensor, Tensor]
+# Of input, weight, bias and, behind a gate, the convolution's result; empty for what was not asked for.
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class Options(NamedTuple):
@@ -28,8 +29,4 @@ class GradientOptions(NamedTuple):
     activation: str | None
     needs_input: bool
     needs_weight: bool
-    backend: str | None
-
-
-class GateOptions(NamedTuple):
     backend: str | None

@@ -35,24 +35,20 @@ def forward(
     return channels_last(out), pre_gate
 
 
-def backward(grad: Tensor, x: Tensor, weight: Tensor, options: GradientOptions) -> Gradients:
-    """Gradients of x, weight and bias from that of the convolution's result; an empty tensor for what is not needed."""
+def backward(grad: Tensor, x: Tensor, weight: Tensor, pre_gate: Tensor | None, options: GradientOptions) -> Gradients:
+    """Gradients of x, weight, bias and, with a gate, of the convolution's result; see `library.backward`."""
     from fastvq.kernels import causal_conv as kernels
-    from fastvq.kernels import causal_conv_weight as weight_kernels
 
-    nothing = grad.new_empty(0)
-    of_x, of_weight, of_bias = nothing, nothing, nothing.clone()
+    nothing, of_result = grad.new_empty(0), grad.new_empty(0)
+    of_x, of_weight, of_bias = nothing, nothing.clone(), nothing.clone()
     mask, form, activation, needs_input, needs_weight, _ = options
     how = {"mask": mask, "form": form, "activation": activation, "precision": product_precision("convolution")}
+    sums = None
+    if pre_gate is not None:
+        grad, sums = kernels.gate_backward(grad, pre_gate)
+        of_result = grad
     if needs_input:
         of_x = kernels.backward_input(grad, x, weight, **how)
     if needs_weight:
-        of_weight, of_bias = weight_kernels.backward_weight(grad, x, kernel_size=weight.shape[-1], **how)
-    return of_x, of_weight, of_bias
-
-
-def gate_backward(grad: Tensor, pre_gate: Tensor) -> Tensor:
-    """Gradient [B, O, H, W] of what is gated, from that of the gate's result."""
-    from fastvq.kernels import causal_conv as kernels
-
-    return kernels.gate_backward(grad, pre_gate)
+        of_weight, of_bias = kernels.backward_weight(grad, x, kernel_size=weight.shape[-1], sums=sums, **how)
+    return of_x, of_weight, of_bias, of_result

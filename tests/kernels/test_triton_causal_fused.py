@@ -1,0 +1,143 @@
+"""The library's convolution between Triton kernels, against loops in float64."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from causal_conv_cases import Case, activate, by_loop, by_torch, close, normal, read_taps, surround
+from torch import Tensor
+from triton_helpers import Check, checked_in_both, serve
+
+from fastvq._precision import full_float32
+from fastvq.ops import fused_causal_conv2d, fused_causal_conv2d_reference
+
+
+def run(case: Case, made: dict[str, Tensor], grad: Tensor, backend: str = "fused") -> list[Tensor]:
+    """The output and the gradients of all tensors."""
+    leaves = {name: value.detach().requires_grad_() for name, value in made.items()}
+    how = {"mask": case.mask, "form": case.form, "activation": case.activation, "gate": case.gate}
+    with full_float32(grad.device):
+        out = fused_causal_conv2d(**leaves, **how, backend=backend)
+        return [out.detach(), *torch.autograd.grad(out, list(leaves.values()), grad)]
+
+
+def agrees(case: Case, device: str) -> None:
+    """Output and all gradients; peers are PyTorch's operators, one after the other, in the same type."""
+    made = case.tensors()
+    channels = case.out // 2 if case.gate else case.out
+    grad = normal(case.shape[0], channels, *case.shape[2:], seed=5, dtype=case.dtype)
+    results = []
+    for convolve, dtype in ((by_loop, torch.float64), (by_torch, case.dtype)):
+        leaves = {name: value.to(dtype).requires_grad_() for name, value in made.items()}
+        product = convolve(activate(leaves["x"], case.activation), leaves["weight"], case.mask, case.form)
+        out = surround(case, leaves, product)
+        grads = torch.autograd.grad(out, list(leaves.values()), grad.to(dtype), materialize_grads=True)
+        results.append([out.detach(), *grads])
+    found = run(case, {name: value.to(device) for name, value in made.items()}, grad.to(device))
+    assert found[0].is_contiguous(memory_format=torch.channels_last)
+    for name, mine, want, peer in zip(("out", *made), found, *results, strict=True):
+        close(name, mine, want, peer)
+    behind = ~read_taps(case.kernel, case.mask, case.form)
+    assert (found[2].cpu()[:, :, behind] == 0).all()
+
+
+BFLOAT16 = torch.bfloat16
+# Even and odd kernels, a grid of one row, taps that lie above or left of all of it, wide and ragged blocks.
+CASES = {
+    "strict-rows-3": Case(3, shape=(2, 19, 5, 6), out=21),
+    "inclusive-rows-4": Case(4, "inclusive", "rows", "elu", (2, 19, 5, 6), 21, residual=True),
+    "strict-symmetric-5": Case(5, "strict", "symmetric", "concat_elu", (2, 7, 5, 6), 22, context="grid", gate=True),
+    "inclusive-symmetric-6": Case(6, "inclusive", "symmetric", "elu", (2, 7, 3, 4), 22, context="sample"),
+    "one-row": Case(5, "strict", "rows", "elu", (2, 7, 1, 9), 22, gate=True, residual=True),
+    "one-column": Case(3, "strict", "rows", "concat_elu", (2, 7, 9, 1), 22, gate=True, residual=True),
+    "pointwise": Case(1, "inclusive", "rows", "concat_elu", (2, 7, 4, 3), 22, gate=True, residual=True),
+    "nothing-is-read": Case(1, "strict", "rows", "elu", (2, 7, 4, 3), 22, context="sample", gate=True, residual=True),
+    "wide": Case(3, "strict", "rows", "concat_elu", (2, 70, 6, 7), 150, context="grid", gate=True, residual=True),
+    "bfloat16": Case(3, "strict", "rows", "concat_elu", (2, 24, 6, 7), 48, BFLOAT16, "grid", True, True),
+    "bfloat16-plain": Case(5, "inclusive", "symmetric", None, (2, 24, 6, 7), 48, BFLOAT16),
+    "float16": Case(4, "strict", "rows", "elu", (2, 24, 6, 7), 48, torch.float16, "sample", True, True),
+}
+
+
+def no_samples(device: str) -> None:
+    case = Case(3, "strict", "rows", "elu", (0, 3, 4, 5), 6, context="sample", gate=True, residual=True)
+    made = {name: value.to(device) for name, value in case.tensors().items()}
+    out, *grads = run(case, made, torch.zeros(0, 3, 4, 5, device=device))
+    assert out.shape == (0, 3, 4, 5)
+    for grad, value in zip(grads, made.values(), strict=True):
+        assert torch.equal(grad, torch.zeros_like(value))
+
+
+def wider_residual(device: str) -> None:
+    """Under autocast the trunk stays float32: it is added before anything is rounded."""
+    case = Case(3, "strict", "rows", "elu", (2, 7, 4, 5), 14, BFLOAT16, gate=True, residual=True)
+    made = {name: value.to(device) for name, value in case.tensors().items()}
+    made["residual"] = made["residual"].float() + 2**-10
+    how = {"activation": "elu", "gate": True}
+    out = fused_causal_conv2d(**made, **how, backend="fused")
+    assert out.dtype == torch.float32
+    want = fused_causal_conv2d_reference(**{name: value.cpu().double() for name, value in made.items()}, **how)
+    assert (out.cpu().double() - want).abs().max() < 2**-7
+
+
+def nothing_leaks(device: str) -> None:
+    """NaN behind the mask or at later positions reaches no output, nor through gradients any input before."""
+    for mask, form in (("strict", "rows"), ("inclusive", "symmetric")):
+        case = Case(3, mask, form, "concat_elu", (2, 5, 4, 3), 6)
+        made = {name: value.to(device) for name, value in case.tensors().items()}
+        grad = normal(2, 6, 4, 3, seed=5).to(device)
+        clean = run(case, made, grad)
+        made["weight"][:, :, ~read_taps(3, mask, form)] = torch.nan
+        for mine, theirs in zip(run(case, made, grad), clean, strict=True):
+            assert torch.equal(mine, theirs)
+        for position in (0, 1, 5, 11):
+            poisoned = {**made, "x": made["x"].clone()}
+            poisoned["x"].flatten(2)[:, :, position:] = torch.nan
+            free = position + (mask == "strict")
+            out = run(case, poisoned, grad)[0].flatten(2)
+            assert torch.equal(out[:, :, :free], clean[0].flatten(2)[:, :, :free])
+            assert out[:, :, free:].isnan().any() == (free < 12)
+            upstream = grad.clone()
+            upstream.flatten(2)[:, :, : position + 1] = torch.nan
+            of_x = run(case, made, upstream)[1].flatten(2)
+            assert of_x[:, :, position + (mask == "inclusive") :].isfinite().all()
+
+
+def poisoned_memory(device: str) -> None:
+    """Every element of every result is written, whatever was in memory before."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.zeros(1, device=device).new_empty(64).isnan().all()
+        agrees(CASES["strict-symmetric-5"], device)
+        agrees(CASES["nothing-is-read"], device)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def only_some_gradients(device: str) -> None:
+    case = CASES["strict-symmetric-5"]
+    made = {name: value.to(device) for name, value in case.tensors().items()}
+    grad = normal(2, 11, 5, 6, seed=5).to(device)
+    every = dict(zip(("out", *made), run(case, made, grad), strict=True))
+    how = {"mask": case.mask, "form": case.form, "activation": case.activation, "gate": True, "backend": "fused"}
+    for names in (["x"], ["weight"], ["bias"], ["context"], ["x", "context"]):
+        leaves = {name: value.clone().requires_grad_(name in names) for name, value in made.items()}
+        out = fused_causal_conv2d(**leaves, **how)
+        for name, found in zip(names, torch.autograd.grad(out, [leaves[n] for n in names], grad), strict=True):
+            torch.testing.assert_close(found, every[name], rtol=1e-5, atol=1e-5)
+
+
+GROUPS: dict[str, dict[str, Check]] = {
+    "cases": {name: partial(agrees, case) for name, case in CASES.items()},
+    "memory": {
+        check.__name__.replace("_", "-"): check
+        for check in (no_samples, wider_residual, nothing_leaks, poisoned_memory, only_some_gradients)
+    },
+}
+
+test_interpreted, test_on_a_gpu = checked_in_both(__file__, GROUPS)
+
+
+if __name__ == "__main__":
+    serve(GROUPS)
