@@ -291,6 +291,62 @@ def _nearest_code_cases(device: str) -> list[NearestCodeCase]:
     return cases + [nearest_code_case(*shape, "module", device=device) for shape in _MODULE_SHAPES]
 
 
+ResidualWhat = Literal["training", "encode"]
+
+
+@dataclass(frozen=True)
+class ResidualCase(Case):
+    """A residual quantiser on ``batch`` standard normal vectors [N, D], with codes of level q scaled by 0.8^q, about as
+    long as what is left there.
+
+    Attributes:
+        num_codes: K.
+        code_dim: D.
+        levels: Q.
+        what: ``training``: forward of the module for vectors that need a gradient. ``encode``: the codes alone.
+    """
+
+    num_codes: int = 0
+    code_dim: int = 0
+    levels: int = 0
+    what: ResidualWhat = "training"
+
+    @property
+    def id(self) -> str:
+        sizes = f"n{self.batch}-k{self.num_codes}-d{self.code_dim}-q{self.levels}"
+        return f"residual-{sizes}-{self.what}{'' if self.device == 'cpu' else '-' + self.device}"
+
+    @property
+    def flops(self) -> float:
+        """Of the products of all vectors with all codes of all levels."""
+        return 2.0 * self.batch * self.num_codes * self.code_dim * self.levels
+
+    def small(self) -> ResidualCase:
+        """The twin for the smoke run, with sizes that are multiples of nothing."""
+        return dataclasses.replace(
+            self, batch=389, num_codes=_SMALL_CODES[self.num_codes], code_dim=self.code_dim // 8 + 1, levels=3
+        )
+
+    def inputs(self, count: int) -> tuple[list[Tensor], Tensor]:
+        """``count`` different x [N, D], and codebooks [Q, K, D]."""
+        generator = torch.Generator(self.device).manual_seed(1)
+        shape = self.levels, self.num_codes, self.code_dim
+        codebooks = torch.randn(shape, generator=generator, device=self.device)
+        codebooks *= 0.8 ** torch.arange(self.levels, device=self.device)[:, None, None]
+        rows = self.batch, self.code_dim
+        return [torch.randn(rows, generator=generator, device=self.device) for _ in range(count)], codebooks
+
+
+def _residual_cases(device: str) -> list[ResidualCase]:
+    gpu = "" if device == "cpu" else ", GPU"
+    whats: tuple[ResidualWhat, ...] = ("training", "encode")
+    return [
+        ResidualCase("residual quantiser", f"K {k}, D {d}, Q {q}, {what}{gpu}", 12288, k, d, q, what, device=device)
+        for k, d, q in ((1024, 128, 8), (256, 64, 8))
+        for what in whats
+    ]
+
+
 CausalWhat = Literal["forward", "forward + backward"]
 WHATS: tuple[CausalWhat, ...] = ("forward", "forward + backward")
 
@@ -465,7 +521,8 @@ def _prior_cases(device: str) -> list[PriorCase]:
 DEVICES = ("cpu", "cuda")
 CASES: list[Case] = [*SAMPLER_CASES, *CALL_CASES, *_product_cases()]
 for _device in DEVICES:
-    CASES += [*_nearest_code_cases(_device), *_convolution_cases(_device), *_attention_cases(_device)]
+    CASES += [*_nearest_code_cases(_device), *_residual_cases(_device)]
+    CASES += [*_convolution_cases(_device), *_attention_cases(_device)]
     CASES += _prior_cases(_device)
 
 

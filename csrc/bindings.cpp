@@ -28,6 +28,7 @@
 #include "cpu/kernels.h"
 #include "cpu/nearest.h"
 #include "cpu/product.h"
+#include "cpu/residual.h"
 #include "cpu/shared_pool.h"
 
 #if defined(FASTVQ_WITH_CUDA)
@@ -43,7 +44,7 @@ using fastvq::expect;
 using fastvq::pointer;
 
 // Raised together with the number in fastvq/_engine.py when a signature changes.
-constexpr int kInterface = 8;
+constexpr int kInterface = 9;
 
 int64_t draw(uintptr_t logits, uintptr_t uniforms, uintptr_t tokens, int64_t rows, int64_t num_codes,
              float temperature, int64_t top_k, float top_p) {
@@ -98,6 +99,40 @@ void nearest_codes(uintptr_t x, int64_t element, int64_t rows, int64_t stride, i
     const auto& found = kernels_named(kernels);
     nb::gil_scoped_release release;
     fastvq::cpu::nearest_codes(task, threads, found);
+}
+
+void residual_codes(uintptr_t x, int64_t rows, int64_t stride, int64_t depth, uintptr_t codebooks,
+                    int64_t codebook_stride, int64_t levels, int64_t num_codes, uintptr_t depths, uintptr_t indices,
+                    uintptr_t quantized, uintptr_t counts, uintptr_t sums, uintptr_t squared_errors, int64_t threads,
+                    const std::string& kernels) {
+    constexpr int64_t kMost = std::numeric_limits<int32_t>::max() / 2;
+    expect(num_codes >= 1 && num_codes <= kMost, "num_codes", "1 to 2^30");
+    expect(depth >= 1 && depth <= kMost, "depth", "1 to 2^30");
+    expect(levels >= 1 && levels <= kMost, "levels", "1 to 2^30");
+    expect(rows >= 0, "rows", "a count");
+    expect(stride >= 0, "stride", "0 or more elements");
+    expect(codebook_stride == 0 || codebook_stride == num_codes * depth, "codebook_stride", "0 or num_codes * depth");
+    expect(threads >= 1 && threads <= 1024, "threads", "1 to 1024");
+    fastvq::cpu::ResidualTask task{};
+    task.x = pointer<const float>("x", x, rows);
+    task.rows = rows;
+    task.stride = stride;
+    task.depth = depth;
+    task.codebooks = pointer<const float>("codebooks", codebooks, num_codes);
+    task.codebook_stride = codebook_stride;
+    task.levels = levels;
+    task.num_codes = num_codes;
+    task.depths = pointer<const int64_t>("depths", depths, 0);
+    task.indices = pointer<int64_t>("indices", indices, rows);
+    task.quantized = pointer<float>("quantized", quantized, rows);
+    if (counts != 0) {
+        task.counts = pointer<int64_t>("counts", counts, num_codes);
+        task.sums = pointer<float>("sums", sums, num_codes);
+        task.squared_errors = pointer<float>("squared_errors", squared_errors, 1);
+    }
+    const auto& found = kernels_named(kernels);
+    nb::gil_scoped_release release;
+    fastvq::cpu::residual_codes(task, threads, found);
 }
 
 void ema_update(uintptr_t counts, bool whole_counts, uintptr_t sums, int64_t num_codes, int64_t depth,
@@ -427,6 +462,11 @@ NB_MODULE(_ext, m) {
           nb::arg("depth"), nb::arg("codebook"), nb::arg("num_codes"), nb::arg("indices"), nb::arg("mask"),
           nb::arg("counts"), nb::arg("sums"), nb::arg("squared_error"), nb::arg("threads"), nb::arg("kernels"),
           "Nearest codes, and statistics unless counts is 0; arrays by address.");
+    m.def("residual_codes", &residual_codes, nb::arg("x"), nb::arg("rows"), nb::arg("stride"), nb::arg("depth"),
+          nb::arg("codebooks"), nb::arg("codebook_stride"), nb::arg("levels"), nb::arg("num_codes"), nb::arg("depths"),
+          nb::arg("indices"), nb::arg("quantized"), nb::arg("counts"), nb::arg("sums"), nb::arg("squared_errors"),
+          nb::arg("threads"), nb::arg("kernels"),
+          "Codes of all levels of a residual quantiser, and statistics unless counts is 0; arrays by address.");
     m.def("ema_update", &ema_update, nb::arg("counts"), nb::arg("whole_counts"), nb::arg("sums"), nb::arg("num_codes"),
           nb::arg("depth"), nb::arg("cluster_size"), nb::arg("embedding_sum"), nb::arg("embedding"), nb::arg("decay"),
           nb::arg("eps"), nb::arg("skip_unusable"), nb::arg("threads"),

@@ -9,58 +9,31 @@
 #include <vector>
 
 #include "cpu/barrier.h"
+#include "cpu/code_table.h"
 #include "cpu/shared_pool.h"
 
 namespace fastvq::cpu {
 namespace {
 
-// Vectors of a block and the codes that pass by share a second-level cache of at least 512 KiB.
-constexpr int64_t kBlockBytes = 1 << 17;
-constexpr int64_t kCodeBytes = 1 << 18;
-constexpr int64_t kLargestBlock = 8;  // panels
-// So many blocks keep many threads busy, where there are enough vectors.
-constexpr int64_t kWantedBlocks = 64;
-// Multiply-adds that take longer than making a thread does.
-constexpr int64_t kLeastWork = 1 << 22;
 // A thread's share of the columns of a sum starts at a cache line of them.
 constexpr int64_t kColumnGroup = 16;
 // Vectors are sorted by several threads where each has so many of them for a code of its own table.
 constexpr int64_t kLeastSorted = 8;
-// Sums so few stay in a second-level cache in double, and vectors are added to them in the order in which they come, by
-// parts. Sorting them by code first takes longer than adding up parts of so many vectors.
-constexpr int64_t kMostScattered = 1 << 14;
-constexpr int64_t kPartRows = 4096;
-constexpr int64_t kLeastParts = 8;
-constexpr int64_t kMostParts = 32;
-// Of codes that can be told from others: float32 holds their half norm.
-constexpr double kLargestSquare = std::numeric_limits<float>::max();
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Search {
     const NearestTask& task;
     const NearestKernels& kernels;
     int64_t threads;
-    int64_t num_tiles = ceil_div(task.num_codes, kernels.tile_codes);
-    int64_t panel_bytes = kernels.panel_rows * task.depth * static_cast<int64_t>(sizeof(float));
-    // Of fixed size whatever the number of threads, because errors are summed block by block.
-    int64_t block_rows =
-        std::clamp<int64_t>(std::min(kBlockBytes / panel_bytes, task.rows / (kernels.panel_rows * kWantedBlocks)), 1,
-                            kLargestBlock) *
-        kernels.panel_rows;
+    int64_t block_rows = search_block_rows(kernels, task.rows, task.depth);
     int64_t num_blocks = ceil_div(task.rows, block_rows);
 
-    std::vector<float> centre = std::vector<float>(task.depth);
-    std::unique_ptr<float[]> tiles{new float[num_tiles * kernels.tile_codes * task.depth]};
-    std::unique_ptr<float[]> half_norms{new float[num_tiles * kernels.tile_codes]};
+    CodeTable codes{task.codebook, task.num_codes, task.depth, kernels};
     // The code that a vector counts for, or -1.
     std::unique_ptr<int32_t[]> assigned{task.counts ? new int32_t[task.rows] : nullptr};
     std::vector<double> errors = std::vector<double>(task.counts ? num_blocks : 0);
-    // Of fixed number whatever the number of threads, because they are summed one by one. 0: vectors are sorted.
     int64_t pitch = ceil_div(task.depth, kSumPitch) * kSumPitch;
-    int64_t parts = task.counts && task.num_codes * pitch <= kMostScattered && task.rows >= kLeastParts * kPartRows
-                        ? std::min(task.rows / kPartRows, kMostParts)
-                        : 0;
+    // 0: vectors are sorted.
+    int64_t parts = task.counts ? sum_parts(task.rows, task.num_codes, task.depth) : 0;
     int64_t part_size = task.num_codes * pitch;
     std::unique_ptr<double[]> part_sums{new double[parts * part_size]};
     std::unique_ptr<int64_t[]> part_counts{new int64_t[parts * task.num_codes]};
@@ -75,62 +48,6 @@ struct Search {
     std::atomic<int64_t> next_block{0}, next_part{0};
     Barrier barrier{threads};
 
-    // The mean m of the codes that are not longer than 2 r, r being the length of the second shortest code; zeros if that
-    // would cost accuracy. An error matters between two codes only, and the longer of any two has at least length r, so
-    // everything is measured by max(|c|, r), and longer codes have no say. The error of a score is that of its product,
-    // some u |x - m| |c - m|, and without a centre at most u (|x| + |c|)^2 / 4. If |m| |c - m| <= max(|c|, r)^2 / 4 for
-    // all codes, a centre leaves it about there. Of the shortest code that is not asked if |c| <= r / 4: vectors half-way
-    // to another one are too far from the origin to be harmed.
-    void find_centre() {
-        const int64_t size = task.num_codes;
-        std::vector<double> squares(size), centred(size), total(task.depth);
-        kernels.squares(task.codebook, size, task.depth, centre.data(), squares.data());
-        double least = kLargestSquare, second = kLargestSquare;
-        int64_t shortest = -1;
-        for (int64_t k = 0; k < size; ++k) {
-            if (!(squares[k] < second)) continue;
-            second = std::max(least, squares[k]);
-            if (squares[k] < least) {
-                least = squares[k];
-                shortest = k;
-            }
-        }
-        const double limit = std::min(4 * second, kLargestSquare);
-        int64_t count = 0;
-        for (int64_t k = 0; k < size; ++k) {
-            if (!(squares[k] <= limit)) continue;
-            ++count;
-            kernels.add(task.codebook + k * task.depth, Element::kFloat32, task.depth, total.data());
-        }
-        double square = 0.0;
-        for (int64_t d = 0; d < task.depth; ++d) {
-            centre[d] = static_cast<float>(total[d] / static_cast<double>(std::max<int64_t>(count, 1)));
-            square += static_cast<double>(centre[d]) * centre[d];
-        }
-        kernels.squares(task.codebook, size, task.depth, centre.data(), centred.data());
-        for (int64_t k = 0; k < size; ++k) {
-            if (!(squares[k] <= kLargestSquare) || (k == shortest && 16 * least <= second)) continue;
-            const double length = std::max(squares[k], second);
-            if (16 * square * centred[k] > length * length) {
-                std::fill(centre.begin(), centre.end(), 0.0f);
-                return;
-            }
-        }
-    }
-
-    // Negated, so that a score is a sum. A code that is not finite has an infinite half norm or NaN, and so its scores,
-    // which are never the least; the same holds for those that fill up the last tile.
-    void pack_codes(int64_t thread) {
-        const int64_t width = kernels.tile_codes;
-        for (int64_t t = num_tiles * thread / threads; t < num_tiles * (thread + 1) / threads; ++t) {
-            const int64_t first = t * width, present = std::min(width, task.num_codes - first);
-            float* norms = half_norms.get() + first;
-            kernels.pack_codes(task.codebook + first * task.depth, present, task.depth, centre.data(),
-                               tiles.get() + first * task.depth, norms);
-            std::fill(norms + present, norms + width, std::numeric_limits<float>::infinity());
-        }
-    }
-
     const void* row(int64_t n) const {
         const int64_t size = task.element == Element::kFloat32 ? 4 : 2;
         return static_cast<const char*>(task.x) + n * task.stride * size;
@@ -138,29 +55,12 @@ struct Search {
 
     void search_block(int64_t block, float* panels) {
         const int64_t first = block * block_rows, rows = std::min(block_rows, task.rows - first);
-        const int64_t width = kernels.panel_rows, used = ceil_div(rows, width);
-        const int64_t tile_size = kernels.tile_codes * task.depth;
-        float best[kLargestBlock * kMostPanelRows];
-        int32_t index[kLargestBlock * kMostPanelRows];
-        std::fill(best, best + used * width, std::numeric_limits<float>::infinity());
-        std::fill(index, index + used * width, -1);
-        for (int64_t p = 0; p < used; ++p) {
-            kernels.pack_rows(row(first + p * width), task.element, task.stride, rows - p * width, task.depth, centre.data(),
-                         panels + p * width * task.depth);
-        }
-        const int64_t step = std::max<int64_t>(1, kCodeBytes / (tile_size * static_cast<int64_t>(sizeof(float))));
-        for (int64_t t = 0; t < num_tiles; t += step) {
-            for (int64_t p = 0; p < used; ++p) {
-                kernels.scan(panels + p * width * task.depth, tiles.get() + t * tile_size,
-                             half_norms.get() + t * kernels.tile_codes, task.depth, std::min(step, num_tiles - t),
-                             static_cast<int32_t>(t * kernels.tile_codes), best + p * width, index + p * width);
-            }
-        }
+        int32_t found[kLargestBlock * kMostPanelRows];
+        codes.search(row(first), task.element, task.stride, rows, panels, found);
         for (int64_t i = 0; i < rows; ++i) {
             const int64_t n = first + i;
-            const int32_t found = std::isfinite(best[i]) ? index[i] : -1;
-            task.indices[n] = std::max(found, 0);
-            if (task.counts) assigned[n] = task.mask == nullptr || task.mask[n] != 0 ? found : -1;
+            task.indices[n] = std::max(found[i], 0);
+            if (task.counts) assigned[n] = task.mask == nullptr || task.mask[n] != 0 ? found[i] : -1;
         }
         if (!task.counts) return;
         errors[block] = kernels.squared_distances(row(first), task.element, task.stride, rows, task.depth, task.codebook,
@@ -254,7 +154,7 @@ struct Search {
     }
 
     void work(int64_t thread, float* panels) {
-        pack_codes(thread);
+        codes.pack(codes.num_tiles() * thread / threads, codes.num_tiles() * (thread + 1) / threads);
         barrier.wait();
         for (int64_t block; (block = next_block.fetch_add(1, std::memory_order_relaxed)) < num_blocks;) {
             search_block(block, panels);
@@ -282,9 +182,9 @@ struct Search {
 
 void nearest_codes(const NearestTask& task, int64_t threads, const Kernels& kernels) {
     const double products = static_cast<double>(task.rows) * task.num_codes * task.depth;
-    threads = std::clamp<int64_t>(static_cast<int64_t>(products / kLeastWork), 1, threads);
+    threads = std::clamp<int64_t>(static_cast<int64_t>(products / kLeastSearchWork), 1, threads);
     Search search{task, kernels.nearest, threads};
-    search.find_centre();
+    search.codes.find_centre(std::vector<double>(2 * task.num_codes + task.depth).data());
     // Made before any thread is: memory may run out, and nothing may throw in a thread.
     std::vector<std::unique_ptr<float[]>> panels(threads);
     for (auto& own : panels) own.reset(new float[search.block_rows * task.depth]);

@@ -12,9 +12,12 @@ from fastvq.ops.draw import draw, draw_margin, draw_reference
 from fastvq.ops.ema_update import ema_update, ema_update_reference
 from fastvq.ops.explain import explain_backend
 from fastvq.ops.nearest_code import CodeStatistics, nearest_code, nearest_code_statistics
+from fastvq.ops.residual_codes import ResidualCodes, ResidualStatistics, residual_codes, residual_codes_statistics
 
 __all__ = [
     "CodeStatistics",
+    "ResidualCodes",
+    "ResidualStatistics",
     "causal_attention",
     "causal_attention_reference",
     "causal_conv2d",
@@ -30,4 +33,6 @@ __all__ = [
     "fused_causal_conv2d_reference",
     "nearest_code",
     "nearest_code_statistics",
+    "residual_codes",
+    "residual_codes_statistics",
 ]

@@ -11,8 +11,11 @@ from fastvq.ops.dispatch import select_backend
 from fastvq.ops.draw.backends import BACKENDS as DRAW
 from fastvq.ops.ema_update.backends import BACKENDS as EMA_UPDATE
 from fastvq.ops.nearest_code.backends import BACKENDS as NEAREST_CODE
+from fastvq.ops.residual_codes.backends import BACKENDS as RESIDUAL_CODES
 
-_TABLES = {table.operation: table for table in (CAUSAL_ATTENTION, CAUSAL_CONV, DRAW, EMA_UPDATE, NEAREST_CODE)}
+_TABLES = {
+    table.operation: table for table in (CAUSAL_ATTENTION, CAUSAL_CONV, DRAW, EMA_UPDATE, NEAREST_CODE, RESIDUAL_CODES)
+}
 
 
 def explain_backend(op: str, *args: Any, backend: str | None = None, **options: Any) -> str:
@@ -21,8 +24,8 @@ def explain_backend(op: str, *args: Any, backend: str | None = None, **options: 
     Args:
         op: name of the operation, such as ``"draw"``.
         args: the tensors that decide, as the operation takes them (``draw``: the logits;
-            ``nearest_code``: x and the codebook; ``ema_update``: its five tensors; ``causal_conv2d``: x and the
-            weight; ``causal_attention``: query, key and value).
+            ``nearest_code``: x and the codebook; ``residual_codes``: x and the codebooks; ``ema_update``: its five
+            tensors; ``causal_conv2d``: x and the weight; ``causal_attention``: query, key and value).
         backend: as for the operation itself.
         options: those of the operation that decide too (``causal_conv2d``: mask and form; ``causal_attention``:
             dropout), its defaults where not given.

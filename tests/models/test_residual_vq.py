@@ -293,3 +293,90 @@ def test_refuses_input_and_codes() -> None:
         quantizer.lookup(torch.zeros(2, 4, dtype=torch.int64))
     with refuses(ArgumentError, "codes: values must lie in 0..5, got 6"):
         quantizer.lookup(torch.full((2, 3), 6))
+
+
+def in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Levels one after the other, whatever the options."""
+    monkeypatch.setattr("fastvq.models.quantizer.residual.why_in_turn", lambda *given, **_: "the test says so")
+
+
+@pytest.mark.parametrize("mask", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"shared_codebook": True},
+        {"quantize_dropout": True, "quantize_dropout_min": 2},
+        {"quantize_dropout": True, "shared_codebook": True},
+        {"learnable_codebook": True},
+        {"learnable_codebook": True, "shared_codebook": True},
+        {"gradient": "rotation", "commitment": 0.5},
+        {"init": "kmeans"},
+        {"revive_below": 0.9},
+        {"metric": "cosine"},
+        {"check_finite": True},
+    ],
+    ids=lambda options: "-".join(options) or "plain",
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_one_pass_gives_what_the_levels_in_turn_give(
+    options: dict[str, Any], mask: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    one = ResidualVQ(4, 40, 6, decay=0.6, **options)
+    other = copy.deepcopy(one)
+    real = torch.rand(8, 9, 5) > 0.3 if mask else None
+    results: list[list[Any]] = [[], []]
+    for step in range(3):
+        for quantizer, kept in zip((one, other), results, strict=True):
+            with monkeypatch.context() as patch:
+                if quantizer is other:
+                    in_turn(patch)
+                x = normal(8, 6, 9, 5, seed=step).to(dtype).requires_grad_()
+                torch.manual_seed(step)
+                out = quantizer(x, real)
+                (out.quantized.float().square().sum() + out.loss).backward()
+                quantizer.eval()
+                with torch.no_grad():
+                    kept.append((*out, quantizer.encode(x, real), *quantizer(x, real)))
+                kept.append(tuple(p.grad for p in quantizer.parameters()))
+                kept.append(x.grad)
+                quantizer.train()
+    for found, expected in zip(*results, strict=True):
+        if isinstance(found, tuple):
+            assert all(torch.equal(value, want) for value, want in zip(found, expected, strict=True))
+        else:
+            # The levels' pulls are added up in another order.
+            torch.testing.assert_close(found, expected)
+    moved = other.state_dict()
+    assert all(torch.equal(value, moved[name]) for name, value in one.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"metric": "cosine"}, "metric is 'cosine': each level scales its residual"),
+        ({"check_finite": True}, "check_finite looks at each level's residual"),
+        ({"revive_below": 1.0}, "revive_below asks for each level's residual"),
+        ({"init": "data"}, "init is 'data', and codes have not started yet"),
+        ({"num_codes": (5, 6, 7)}, "levels differ in the size or type of their codebooks"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_it_says_why_levels_are_taken_in_turn(options: dict[str, Any], reason: str) -> None:
+    x = normal(10, 4)
+    quantizer = ResidualVQ(3, options.pop("num_codes", 5), 4, **options)
+    assert quantizer.explain(x) == f"levels in turn: {reason}"
+    if {"revive_below", "init"} & set(options):
+        assert quantizer.explain(x, freeze_codebook=True).startswith("one pass\n")
+
+
+def test_it_says_when_all_levels_are_one_pass() -> None:
+    x, quantizer = normal(10, 4), ResidualVQ(3, 5, 4)
+    assert "chosen: the first that can run" in quantizer.explain(x)
+    with torch.no_grad():
+        assert quantizer.explain(x).startswith("levels in turn: the pass may be repeated in backward")
+    quantizer.levels[1].mode = "fast"  # type: ignore[assignment]
+    assert quantizer.explain(x) == "levels in turn: levels differ in mode or deterministic"
+    quantizer.levels[0].register_forward_hook(lambda *given: None)
+    assert quantizer.explain(x) == "levels in turn: a level has a forward of its own, or hooks"

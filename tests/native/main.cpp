@@ -56,6 +56,7 @@ int run(uint64_t num_plans) {
         test("kernels" + on, [&] { test_kernels(*kernels); });
         test("nearest codes" + on, [&] { test_nearest(*kernels); });
         test("products" + on, [&] { test_product(*kernels); });
+        test("residual codes" + on, [&] { test_residual(*kernels); });
         test("grids" + on, [&] { test_grids(*kernels, num_plans); });
         std::cout << "tested on " << kernels->name << std::endl;
     }

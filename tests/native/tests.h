@@ -14,6 +14,7 @@ void test_kernels_agree(const std::vector<const Kernels*>& all);
 void test_draw();
 void test_nearest(const Kernels& kernels);
 void test_product(const Kernels& kernels);
+void test_residual(const Kernels& kernels);
 void test_products_agree(const std::vector<const Kernels*>& all);
 void test_programs(uint64_t num_plans);
 void test_places();

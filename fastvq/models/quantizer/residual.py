@@ -12,7 +12,9 @@ from fastvq._check import require_bool, require_choice, require_positive_int, re
 from fastvq.errors import ArgumentError
 from fastvq.models.quantizer.assignment import Assignment, OpenPass, require_vectors
 from fastvq.models.quantizer.gradient import CODE_GRADIENTS, CodeGradient, pass_gradient
+from fastvq.models.quantizer.one_pass import Levels, encode_levels, quantize_levels, why_in_turn
 from fastvq.models.quantizer.vector import QuantizerOutput, VectorQuantizer
+from fastvq.ops.explain import explain_backend
 
 
 class ResidualVQOutput(NamedTuple):
@@ -48,7 +50,8 @@ class ResidualVQ(nn.Module):
 
     Zeghidour et al. 2021 (SoundStream, arXiv 2107.03312, algorithm 1); with a shared codebook Lee et al. 2022 (RQ-VAE,
     arXiv 2203.01941, section 3.1). The gradient of the sum passes to x once, whatever the number of levels; each
-    level's commitment loss pulls its own residual. Residuals are kept in float32 at least.
+    level's commitment loss pulls its own residual. Residuals are kept in float32 at least. All levels are taken in one
+    pass over the vectors (`fastvq.ops.residual_codes`) where the options allow it, which :meth:`explain` tells.
 
     Args:
         num_quantizers: Q.
@@ -121,36 +124,45 @@ class ResidualVQ(nn.Module):
         """Quantise vectors [B, D, ...] (or [..., D] when ``channels_last``); arguments as of the plain quantiser."""
         start = self._checked(x, mask)
         with torch.autocast(x.device.type, enabled=False):
-            masks = self._level_masks(start, mask)
-            if self.shared_codebook:
-                outputs, total = self._shared(start, masks, freeze_codebook)
-            else:
-                outputs, total = self._separate(start, masks, mask, freeze_codebook)
-            quantized = pass_gradient(start, total, self.gradient)
+            found = self._quantize(start, mask, self._kept(start), freeze_codebook)
+            quantized = pass_gradient(start, found.total, self.gradient)
             if mask is not None:
                 quantized = torch.where(mask[..., None], quantized, 0)
             quantized = quantized.to(x.dtype)
-            losses = torch.stack([out.commitment_loss for out in outputs])
             return ResidualVQOutput(
                 quantized if self.channels_last else quantized.movedim(-1, 1),
-                torch.stack([out.codes for out in outputs], -1),
-                losses.sum(),
-                torch.stack([out.perplexity for out in outputs]),
-                torch.stack([out.codebook_loss for out in outputs]).sum(),
-                torch.stack([out.dead_codes for out in outputs]),
-                losses,
+                found.codes,
+                found.losses.sum(),
+                found.perplexity,
+                found.codebook_losses.sum(),
+                found.dead_codes,
+                found.losses,
             )
 
     @torch.no_grad()
     def encode(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Codes [B, ..., Q] of all levels, without statistics or dropout; moves nothing."""
         residual = self._checked(x, mask)
+        levels = self._all_levels()
+        if why_in_turn(levels, moves=False, remembers=False) is None:
+            with torch.autocast(x.device.type, enabled=False):
+                return encode_levels(levels, residual, self._depths(mask, None))
         codes = []
-        for level in range(self.num_quantizers):
-            quantizer = self.quantizer(level)
+        for quantizer in levels:
             codes.append(quantizer.encode(residual, mask))
             residual = residual - quantizer.lookup(codes[-1])
         return torch.stack(codes, -1)
+
+    def explain(self, x: Tensor, *, freeze_codebook: bool | None = None) -> str:
+        """How a pass over x would be taken, and why: all levels in one, by which backend of
+        `fastvq.ops.residual_codes`, or one after the other.
+        """
+        start, levels = self._checked(x, None), self._all_levels()
+        reason = why_in_turn(levels, moves=self._moves(freeze_codebook), remembers=True)
+        if reason is not None:
+            return f"levels in turn: {reason}"
+        flat, codebooks = start.reshape(-1, self.code_dim), levels[0].codebook.stored.expand(len(levels), -1, -1)
+        return "one pass\n" + explain_backend("residual_codes", flat, codebooks)
 
     def lookup(self, codes: Tensor) -> Tensor:
         """Sum of the vectors of codes [B, ..., q], of the first q <= Q levels: [B, D, ...] (or [..., D] when
@@ -172,18 +184,55 @@ class ResidualVQ(nn.Module):
         require_vectors(x, mask, self.code_dim, axis)
         return x.movedim(axis, -1).to(torch.promote_types(x.dtype, torch.float32))
 
-    def _level_masks(self, start: Tensor, mask: Tensor | None) -> list[Tensor | None]:
+    def _all_levels(self) -> list[VectorQuantizer]:
+        return [self.quantizer(level) for level in range(self.num_quantizers)]
+
+    def _moves(self, freeze_codebook: bool | None) -> bool:
+        return any(level.moves(freeze_codebook) for level in self._all_levels())
+
+    def _kept(self, start: Tensor) -> Tensor | None:
+        """How many levels each vector keeps, the shape of the codes of one level; None if all keep all."""
         if not (self.training and self.quantize_dropout):
-            return [mask] * self.num_quantizers
+            return None
         batch = start.shape[0]
         kept = torch.randint(self.quantize_dropout_min, self.num_quantizers + 1, (batch,), device=start.device)
-        kept = kept.view(-1, *[1] * (start.ndim - 2)).expand(start.shape[:-1])
+        return kept.view(-1, *[1] * (start.ndim - 2)).expand(start.shape[:-1])
+
+    def _depths(self, mask: Tensor | None, kept: Tensor | None) -> Tensor | None:
+        """How many levels each vector takes part in; None if all do in all."""
+        if mask is None:
+            return kept
+        return torch.where(mask, self.num_quantizers if kept is None else kept, 0)
+
+    def _level_masks(self, mask: Tensor | None, kept: Tensor | None) -> list[Tensor | None]:
+        if kept is None:
+            return [mask] * self.num_quantizers
         found: list[Tensor | None] = []
         for level in range(self.num_quantizers):
             # The levels that are never dropped need no mask of their own.
             present = None if level < self.quantize_dropout_min else kept > level
             found.append(mask if present is None else present if mask is None else present & mask)
         return found
+
+    def _quantize(
+        self, start: Tensor, mask: Tensor | None, kept: Tensor | None, freeze_codebook: bool | None
+    ) -> Levels:
+        levels = self._all_levels()
+        if why_in_turn(levels, moves=self._moves(freeze_codebook), remembers=True) is None:
+            return quantize_levels(levels, start, self._depths(mask, kept), freeze_codebook)
+        masks = self._level_masks(mask, kept)
+        if self.shared_codebook:
+            outputs, total = self._shared(start, masks, freeze_codebook)
+        else:
+            outputs, total = self._separate(start, masks, mask, freeze_codebook)
+        return Levels(
+            total,
+            torch.stack([out.codes for out in outputs], -1),
+            torch.stack([out.commitment_loss for out in outputs]),
+            torch.stack([out.codebook_loss for out in outputs]),
+            torch.stack([out.perplexity for out in outputs]),
+            torch.stack([out.dead_codes for out in outputs]),
+        )
 
     def _separate(
         self, residual: Tensor, masks: list[Tensor | None], real: Tensor | None, freeze_codebook: bool | None

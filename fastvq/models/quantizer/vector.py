@@ -195,6 +195,11 @@ class VectorQuantizer(nn.Module):
         self._may_have_to_start = value != "normal"
 
     @property
+    def may_have_to_start(self) -> bool:
+        """Whether the next pass that moves the codebook asks if the codes are still to be taken from data."""
+        return self._may_have_to_start
+
+    @property
     def codebook(self) -> Codebook:
         """This module's codes and averages, with the rules by which they start and move, as they are set now."""
         return Codebook(
