@@ -291,6 +291,38 @@ def _nearest_code_cases(device: str) -> list[NearestCodeCase]:
     return cases + [nearest_code_case(*shape, "module", device=device) for shape in _MODULE_SHAPES]
 
 
+@dataclass(frozen=True)
+class ResidualCase(Case):
+    """A training forward of a residual quantiser on ``batch`` standard normal vectors [N, D] that need a gradient.
+
+    Attributes:
+        num_codes: K, of each level.
+        code_dim: D.
+        levels: Q.
+    """
+
+    num_codes: int = 0
+    code_dim: int = 0
+    levels: int = 0
+
+    @property
+    def id(self) -> str:
+        device = "" if self.device == "cpu" else f"-{self.device}"
+        return f"residual-n{self.batch}-k{self.num_codes}-d{self.code_dim}-q{self.levels}{device}"
+
+    def small(self) -> ResidualCase:
+        return dataclasses.replace(self, batch=77, num_codes=13, code_dim=9, levels=3)
+
+
+def _residual_cases(device: str) -> list[ResidualCase]:
+    gpu = ", GPU" if device == "cuda" else ""
+    sizes = ((12288, 1024, 128, 8),)
+    return [
+        ResidualCase("residual quantiser", f"K {k}, D {d}, Q {q}{gpu}", n, k, d, q, device=device)
+        for n, k, d, q in sizes
+    ]
+
+
 CausalWhat = Literal["forward", "forward + backward"]
 WHATS: tuple[CausalWhat, ...] = ("forward", "forward + backward")
 
@@ -455,6 +487,10 @@ def _prior_cases(device: str) -> list[PriorCase]:
         name: (PRESETS[name][1], batch) for name, batch in (_CPU_PRIORS if device == "cpu" else _GPU_PRIORS).items()
     }
     configs |= {"snail-symmetric": (_small_prior("symmetric"), 2), "snail-rows": (_small_prior("rows"), 2)}
+    if device == "cuda":
+        default = _top((32, 32), "strict", 256, 4, 4)
+        forms: tuple[Form, ...] = ("rows", "symmetric")
+        configs |= {f"default-top-{form}": (dataclasses.replace(default, form=form), 16) for form in forms}
     return [
         PriorCase("causal prior", _name(name, what, gpu), batch, config, what, device=device)
         for name, (config, batch) in configs.items()
@@ -466,7 +502,7 @@ DEVICES = ("cpu", "cuda")
 CASES: list[Case] = [*SAMPLER_CASES, *CALL_CASES, *_product_cases()]
 for _device in DEVICES:
     CASES += [*_nearest_code_cases(_device), *_convolution_cases(_device), *_attention_cases(_device)]
-    CASES += _prior_cases(_device)
+    CASES += [*_prior_cases(_device), *_residual_cases(_device)]
 
 
 def case_of(case_id: str) -> Any:

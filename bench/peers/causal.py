@@ -24,6 +24,7 @@ from bench.causal import (
     masked_conv2d,
 )
 from bench.registry import LeftOutError, Problem, peer
+from fastvq.models import Prior
 from fastvq.ops import causal_attention, causal_conv2d
 
 
@@ -120,6 +121,20 @@ def sdpa(problem: Attention) -> Forms:
     return _attention(problem, explicit)
 
 
+@peer("causal attention", name="shifted SDPA", optional=True)
+def shifted(problem: Attention) -> Forms:
+    """Without a mask in memory: a strict one is a causal one of queries from the second on and keys up to the last."""
+    strict = problem.case.mask == "strict"
+
+    def causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if not strict:
+            return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        rest = F.scaled_dot_product_attention(query[:, :, 1:], key[:, :, :-1], value[:, :, :-1], is_causal=True)
+        return F.pad(rest, (0, 0, 1, 0))
+
+    return _attention(problem, causal)
+
+
 @peer("causal attention", name="FlexAttention", optional=True)
 def flex(problem: Attention) -> Forms:
     _needs_compiler(problem)
@@ -142,7 +157,20 @@ def whole_prior(problem: WholePrior) -> Forms:
 @peer("causal prior", name="masked convolutions")
 def masked_prior(problem: WholePrior) -> Forms:
     """The same prior, step by step with masked convolutions."""
+    return Forms(problem, [problem.losses(_masked_prior(problem))])
+
+
+@peer("causal prior", name="compiled masked", optional=True, takes=lambda case: case.device == "cuda")
+def compiled_prior(problem: WholePrior) -> Forms:
+    """The same, its likelihood compiled."""
+    _needs_compiler(problem)
+    masked = _masked_prior(problem)
+    return Forms(problem, [problem.losses(masked, torch.compile(masked.nll))])
+
+
+def _masked_prior(problem: WholePrior) -> Prior:
     masked = mask_convolutions(copy.deepcopy(problem.prior))
     if not any(isinstance(module, (MaskedConv2d, PlainConv2d)) for module in masked.modules()):
         raise LeftOutError("the prior has no causal convolutions")
-    return Forms(problem, [problem.losses(masked)])
+    assert isinstance(masked, Prior)
+    return masked
