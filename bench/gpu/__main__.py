@@ -72,7 +72,12 @@ def parts(out: Path, *, short: bool = False) -> list[Part]:
 
     pytest = [*python, "pytest", "-p", "no:cacheprovider", "-m", "gpu", "-q", "-rf", *several]
     every = [
-        Part("ahead", lambda _: [*python, "bench.gpu.ahead"], shares["ahead"], optional=True),
+        Part(
+            "ahead",
+            lambda seconds: [*python, "bench.gpu.ahead", "--seconds", f"{seconds:.0f}"],
+            shares["ahead"],
+            optional=True,
+        ),
         Part("probes", lambda _: [*python, "bench.gpu.probes", "--out", str(out)], shares["probes"]),
         Part("sampler", timed("sampler"), shares["sampler"], least=2 * _FINISHING_SECONDS),
         Part("operations", timed("operations"), shares["operations"], least=2 * _FINISHING_SECONDS),

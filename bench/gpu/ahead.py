@@ -15,8 +15,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import torch
-
 import bench.peers  # noqa: F401
 from bench.cases import case_of
 from bench.gpu import operations, sampler
@@ -93,25 +91,37 @@ def share(index: int, count: int) -> list[Task]:
     return tasks()[index::count]
 
 
+def in_processes(module: str, tasks: int, seconds: float) -> list[int]:
+    """Run a module with ``--share I N`` in N processes, and end them after so many seconds. Returns their statuses."""
+    count = max(1, min(_PROCESSES, tasks, (os.cpu_count() or 1) // 2))
+    # Inductor would start as many processes as there are cores, in each.
+    environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "2", "OMP_NUM_THREADS": "1"}
+    end = time.monotonic() + seconds
+    processes = [
+        subprocess.Popen([sys.executable, "-m", module, "--share", str(i), str(count)], cwd=ROOT, env=environment)
+        for i in range(count)
+    ]
+    try:
+        for process in processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, end - time.monotonic()))
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.wait() for process in processes]
+
+
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.ahead", description=__doc__)
     parser.add_argument("--share", type=int, nargs=2, metavar=("I", "N"), help="only those of process I of N")
+    parser.add_argument("--seconds", type=float, default=60.0, help="until processes are ended (default: 60)")
     options = parser.parse_args(arguments)
     if options.share is not None:
-        # Each compiles in one process; Inductor would start as many as there are cores.
-        torch.set_num_threads(1)
         run(share(*options.share))
         return 0
-    count = max(1, min(_PROCESSES, (os.cpu_count() or 1) // 2))
-    command = [sys.executable, "-m", "bench.gpu.ahead", "--share"]
-    environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "2"}
-    with contextlib.ExitStack() as stack:
-        processes = [
-            stack.enter_context(subprocess.Popen([*command, str(i), str(count)], cwd=ROOT, env=environment))
-            for i in range(count)
-        ]
-    print(f"{len(tasks())} tasks in {count} processes")
-    return max(process.returncode != 0 for process in processes)
+    statuses = in_processes("bench.gpu.ahead", len(tasks()), options.seconds)
+    print(f"{len(tasks())} tasks in {len(statuses)} processes, {statuses.count(0)} of which came to their end")
+    return 0 if all(status == 0 for status in statuses) else 1
 
 
 if __name__ == "__main__":

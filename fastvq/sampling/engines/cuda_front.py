@@ -19,13 +19,14 @@ from torch import Tensor
 
 from fastvq import _nvtx
 from fastvq.errors import ArgumentError, UnavailableError
-from fastvq.kernels.launch import hardware, on_device
+from fastvq.kernels.front_tiles import draw_block, ranked_block
+from fastvq.kernels.launch import on_device
 from fastvq.models.prior import Prior
 from fastvq.ops.dispatch import triton_reason
 from fastvq.sampling.engines.base import RowDone
 from fastvq.sampling.engines.cuda_grid import LEAST_CAPABILITY, NOTHING_BAD, ROWS_IN_FLIGHT, synchronise
 from fastvq.sampling.engines.front_program import why_no_front
-from fastvq.sampling.engines.front_tables import TAIL_BLOCK, Layout, Tables
+from fastvq.sampling.engines.front_tables import Layout, Tables
 from fastvq.sampling.engines.front_weights import FrontWeights
 from fastvq.sampling.engines.phases import OnPhase, Phases
 from fastvq.sampling.engines.prepared import Kept, Prepared
@@ -37,8 +38,6 @@ from fastvq.sampling.request import SampleRequest, Settings
 
 # Of float32 products on tensor cores: six products of bfloat16 thirds, which together carry 24 bits.
 FLOAT32_PRODUCTS = "bf16x6"
-# Pairs of logits that a warp of a filtered draw compares at a time.
-_COMPARED = 1024
 _GRAPH = "front graph"
 
 
@@ -215,41 +214,39 @@ class FrontGrid:
 
         height, width = self.plan.shape
         tiles, weights = self.weights.tiles, self.weights
-        # Eight warps share out the accumulators, which Blackwell has in a memory of their own.
         _product_kernel[(-(-self.layout.capacity // tiles.block_m), last - first)](
             self.step, self.features, weights.weights, self.partials, self._items, self._programs[first:last],
             self.batch,
             HEIGHT=height, WIDTH=width, SKEW=self.front.skew,
             PRECISION="interpreted" if self.device.type == "cpu" else FLOAT32_PRODUCTS,
             BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,
-            num_warps=4 if hardware(self.device).capability >= 100 else 8, num_stages=tiles.stages,
+            num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
 
     def _finish(self, first: int, last: int) -> None:
         from fastvq.kernels.front_tail import _tail_kernel
 
         height, width = self.plan.shape
-        block_m, block_c = TAIL_BLOCK
-        _tail_kernel[(-(-self.layout.capacity // block_m), last - first)](
+        tiles = self.weights.tail
+        _tail_kernel[(-(-self.layout.capacity // tiles.block_m), last - first)](
             self.step, self.codes, self.features, self.partials, self.values, self.weights.params, self.weights.taps,
             self._instructions, self._chains[first:last],
             self.batch, self.layout.capacity, self.layout.cached_rows, self.plan.num_codes,
             HEIGHT=height, WIDTH=width, SKEW=self.front.skew, UNIT=self.weights.tiles.block_k,
-            BLOCK_M=block_m, BLOCK_C=block_c, num_warps=4,
+            BLOCK_M=tiles.block_m, BLOCK_C=tiles.block_c, num_warps=tiles.warps,
         )  # fmt: skip
 
     def _draw(self) -> None:
         from fastvq.kernels.front_draw import _draw_kernel
 
         height, width = self.plan.shape
-        num_codes = self.plan.num_codes
-        block = max(16, 1 << (num_codes - 1).bit_length())
-        warps = max(1, min(16, block // 128))
+        num_codes, warps = self.plan.num_codes, self.weights.draw.warps
+        block = draw_block(num_codes)
         _draw_kernel[(self.layout.capacity,)](
             self.step, self.values, self.codes, self.noise, self.known, self._options, self.logits, self.status,
             self.batch, self.layout.value_places[self.plan.output], num_codes,
             HEIGHT=height, WIDTH=width, SKEW=self.front.skew, FILTERED=self.filtered,
-            BLOCK=block, BLOCK_RANKED=max(1, min(block, warps * _COMPARED // block)), num_warps=warps,
+            BLOCK=block, BLOCK_RANKED=ranked_block(block, warps), num_warps=warps,
         )  # fmt: skip
 
     def fill(

@@ -11,9 +11,6 @@ from fastvq.sampling.engines.front_program import Instruction, Level
 from fastvq.sampling.engines.front_weights import FrontWeights, Part, Sum
 from fastvq.sampling.plan.form import Plan
 
-# Positions and channels of a block of what follows products.
-TAIL_BLOCK = (2, 256)
-
 
 class _Place(NamedTuple):
     """Where the vectors of an operation lie, in units of padded channels: see `_product_kernel`."""
@@ -165,7 +162,7 @@ class Tables:
                 first = len(self.instructions)
                 self.instructions += [self._instruction(one) for one in chain]
                 channels = max(self.weights.plan.ops[one.op].channels for one in chain)
-                for channel in range(0, channels, TAIL_BLOCK[1]):
+                for channel in range(0, channels, self.weights.tail.block_c):
                     self.chains.append([first, len(self.instructions), channel, 0])
             self.launches.append(("tail", begin, len(self.chains)))
 

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastvq.kernels.front_tiles import draw_tiles, product_tiles, tail_tiles
+from fastvq.kernels.launch import hardware
 from fastvq.sampling.engines.front_program import HERE, FrontProgram
 from fastvq.sampling.options import Precision
 from fastvq.sampling.plan.form import Op, Plan, Term, require_finite
@@ -18,20 +20,6 @@ _PROGRAMS = 264
 _LEAST_CHUNKS = 2
 # Tiles of positions from which on a group of parts in a program fills the chip.
 _FILLING_TILES = 16
-
-
-class Tiles(NamedTuple):
-    """Block sizes of a product (positions, columns, depth), and stages: of one size, because bits may differ between
-    sizes.
-    """
-
-    block_m: int
-    block_n: int
-    block_k: int
-    stages: int
-
-
-TILES: dict[str, Tiles] = {"float32": Tiles(64, 64, 32, 3), "bfloat16": Tiles(64, 128, 64, 4)}
 
 
 class Part(NamedTuple):
@@ -67,6 +55,7 @@ class FrontWeights:
         programs: of a launch, that are wanted where there is one tile of positions. Bits depend on it.
 
     Attributes:
+        tiles, tail, draw: those of the three kernels.
         weights: tiles [block_k, block_n]; for each term, block of columns and chunk of depth, in this order.
         params: float32: biases, and the tables of look-ups.
         taps: int64 [taps, 2]: rows and columns, of look-ups.
@@ -81,7 +70,9 @@ class FrontWeights:
         require_finite(plan)
         self.plan, self.device, self.programs = plan, device, programs
         self.program = FrontProgram(plan)
-        self.tiles = TILES[precision]
+        capability = hardware(device).capability
+        self.tiles, self.tail = product_tiles(precision, capability), tail_tiles(capability)
+        self.draw = draw_tiles(plan.num_codes, capability)
         self.dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
         packed: list[Tensor] = []
         params: list[Tensor] = []
