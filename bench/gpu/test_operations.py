@@ -144,6 +144,19 @@ class TestAhead:
         assert first.startswith("sampler a 1 cuda: RuntimeError: no such kernel after ")
         assert second.startswith("sampler a 1 naive: done after ")
 
+    def test_processes_share_a_module_and_are_ended(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        code = f"""import pathlib, sys, time
+        pathlib.Path({str(tmp_path)!r}, "_".join(sys.argv[1:])).touch()
+        time.sleep(60 if sys.argv[2] == "0" else 0)
+        """.replace("\n        ", "\n")
+        (tmp_path / "toy_shares.py").write_text(code)
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+        monkeypatch.setattr(ahead.os, "cpu_count", lambda: 4)
+        start = time.monotonic()
+        assert ahead.in_processes("toy_shares", 9, 5.0) == [-9, 0]
+        assert time.monotonic() - start < 30
+        assert {path.name for path in tmp_path.glob("--share*")} == {"--share_0_2", "--share_1_2"}
+
 
 def test_seconds_of_a_cpu_are_those_of_the_call() -> None:
     assert 0.02 <= device_seconds(lambda: time.sleep(0.02), torch.device("cpu")) < 2

@@ -127,6 +127,26 @@ def test_a_workload_that_cannot_run_is_named(table: tune.Table) -> None:
     assert table.tiles
 
 
+def test_processes_run_every_candidate_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran: list[list[int]] = []
+
+    def make() -> Callable[[], object]:
+        first = ask("a", "any")
+        return lambda: ran.append([first])
+
+    def broken() -> Callable[[], object]:
+        raise RuntimeError("no such thing")
+
+    monkeypatch.setattr(tune, "workloads", lambda: {"bad": broken, "others'": None, "work": make})
+    monkeypatch.setattr(tune, "synchronise", lambda device: None)
+    tune.warm(0, 2)
+    # To find out what it asks for, with the rule, and with each candidate.
+    assert ran == [[4], [4], [1], [2], [3]]
+    assert capsys.readouterr().out.splitlines() == ["bad: RuntimeError: no such thing", "work: a, any: 3 candidates "]
+
+
 def test_workloads_exist() -> None:
     some = tune.workloads()
     assert {"front float32", "front bfloat16"} < set(some)

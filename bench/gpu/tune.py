@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 import bench.peers  # noqa: F401
+from bench import registry
 from bench.cases import case_of
 from bench.clock import device_seconds, synchronise
 from bench.gpu import sampler
@@ -30,7 +31,7 @@ from bench.gpu.files import save
 from bench.gpu.limit import OutOfTimeError, at_most
 from bench.gpu.lines import in_unit
 from bench.gpu.measure import Problem
-from bench.registry import PROBLEMS, contender
+from bench.registry import contender
 from fastvq.kernels import tuning
 from fastvq.kernels.launch import hardware
 from fastvq.kernels.tuning import Asked, asking
@@ -75,10 +76,14 @@ def workloads() -> dict[str, Make]:
 
 def _operation(case_id: str) -> Callable[[], object]:
     """Ours in a case of the benchmark."""
-    case = case_of(case_id)
-    one = contender(PROBLEMS[case.operation](case), "fastvq")
-    (form,) = one.warm()
+    (form,) = contender(_problem(case_id), "fastvq").warm()
     return form.run
+
+
+@functools.cache
+def _problem(case_id: str) -> registry.Problem:
+    case = case_of(case_id)
+    return registry.PROBLEMS[case.operation](case)
 
 
 def _front(precision: Precision) -> Callable[[], object]:
@@ -229,7 +234,9 @@ def warm(index: int, count: int) -> None:
     for name, make in list(workloads().items())[index::count]:
         try:
             for asked in asked_by(make):
-                _times(make, asked, once, math.inf)
+                _, times = _times(make, asked, once, time.monotonic() + LIMIT)
+                wrong = [f"{tuple(tiles)}: {found}" for tiles, found in times.items() if isinstance(found, str)]
+                print(f"{name}: {asked.kernel}, {asked.sizes}: {len(times)} candidates {wrong or ''}", flush=True)
         except Exception as error:
             print(f"{name}: {_said(error)}", flush=True)
 
