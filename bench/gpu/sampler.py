@@ -65,8 +65,9 @@ JOBS = (
     *_jobs(_INCLUSIVE, (1, 64), OURS),
 )
 REPEATED = _jobs(("small-strict-top", "small-inclusive-bottom"), (8,), tuple(VARIANTS))
-# That a job may take.
+# That a job may take, at most a fifth of the whole.
 JOB_SECONDS = 30.0
+_JOBS_AT_LEAST = 5
 
 
 def case_of(name: str, batch: int, *, small: bool = False) -> SamplerCase:
@@ -155,12 +156,12 @@ def run(folder: Path, limit: float) -> int:
 
 def run_jobs(session: Session, end: float, jobs: Sequence[Job] = JOBS, repeated: Sequence[Job] = REPEATED) -> None:
     """Jobs until the clock shows ``end``; those that come later are named."""
-    works = True
+    works, cap = True, min(JOB_SECONDS, (end - time.monotonic()) / _JOBS_AT_LEAST)
     for job in (*jobs, *repeated):
         begun = time.monotonic()
 
         def left(begun: float = begun) -> float:
-            return min(end, begun + JOB_SECONDS) - time.monotonic()
+            return min(end, begun + cap) - time.monotonic()
 
         if not works or left() <= 0:
             session.late(job)

@@ -294,6 +294,22 @@ class TestSampler:
             ("small-strict-top", "out of time"),
         ]
 
+    @pytest.mark.parametrize(("seconds", "most"), [(1000.0, sampler.JOB_SECONDS), (50.0, 10.0)], ids=["long", "short"])
+    def test_no_job_takes_the_time_of_all(
+        self, seconds: float, most: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        told: list[float] = []
+
+        def run(session: sampler.Session, job: sampler.Job, left: measure.Left, runs: int) -> bool:
+            told.append(left())
+            return True
+
+        monkeypatch.setattr(sampler.Session, "run", run)
+        session = sampler.Session(tmp_path, None, {}, "cpu", "cpu", small=True)
+        sampler.run_jobs(session, time.monotonic() + seconds)
+        assert len(told) == len(sampler.JOBS) + len(sampler.REPEATED)
+        assert all(0 < left <= most for left in told)
+
     def test_no_job_after_the_device_has_failed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def broken(*_: object) -> None:
             raise RuntimeError("an illegal memory access was encountered")

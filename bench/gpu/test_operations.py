@@ -103,6 +103,21 @@ class TestOperations:
         (result,) = load(tmp_path / operations.FILE).results
         assert result.left_out["slow"] == "out of time"
 
+    @pytest.mark.parametrize("slow", [True, False], ids=["too-long", "failing"])
+    def test_a_case_that_cannot_be_made(
+        self, slow: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        def make(*_: Any, **__: Any) -> None:
+            if slow:
+                time.sleep(30)
+            raise RuntimeError("no memory")
+
+        monkeypatch.setattr(operations, "Group", make)
+        monkeypatch.setattr(operations, "CASE_SECONDS", 1.0)
+        assert operations.run(tmp_path, 300, CASES[1:], small=True) == 1
+        said = "out of time" if slow else "failed: RuntimeError: no memory"
+        assert f"{CASES[1]}: {said}" in capsys.readouterr().out.splitlines()
+
     def test_cases_beyond_the_time_are_named(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert operations.run(tmp_path, 0, CASES, small=True) == 1
         said = capsys.readouterr().out.strip().splitlines()
