@@ -1,7 +1,13 @@
 """Tiles that were measured to be quickest, by compute capability, kernel and sizes: the table ``tuned.json``.
 
 A kernel's one function of sizes to tiles asks `tuned` first and falls back to its own rule. ``python -m
-bench.gpu.tune`` writes the table, which lies beside this file; nothing has been tuned yet, and it is empty.
+bench.gpu.tune`` writes the table, which lies beside this file; nothing has been tuned yet, and it is empty. In such a
+function::
+
+    found = tuned("nearest_code", capability, f"d{width} k{codes}", CANDIDATES)
+    return found or Tiles(...)  # the rule
+
+where ``sizes`` may round what hardly matters, such as numbers of codes to powers of two, so that shapes share an entry.
 """
 
 from __future__ import annotations

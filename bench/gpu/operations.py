@@ -27,7 +27,7 @@ from bench.registry import peers_of
 from bench.report import tables
 
 FILE = "operations.json"
-# The first four and the attention of 4096 positions are what an earlier run can be compared with.
+# The first four are also in bench/results/gpu.
 CASES = (
     "n65536-k512-d64-forward-ema-cuda",
     "n65536-k8192-d64-forward-cuda",
