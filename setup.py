@@ -134,7 +134,10 @@ setup(
         *(f"fastvq.kernels.{name}" for name in find_packages("kernels")),
     ],
     package_dir={"fastvq.kernels": "kernels"},
-    package_data={"fastvq": ["py.typed", "pretrained/**/*.json", "pretrained/**/*.safetensors"]},
+    package_data={
+        "fastvq": ["py.typed", "pretrained/**/*.json", "pretrained/**/*.safetensors"],
+        "fastvq.kernels": ["*.json"],
+    },
     ext_modules=[
         Extension(
             "fastvq._ext",

@@ -511,6 +511,10 @@ def _prior_cases(device: str) -> list[PriorCase]:
         name: (PRESETS[name][1], batch) for name, batch in (_CPU_PRIORS if device == "cpu" else _GPU_PRIORS).items()
     }
     configs |= {"snail-symmetric": (_small_prior("symmetric"), 2), "snail-rows": (_small_prior("rows"), 2)}
+    if device == "cuda":
+        default = _top((32, 32), "strict", 256, 4, 4)
+        forms: tuple[Form, ...] = ("rows", "symmetric")
+        configs |= {f"default-top-{form}": (dataclasses.replace(default, form=form), 16) for form in forms}
     return [
         PriorCase("causal prior", _name(name, what, gpu), batch, config, what, device=device)
         for name, (config, batch) in configs.items()

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench import registry
 from bench.cases import CausalCase, PriorCase
 from bench.harness import Check, Peer, Result, Work, timed
-from bench.machine import CPU_FLOAT32, GPU_UNITS
+from bench.machine import CPU_FLOAT32
 from fastvq.kernels.taps import read_taps
 from fastvq.models import Prior, build
 from fastvq.models.blocks import CausalConv2d, GatedBlock
@@ -63,9 +63,10 @@ class _Problem(registry.Problem):
         self.work = [Work("what the mask leaves", flops, unit=unit)]
 
     def measure_ceilings(self) -> None:
-        self.ceilings.measure_gemm()
-        for unit in GPU_UNITS if self.case.device == "cuda" else ():
-            self.ceilings.measure_gpu(unit, 8192, 8192, 8192)
+        if self.case.device == "cpu":
+            self.ceilings.measure_gemm()
+        else:
+            self.ceilings.measure_gpu("cuda bfloat16", 8192, 8192, 8192)
 
 
 class CausalProblem(_Problem):
@@ -300,12 +301,13 @@ class WholePrior(_Problem):
             entry.facts["codes_per_second"] = codes / entry.median
             entry.remarks = [f"{codes / entry.median:.3g} codes/s"]
 
-    def losses(self, prior: Prior) -> Run:
-        case, inputs = self.case, self.inputs
+    def losses(self, prior: Prior, score: Callable[..., Tensor] | None = None) -> Run:
+        """``score``: in place of the prior's own negative log-likelihoods."""
+        case, inputs, score = self.case, self.inputs, score or prior.nll
 
         def nll() -> Tensor:
             with torch.autocast(case.device, torch.bfloat16, enabled=case.device == "cuda"):
-                return prior.nll(*inputs)
+                return score(*inputs)
 
         def training() -> list[Tensor]:
             prior.zero_grad(set_to_none=True)

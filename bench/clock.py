@@ -27,6 +27,33 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+# Of a GPU's clock, at most; `torch.cuda._sleep` counts in them.
+_CYCLES_PER_SECOND = 2e9
+_LONGEST_SLEEP = 0.25
+
+
+def device_seconds(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds of the device alone in a call: without those in which a GPU would wait for the host to start kernels.
+
+    The GPU sleeps until the host has enqueued the whole call, which the call before has shown the time of. Where the
+    call itself waits for the GPU, or its kernels do not fit into the queue, what it waits counts.
+    """
+    if device.type != "cuda":
+        return clock(run, device=device).seconds
+    synchronise(device)
+    start = time.perf_counter()
+    run()
+    enqueued = time.perf_counter() - start
+    synchronise(device)
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    torch.cuda._sleep(int(_CYCLES_PER_SECOND * min(2 * enqueued + 1e-4, _LONGEST_SLEEP)))
+    events[0].record(torch.cuda.current_stream(device))
+    run()
+    events[1].record(torch.cuda.current_stream(device))
+    synchronise(device)
+    return events[0].elapsed_time(events[1]) / 1e3
+
+
 def clock(run: Callable[..., Any], *arguments: Any, device: torch.device) -> Timed:
     events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else []
     synchronise(device)

@@ -9,8 +9,16 @@ from collections.abc import Sequence
 import torch
 
 from bench.cases import Case
+from bench.clock import device_seconds
 from bench.harness import Entry, Peer, Recorder, Result, measure, return_freed_memory
 from bench.registry import PEERS, PROBLEMS, Contender, LeftOutError, contender, peers_of
+
+_DEVICE_RUNS = 5
+
+
+def _on_device(peer: Peer) -> float:
+    peer.prepare()
+    return device_seconds(peer.run, torch.device(peer.device))
 
 
 class Group:
@@ -54,18 +62,18 @@ class Group:
             else:
                 contenders[name], forms[name] = one, found
         runs = [form for found in forms.values() for form in found]
-        seconds, on_device, outputs = measure(runs, quick=self.recorder.quick)
+        seconds, outputs = measure(runs, quick=self.recorder.quick)
         for name, one in contenders.items():
             chosen = min(forms[name], key=lambda form: statistics.median(seconds[form.name]))
             output = outputs.pop(chosen.name)
             check = self.problem.check(one, output) if one.exact and one.whole else None
             facts = {"threads": chosen.threads, **one.facts}
-            if torch.device(chosen.device).type != "cpu":
-                facts["device_seconds"] = on_device[chosen.name]
             if len(forms[name]) > 1:
                 facts["seconds_by_form"] = {form.name: seconds[form.name] for form in forms[name]}
             entry = Entry(name, seconds[chosen.name], check, one.exact, one.whole, facts=facts, remarks=one.remarks)
             one.finish(entry, chosen)
+            if chosen.device != "cpu" and not self.recorder.quick:
+                entry.facts["device_seconds"] = [_on_device(chosen) for _ in range(_DEVICE_RUNS)]
             self._add(entry)
         order = peers_of(self.case)
         self.result.entries.sort(key=lambda entry: order.index(entry.peer))

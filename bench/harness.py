@@ -180,10 +180,9 @@ def repeats(expected: float) -> int:
 
 
 class Runs(NamedTuple):
-    """By peer: seconds of every repeat, those of the device in them, and the last result."""
+    """By peer: seconds of every repeat, and the last result."""
 
     seconds: dict[str, list[float]]
-    device_seconds: dict[str, list[float]]
     results: dict[str, object]
 
 
@@ -200,7 +199,6 @@ def measure(peers: Sequence[Peer], *, quick: bool = False) -> Runs:
 def _measure(peers: Sequence[Peer], quick: bool) -> Runs:
     counts = {peer.name: 1 if quick else repeats(peer.expected) for peer in peers}
     seconds: dict[str, list[float]] = {peer.name: [] for peer in peers}
-    on_device: dict[str, list[float]] = {peer.name: [] for peer in peers}
     results: dict[str, object] = {}
     rounds = max(counts.values(), default=0)
     for turn in range(rounds):
@@ -220,8 +218,7 @@ def _measure(peers: Sequence[Peer], quick: bool) -> Runs:
                 once = once.result
             results[peer.name] = once.result
             seconds[peer.name].append(once.seconds)
-            on_device[peer.name].append(once.device_seconds)
-    return Runs(seconds, on_device, results)
+    return Runs(seconds, results)
 
 
 @contextlib.contextmanager

@@ -178,14 +178,3 @@ def runnable(operations: Iterable[str]) -> list[Case]:
     """Cases of operations, those of GPUs where there is one."""
     chosen = set(operations)
     return [c for c in CASES if c.operation in chosen and (c.device == "cpu" or torch.cuda.is_available())]
-
-
-def every_peer(tests: Iterable[str]) -> list[str]:
-    """Node ids of all peers, for those of cases such as ``bench/test_causal.py::test_causal[CASE]``."""
-    found = []
-    known = {case.id: case for case in CASES}
-    for test in tests:
-        where, _, rest = test.partition("[")
-        case = known[rest.removesuffix("]")]
-        found += [f"{where}[{test_id(case, name)}]" for name in peers_of(case)]
-    return found

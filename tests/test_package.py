@@ -139,6 +139,7 @@ def test_wheel_holds_every_module_and_data_file(tmp_path: Path) -> None:
         if path.is_file() and path.suffix in (".json", ".safetensors")
     }
     assert data <= names
+    assert "fastvq/kernels/tuned.json" in names
     assert "fastvq/py.typed" in names
     assert any(re.fullmatch(r"fastvq/_ext\..*(so|pyd)", name) for name in names)
     top = {name.split("/")[0] for name in names}

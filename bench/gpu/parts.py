@@ -48,6 +48,7 @@ class Part:
         judge: says whether it passed.
         environment: variables beside those of this process.
         missing: why it cannot run here, or None.
+        optional: that it does not come to its end is no failure.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Part:
     judge: Judge = by_status
     environment: Mapping[str, str] = field(default_factory=dict)
     missing: str | None = None
+    optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Outcome:
     status: Status
     seconds: float
     detail: str
+    optional: bool = False
 
 
 def run_parts(
@@ -73,10 +76,15 @@ def run_parts(
     seconds: float,
     log: Callable[[str], None],
     clock: Callable[[], float] = time.monotonic,
+    done: Callable[[Sequence[Outcome]], None] = lambda outcomes: None,
 ) -> list[Outcome]:
-    """Run parts one after the other until the time is used up; the rest is skipped by name. Logs go to the folder."""
+    """Run parts one after the other until the time is used up; the rest is skipped by name. Logs go to the folder.
+
+    Args:
+        done: is told after each part what has become of all so far.
+    """
     end = clock() + seconds
-    outcomes = []
+    outcomes: list[Outcome] = []
     for part in parts:
         left, start = end - clock(), clock()
         if part.missing is not None:
@@ -87,7 +95,8 @@ def run_parts(
             share = min(part.seconds, left)
             log(f"{part.name}: at most {share:.0f} s")
             found = _run(part, share, folder / f"{part.name}.log")
-        outcomes.append(Outcome(part.name, found.status, clock() - start, found.detail))
+        outcomes.append(Outcome(part.name, found.status, clock() - start, found.detail, part.optional))
+        done(outcomes)
         log(f"{part.name}: {found.status} after {outcomes[-1].seconds:.0f} s; {found.detail}")
     return outcomes
 
@@ -128,25 +137,23 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 def exit_status(outcomes: Sequence[Outcome], *, allow_missing: bool) -> int:
     """0 if every part passed; with ``allow_missing`` one whose program is missing is no failure."""
     fine = {"passed", *(("missing",) if allow_missing else ())}
-    return 0 if outcomes and all(outcome.status in fine for outcome in outcomes) else 1
+    counted = [outcome for outcome in outcomes if not outcome.optional]
+    return 0 if counted and all(outcome.status in fine for outcome in counted) else 1
 
 
-def judge_tests(junit: Path, *, name_skipped: bool = False) -> Judge:
+def judge_tests(junit: Path) -> Judge:
     """Passed if pytest says so and at least one test has really been run."""
 
     def judge(status: int, log: str) -> Found:
         if not junit.is_file():
             return Found("failed", f"exit status {status}, and no {junit.name}")
         cases = ElementTree.parse(junit).getroot().iter("testcase")
-        counts, skipped = {"run": 0, "skipped": 0, "failed": 0}, []
+        counts = {"run": 0, "skipped": 0, "failed": 0}
         for case in cases:
             kinds = {child.tag for child in case}
             counts["skipped" if "skipped" in kinds else "run"] += 1
-            skipped += [str(case.get("name"))] if "skipped" in kinds else []
             counts["failed"] += bool(kinds & {"failure", "error"})
         detail = ", ".join(f"{count} {name}" for name, count in counts.items())
-        if name_skipped and skipped:
-            detail += f"; skipped: {', '.join(skipped)}"
         if status != 0 or counts["failed"]:
             return Found("failed", f"exit status {status}: {detail}")
         return Found("passed", detail) if counts["run"] else Found("failed", f"no test has been run: {detail}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from bench.cases import SAMPLER_CASES
-from bench.gpu import lines, probes, sampler, tiny
+from bench.gpu import lines, measure, probes, sampler, tiny
 from bench.gpu.files import load, save
 from bench.gpu.floors import Rates, floor_seconds, phases
 from bench.gpu.lines import Line
@@ -146,6 +147,11 @@ class TestLines:
         assert lines.failures([wrong, naive, good]) == ["a, batch 1: cuda: 9 codes differ"]
 
 
+BATCHES = {1, 16, 64, 256}
+# All of them.
+ENGINES = (*measure.VARIANTS, *measure._OTHERS)
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
@@ -160,17 +166,19 @@ class TestSampler:
     """The engine of the CPU stands in for that of the GPU."""
 
     @staticmethod
-    def problem(engine: str = "cpu", name: str = "small-strict-top") -> sampler.Problem:
-        return sampler.Problem.of(sampler.case_of(name, 3, small=True), "cpu", engine)
+    def problem(engine: str = "cpu", name: str = "small-strict-top") -> measure.Problem:
+        return measure.Problem.of(sampler.case_of(name, 3, small=True), "cpu", engine)
 
     def test_lines_and_file(self, tmp_path: Path) -> None:
-        problem = self.problem()
-        made = sampler.run_case(problem, RATES, lambda: 0.5, print)
-        assert [one.engine for one in made] == list(sampler.ORDER)
+        problem, told = self.problem(), []
+        made = measure.run_case(problem, RATES, lambda: 30.0, told.append, ENGINES)
+        assert told == made
+        assert [one.engine for one in made] == list(ENGINES)
         found = {one.engine: one for one in made if one.left_out is None}
-        assert set(found) == {"cuda", "cuda bf16", "naive", "torch"}  # what else there is, the CPU has not
+        # What else there is, the CPU has not.
+        assert set(found) == {"cuda", "cuda bf16", "naive", "naive compiled", "torch"}
         assert all(one.passed for one in found.values())
-        assert {name for name, one in found.items() if one.extrapolated} == {"naive", "torch"}
+        assert {name for name, one in found.items() if one.extrapolated} == {"naive", "naive compiled", "torch"}
         assert {name for name, one in found.items() if not one.exact} == {"cuda bf16"}
         assert "of codes outside the float32 margin" in found["cuda bf16"].said
         floors = {name: one.floor or 0.0 for name, one in found.items()}
@@ -185,45 +193,133 @@ class TestSampler:
         def broken(*_: object) -> None:
             raise RuntimeError("an illegal memory access was encountered")
 
-        monkeypatch.setattr(sampler.Problem, "run", broken)
-        monkeypatch.setattr(sampler, "synchronise", broken)
-        made = sampler.run_case(self.problem(), None, lambda: 1.0, print)
+        monkeypatch.setattr(measure.Problem, "run", broken)
+        monkeypatch.setattr(measure, "synchronise", broken)
+        made = measure.run_case(self.problem(), None, lambda: 9.0, print, ENGINES)
         assert not any(one.seconds for one in made)
         assert made[0].left_out == "failed: RuntimeError: an illegal memory access was encountered"
         assert {one.left_out for one in made[1:]} == {"not run: the device had failed"}
-        assert len(lines.failures(made)) == len(sampler.ORDER)
+        assert len(lines.failures(made)) == len(ENGINES)
 
     def test_out_of_time_is_named_and_no_failure(self) -> None:
-        made = sampler.run_case(self.problem(), None, lambda: 0.0, print)
+        made = measure.run_case(self.problem(), None, lambda: 0.0, print, ENGINES)
         assert {one.left_out for one in made} == {"out of time"}
         assert lines.failures(made) == []
 
     def test_an_engine_that_cannot_run_is_a_failure(self) -> None:
-        made = sampler.run_case(self.problem("cuda"), None, lambda: 0.0, print)
-        assert len(lines.failures(made)) == len(sampler.VARIANTS)
+        made = measure.run_case(self.problem("cuda"), None, lambda: 0.0, print, ENGINES)
+        assert len(lines.failures(made)) == len(measure.VARIANTS)
+
+    def test_a_line_that_takes_too_long_is_left(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def slow(problem: measure.Problem, one: Line) -> None:
+            one.seconds.append(1.0)
+            time.sleep(20)
+
+        monkeypatch.setitem(measure._OTHERS, "naive", slow)
+        monkeypatch.setattr(measure, "LINE_SECONDS", 0.3)
+        start = time.monotonic()
+        late, after = measure.run_case(self.problem(), None, lambda: 20.0, print, ("naive", "torch"))
+        assert time.monotonic() - start < 15
+        assert (late.left_out, late.seconds) == ("out of time", [1.0])
+        assert after.engine == "torch"
 
     def test_runs_that_differ_are_found(self, monkeypatch: pytest.MonkeyPatch) -> None:
         names = ("cuda", "cuda bf16")
-        good = sampler.run_case(self.problem(), None, lambda: 1e-9, print, names, runs=30)
+        good = measure.run_case(self.problem(), None, lambda: 60.0, print, names, runs=30)
         assert [len(one.seconds) for one in good] == [30, 30]
         assert lines.failures(good) == []
-        run, calls = sampler.Problem.run, []
+        run, calls = measure.Problem.run, []
 
-        def unsteady(problem: sampler.Problem, *arguments: Any) -> torch.Tensor:
+        def unsteady(problem: measure.Problem, *arguments: Any) -> torch.Tensor:
             codes = run(problem, *arguments)
             calls.append(1)  # a call that is left after its first row does not come here
             return codes.index_fill(0, torch.tensor([1]), 0) if len(calls) == 3 else codes
 
-        monkeypatch.setattr(sampler.Problem, "run", unsteady)
-        bad = sampler.run_case(self.problem(), None, lambda: 1e-9, print, names, runs=30)
+        monkeypatch.setattr(measure.Problem, "run", unsteady)
+        bad = measure.run_case(self.problem(), None, lambda: 60.0, print, names, runs=30)
         (said,) = lines.failures(bad)
         assert said.startswith("small-strict-top, batch 3: cuda: 1 of 30 runs differ from the first; ")
 
-    @pytest.mark.parametrize("name", [*sampler.PRIORS, *sampler.REPEATED])
-    def test_cases_exist(self, name: str) -> None:
-        case = sampler.case_of(name, 256)
-        assert case.batch == 256
-        assert case.config is not None
+    def test_the_most_telling_comes_first(self) -> None:
+        jobs = [*sampler.JOBS, *sampler.REPEATED]
+        first = jobs[:4]
+        assert [(job.prior, job.batch) for job in first] == [
+            ("default-strict-bottom", 1),
+            ("default-strict-top", 1),
+            ("default-strict-bottom", 64),
+            ("default-strict-top", 64),
+        ]
+        assert all(job.engines[:2] == ("cuda", "cuda bf16") for job in first)
+        assert jobs[4].prior == sampler.PIPELINE
+        assert [job.prior for job in jobs[-2:]] == ["small-strict-top", "small-inclusive-bottom"]
+        for job in jobs:
+            assert job.prior == sampler.PIPELINE or sampler.case_of(job.prior, job.batch).config is not None
+            assert set(job.engines) <= {*measure.VARIANTS, *measure._OTHERS}
+        asked = {(job.prior, job.batch, engine) for job in jobs for engine in job.engines}
+        assert len(asked) == sum(len(job.engines) for job in jobs)
+        for prior in ("default-strict-bottom", "default-strict-top"):
+            assert {batch for name, batch, engine in asked if (name, engine) == (prior, "cuda bf16")} == BATCHES
+            assert {(prior, batch, "naive") for batch in (1, 64)} <= asked
+
+    def test_jobs_are_stored_one_by_one_and_late_ones_named(self, tmp_path: Path) -> None:
+        session = sampler.Session(tmp_path, RATES, {}, "cpu", "cpu", small=True)
+        stored: list[int] = []
+        done = session.done
+
+        def noting(one: Line) -> None:
+            done(one)
+            found = load(tmp_path / sampler.FILE)
+            assert found is not None
+            stored.append(len(found["lines"]))
+
+        session.done = noting  # type: ignore[method-assign]
+        jobs = (
+            sampler.Job("default-strict-bottom", 2, ("cuda",)),
+            sampler.Job(sampler.PIPELINE, 3, ("cuda bf16",)),
+            sampler.Job("default-strict-bottom", 3, ("naive",)),
+        )
+        repeated = (sampler.Job("small-strict-top", 3, ("cuda",)),)
+        sampler.run_jobs(session, time.monotonic() + 300, jobs, repeated)
+        assert stored == [1, 2, 3, 4]
+        assert [one.left_out for one in session.lines] == [None] * 4
+        own, images, _, again = session.lines
+        assert images.said == "images are finite"
+        assert not images.exact
+        assert (images.floor or 0) > (own.floor or 0) > 0
+        assert len(again.seconds) >= sampler.RUNS
+        assert set(session.priors) == {"default-strict-bottom", "default-strict-top", "small-strict-top"}
+        sampler.run_jobs(session, time.monotonic() - 1, jobs[:1], repeated)
+        assert [(one.case, one.left_out) for one in session.lines[4:]] == [
+            ("default-strict-bottom", "out of time"),
+            ("small-strict-top", "out of time"),
+        ]
+
+    @pytest.mark.parametrize(("seconds", "most"), [(1000.0, sampler.JOB_SECONDS), (50.0, 10.0)], ids=["long", "short"])
+    def test_no_job_takes_the_time_of_all(
+        self, seconds: float, most: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        told: list[float] = []
+
+        def run(session: sampler.Session, job: sampler.Job, left: measure.Left, runs: int) -> bool:
+            told.append(left())
+            return True
+
+        monkeypatch.setattr(sampler.Session, "run", run)
+        session = sampler.Session(tmp_path, None, {}, "cpu", "cpu", small=True)
+        sampler.run_jobs(session, time.monotonic() + seconds)
+        assert len(told) == len(sampler.JOBS) + len(sampler.REPEATED)
+        assert all(0 < left <= most for left in told)
+
+    def test_no_job_after_the_device_has_failed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def broken(*_: object) -> None:
+            raise RuntimeError("an illegal memory access was encountered")
+
+        session = sampler.Session(tmp_path, None, {}, "cpu", "cpu", small=True)
+        monkeypatch.setattr(measure.Problem, "run", broken)
+        monkeypatch.setattr(measure, "synchronise", broken)
+        jobs = [sampler.Job("small-strict-top", batch, ("cuda", "naive")) for batch in (1, 2)]
+        sampler.run_jobs(session, time.monotonic() + 60, jobs, ())
+        assert [one.left_out for one in session.lines[1:]] == ["not run: the device had failed", *["out of time"] * 2]
 
 
 def test_tiny_plans_run_on_a_cpu(one_thread: None) -> None:

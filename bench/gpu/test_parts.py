@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import subprocess
+import signal
 import sys
 import time
 from pathlib import Path
@@ -12,13 +13,21 @@ from typing import Any
 import pytest
 import torch
 
-import bench.peers  # noqa: F401
 from bench.gpu import __main__ as command
 from bench.gpu.files import save
+from bench.gpu.limit import OutOfTimeError, at_most
 from bench.gpu.lines import Line
-from bench.gpu.parts import Found, Outcome, Part, by_status, exit_status, judge_sanitizer, judge_tests, run_parts
-from bench.machine import ROOT
-from bench.registry import every_peer
+from bench.gpu.parts import (
+    GRACE_SECONDS,
+    Found,
+    Outcome,
+    Part,
+    by_status,
+    exit_status,
+    judge_sanitizer,
+    judge_tests,
+    run_parts,
+)
 
 
 def code_part(name: str, code: str, **changes: Any) -> Part:
@@ -68,6 +77,13 @@ class TestParts:
         assert told[0] == 45.0
         assert 100 < told[1] <= 115
 
+    def test_what_has_become_of_parts_is_told_after_each(self, tmp_path: Path) -> None:
+        told: list[list[str]] = []
+        parts = [code_part("first", "pass"), code_part("second", "raise SystemExit(1)", optional=True)]
+        outcomes = run_parts(parts, tmp_path, 60, print, done=lambda found: told.append([one.status for one in found]))
+        assert told == [["passed"], ["passed", "failed"]]
+        assert exit_status(outcomes, allow_missing=False) == 0
+
     def test_a_missing_program_is_named(self, tmp_path: Path) -> None:
         (outcome,) = run_parts([code_part("tool", "", missing="not run: no tool")], tmp_path, 60, print)
         assert (outcome.status, outcome.detail) == ("missing", "not run: no tool")
@@ -108,11 +124,6 @@ class TestVerdicts:
         assert judge_tests(junit)(1, "").status == "failed"
         assert judge_tests(tmp_path / "none.xml")(0, "").status == "failed"
 
-    def test_skipped_tests_are_named_where_asked_for(self, tmp_path: Path) -> None:
-        junit = tmp_path / "tests.xml"
-        junit.write_text(f"<testsuites><testsuite>{JUNIT['run'][0]}</testsuite></testsuites>")
-        assert judge_tests(junit, name_skipped=True)(0, "").detail == "1 run, 1 skipped, 0 failed; skipped: b"
-
     @pytest.mark.parametrize(
         ("status", "log", "verdict"),
         [
@@ -132,28 +143,58 @@ class TestVerdicts:
         assert by_status(0, "\n") == Found("passed", "no output")
 
 
-def test_no_test_starts_after_the_deadline(tmp_path: Path) -> None:
-    path = tmp_path / "test_some.py"
-    path.write_text("import time\ndef test_first(): time.sleep(1.2)\ndef test_late(): raise AssertionError\n")
-    junit = tmp_path / "tests.xml"
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "bench.gpu.deadline", "-q"]
-    options = ["--start-within", "1", f"--junitxml={junit}", "-c", "/dev/null"]
-    done = subprocess.run([*command, *options, str(path)], cwd=ROOT, capture_output=True, text=True, check=False)
-    found = judge_tests(junit, name_skipped=True)(done.returncode, "")
-    assert found == Found("passed", "1 run, 1 skipped, 0 failed; skipped: test_late")
+class TestLimit:
+    def test_a_block_is_left_when_its_time_is_up(self) -> None:
+        start = time.monotonic()
+
+        def tolerant() -> None:
+            while True:
+                with contextlib.suppress(Exception):
+                    time.sleep(0.05)
+
+        with pytest.raises(OutOfTimeError), at_most(0.2):
+            tolerant()
+        assert 0.15 < time.monotonic() - start < 5
+
+    def test_it_is_over_with_the_block(self) -> None:
+        before = signal.getsignal(signal.SIGALRM)
+        with at_most(0.2):
+            pass
+        time.sleep(0.4)
+        assert signal.getsignal(signal.SIGALRM) is before
 
 
 class TestCommand:
-    def test_cases_of_operations_exist(self) -> None:
-        found = every_peer(command.OPERATION_CASES)
-        for case in command.OPERATION_CASES:
-            assert sum(name.startswith(case.removesuffix("]")) for name in found) > 1
+    @pytest.mark.parametrize(
+        ("short", "limit", "names"),
+        [
+            (False, 540, ["ahead", "probes", "sampler", "operations", "tests", "memcheck", "racecheck"]),
+            (True, 240, ["ahead", "probes", "sampler", "operations", "memcheck"]),
+        ],
+        ids=["nine-minutes", "four-minutes"],
+    )
+    def test_all_parts_fit(self, short: bool, limit: int, names: list[str]) -> None:
+        parts = command.parts(Path("out"), short=short)
+        assert [part.name for part in parts] == names
+        assert (command.SHORT_LIMIT if short else command.LIMIT) == limit
+        # What is left is for the report and for stopping the last part.
+        assert sum(part.seconds for part in parts) <= limit - 15
+        assert all(part.least <= part.seconds for part in parts)
+        assert [part.name for part in parts if part.optional] == ["ahead"]
 
-    def test_all_parts_fit_into_nine_minutes(self) -> None:
-        parts = command.parts(Path("out"))
-        assert [part.name for part in parts] == ["tests", "probes", "sampler", "memcheck", "racecheck", "operations"]
-        # The last one takes what the others leave.
-        assert sum(part.seconds for part in parts[:-1]) + parts[-1].least <= command.LIMIT - 15 <= 525
+    def test_parts_that_begin_case_by_case_are_told_when_to_stop(self) -> None:
+        for part in command.parts(Path("out")):
+            told = list(part.command(part.seconds - GRACE_SECONDS))
+            if part.name in ("sampler", "operations"):
+                # The last case that it begins has some seconds.
+                assert told[told.index("--seconds") + 1] == f"{part.seconds - GRACE_SECONDS - 12:.0f}"
+                assert part.least - GRACE_SECONDS - 12 > 0
+            elif part.name != "ahead":
+                assert "--seconds" not in told
+
+    @pytest.mark.parametrize(("arguments", "seconds"), [([], 540), (["--short"], 240), (["--seconds", "99"], 99)])
+    def test_seconds(self, arguments: list[str], seconds: float, tmp_path: Path) -> None:
+        assert command.parse(["--out", str(tmp_path), *arguments]).seconds == seconds
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -162,9 +203,10 @@ class TestCommand:
             (["--out", "x", "--seconds", "541"], "--seconds: expected 30 to 540, got 541"),
             (["--out", "x", "--seconds", "nan"], "--seconds: expected 30 to 540, got nan"),
             (["--out", "x", "--only", "nothing"], "--only"),
+            (["--out", "x", "--short", "--only", "tests"], "--only: tests are no part of a short run"),
             (["--out", __file__], "--out: expected a folder"),
         ],
-        ids=["no-folder", "too-long", "nan", "no-such-part", "a-file"],
+        ids=["no-folder", "too-long", "nan", "no-such-part", "not-in-short", "a-file"],
     )
     def test_wrong_arguments(self, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as raised:
@@ -184,13 +226,13 @@ class TestCommand:
         capsys: pytest.CaptureFixture[str],
     ) -> None:
         part = Part("only", lambda _: [sys.executable, "-c", code], 20.0)
-        monkeypatch.setattr(command, "parts", lambda out: [part])
+        monkeypatch.setattr(command, "parts", lambda out, *, short=False: [part])
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(command, "save", lambda path, found: path.write_text(repr(found)))
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "sampler.json").write_text("from an earlier run")
         assert command.main(["--out", str(tmp_path / "out")]) == status
-        assert {path.name for path in (tmp_path / "out").iterdir()} == {"gpu.json", "only.log"}
+        assert {path.name for path in (tmp_path / "out").iterdir()} == {"gpu.json", "only.log", "summary.md"}
         last = capsys.readouterr().out.splitlines()[-1]
         assert last.split()[:2] == ["only", "failed" if status else "passed"]
 
@@ -199,4 +241,5 @@ class TestCommand:
         outcomes = [Outcome("probes", "passed", 3.0, "fine"), Outcome("racecheck", "missing", 0.0, "not run")]
         said = command.report(tmp_path, outcomes)
         assert said[1].split() == ["a-top", "1", "cuda", "2", "s", "1", "s", "1", "-", "-", "-", "ok"]
+        assert "| a-top, batch 1, float32 (cuda) | 2 s | 1 s | - | - | - |" in said
         assert said[-2:] == ["probes     passed      3 s  fine", "racecheck  missing     0 s  not run"]

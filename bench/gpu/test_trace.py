@@ -19,8 +19,8 @@ DRAW = {"code": "draw", "op": 9, "depth": 0, "columns": 0, "steps": 0, "loads": 
 
 
 def two_blocks() -> Trace:
-    """Two clocks a nanosecond. Block 0 has a product that waits 1 us, works 2 and signals 0.5, then a chain that works 4
-    and does not signal; block 1 a draw that waits 6 and works 1."""
+    """Two clocks a nanosecond. Block 0 has a product that waits 1 us, works 2 and signals 0.5, then a chain that works
+    4 and does not signal; block 1 a draw that waits 6 and works 1."""
     times = np.zeros((2, 3, 2, 5), dtype=np.int64)
     for column in range(3):
         begun = 1_000_000 + column * 20_000

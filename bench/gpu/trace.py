@@ -2,8 +2,8 @@
 
 ``python -m bench.gpu.trace --prior default-strict-top --batch 1 --precision bfloat16 --out DIR`` samples a grid and
 writes of its last row ``trace.json``, which chrome://tracing and Perfetto draw with a line for each block, and
-``trace.txt``, the table that it prints. Needs a build with the tracer: ``CMAKE_ARGS=-DFASTVQ_TRACE=ON pip install -e .``
-adds the module ``fastvq._trace``; the engine that users get has no tracer.
+``trace.txt``, the table that it prints. Needs a build with the tracer:
+``CMAKE_ARGS=-DFASTVQ_TRACE=ON pip install -e .`` adds the module ``fastvq._trace``; the engine that users get has none.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from bench.gpu.engines import traced_row
 from bench.gpu.files import aligned
+from bench.gpu.measure import Problem
 from bench.gpu.sampler import case_of
 
 Program = Sequence[Mapping[str, Any]]
@@ -151,9 +152,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     module = tracing_engine()
     if not torch.cuda.is_available():
         raise SystemExit("trace: there is no GPU")
-    case = case_of(options.prior, options.batch, small=options.small)
-    prior = case.prior().to("cuda")
-    programs, times = traced_row(prior, case.batch, options.precision, module)
+    problem = Problem.of(case_of(options.prior, options.batch, small=options.small))
+    programs, times = traced_row(problem.prior, problem.request, options.precision, module)
     print("\n".join(save(Trace(programs, times), options.out)))
     return 0
 

@@ -30,10 +30,12 @@ from triton_helpers import (
 )
 
 from fastvq.errors import ArgumentError, UnavailableError
-from fastvq.kernels.launch import Device
+from fastvq.kernels.front_tiles import PRODUCT_CANDIDATES, TAIL_CANDIDATES, ProductTiles, TailTiles
+from fastvq.kernels.launch import Device, hardware
+from fastvq.kernels.tuning import asking
 from fastvq.models import Prior
 from fastvq.sampling import EngineOptions, sample
-from fastvq.sampling.engines import fill, front_launch, static_inputs
+from fastvq.sampling.engines import fill, front_weights, static_inputs
 from fastvq.sampling.engines.base import RowDone
 from fastvq.sampling.engines.cuda_front import FrontGrid, FrontPlan, is_filtered, takes_front
 from fastvq.sampling.engines.front_program import FrontProgram
@@ -198,6 +200,16 @@ def check_excluded(device: str) -> None:
     assert codes.max() == 1
 
 
+def check_other_tiles(device: str) -> str:
+    """Codes with tiles of other sizes than those of the rules."""
+    capability = hardware(torch.device(device)).capability
+    with (
+        asking(("front_product", capability, "float32"), ProductTiles(128, 64, 32, 8, 2)),
+        asking(("front_tail", capability, "any"), TailTiles(8, 128, 8)),
+    ):
+        return check_codes(RAGGED, device)
+
+
 RAGGED = partial(BARE, shape=(3, 5), channels=34, residual_channels=12, kernel_size=3, form="symmetric")
 GROUPS: dict[str, dict[str, Check]] = {
     "codes": {
@@ -210,6 +222,7 @@ GROUPS: dict[str, dict[str, Check]] = {
         "legacy": lambda d: check_codes(FRONTS["legacy"], d),
         "concat-elu": lambda d: check_codes(FRONTS["concat-elu"], d),
         "ragged": lambda d: check_codes(RAGGED, d),
+        "other-tiles": check_other_tiles,
         "many-parts": lambda d: check_codes(partial(FRONTS["even"], shape=(2, 5)), d, programs=64),
     },
     "drawn": {
@@ -342,7 +355,7 @@ def test_compiled_kernels_fit_the_chip(
 ) -> None:
     """As a layer of 256 channels over 64 x 64 positions launches them."""
     prior = BARE(shape=(64, 64), channels=256, residual_channels=256, kernel_size=5, num_codes=512)
-    monkeypatch.setattr(front_launch, "hardware", lambda device: Device(capability, 132))
+    monkeypatch.setattr(front_weights, "hardware", lambda device: Device(capability, 132))
     weights = FrontWeights(Work.front(compile_plan(prior)), torch.device("meta"), precision)
     statics = {"background": torch.empty(1, 2, 64, 64, device="meta")}
     FrontGrid(weights, 16, statics, filtered=filtered).enqueue_step()
@@ -357,6 +370,27 @@ def test_compiled_kernels_fit_the_chip(
             # Vectors of 16 bytes are copied ahead of the products, which are tensor cores'.
             assert "cp.async.cg.shared.global" in resources.ptx
             assert fast in resources.ptx
+
+
+@needs_triton
+@needs_compiler
+@pytest.mark.parametrize(
+    ("kernel", "sizes", "tiles"),
+    [
+        *[("product", name, tiles) for name, some in PRODUCT_CANDIDATES.items() for tiles in some],
+        *[("tail", "any", tiles) for tiles in TAIL_CANDIDATES],
+    ],
+    ids=str,
+)
+def test_candidates_fit_a_hopper(kernel: str, sizes: str, tiles: Any, launches: list[Launch]) -> None:
+    prior = BARE(shape=(64, 64), channels=256, residual_channels=256, kernel_size=5, num_codes=512)
+    with asking((f"front_{kernel}", 90, sizes), tiles):
+        precision: Any = sizes if kernel == "product" else "float32"
+        weights = FrontWeights(Work.front(compile_plan(prior)), torch.device("meta"), precision)
+        FrontGrid(weights, 16, {"background": torch.empty(1, 2, 64, 64, device="meta")}).enqueue_step()
+    launch = next(one for one in launches if one.kernel.__name__ == f"_{kernel}_kernel")
+    assert launch.options["num_warps"] == tiles.warps
+    assert_fits(launch.compile(90), 90)
 
 
 # On a GPU, through the public calls.

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fastvq import _nvtx
 from fastvq.errors import ArgumentError, UnavailableError
+from fastvq.kernels.front_tiles import draw_block, ranked_block
 from fastvq.kernels.launch import on_device
 from fastvq.models.prior import Prior
 from fastvq.ops.dispatch import triton_reason
@@ -37,8 +38,6 @@ from fastvq.sampling.options import EngineOptions
 from fastvq.sampling.plan.form import Plan
 from fastvq.sampling.request import SampleRequest, Settings
 
-# Pairs of logits that a warp of a filtered draw compares at a time.
-_COMPARED = 1024
 _GRAPH = "front graph"
 
 
@@ -191,14 +190,13 @@ class FrontGrid(StepKernels):
         from fastvq.kernels.front_draw import _draw_kernel
 
         height, width = self.plan.shape
-        num_codes = self.plan.num_codes
-        block = max(16, 1 << (num_codes - 1).bit_length())
-        warps = max(1, min(16, block // 128))
+        num_codes, warps = self.plan.num_codes, self.weights.draw.warps
+        block = draw_block(num_codes)
         _draw_kernel[(self.layout.capacity,)](
             self.step, self.values, self.codes, self.noise, self.known, self._options, self.logits, self.status,
             self.batch, self.layout.value_places[self.plan.output], num_codes,
             HEIGHT=height, WIDTH=width, SKEW=self.front.skew, FILTERED=self.filtered,
-            BLOCK=block, BLOCK_RANKED=max(1, min(block, warps * _COMPARED // block)), num_warps=warps,
+            BLOCK=block, BLOCK_RANKED=ranked_block(block, warps), num_warps=warps,
         )  # fmt: skip
 
     def fill(

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastvq.kernels.launch import hardware
-from fastvq.sampling.engines.front_tables import TAIL_BLOCK, Layout, Sizes, Tables
+from fastvq.sampling.engines.front_tables import Layout, Sizes, Tables
 from fastvq.sampling.engines.front_weights import FrontWeights
 from fastvq.sampling.engines.state import elementwise
 
@@ -78,24 +77,23 @@ class StepKernels:
 
         height, width = self.plan.shape
         tiles, weights = self.weights.cut.tiles, self.weights
-        # Eight warps share out the accumulators, which Blackwell has in a memory of their own.
         _product_kernel[(-(-self.layout.capacity // tiles.block_m), last - first)](
             step, self.features, weights.weights, self.partials, self._items, self._programs[first:last], self.batch,
             HEIGHT=height, WIDTH=width, SKEW=self._skew,
             PRECISION="interpreted" if self.device.type == "cpu" else FLOAT32_PRODUCTS,
             UNIT=weights.cut.unit, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,
-            num_warps=4 if hardware(self.device).capability >= 100 else 8, num_stages=tiles.stages,
+            num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
 
     def _finish(self, step: Tensor, codes: Tensor, first: int, last: int) -> None:
         from fastvq.kernels.front_tail import _tail_kernel
 
         height, width = self.plan.shape
-        block_m, block_c = TAIL_BLOCK
-        _tail_kernel[(-(-self.layout.capacity // block_m), last - first)](
+        tiles = self.weights.cut.tail
+        _tail_kernel[(-(-self.layout.capacity // tiles.block_m), last - first)](
             step, codes, self.features, self.partials, self.values, self.weights.params, self.weights.taps,
             self._instructions, self._chains[first:last],
             self.batch, self.layout.capacity, self.plan.num_codes,
             HEIGHT=height, WIDTH=width, SKEW=self._skew, UNIT=self.weights.cut.unit,
-            BLOCK_M=block_m, BLOCK_C=block_c, num_warps=4,
+            BLOCK_M=tiles.block_m, BLOCK_C=tiles.block_c, num_warps=tiles.warps,
         )  # fmt: skip

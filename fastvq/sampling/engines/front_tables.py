@@ -11,8 +11,6 @@ from fastvq.sampling.engines.front_program import Instruction, Level
 from fastvq.sampling.engines.front_weights import Cut, Part, Sum
 from fastvq.sampling.plan.form import Op, Plan
 
-# Positions and channels of a block of what follows products.
-TAIL_BLOCK = (2, 256)
 # Among values, and a place.
 _NOWHERE = [-1, -1, 1, 0, 1, 0, 0, 0]
 
@@ -214,7 +212,7 @@ class Tables:
                 first = len(self.instructions)
                 self.instructions += [self._instruction(one) for one in chain]
                 channels = max(self.cut.work.ops[one.op].channels for one in chain)
-                for channel in range(0, channels, TAIL_BLOCK[1]):
+                for channel in range(0, channels, self.cut.tail.block_c):
                     self.chains.append([first, len(self.instructions), channel, 0])
             self.launches.append(("tail", begin, len(self.chains)))
 

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastvq.kernels.front_tiles import draw_tiles, product_tiles, tail_tiles
+from fastvq.kernels.launch import hardware
 from fastvq.sampling.engines.front_program import FrontProgram
 from fastvq.sampling.engines.front_work import Work
 from fastvq.sampling.options import Precision
@@ -20,20 +22,6 @@ PROGRAMS = 264
 _LEAST_CHUNKS = 2
 # Tiles of positions from which on a group of parts in a program fills the chip.
 _FILLING_TILES = 16
-
-
-class Tiles(NamedTuple):
-    """Block sizes of a product (positions, columns, depth), and stages: of one size, because bits may differ between
-    sizes.
-    """
-
-    block_m: int
-    block_n: int
-    block_k: int
-    stages: int
-
-
-TILES: dict[str, Tiles] = {"float32": Tiles(64, 64, 32, 3), "bfloat16": Tiles(64, 128, 64, 4)}
 
 
 class Part(NamedTuple):
@@ -67,15 +55,18 @@ class Cut:
 
     Args:
         programs: of a launch, that are wanted where there is one tile of positions. Bits depend on it.
+        capability: compute capability of the GPU, such as 90.
 
     Attributes:
+        tiles, tail: those of the two kernels.
         unit: numbers that places of features count in.
         sums: by operation.
         lookups: by operation: places of its bias, its table and its taps.
     """
 
-    def __init__(self, work: Work, precision: Precision, *, programs: int = PROGRAMS) -> None:
-        self.work, self.programs, self.tiles = work, programs, TILES[precision]
+    def __init__(self, work: Work, precision: Precision, *, programs: int = PROGRAMS, capability: int = 90) -> None:
+        self.work, self.programs = work, programs
+        self.tiles, self.tail = product_tiles(precision, capability), tail_tiles(capability)
         self.unit = math.gcd(self.tiles.block_k, *(work.ops[index].channels for index in work.shared))
         self.program = FrontProgram(work)
         self.made = [work.ops[index] for index in sorted(work.made)]
@@ -131,6 +122,7 @@ class FrontWeights:
         weights: tiles [block_k, block_n]; for each term, block of columns and chunk of depth, in this order.
         params: float32: biases, and the tables of look-ups.
         taps: int64 [taps, 2]: rows and columns, of look-ups.
+        draw: tiles of the kernel that draws.
         kept_as: the type of what products read. Along a front it is that of the weights. The steps of a row read and
             write float32.
 
@@ -141,7 +133,9 @@ class FrontWeights:
     def __init__(self, work: Work, device: torch.device, precision: Precision, *, programs: int = PROGRAMS) -> None:
         require_finite(work.plan)
         self.work, self.plan, self.device = work, work.plan, device
-        self.cut = Cut(work, precision, programs=programs)
+        capability = hardware(device).capability
+        self.cut = Cut(work, precision, programs=programs, capability=capability)
+        self.draw = draw_tiles(work.plan.num_codes, capability)
         self.dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
         self.kept_as = torch.float32 if work.raster else self.dtype
         packed: list[Tensor] = []
