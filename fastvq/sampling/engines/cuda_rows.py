@@ -86,7 +86,7 @@ class ProductState(SteadyState):
 
 def row_launches(plan: Plan) -> int:
     """Of the row phase of a row."""
-    return _cut(plan, "float32").program.launches
+    return _cut(plan, "float32").launches
 
 
 def product_bytes(plan: Plan, batch: int, precision: Precision) -> int:

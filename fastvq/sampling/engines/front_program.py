@@ -78,12 +78,6 @@ class FrontProgram:
                 self._readers[source].append(op)
         self.levels = [self._one_level(level) for level in range(max(self._level) + 1)]
 
-    @property
-    def launches(self) -> int:
-        """Of a step: one for each stage and for the products of each level; the first has parts of all products."""
-        products = [bool(level.products) for level in self.levels]
-        return any(products) + sum(products[1:]) + sum(len(level.stages) for level in self.levels)
-
     def _one_level(self, level: int) -> Level:
         ops = [op for op in self._work.ops if self._level[op.index] == level]
         # Where the vector of an operation of this level is worked out, and the last instructions of chains.

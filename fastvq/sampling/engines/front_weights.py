@@ -92,6 +92,13 @@ class Cut:
                 tiles += self.column_tiles(op) * len(term.taps) * chunks
             self.sums[op.index] = Sum(op, early, max(1, -(-len(early) // groups)), late, bias)
 
+    @property
+    def launches(self) -> int:
+        """Of a step: of products that wait for nothing, of those of each further level, and of each stage."""
+        levels = self.program.levels
+        products = any(one.early for one in self.sums.values()) + sum(bool(level.products) for level in levels[1:])
+        return products + sum(len(level.stages) for level in levels)
+
     def chunks(self, term: Term) -> int:
         """Of the depth of one tap."""
         return -(-term.weight.shape[1] // self.tiles.block_k)
