@@ -129,6 +129,7 @@ def compile_kernel(
     warps: int,
     stages: int = 3,
     divisible: tuple[str, ...] = (),
+    floats: tuple[str, ...] = (),
 ) -> Resources:
     """Compiles a kernel to machine code for a compute capability such as 90; needs no GPU.
 
@@ -136,7 +137,7 @@ def compile_kernel(
         kernel: a function under ``triton.jit``.
         capability: 80, 90 or 100.
         types: Triton's name of the element type of every pointer argument, such as ``"fp32"``. Other arguments that
-            are no constants are 32-bit integers.
+            are no constants are 32-bit integers, or float32 if they are among ``floats``.
         constants: values of the constexpr arguments.
         warps, stages: launch options.
         divisible: integer arguments that are multiples of 16, as pointers always are.
@@ -145,12 +146,10 @@ def compile_kernel(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    unknown = (set(types) | set(constants) | set(divisible)) - set(kernel.arg_names)
+    unknown = {*types, *constants, *divisible, *floats} - set(kernel.arg_names)
     assert not unknown, f"{kernel.__name__} has no {unknown}"
-    signature = {
-        name: "constexpr" if name in constants else f"*{types[name]}" if name in types else "i32"
-        for name in kernel.arg_names
-    }
+    signature = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(floats, "fp32")
+    signature |= {name: f"*{element}" for name, element in types.items()} | dict.fromkeys(constants, "constexpr")
     aligned = [i for i, name in enumerate(kernel.arg_names) if name in types or name in divisible]
     source = ASTSource(kernel, signature, dict(constants), {(i,): [["tt.divisibility", 16]] for i in aligned})
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
@@ -189,15 +188,16 @@ class Launch(NamedTuple):
         named = dict(zip(self.kernel.arg_names, self.args, strict=False))
         types = {name: _elements(value) for name, value in named.items() if isinstance(value, Tensor)}
         constants = {
-            name: value
-            for name, value in named.items()
-            if value is None or (not isinstance(value, Tensor) and value == 1)
+            name: value for name, value in named.items() if value is None or (isinstance(value, int) and value == 1)
         }
         rest = {name: value for name, value in named.items() if name not in types and name not in constants}
-        divisible = tuple(name for name, value in rest.items() if value % 16 == 0)
+        floats = tuple(name for name, value in rest.items() if isinstance(value, float))
+        divisible = tuple(name for name, value in rest.items() if name not in floats and value % 16 == 0)
+        options.pop("enable_fp_fusion", None)
         constants.update(options)
+        numbers = {"warps": warps, "stages": stages}
         return compile_kernel(
-            self.kernel, capability, types, constants, warps=warps, stages=stages, divisible=divisible
+            self.kernel, capability, types, constants, **numbers, divisible=divisible, floats=floats
         )  # fmt: skip
 
 
@@ -206,6 +206,7 @@ def _elements(tensor: Tensor) -> str:
     import torch
 
     names = {torch.bool: "i1", torch.int32: "i32", torch.int64: "i64", torch.float32: "fp32"}
+    names |= {torch.uint8: "u8", torch.float64: "fp64"}
     return {**names, torch.bfloat16: "bf16", torch.float16: "fp16"}[tensor.dtype]
 
 

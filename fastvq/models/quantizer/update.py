@@ -12,8 +12,7 @@ from torch import Tensor
 
 from fastvq.errors import ArgumentError, UnavailableError
 from fastvq.models.repeated_pass import is_repetition, refuse_repetition
-from fastvq.ops import ema_update  # noqa: F401  (registers the operation)
-from fastvq.ops.ema_update import cpp
+from fastvq.ops.ema_update.backends import BACKENDS
 from fastvq.ops.nearest_code import nearest_code_statistics
 
 _KMEANS_VECTORS_PER_CODE = 256
@@ -103,19 +102,23 @@ def move_codebook(
         counts added over processes, as floating point.
     """
     _refuse_repetition()
-    if embedding_sum is not None and revive_below <= 0 and not cosine and not _distributed(sync):
+    dtype = torch.promote_types(embedding.dtype, torch.float32)
+    totals = counts
+    if _distributed(sync):
+        totals, sums = _over_processes(counts, sums.to(dtype), sync)
+    if embedding_sum is not None and revive_below <= 0 and not cosine:
         # What most training does, in one pass where there is a kernel for it.
-        found, moved = counts[0] if len(counts) == 1 else counts.sum(0), sums
+        found, moved = totals[0] if len(totals) == 1 else totals.sum(0), sums
         if embedding.ndim == 2:
             found, moved = found.squeeze(0), sums.squeeze(0)
-        buffers = cluster_size, embedding_sum, embedding
-        if cpp.why_not(found, moved, *buffers) is None:
-            torch.ops.fastvq.ema_update(found, moved, *buffers, decay, eps, True, "cpp")
-            return counts.to(torch.float32)
+        given = found, moved, cluster_size, embedding_sum, embedding
+        backend = BACKENDS.select(None, *given).name
+        if backend != "torch":
+            torch.ops.fastvq.ema_update(*given, decay, eps, True, backend)
+            return totals.to(torch.float32)
+    totals, sums = totals.to(dtype), sums.to(dtype)
     table = embedding[None] if embedding.ndim == 2 else embedding
     before = cluster_size[None] if cluster_size.ndim == 1 else cluster_size
-    dtype = torch.promote_types(table.dtype, torch.float32)
-    totals, sums = _over_processes(counts, sums.to(dtype), sync)
     counts = totals.sum(0)
     usable = sums.isfinite().all(2).all(1) & (counts.sum(1) > 0)  # [G]
     size = torch.lerp(counts, before.to(dtype), decay)

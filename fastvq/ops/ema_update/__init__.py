@@ -54,7 +54,8 @@ def ema_update(
         decay: g, in [0, 1].
         eps: of the smoothing, positive.
         skip_unusable: leave a codebook as it is if one of its sums is not finite or no vector was counted.
-        backend: None for the first that can run, ``"cpp"`` (float32 on a CPU, contiguous buffers) or ``"torch"``.
+        backend: None for the first that can run, ``"cpp"`` (CPU) and ``"triton"`` (GPU), which take float32 and
+            contiguous buffers, or ``"torch"``.
 
     Raises:
         ArgumentError: shapes or devices do not fit, a number is out of range, or a buffer takes part in gradients.

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fastvq.ops._registered import Registered
 from fastvq.ops.dispatch import Backend, Backends, anywhere
-from fastvq.ops.ema_update import cpp
+from fastvq.ops.ema_update import cpp, triton
 from fastvq.ops.ema_update.options import Options
 from fastvq.ops.ema_update.reference import ema_update_reference
 
@@ -14,6 +14,7 @@ BACKENDS = Backends(
     "ema_update",
     [
         Backend("cpp", cpp.why_not, cpp.cpp_ema_update),
+        Backend("triton", triton.why_not, triton.triton_ema_update, gpu=True),
         Backend("torch", anywhere, lambda *given: ema_update_reference(*given[:-1], *given[-1][:-1])),
     ],
 )

@@ -8,6 +8,7 @@ from torch import Tensor
 from fastvq import _engine
 from fastvq._memory import address
 from fastvq.ops.dispatch import memory_reason
+from fastvq.ops.ema_update import buffers
 from fastvq.ops.ema_update.options import Options
 
 
@@ -16,14 +17,7 @@ def why_not(counts: Tensor, *floats: Tensor) -> str | None:
         reason = memory_reason(tensor)
         if reason is not None:
             return reason
-    if counts.dtype.is_floating_point and counts.dtype != torch.float32:
-        return f"it takes integer or float32 counts, not {counts.dtype}"
-    for tensor in floats:
-        if tensor.dtype != torch.float32:
-            return f"it takes float32, not {tensor.dtype}"
-    if not all(buffer.is_contiguous() for buffer in floats[1:]):
-        return "it moves contiguous buffers"
-    return _engine.why_unavailable()
+    return buffers.why_not(counts, *floats) or _engine.why_unavailable()
 
 
 def cpp_ema_update(
@@ -66,6 +60,4 @@ def cpp_ema_update(
             options.skip_unusable,
             torch.get_num_threads() if threads is None else threads,
         )
-    if not embedding.is_inference():
-        # Written behind autograd's back: whoever has saved one of them for a backward pass must be told.
-        torch.autograd.graph.increment_version((cluster_size, embedding_sum, embedding))
+    buffers.tell_autograd(cluster_size, embedding_sum, embedding)
