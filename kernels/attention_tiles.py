@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvq.errors import ArgumentError, ArgumentTypeError
+from fastvq.kernels.tuning import tuned
 
 __all__ = [
     "LN_2",
@@ -20,6 +21,7 @@ __all__ = [
     "kept",
     "kept_column",
     "load_rows",
+    "measured",
     "readable",
     "store_rows",
     "visible",
@@ -38,6 +40,15 @@ class Tiles(NamedTuple):
     block_n: int
     warps: int
     stages: int
+
+
+def measured(
+    kernel: str, rule: Tiles, candidates: tuple[Tiles, ...],
+    widest: int, dtype: torch.dtype, capability: int, precision: str, dropout: bool,
+) -> Tiles:  # fmt: skip
+    """Tiles of the table, or those of the rule, the largest of ``candidates`` that leave no register spilled."""
+    sizes = f"{dtype} {precision} w{widest}{' dropout' if dropout else ''}"
+    return tuned(kernel, capability, sizes, candidates[candidates.index(rule) :]) or rule
 
 
 @triton.jit

@@ -27,6 +27,7 @@ from fastvq.kernels.attention_tiles import (
     kept,
     kept_column,
     load_rows,
+    measured,
     readable,
     store_rows,
     visible,
@@ -53,6 +54,11 @@ def forward_tiles(
 ) -> Tiles:
     """Those of FORWARD_TILES that `_forward_kernel` takes: the largest that leave no register spilled."""
     widest = max(block_width(query_width), block_width(value_width))
+    rule = _forward_tiles(widest, dtype, capability, precision, dropout)
+    return measured("causal_attention", rule, FORWARD_TILES, widest, dtype, capability, precision, dropout)
+
+
+def _forward_tiles(widest: int, dtype: torch.dtype, capability: int, precision: str, dropout: bool) -> Tiles:
     if dtype == torch.float32:
         if widest <= 64:
             return Tiles(32, 32 if precision == "tf32" else 16, 8, 1)

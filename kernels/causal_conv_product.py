@@ -23,6 +23,7 @@ from fastvq.kernels.causal_surroundings import CONCAT_ELU, activated, finish, re
 from fastvq.kernels.elementary import elu_pair
 from fastvq.kernels.launch import Device, hardware, on_device
 from fastvq.kernels.taps import Taps
+from fastvq.kernels.tuning import tuned
 
 # An ELU costs about as much on its own, reading and writing each value once, as it does in this many repetitions inside
 # a product; a product repeats it for every tap and block of columns.
@@ -82,10 +83,13 @@ def product_tiles(
     *large, tiles = PRODUCT_TILES
     if dtype == torch.float32 and precision == "ieee":
         return tiles._replace(block_n=min(tiles.block_n // signs, narrow))
-    for tiles in large if device.capability >= 90 else large[1:]:
+    fitting = [tiles for tiles in large[device.capability < 90 :] if tiles.block_n < 2 * narrow] or large[-1:]
+    for tiles in fitting:
         programs = triton.cdiv(rows, tiles.block_m) * triton.cdiv(columns, tiles.block_n)
-        if tiles.block_n < 2 * narrow and 4 * programs >= 3 * device.processors:
+        if 4 * programs >= 3 * device.processors:
             break
+    sizes = f"{dtype} m{triton.next_power_of_2(rows)} n{columns} k{depth} signs{signs}"
+    tiles = tuned("causal_conv_product", device.capability, sizes, fitting) or tiles
     item, block_n = dtype.itemsize, min(tiles.block_n, narrow)
     # 128 bytes of depth fill a swizzled line of shared memory.
     block_k = min(2 * tiles.block_k // item // signs, max(16, triton.next_power_of_2(depth)))

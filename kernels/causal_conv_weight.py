@@ -24,6 +24,7 @@ from fastvq.kernels.causal_surroundings import ACTIVATION_KINDS, activated, nhwc
 from fastvq.kernels.elementary import elu_pair
 from fastvq.kernels.launch import Device, hardware, on_device
 from fastvq.kernels.taps import read_taps
+from fastvq.kernels.tuning import tuned
 
 __all__ = ["backward_weight"]
 
@@ -52,7 +53,11 @@ def weight_tiles(channels: int, columns: int, dtype: torch.dtype, precision: str
     if not plain:
         # Transposing blocks of float32 takes registers.
         tiles = small if dtype == torch.float32 else large
-        tiles = widest if device.capability >= 90 and narrow_n >= widest.block_n else tiles
+        wide = device.capability >= 90 and narrow_n >= widest.block_n
+        tiles = widest if wide else tiles
+        sizes = f"{dtype} m{channels} n{columns} signs{signs}"
+        candidates = [widest, large, small][0 if wide else 1 if tiles == large else 2 :]
+        tiles = tuned("causal_conv_weight", device.capability, sizes, candidates) or tiles
     block_m, block_n = min(tiles.block_m // signs, narrow_m), min(tiles.block_n, narrow_n)
     if plain:
         return tiles._replace(block_m=block_m, block_n=block_n)

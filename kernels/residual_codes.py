@@ -27,6 +27,7 @@ from torch import Tensor
 from fastvq.errors import UnavailableError
 from fastvq.kernels.launch import hardware, on_device
 from fastvq.kernels.scaled_codes import BEYOND, FUSE, NOTHING, power_of_two, scale_codes, scale_exponent
+from fastvq.kernels.tuning import tuned
 
 __all__ = ["CANDIDATES", "WIDEST", "Tiles", "level_tiles", "residual_codes", "residual_codes_statistics"]
 
@@ -60,7 +61,9 @@ def level_tiles(width: int, num_codes: int, capability: int) -> Tiles:
 
     64 vectors, since residuals stay in registers beside the scores; wider than 128 they leave room for 32.
     """
-    tiles = CANDIDATES[0] if width <= 128 else CANDIDATES[1]
+    fitting = [tiles for tiles in CANDIDATES if width <= 128 or tiles.block_n <= 32]
+    sizes = f"d{triton.next_power_of_2(width)} k{triton.next_power_of_2(num_codes)}"
+    tiles = tuned("residual_codes", capability, sizes, fitting) or fitting[0]
     return tiles._replace(block_k=min(tiles.block_k, max(16, triton.next_power_of_2(num_codes))))
 
 

@@ -38,6 +38,7 @@ from fastvq.kernels.tuning import Asked, asking
 from fastvq.sampling.engines import plan_of, static_inputs
 from fastvq.sampling.engines.cuda_front import FrontGrid
 from fastvq.sampling.engines.front_weights import FrontWeights
+from fastvq.sampling.engines.front_work import Work
 from fastvq.sampling.options import Precision
 
 LIMIT, WARM_SHARE = 240.0, 0.45
@@ -89,7 +90,7 @@ def _problem(case_id: str) -> registry.Problem:
 def _front(precision: Precision) -> Callable[[], object]:
     """A step in the middle of the grid, where all rows are in flight, of 64 samples."""
     problem = _front_problem()
-    weights = FrontWeights(plan_of(problem.prior), problem.device, precision)
+    weights = FrontWeights(Work.front(plan_of(problem.prior)), problem.device, precision)
     statics = static_inputs(problem.prior, problem.request)
     grid = FrontGrid(weights, problem.case.batch, statics)
     middle = grid.front.steps // 2
