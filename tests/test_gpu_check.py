@@ -48,7 +48,8 @@ def test_the_marker_chooses_tests_whether_or_not_there_is_a_gpu() -> None:
     assert set(chosen) == {
         "tests/kernels/test_triton_checksum.py::test_on_a_gpu",
         "tests/test_gpu_check.py::test_tiny_plans_on_a_gpu",
-        "tests/ops/test_causal_registered.py::test_both_backends_agree_on_a_gpu",
+        "tests/ops/test_causal_registered.py::test_all_backends_agree_on_a_gpu",
+        "tests/ops/test_causal_registered.py::test_attention_of_the_library_agrees_on_a_gpu",
     }
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import types
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -47,7 +48,8 @@ from fastvq.sampling.engines import cuda, cuda_grid, fill, static_inputs, why_no
 from fastvq.sampling.engines.cuda import cuda_summary
 from fastvq.sampling.engines.cuda_graph import GraphedGrid
 from fastvq.sampling.engines.cuda_grid import ROWS_IN_FLIGHT, CudaStep, why_no_cuda
-from fastvq.sampling.engines.state import CompiledPlan, GridState, cache_bytes, padded
+from fastvq.sampling.engines.cuda_rows import ProductState, RowProducts
+from fastvq.sampling.engines.state import CompiledPlan, GridState, RowState, cache_bytes, padded
 from fastvq.sampling.engines.step_tables import make_scratch
 from fastvq.sampling.plan import compile_plan
 from fastvq.sampling.request import Settings
@@ -372,10 +374,16 @@ def test_keys_of_graphs() -> None:
 def test_the_row_phase_never_waits_for_the_gpu(kind: str, told: str) -> None:
     prior = spread(PRIORS[kind](**GIVEN[told])).cuda()
     request = request_of(prior, BATCH, given_to(prior, BATCH), seed=4)
-    compiled = CompiledPlan(compile_plan(prior), torch.device("cuda"))
+    plan, device = compile_plan(prior), torch.device("cuda")
     statics = static_inputs(prior, request)
-    for mode in ("default", "error"):  # libraries may wait when they are first called
-        state = GridState(compiled, BATCH, statics)
+    for mode, kind in itertools.product(("default", "error"), ("library", "products")):
+        # Libraries and kernels may wait when they are first called.
+        state: RowState
+        if kind == "library":
+            state = GridState(CompiledPlan(plan, device), BATCH, statics)
+        else:
+            state = ProductState(RowProducts(plan, device, "float32"), BATCH, statics)
+        state.begin(request.start_codes())
         torch.cuda.set_sync_debug_mode(mode)
         try:
             for row in range(prior.config.shape[0]):
