@@ -325,4 +325,4 @@ class TestSampler:
 def test_tiny_plans_run_on_a_cpu(one_thread: None) -> None:
     count = tiny.run_engine("cpu", "cpu") if _engine.available() else 24
     assert count == 24
-    assert tiny.run_ops("cpu", None) == 5
+    assert tiny.run_ops("cpu", None, (None,)) == 7

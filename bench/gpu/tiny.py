@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastvq import GatedPixelCNN, PixelSNAIL, sample
+from fastvq.models import ResidualVQ, VectorQuantizer
 from fastvq.models.prior import Prior
 from fastvq.ops.causal_attention import causal_attention
 from fastvq.ops.causal_conv import fused_causal_conv2d
@@ -67,23 +67,36 @@ def run_engine(device: str, engine: str = "cuda", compare: bool = True) -> int:
     return count
 
 
-def run_ops(device: str, backend: str | None = "triton") -> int:
-    """The operations forward and backward; returns how many."""
-    normal: Callable[..., Tensor] = lambda *shape: torch.randn(*shape, device=device)  # noqa: E731
+def run_ops(
+    device: str, backend: str | None = "triton", convolutions: tuple[str | None, ...] = ("triton", "fused")
+) -> int:
+    """The operations forward and backward, and quantisers that update codebooks; returns how many."""
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device)
+
     found = nearest_code_statistics(normal(77, 17), normal(13, 17), backend=backend)
     assert int(found.counts.sum()) == 77
+    for quantizer in (VectorQuantizer(13, 17, channels_last=True), ResidualVQ(3, 13, 17, channels_last=True)):
+        out = quantizer.to(device).train()(normal(77, 17).requires_grad_())
+        assert bool(out.quantized.isfinite().all())
+    count = 3
     masks = ("strict", "inclusive")
     for mask in masks:
         query, key, value = (normal(2, 2, 21, 16).requires_grad_() for _ in range(3))
         causal_attention(query, key, value, mask=mask, dropout=0.1, seed=1, backend=backend).square().sum().backward()
-        x, weight = normal(2, 16, 5, 7).requires_grad_(), normal(32, 32, 3, 3).requires_grad_()
-        out = fused_causal_conv2d(x, weight, mask=mask, activation="concat_elu", gate=True, backend=backend)
-        out.square().sum().backward()
-        for tensor in (query, key, value, x, weight):
+        inputs = [query, key, value]
+        for convolution in convolutions:
+            x, weight = normal(2, 16, 5, 7).requires_grad_(), normal(32, 32, 3, 3).requires_grad_()
+            out = fused_causal_conv2d(x, weight, mask=mask, activation="concat_elu", gate=True, backend=convolution)
+            out.square().sum().backward()
+            inputs += [x, weight]
+        for tensor in inputs:
             assert tensor.grad is not None
             assert bool(tensor.grad.isfinite().all())
+        count += 1 + len(convolutions)
         print(f"operations, {mask}", flush=True)
-    return 1 + 2 * len(masks)
+    return count
 
 
 def main(arguments: list[str]) -> int:
