@@ -124,13 +124,13 @@ def _add_products(acc, a, weight_ptrs, mask_k, EVEN: tl.constexpr, PRECISION: tl
 @triton.jit
 def _conv_kernel(
     x_ptr, weight_ptr, bias_ptr, context_ptr, residual_ptr, given_ptr, out_ptr, pre_gate_ptr,
-    positions, height, width, first_row, out_rows, channels, columns,
+    positions, height, width, channels, columns,
     KERNEL: tl.constexpr, ABOVE: tl.constexpr, LEFT: tl.constexpr, TAPS: tl.constexpr, REVERSE: tl.constexpr,
     PROLOGUE: tl.constexpr, GATE: tl.constexpr, DERIVATIVE: tl.constexpr, SAMPLE_CONTEXT: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     CHUNKS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """out [positions, columns], for rows ``first_row`` onwards of every image.
+    """out [positions, columns].
 
     x [images, height, width, channels]; weight [TAPS, N, K], where K is ``channels``, or twice as many for concat-ELU,
     and N is ``columns``, or twice as many with a gate or the derivative of concat-ELU (at ``given_ptr``).
@@ -144,8 +144,8 @@ def _conv_kernel(
     mask_m = offs_m < positions  # [BLOCK_M]
     col = offs_m % width  # [BLOCK_M]
     line = offs_m // width  # [BLOCK_M]
-    row = line % out_rows + first_row  # [BLOCK_M]
-    image = (line // out_rows).to(tl.int64)  # [BLOCK_M]
+    row = line % height  # [BLOCK_M]
+    image = (line // height).to(tl.int64)  # [BLOCK_M]
     x_ptrs = x_ptr + ((image * height + row) * width + col) * channels  # [BLOCK_M]
     depth = channels * 2 if PROLOGUE == CONCAT_ELU else channels
     total = columns * 2 if PAIR else columns
@@ -208,13 +208,12 @@ def convolve(
     residual: Tensor | None = None,
     given: Tensor | None = None,
     pre_gate: Tensor | None = None,
-    first_row: int = 0,
 ) -> None:
-    """Fills out [B, R, W, N] from x [B, H, W, K] and packed weights; see `_conv_kernel`."""
+    """Fills out [B, H, W, N] from x [B, H, W, K] and packed weights; see `_conv_kernel`."""
     if out.numel() == 0:
         return
-    batch, rows, width, columns = out.shape
-    positions = batch * rows * width
+    batch, height, width, columns = out.shape
+    positions = batch * height * width
     require_countable("x: expected positions", positions)
     require_countable("weight: expected elements", weight.numel())
     device = hardware(x.device)
@@ -239,7 +238,7 @@ def convolve(
         grid = (triton.cdiv(positions, tiles.block_m) * triton.cdiv(columns, block_n),)
         _conv_kernel[grid](
             x, weight, bias, context, residual, given, out, pre_gate,
-            positions, x.shape[1], width, first_row, rows, channels, columns,
+            positions, height, width, channels, columns,
             KERNEL=taps.kernel, ABOVE=taps.above, LEFT=taps.left, TAPS=taps.count, REVERSE=reverse, PROLOGUE=kind,
             GATE=gate, DERIVATIVE=derivative, SAMPLE_CONTEXT=sample_context, PRECISION=kernel_precision(x, precision),
             BLOCK_M=tiles.block_m, BLOCK_N=block_n, BLOCK_K=tiles.block_k, CHUNKS=chunks,

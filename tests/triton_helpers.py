@@ -214,28 +214,3 @@ def assert_fits(resources: Resources, capability: int) -> None:
     """Asserts that a program's shared memory exists and that no register is spilled."""
     assert resources.shared <= SHARED_MEMORY[capability]
     assert resources.stack == 0, f"{resources.stack} bytes of stack with {resources.registers} registers"
-
-
-def rows_above(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    *,
-    first: int,
-    rows: int,
-    form: str,
-    activation: str | None = None,
-    precision: str = "ieee",
-) -> Tensor:
-    """What rows above contribute to output rows ``first`` to ``first + rows - 1``, [B, O, rows, W]."""
-    from fastvq.kernels.causal_conv_product import convolve
-    from fastvq.kernels.causal_surroundings import ACTIVATION_KINDS, nhwc
-    from fastvq.kernels.taps import read_taps
-
-    taps = read_taps(weight.shape[-1], "strict", form)
-    taps = taps._replace(count=taps.above * taps.kernel)
-    packed = weight.flatten(2)[:, :, : taps.count].permute(2, 0, 1).to(x.dtype).contiguous()
-    out = x.new_empty(x.shape[0], rows, x.shape[3], weight.shape[0])
-    kind = ACTIVATION_KINDS[activation]
-    convolve(nhwc(x), packed, out, taps, kind=kind, bias=bias, first_row=first, precision=precision)
-    return out.permute(0, 3, 1, 2)

@@ -16,7 +16,6 @@ from causal_conv_cases import (
     FORMS,
     MASKS,
     Case,
-    above,
     activate,
     by_loop,
     by_torch,
@@ -30,7 +29,6 @@ from torch import Tensor
 from triton_helpers import (
     Check,
     checked_in_both,
-    rows_above,
     serve,
 )
 
@@ -316,26 +314,6 @@ def wide_gradient(device: str) -> None:
         assert torch.equal(a.bfloat16(), b)
 
 
-def upper_rows(device: str) -> None:
-    """Rows above alone, for any rows of the output and the one after x's last, whatever x holds from there on."""
-    for form, kernel, activation in [("rows", 3, None), ("symmetric", 5, "elu"), ("rows", 1, None)]:
-        case = Case(kernel, "strict", form, activation, (2, 5, 6, 4), 7)
-        made = case.tensors()
-        weight, bias, up = made["weight"], made["bias"], above(kernel, form)
-        weight[:, :, up:] = 0
-        features = activate(F.pad(made["x"], (0, 0, 0, 1)), activation)
-        want = by_loop(features.double(), weight.double(), "strict", form) + bias.double()[:, None, None]
-        peer = by_torch(features, weight, "strict", form) + bias[:, None, None]
-        weight[:, :, up:] = NAN
-        for first, rows in [(0, 1), (2, 1), (3, 3), (6, 1), (2, 0)]:
-            x = made["x"].clone()
-            x[:, :, max(0, first + rows - 1) :] = NAN
-            how = {"first": first, "rows": rows, "form": form, "activation": activation}
-            got = rows_above(x.to(device), weight.to(device), bias.to(device), **how)
-            part = slice(first, first + rows)
-            close(f"{form}-{kernel}-{first}-{rows}", got, want[:, :, part], peer[:, :, part])
-
-
 def refusals(device: str) -> None:
     from fastvq.kernels import causal_conv as kernels
 
@@ -372,7 +350,6 @@ MEMORY: dict[str, Check] = {
         same_bits_again,
         rounded_products,
         wide_gradient,
-        upper_rows,
         refusals,
     )
 }

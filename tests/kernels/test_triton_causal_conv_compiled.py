@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor
-from triton_helpers import Launch, Recorder, assert_fits, needs_compiler, needs_triton, rows_above
+from triton_helpers import Launch, Recorder, assert_fits, needs_compiler, needs_triton
 
 
 @pytest.fixture
@@ -70,8 +70,6 @@ def launch(kind: str, dtype: torch.dtype, precision: str) -> None:
         kernels.backward_input(single, single, make(1, 2, 3, 3), **symmetric, activation="concat_elu")
         kernels.backward_weight(single, single, kernel_size=2, **symmetric)
         kernels.gate_backward(single, make(1, 2, 1, 1))
-    elif kind == "upper":
-        rows_above(x, make(256, 256, 5, 5), make(256), first=3, rows=1, form="rows", precision=precision)
     elif kind == "of-input":
         kernels.backward_input(x, x, make(256, 512, 5, 5), **symmetric, activation="concat_elu")
     elif kind == "of-weight":
@@ -91,7 +89,7 @@ COMPILED = [
     *itertools.product(("pointwise", "of-input"), ("bfloat16",), (90, 100)),
     ("of-pointwise", "bfloat16", 90),
     ("pointwise", "float16", 80),
-    ("upper", "bfloat16", 90),
+    ("bfloat16", 90),
     ("small", "bfloat16", 80),
     ("small", "ieee", 90),
     ("single", "bfloat16", 90),
