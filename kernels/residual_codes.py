@@ -4,7 +4,7 @@ Two kernels serve all levels. `_levels_kernel` keeps a block of vectors on chip 
 level's codes and subtracts them. Undecided vectors cannot wait for a kernel of their own, as the next level needs their
 codes: the program that has one passes over the codes a second time and scores its candidates in float32. The search,
 its error bound and its criterion are those of `fastvq.kernels.nearest_code`, level by level, with codes from
-`scale_codes`; which codes are beyond reach is judged by the vectors, the residual of the first level, which are as a
+`prepare_codes`; which codes are beyond reach is judged by the vectors, the residual of the first level, which are as a
 rule longer than later residuals: more codes are then within reach, which costs later levels decided vectors and never a
 right code.
 
@@ -26,7 +26,15 @@ from torch import Tensor
 
 from fastvq.errors import UnavailableError
 from fastvq.kernels.launch import hardware, on_device
-from fastvq.kernels.scaled_codes import BEYOND, FUSE, NOTHING, power_of_two, scale_codes, scale_exponent
+from fastvq.kernels.scaled_codes import (
+    BEYOND,
+    FACTS,
+    FUSE,
+    power_of_two,
+    prepare_codes,
+    prepare_programs,
+    scale_exponent,
+)
 from fastvq.kernels.tuning import tuned
 
 __all__ = ["CANDIDATES", "WIDEST", "Tiles", "level_tiles", "residual_codes", "residual_codes_statistics"]
@@ -80,8 +88,8 @@ def _packed_scores(half_rows, factor, shift, halves_ptr, codes16_ptr, offs_k, of
 
 @triton.jit
 def _rescored(
-    values, half_rows, factor, scale, limit, unsure, beyond, found, halves_ptr, codes16_ptr, codes32_ptr, offs_d,
-    num_blocks, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    values, half_rows, centre, factor, scale, limit, unsure, beyond, found, halves_ptr, codes16_ptr, codebook_ptr,
+    codebook_stride_k, offs_d, width, num_blocks, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """``found`` [R], where ``unsure`` replaced by the candidate of least float32 score."""
     local = tl.arange(0, BLOCK_K)  # [BLOCK_K]
@@ -100,10 +108,11 @@ def _rescored(
             left = tl.where(left == column[:, None], BLOCK_K, left)  # [R, BLOCK_K]
             mask_code = column < BLOCK_K  # [R]
             offs_code = block * BLOCK_K + tl.where(mask_code, column, 0)  # [R]
-            codes32_ptrs = codes32_ptr + offs_code[:, None] * BLOCK_D + offs_d[None, :]  # [R, BLOCK_D]
-            other = tl.load(codes32_ptrs, mask=mask_code[:, None], other=0.0)  # [R, BLOCK_D]
+            codebook_ptrs = codebook_ptr + offs_code.to(tl.int64)[:, None] * codebook_stride_k + offs_d[None, :]
+            there = mask_code[:, None] & (offs_d < width)[None, :]  # [R, BLOCK_D]
+            other = tl.load(codebook_ptrs, mask=there, other=0.0).to(tl.float32)  # [R, BLOCK_D]
             # By the vector's scale: codes beyond reach have none.
-            other = other * scale[:, None]  # [R, BLOCK_D]
+            other = tl.where(there, (other - centre[None, :]) * scale[:, None], 0.0)  # [R, BLOCK_D]
             score = tl.sum(other * other, axis=1) / 2 - tl.sum(values * other, axis=1)  # [R]
             better = mask_code & (score < least)  # [R]
             least = tl.where(better, score, least)  # [R]
@@ -113,15 +122,19 @@ def _rescored(
 
 @triton.jit
 def _nearest(
-    residual, mean_ptr, exponents_ptr, bounds_ptr, halves_ptr, codes16_ptr, codes32_ptr, wanted, width, num_blocks,
-    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, EXACT: tl.constexpr,
+    residual, ready_ptr, codes16_ptr, codebook_ptr, codebook_stride_k, wanted, width, num_blocks,
+    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PROGRAMS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Codes [R] nearest to residuals [R, BLOCK_D] of one level, _NONE where no score is finite."""
     offs_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
-    code_exponent = tl.load(exponents_ptr)
-    code_norm = tl.load(bounds_ptr)
-    # [R, BLOCK_D]
-    centred = tl.where((offs_d < width)[None, :], residual - tl.load(mean_ptr + offs_d)[None, :], 0.0)
+    facts_ptrs = ready_ptr + tl.arange(0, PROGRAMS)  # [PROGRAMS]
+    code_exponent = tl.load(ready_ptr).to(tl.int32)
+    code_norm = tl.max(tl.load(facts_ptrs + PROGRAMS), axis=0)
+    code_residual = tl.max(tl.load(facts_ptrs + 2 * PROGRAMS), axis=0)
+    far = 0.99 * tl.min(tl.load(facts_ptrs + 3 * PROGRAMS), axis=0)
+    halves_ptr = ready_ptr + FACTS * PROGRAMS + BLOCK_D
+    centre = tl.load(ready_ptr + FACTS * PROGRAMS + offs_d)  # [BLOCK_D]
+    centred = tl.where((offs_d < width)[None, :], residual - centre[None, :], 0.0)  # [R, BLOCK_D]
     # [R], as is all that follows from them up to the loop.
     exponent = tl.minimum(scale_exponent(tl.max(tl.abs(centred), axis=1)), code_exponent - _LEAST_FACTOR)
     factor_exponent = tl.minimum(code_exponent - exponent, _LARGEST_FACTOR)
@@ -133,11 +146,8 @@ def _nearest(
     residual_norm = tl.sqrt(tl.sum((values - wide) * (values - wide), axis=1))
     # The bound of `fastvq.kernels.nearest_code`, and the scores' shift to 1 and more.
     shift = 1.01 * factor * norm * code_norm + 1
-    error = residual_norm * code_norm + norm * (tl.load(bounds_ptr + 1) + BLOCK_D * (2.0**-22) * code_norm)
-    error = 1.01 * factor * error
-    far_exponent = tl.load(exponents_ptr + 1)
-    far = 0.99 * power_of_two(tl.minimum(far_exponent + code_exponent, 60))
-    far = tl.where(far_exponent < NOTHING, far, float("inf"))
+    error = residual_norm * code_norm + norm * (code_residual + (BLOCK_D + 1) * (2.0**-22) * code_norm)
+    error = 1.01 * (factor * error + (BLOCK_D + 4) * (2.0**-25) * code_norm * code_norm)
     length = 1.01 * factor * (norm + residual_norm)
     horizon = tl.where(far > length, far * (far / 2 - length), -float("inf"))
 
@@ -172,24 +182,25 @@ def _nearest(
     score = (least - shift) * power_of_two(half) * power_of_two(unscale - half)
     finite = (least < BEYOND / 2) & (tl.abs(score) < float("inf"))
     error += 1.01 * (BLOCK_K + 4) * (2.0**-23) * least
-    beyond = (least - shift + error < horizon) == 0
+    # Where no code is beyond reach a score may be as large as it likes.
+    beyond = ((least - shift + error < horizon) == 0) & (far < float("inf"))
     unsure = beyond
     if EXACT:
         unsure = unsure | ((second > least + 2 * error) == 0)
     unsure = unsure & finite & wanted
     if tl.max(unsure.to(tl.int32), axis=0) > 0:
         found = _rescored(
-            values, half_rows, factor, scale, least - shift + 2 * error, unsure, beyond, found, halves_ptr, codes16_ptr,
-            codes32_ptr, offs_d, num_blocks, BLOCK_K, BLOCK_D,
+            values, half_rows, centre, factor, scale, least - shift + 2 * error, unsure, beyond, found, halves_ptr,
+            codes16_ptr, codebook_ptr, codebook_stride_k, offs_d, width, num_blocks, BLOCK_K, BLOCK_D,
         )  # fmt: skip
     return tl.where(finite, found, _NONE)
 
 
 @triton.jit
 def _levels_kernel(
-    x_ptr, x_stride_n, codebooks_ptr, codebooks_stride_q, codebooks_stride_k, mean_ptr, exponents_ptr, bounds_ptr,
-    halves_ptr, codes16_ptr, codes32_ptr, depths_ptr, found_ptr, num_rows, width, num_levels, num_blocks, level_step,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, EXACT: tl.constexpr, PARTLY: tl.constexpr,
+    x_ptr, x_stride_n, codebooks_ptr, codebooks_stride_q, codebooks_stride_k, ready_ptr, codes16_ptr, depths_ptr,
+    found_ptr, num_rows, width, num_levels, num_blocks, level_step, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr, PROGRAMS: tl.constexpr, EXACT: tl.constexpr, PARTLY: tl.constexpr,
 ):  # fmt: skip
     """Codes [N, Q], _NONE where no score is finite; at levels that a vector takes no part in they stay as they are."""
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
@@ -207,8 +218,8 @@ def _levels_kernel(
     for level in range(levels):
         wanted = level < depth  # [BLOCK_N]
         found = _nearest(
-            residual, mean_ptr, exponents_ptr, bounds_ptr, halves_ptr, codes16_ptr, codes32_ptr, wanted, width,
-            num_blocks, BLOCK_K, BLOCK_D, EXACT,
+            residual, ready_ptr, codes16_ptr, codebooks_ptr, codebooks_stride_k, wanted, width, num_blocks,
+            BLOCK_K, BLOCK_D, PROGRAMS, EXACT,
         )  # fmt: skip
         tl.store(found_ptr + offs_n * num_levels + level, found, mask=wanted)
         offs_code = tl.maximum(found, 0).to(tl.int64)  # [BLOCK_N]
@@ -216,12 +227,8 @@ def _levels_kernel(
         code = tl.load(codebooks_ptrs, mask=wanted[:, None] & mask_d[None, :], other=0.0)  # [BLOCK_N, BLOCK_D]
         residual -= code.to(tl.float32)
         codebooks_ptr += codebooks_stride_q
-        mean_ptr += level_step * BLOCK_D
-        exponents_ptr += level_step * 2
-        bounds_ptr += level_step * 2
-        halves_ptr += level_step * num_blocks * BLOCK_K
+        ready_ptr += level_step * (FACTS * PROGRAMS + BLOCK_D + num_blocks * BLOCK_K)
         codes16_ptr += level_step * num_blocks * BLOCK_K * BLOCK_D
-        codes32_ptr += level_step * num_blocks * BLOCK_K * BLOCK_D
 
 
 @triton.jit
@@ -381,20 +388,24 @@ def _search(x: Tensor, codebooks: Tensor, depths: Tensor | None, exact: bool) ->
         return found
     if width > WIDEST:
         raise UnavailableError(f"x: expected vectors of at most {WIDEST} numbers for Triton, got {width}")
-    tiles = level_tiles(width, num_codes, hardware(x.device).capability)
+    capability, processors = hardware(x.device)
+    tiles = level_tiles(width, num_codes, capability)
     padded = max(16, triton.next_power_of_2(width))
     padded_codes = triton.cdiv(num_codes, tiles.block_k) * tiles.block_k
     # One codebook that all levels share is made ready once.
     shared = levels == 1 or codebooks.stride(0) == 0
     distinct = codebooks[:1] if shared else codebooks
-    ready = scale_codes(distinct, x.expand(len(distinct), -1, -1), padded_codes, padded)
+    programs = prepare_programs(padded_codes, processors)
+    ready_size = FACTS.value * programs + padded + padded_codes
+    ready = x.new_empty((len(distinct), ready_size), dtype=torch.float32)
+    codes16 = x.new_empty((len(distinct), padded_codes, padded), dtype=torch.float16)
+    prepare_codes(distinct, x.expand(len(distinct), -1, -1), ready, codes16, None, programs)
     given = found if depths is None else depths.contiguous()
     _levels_kernel[(triton.cdiv(rows, tiles.block_n),)](
-        x, x.stride(0), codebooks, codebooks.stride(0), codebooks.stride(1), ready.mean, ready.exponents, ready.bounds,
-        ready.halves, ready.codes16, ready.codes32, given, found, rows, width, levels, padded_codes // tiles.block_k,
-        0 if shared else 1,
-        BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, BLOCK_D=padded, EXACT=exact, PARTLY=depths is not None,
-        num_warps=tiles.warps, num_stages=tiles.stages, **FUSE,
+        x, x.stride(0), codebooks, codebooks.stride(0), codebooks.stride(1), ready, codes16, given, found, rows, width,
+        levels, padded_codes // tiles.block_k, 0 if shared else 1,
+        BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, BLOCK_D=padded, PROGRAMS=programs, EXACT=exact,
+        PARTLY=depths is not None, num_warps=tiles.warps, num_stages=tiles.stages, **FUSE,
     )  # fmt: skip
     return found
 

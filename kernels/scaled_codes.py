@@ -1,25 +1,38 @@
-"""A codebook made ready for the tensor cores: centred, scaled by a power of two, rounded to float16.
+"""A codebook made ready for the tensor cores in one launch: centred, scaled by a power of two, rounded to float16.
 
-No single code may decide how the others are centred and scaled. Lengths are told apart by their exponents, which are
-counted in tables of `_BINS` bins:
+No single code may decide how the others are centred and scaled. Lengths are told apart by their exponents:
 
 - The centre is the mean of the short codes: those whose exponent is at most one above that of the second shortest. A
   code far away has no part in it, and data far from the origin keep theirs, whose codes are all about as long.
 - Codes beyond reach are those 8 times as long, once centred, as nearly all vectors (a sample of them) and as the
   shortest code. They are left out of the scale, of the bounds and of the search over float16. Such a code c can be
   nearest to x only if |c| <= |x| + the distance found, so a vector with |x| well below |c| does not have to know it.
+
+Programs cannot wait for each other, so that each works out centre and scale for itself, from a sample of the codes that
+its registers hold: all of them up to K 512 at D 64 (`sample_size`). In a larger codebook codes twice as long as the
+longest of the sample are within reach too, and longer ones are beyond. Centre, scale and reach decide how many vectors
+the float16 scores leave undecided; no result depends on them. What does, the largest norm within reach and the length
+of the shortest code beyond, every program writes for its own codes, and the search takes the extremes.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["BEYOND", "FUSE", "NOTHING", "UNUSABLE", "ScaledCodes", "power_of_two", "scale_codes", "scale_exponent"]
+__all__ = [
+    "BEYOND",
+    "FACTS",
+    "FUSE",
+    "exponent_of",
+    "power_of_two",
+    "prepare_codes",
+    "prepare_programs",
+    "scale_exponent",
+]
 
 # Magnitudes that scaling aims at: below the largest float16 (65504) after rounding up, far above its least (6e-8).
 _TOP: tl.constexpr = tl.constexpr(14)
@@ -27,41 +40,23 @@ _TOP: tl.constexpr = tl.constexpr(14)
 # takes part in the search, about 2^101 at most.
 UNUSABLE: tl.constexpr = tl.constexpr(2.0**120)
 BEYOND: tl.constexpr = tl.constexpr(2.0**119)
-# Exponent of the shortest code beyond reach where there is none.
-NOTHING: tl.constexpr = tl.constexpr(1000)
 # Codes beyond this have no finite half norm in float32.
 _LARGEST: tl.constexpr = tl.constexpr(2.0**62)
-# Of exponents of lengths, the first being that of 2^-127.
+# Number of exponents of lengths, the first being that of 2^-127, and more than any.
 _BINS: tl.constexpr = tl.constexpr(256)
 _ZERO_BIN: tl.constexpr = tl.constexpr(127)
+_NO_BIN: tl.constexpr = tl.constexpr(1000)
 # Twice as long as the ends of their bins, and 8 times.
 _REACH: tl.constexpr = tl.constexpr(4)
-# Codes per partial sum.
-_SUM_ROWS = 512
+# Numbers that each program writes and the search joins: the exponent of the scale, the largest norm of a scaled code
+# within reach, that of a residual of its rounding, and the least length beyond.
+FACTS: tl.constexpr = tl.constexpr(4)
 # Stated, because Triton's default is about to change: a score is one fused operation less.
 FUSE = {"enable_fp_fusion": True}
 
-
-class ScaledCodes(NamedTuple):
-    """A codebook as `scale_codes` leaves it. K' and D' are K and D rounded up to whole blocks, filled with zeros.
-
-    Attributes:
-        mean: float32 [H, D'], of the short codes, which everything is centred on.
-        exponents: int32 [H, 2]; codes within reach are scaled by 2^first, their half norms by its square; codes beyond
-            reach are at least 2^second long, unscaled (`NOTHING` if there are none).
-        bounds: float32 [H, 2], the largest norm of a scaled code and of a residual of its rounding, within reach.
-        halves: float32 [H, K'], half the squared norm of each scaled code; 2^120 where the code is not usable (not
-            finite, or 2^62 and more), 2^119 where it is beyond reach.
-        codes16: float16 [H, K', D'], scaled and rounded; zeros beyond reach.
-        codes32: float32 [H, K', D'], not scaled.
-    """
-
-    mean: Tensor
-    exponents: Tensor
-    bounds: Tensor
-    halves: Tensor
-    codes16: Tensor
-    codes32: Tensor
+_WARPS = 16
+_SAMPLE_ELEMENTS = 1 << 15
+_LARGEST_SAMPLE = 512
 
 
 @triton.jit
@@ -71,9 +66,15 @@ def power_of_two(exponent):
 
 
 @triton.jit
+def exponent_of(value):
+    """Exponent of a float32 number >= 0, -127 where it is not normal."""
+    return (value.to(tl.int32, bitcast=True) >> 23) - 127
+
+
+@triton.jit
 def scale_exponent(largest):
     """Exponent that brings ``largest`` >= 0 into [2^_TOP, 2^(_TOP + 1)); less for what is below 2^-100."""
-    return _TOP - tl.maximum((largest.to(tl.int32, bitcast=True) >> 23) - 127, -100)
+    return _TOP - tl.maximum(exponent_of(largest), -100)
 
 
 @triton.jit
@@ -92,180 +93,151 @@ def _load_codes(codebook_ptr, codebook_stride_k, offs_k, num_codes, width, offs_
 def _length_bins(values):
     """Exponent of the length of each row of values [R, D], as a number of a bin [R]; -1 where it is not finite."""
     top = tl.max(tl.abs(values), axis=1)  # [R]
-    exponent = tl.minimum(tl.maximum((top.to(tl.int32, bitcast=True) >> 23) - 127, -100), 126)  # [R]
+    exponent = tl.minimum(tl.maximum(exponent_of(top), -100), 126)  # [R]
     scaled = values * power_of_two(-exponent)[:, None]  # [R, D]
     squares = tl.sum(scaled * scaled, axis=1)  # [R]
     # Shifted down rather than divided, which is the floor of half a negative exponent too.
-    length = exponent + (((squares.to(tl.int32, bitcast=True) >> 23) - 127) >> 1)  # [R]
+    length = exponent + (exponent_of(squares) >> 1)  # [R]
     return tl.where(squares < float("inf"), tl.maximum(length + _ZERO_BIN, 0), -1)
 
 
 @triton.jit
-def _count(table_ptr, bins):
-    """Adds bins [R] to a table; -1 is none of them."""
-    offs_bin = tl.arange(0, _BINS)  # [_BINS]
-    counts = tl.sum((bins[:, None] == offs_bin[None, :]).to(tl.int32), axis=0)  # [_BINS]
-    tl.atomic_add(table_ptr + offs_bin, counts, mask=counts > 0)
+def _spread(offs_s, total, SAMPLE: tl.constexpr):
+    """One of ``total`` for each of SAMPLE numbers offs_s, all if they are no more; no period of theirs is met."""
+    begin = offs_s * total // SAMPLE  # [SAMPLE]
+    size = tl.maximum((offs_s + 1) * total // SAMPLE - begin, 1)  # [SAMPLE]
+    return begin + (offs_s * 7919 + 13) % size
 
 
 @triton.jit
-def _lengths_kernel(
-    codebook_ptr, codebook_stride_h, codebook_stride_k, tables_ptr, num_codes, width,
-    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Counts the lengths of codes in the head's first table."""
-    head = tl.program_id(1).to(tl.int64)
-    offs_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)  # [BLOCK_K]
-    offs_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
-    # [BLOCK_K, BLOCK_D], [BLOCK_K]
-    codes, usable = _load_codes(
-        codebook_ptr + head * codebook_stride_h, codebook_stride_k, offs_k, num_codes, width, offs_d
-    )
-    _count(tables_ptr + head * 3 * _BINS, tl.where(usable, _length_bins(codes), -1))
+def _short_mean(codes, usable):
+    """Mean [D] of the short codes among codes [S, D]."""
+    bins = tl.where(usable, _length_bins(codes), _NO_BIN)  # [S]
+    least = tl.min(bins, axis=0)
+    other = tl.min(tl.where(bins == least, _NO_BIN, bins), axis=0)
+    alone = (tl.sum((bins == least).to(tl.int32), axis=0) == 1) & (other < _NO_BIN)
+    short = usable & (bins <= tl.where(alone, other, least) + 1)  # [S]
+    number = tl.maximum(tl.sum(short.to(tl.int32), axis=0), 1)
+    return tl.sum(tl.where(short[:, None], codes, 0.0), axis=0) / number.to(tl.float32)
 
 
 @triton.jit
-def _short_sums_kernel(
-    codebook_ptr, codebook_stride_h, codebook_stride_k, tables_ptr, sums_ptr, counts_ptr, num_codes, width,
-    SUM_ROWS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Sum and number of the short codes in each run of SUM_ROWS codes."""
-    part = tl.program_id(0)
-    head = tl.program_id(1).to(tl.int64)
-    slot = head * tl.num_programs(0) + part
-    running = tl.cumsum(tl.load(tables_ptr + head * 3 * _BINS + tl.arange(0, _BINS)), axis=0)  # [_BINS]
-    second = tl.sum((running < tl.minimum(tl.max(running, axis=0), 2)).to(tl.int32), axis=0)
-    offs_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
-    total = tl.zeros([BLOCK_D], tl.float32)  # [BLOCK_D]
-    number = tl.zeros([BLOCK_K], tl.int32)  # [BLOCK_K]
-    for first in range(0, SUM_ROWS, BLOCK_K):
-        offs_k = part * SUM_ROWS + first + tl.arange(0, BLOCK_K)  # [BLOCK_K]
-        # [BLOCK_K, BLOCK_D], [BLOCK_K]
-        codes, usable = _load_codes(
-            codebook_ptr + head * codebook_stride_h, codebook_stride_k, offs_k, num_codes, width, offs_d
-        )
-        short = usable & (_length_bins(codes) <= second + 1)  # [BLOCK_K]
-        total += tl.sum(tl.where(short[:, None], codes, 0.0), axis=0)  # [BLOCK_D]
-        number += short.to(tl.int32)  # [BLOCK_K]
-    tl.store(sums_ptr + slot * BLOCK_D + offs_d, total)
-    tl.store(counts_ptr + slot, tl.sum(number, axis=0))
-
-
-@triton.jit
-def _centre_kernel(
-    codebook_ptr, codebook_stride_h, codebook_stride_k, x_ptr, x_stride_h, x_stride_n, sums_ptr, counts_ptr, parts,
-    num_codes, num_rows, width, padded, mean_ptr, tables_ptr, bins_ptr,
-    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """The centre; the bin of each code's length from there, -1 if it is not usable; tables of these and of vectors'."""
-    head = tl.program_id(1).to(tl.int64)
-    offs_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
-    total = tl.zeros([BLOCK_D], tl.float32)  # [BLOCK_D]
-    number = 0
-    for part in range(parts):
-        slot = head * parts + part
-        total += tl.load(sums_ptr + slot * BLOCK_D + offs_d)  # [BLOCK_D]
-        number += tl.load(counts_ptr + slot)
-    centre = total / tl.maximum(number, 1).to(tl.float32)  # [BLOCK_D]
-    if tl.program_id(0) == 0:
-        tl.store(mean_ptr + head * padded + offs_d, centre, mask=offs_d < padded)
-
-    offs_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)  # [BLOCK_K]
-    # [BLOCK_K, BLOCK_D], [BLOCK_K]
-    codes, usable = _load_codes(
-        codebook_ptr + head * codebook_stride_h, codebook_stride_k, offs_k, num_codes, width, offs_d
-    )
-    found = tl.where(usable, _length_bins(codes - centre[None, :]), -1)  # [BLOCK_K]
-    tl.store(bins_ptr + head * tl.num_programs(0) * BLOCK_K + offs_k, found)
-    _count(tables_ptr + (head * 3 + 1) * _BINS, found)
-    # As many vectors as codes, from everywhere.
-    offs_n = offs_k.to(tl.int64) * num_rows // (tl.num_programs(0) * BLOCK_K)  # [BLOCK_K]
-    x_ptrs = x_ptr + head * x_stride_h + offs_n[:, None] * x_stride_n + offs_d[None, :]  # [BLOCK_K, BLOCK_D]
-    vectors = tl.load(x_ptrs, mask=(offs_d < width)[None, :], other=0.0).to(tl.float32)  # [BLOCK_K, BLOCK_D]
-    _count(tables_ptr + (head * 3 + 2) * _BINS, _length_bins(vectors - centre[None, :]))
+def _typical_bin(bins):
+    """The bin of 256 that 15 of 16 of bins [S] do not exceed, those below 0 left out."""
+    number = tl.sum((bins >= 0).to(tl.int32), axis=0)
+    found = 0
+    for step in tl.static_range(8):
+        middle = found + (128 >> step)
+        below = tl.sum(((bins >= 0) & (bins < middle)).to(tl.int32), axis=0)
+        found = tl.where(16 * below < 15 * number, middle, found)
+    return found
 
 
 @triton.jit
 def _prepare_kernel(
-    codebook_ptr, codebook_stride_h, codebook_stride_k, tables_ptr, bins_ptr, mean_ptr, num_codes, width, padded,
-    exponents_ptr, bounds_ptr, halves_ptr, codes16_ptr, codes32_ptr,
-    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    codebook_ptr, codebook_stride_h, codebook_stride_k, x_ptr, x_stride_h, x_stride_n, ready_ptr, codes16_ptr,
+    sums_ptr, counts_ptr, done_ptr, num_codes, num_rows, width, padded, padded_codes, ready_size,
+    CLEAR: tl.constexpr, ALL: tl.constexpr, SAMPLE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Centres, scales and rounds the codes; the largest |c| and |cl| within reach go to bounds [H, 2]."""
+    """See `prepare_codes`; ALL says that the sample holds all codes, CLEAR that there are statistics to be zeroed."""
+    program, programs = tl.program_id(0), tl.num_programs(0)
     head = tl.program_id(1).to(tl.int64)
-    offs_bin = tl.arange(0, _BINS)  # [_BINS]
-    present = tl.load(tables_ptr + (head * 3 + 1) * _BINS + offs_bin) > 0  # [_BINS]
-    running = tl.cumsum(tl.load(tables_ptr + (head * 3 + 2) * _BINS + offs_bin), axis=0)  # [_BINS]
-    # Reached by 15 of 16 vectors.
-    typical = tl.sum((16 * running < 15 * tl.max(running, axis=0)).to(tl.int32), axis=0)
-    shortest = tl.min(tl.where(present, offs_bin, _BINS), axis=0)
-    reach = tl.maximum(typical, shortest) + _REACH
-    longest = tl.max(tl.where(present & (offs_bin < reach), offs_bin, 0), axis=0)
-    beyond = tl.min(tl.where(present & (offs_bin >= reach), offs_bin - _ZERO_BIN, NOTHING), axis=0)
-    exponent = _TOP - tl.maximum(longest - _ZERO_BIN, -100)
-    if tl.program_id(0) == 0:
-        tl.store(exponents_ptr + head * 2, exponent)
-        tl.store(exponents_ptr + head * 2 + 1, beyond)
-
+    codebook_ptr += head * codebook_stride_h
+    facts_ptr = ready_ptr + head * ready_size
+    mean_ptr = facts_ptr + FACTS * programs
+    halves_ptr = mean_ptr + padded
     offs_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
-    offs_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)  # [BLOCK_K]
-    offs_code = head * tl.num_programs(0) * BLOCK_K + offs_k  # [BLOCK_K], over all heads
-    # [BLOCK_K, BLOCK_D], [BLOCK_K]
-    codes, usable = _load_codes(
-        codebook_ptr + head * codebook_stride_h, codebook_stride_k, offs_k, num_codes, width, offs_d
-    )
-    centre = tl.load(mean_ptr + head * padded + offs_d, mask=offs_d < width, other=0.0)  # [BLOCK_D]
-    codes = tl.where(usable[:, None], codes - centre[None, :], 0.0)  # [BLOCK_K, BLOCK_D]
-    near = usable & (tl.load(bins_ptr + offs_code) < reach)  # [BLOCK_K]
-    scaled = tl.where(near[:, None], codes * power_of_two(exponent), 0.0)  # [BLOCK_K, BLOCK_D]
-    rounded = scaled.to(tl.float16)  # [BLOCK_K, BLOCK_D]
-    residual = scaled - rounded.to(tl.float32)  # [BLOCK_K, BLOCK_D]
-    squares = tl.sum(scaled * scaled, axis=1)  # [BLOCK_K]
-    tl.store(halves_ptr + offs_code, tl.where(near, squares / 2, tl.where(usable, BEYOND, UNUSABLE)))
-    offs = offs_code[:, None] * padded + offs_d[None, :]  # [BLOCK_K, BLOCK_D]
-    mask = (offs_d < padded)[None, :] & (offs_k >= 0)[:, None]  # [BLOCK_K, BLOCK_D]
-    tl.store(codes16_ptr + offs, rounded, mask=mask)
-    tl.store(codes32_ptr + offs, codes, mask=mask)
-    tl.atomic_max(bounds_ptr + head * 2, tl.sqrt(tl.max(squares, axis=0)))
-    tl.atomic_max(bounds_ptr + head * 2 + 1, tl.sqrt(tl.max(tl.sum(residual * residual, axis=1), axis=0)))
+    mask_d = offs_d < width  # [BLOCK_D]
+
+    offs_s = tl.arange(0, SAMPLE)  # [SAMPLE]
+    offs_code = offs_s if ALL else _spread(offs_s, num_codes, SAMPLE)  # [SAMPLE]
+    sample, there = _load_codes(codebook_ptr, codebook_stride_k, offs_code, num_codes, width, offs_d)
+    centre = _short_mean(sample, there)  # [BLOCK_D]
+    bins = tl.where(there, _length_bins(sample - centre[None, :]), _NO_BIN)  # [SAMPLE]
+    offs_n = _spread(offs_s.to(tl.int64), num_rows, SAMPLE)  # [SAMPLE]
+    x_ptrs = x_ptr + head * x_stride_h + offs_n[:, None] * x_stride_n + offs_d[None, :]  # [SAMPLE, BLOCK_D]
+    vectors = tl.load(x_ptrs, mask=mask_d[None, :] & (offs_n < num_rows)[:, None], other=0.0).to(tl.float32)
+    typical = _typical_bin(_length_bins(vectors - centre[None, :]))
+    reach = tl.maximum(typical, tl.min(bins, axis=0)) + _REACH
+    longest = tl.max(tl.where(bins < reach, bins, 0), axis=0)
+    reach = tl.minimum(reach, longest + (1 if ALL else 2))
+    exponent = _TOP - tl.maximum(reach - 1 - _ZERO_BIN, -100)
+    if program == 0:
+        tl.store(mean_ptr + offs_d, centre, mask=offs_d < padded)
+        if CLEAR:
+            tl.store(done_ptr + head, 0)
+
+    largest = 0.0
+    residual = 0.0
+    beyond = _BINS
+    for first in range(program * BLOCK_K, padded_codes, programs * BLOCK_K):
+        offs_k = first + tl.arange(0, BLOCK_K)  # [BLOCK_K]
+        mask_k = offs_k < padded_codes  # [BLOCK_K]
+        # [BLOCK_K, BLOCK_D], [BLOCK_K]
+        codes, usable = _load_codes(codebook_ptr, codebook_stride_k, offs_k, num_codes, width, offs_d)
+        codes = tl.where(usable[:, None], codes - centre[None, :], 0.0)
+        own = _length_bins(codes)  # [BLOCK_K]
+        near = usable & (own < reach)  # [BLOCK_K]
+        scaled = tl.where(near[:, None], codes * power_of_two(exponent), 0.0)  # [BLOCK_K, BLOCK_D]
+        rounded = scaled.to(tl.float16)  # [BLOCK_K, BLOCK_D]
+        rest = scaled - rounded.to(tl.float32)  # [BLOCK_K, BLOCK_D]
+        squares = tl.sum(scaled * scaled, axis=1)  # [BLOCK_K]
+        half = tl.where(near, squares / 2, tl.where(usable, BEYOND, UNUSABLE))  # [BLOCK_K]
+        tl.store(halves_ptr + offs_k, half, mask=mask_k)
+        offs = (head * padded_codes + offs_k)[:, None] * padded + offs_d[None, :]  # [BLOCK_K, BLOCK_D]
+        tl.store(codes16_ptr + offs, rounded, mask=mask_k[:, None] & (offs_d < padded)[None, :])
+        largest = tl.maximum(largest, tl.max(squares, axis=0))
+        residual = tl.maximum(residual, tl.max(tl.sum(rest * rest, axis=1), axis=0))
+        beyond = tl.minimum(beyond, tl.min(tl.where(usable & (own >= reach), own, _BINS), axis=0))
+        if CLEAR:
+            real = offs_k < num_codes  # [BLOCK_K]
+            offs_total = head * num_codes + offs_k  # [BLOCK_K]
+            tl.store(counts_ptr + offs_total, tl.zeros([BLOCK_K], tl.int64), mask=real)
+            sums_ptrs = sums_ptr + offs_total[:, None] * width + offs_d[None, :]  # [BLOCK_K, BLOCK_D]
+            zeros = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)  # [BLOCK_K, BLOCK_D]
+            tl.store(sums_ptrs, zeros, mask=real[:, None] & mask_d[None, :])
+    # A lesser length claims less, and its square stays in range.
+    far = power_of_two(tl.minimum(tl.minimum(beyond, _BINS - 2) - _ZERO_BIN + exponent, 60))
+    tl.store(facts_ptr + program, exponent.to(tl.float32))
+    tl.store(facts_ptr + programs + program, tl.sqrt(largest))
+    tl.store(facts_ptr + 2 * programs + program, tl.sqrt(residual))
+    tl.store(facts_ptr + 3 * programs + program, tl.where(beyond < _BINS, far, float("inf")))
 
 
-def scale_codes(codebook: Tensor, x: Tensor, padded_codes: int, padded_width: int) -> ScaledCodes:
-    """Prepares a codebook [H, K, D] for vectors x [H, N, D], both with a last axis of stride 1."""
+def prepare_programs(padded_codes: int, processors: int) -> int:
+    """How many programs prepare a codebook; a power of two."""
+    return min(1 << processors.bit_length() - 1, triton.next_power_of_2(triton.cdiv(padded_codes, 32)))
+
+
+def prepare_codes(
+    codebook: Tensor,
+    x: Tensor,
+    ready: Tensor,
+    codes16: Tensor,
+    totals: Sequence[Tensor] | None,
+    programs: int,
+) -> None:
+    """Prepares a codebook [H, K, D] for vectors x [H, N, D], both with a last axis of stride 1, N and D not 0.
+
+    K' and D' are K and D rounded up to whole blocks of the search, filled with zeros.
+
+    Args:
+        ready: float32 [H, 4 P + D' + K'], Filled with the facts of each program (`FACTS`;
+            of the exponents that of the first counts, as all are the same), the centre [D'], and half the squared norm
+            of each scaled code [K']: 2^120 where the code is not usable (not finite, or 2^62 and more), 2^119 where it
+            is beyond reach.
+        codes16: float16 [H, K', D'], filled with the codes scaled and rounded, zeros beyond reach.
+        programs: P, as `prepare_programs` says.
+        totals: sums float32 [H, K, D], counts int64 [H, K] and a counter int32 [H], set to zero if given.
+    """
     heads, num_codes, width = codebook.shape
-    parts = triton.cdiv(num_codes, _SUM_ROWS)
-    wide = triton.next_power_of_2(padded_width)
-    # What registers have room for, and a divisor of padded_codes.
-    block_k = min(32 if wide <= 128 else 16, padded_codes & -padded_codes)
-
-    def floats(*shape: int) -> Tensor:
-        return codebook.new_empty(shape, dtype=torch.float32)
-
-    def whole(*shape: int) -> Tensor:
-        return codebook.new_empty(shape, dtype=torch.int32)
-
-    table_size = heads * 3 * _BINS.value
-    zeros = codebook.new_zeros(table_size + heads * 2, dtype=torch.int32)
-    tables, sums, counts = zeros[:table_size], floats(heads, parts, wide), whole(heads, parts)
-    bins = whole(heads, padded_codes)
-    codes = ScaledCodes(
-        mean=floats(heads, padded_width),
-        exponents=whole(heads, 2),
-        bounds=zeros[table_size:].view(torch.float32).view(heads, 2),
-        halves=floats(heads, padded_codes),
-        codes16=codebook.new_empty((heads, padded_codes, padded_width), dtype=torch.float16),
-        codes32=floats(heads, padded_codes, padded_width),
-    )
-    stored = codebook, codebook.stride(0), codebook.stride(1)
-    options = {"BLOCK_K": block_k, "BLOCK_D": wide, "num_warps": 4, **FUSE}
-    grid = padded_codes // block_k, heads
-    _lengths_kernel[grid](*stored, tables, num_codes, width, **options)
-    _short_sums_kernel[(parts, heads)](
-        *stored, tables, sums, counts, num_codes, width, SUM_ROWS=_SUM_ROWS, **options
+    padded_codes, padded = codes16.shape[1:]
+    wide = triton.next_power_of_2(padded)
+    sample = min(_LARGEST_SAMPLE, _SAMPLE_ELEMENTS // (wide if wide <= 256 else 2 * wide))
+    sums, counts, done = (None, None, None) if totals is None else totals
+    _prepare_kernel[(programs, heads)](
+        codebook, codebook.stride(0), codebook.stride(1), x, x.stride(0), x.stride(1), ready, codes16,
+        sums, counts, done, num_codes, x.shape[1], width, padded, padded_codes, ready.shape[1],
+        CLEAR=totals is not None, ALL=num_codes <= sample, SAMPLE=sample, BLOCK_K=32 if wide <= 128 else 16,
+        BLOCK_D=wide, num_warps=_WARPS, **FUSE,
     )  # fmt: skip
-    _centre_kernel[grid](
-        *stored, x, x.stride(0), x.stride(1), sums, counts, parts, num_codes, x.shape[1], width, padded_width,
-        codes.mean, tables, bins, **options,
-    )  # fmt: skip
-    _prepare_kernel[grid](*stored, tables, bins, codes.mean, num_codes, width, padded_width, *codes[1:], **options)
-    return codes

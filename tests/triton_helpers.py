@@ -130,6 +130,7 @@ def compile_kernel(
     stages: int = 3,
     divisible: tuple[str, ...] = (),
     floats: tuple[str, ...] = (),
+    registers: int | None = None,
 ) -> Resources:
     """Compiles a kernel to machine code for a compute capability such as 90; needs no GPU.
 
@@ -141,6 +142,7 @@ def compile_kernel(
         constants: values of the constexpr arguments.
         warps, stages: launch options.
         divisible: integer arguments that are multiples of 16, as pointers always are.
+        registers: what a thread may have at most.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -152,7 +154,7 @@ def compile_kernel(
     signature |= {name: f"*{element}" for name, element in types.items()} | dict.fromkeys(constants, "constexpr")
     aligned = [i for i, name in enumerate(kernel.arg_names) if name in types or name in divisible]
     source = ASTSource(kernel, signature, dict(constants), {(i,): [["tt.divisibility", 16]] for i in aligned})
-    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True, "maxnreg": registers}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -194,8 +196,8 @@ class Launch(NamedTuple):
         floats = tuple(name for name, value in rest.items() if isinstance(value, float))
         divisible = tuple(name for name, value in rest.items() if name not in floats and value % 16 == 0)
         options.pop("enable_fp_fusion", None)
+        numbers = {"warps": warps, "stages": stages, "registers": options.pop("maxnreg", None)}
         constants.update(options)
-        numbers = {"warps": warps, "stages": stages}
         return compile_kernel(
             self.kernel, capability, types, constants, **numbers, divisible=divisible, floats=floats
         )  # fmt: skip

@@ -191,6 +191,17 @@ def far_vectors() -> Data:
     return x, codes
 
 
+def outliers() -> Data:
+    """More codes than decide centre and scale, far from the origin, with a few of other lengths among them."""
+    x, codes = random_data(300, 700, 24)
+    codes[0, 10::97] *= 2.5
+    codes[0, 333] *= 1e6
+    codes[0, 334] *= 40
+    x, codes = x + 10, codes + 10
+    codes[0, 500] = 0
+    return x, codes
+
+
 def heavy_tailed() -> Data:
     x, codes = random_data(150, 100, 24)
     return x * (2 * normal(1, 150, 1, seed=2)).exp(), codes * (2 * normal(1, 100, 1, seed=3)).exp()
@@ -233,6 +244,7 @@ DATA: dict[str, Callable[[], Data]] = {
     "offset-but-one-far": lambda: far(70, -1e5, offset=10.0),
     "offset-but-zeros": lambda: far(40, 0.0, offset=10.0),
     "far-vectors": far_vectors,
+    "outliers": outliers,
     "heavy-tailed": heavy_tailed,
     "two-sizes": two_sizes,
     "a-code-across-the-range": lambda: (1e-12 * far(70, 1e29)[0], 1e-12 * far(70, 1e29)[1]),
@@ -258,27 +270,14 @@ def check_data(name: str) -> Check:
     return check
 
 
-def undecided(x: Tensor, codes: Tensor, mode: str = "exact") -> float:
-    """Share of the vectors that are scored again."""
+def undecided(x: Tensor, codes: Tensor, mode: str = "exact") -> tuple[float, float]:
+    """Shares of the vectors that have a pair of codes compared, and that take a second pass."""
     from fastvq.kernels import nearest_code as kernels
 
-    rescore, seen = kernels._rescore_kernel, []
-
-    class Counting:
-        def __getitem__(self, grid: Any) -> Callable[..., None]:
-            def launch(*arguments: Any, **options: Any) -> None:
-                seen.append(arguments[rescore.arg_names.index("num_undecided_ptr")].sum().item())
-                rescore[grid](*arguments, **options)
-
-            return launch
-
-    kernels._rescore_kernel = Counting()  # type: ignore[assignment]
-    try:
-        search(x, codes, mode)
-    finally:
-        kernels._rescore_kernel = rescore
-    (number,) = seen
-    return float(number / x.shape[:2].numel())
+    numbers = torch.zeros(2, dtype=torch.int32, device=x.device)
+    kernels.nearest_code(x, codes, mode=mode, undecided=numbers)
+    pairs, crowded = (numbers / x.shape[:2].numel()).tolist()
+    return pairs, crowded
 
 
 def check_far_codes_leave_no_more_undecided(device: str) -> str:
@@ -287,16 +286,47 @@ def check_far_codes_leave_no_more_undecided(device: str) -> str:
     for offset in (0.0, 10.0):
         x, codes = (value.to(device) for value in far(70, 1.0, offset=offset))
         shares = {"none": undecided(x, codes)}
-        assert undecided(x, codes, "fast") == 0
+        assert undecided(x, codes, "fast") == (0, 0)
         for name, every, factor in (("one", 70, 1e6), ("one-near", 70, 50.0), ("half", 2, 1e6), ("most", 1, 1e5)):
             x, codes = (value.to(device) for value in far(every, factor, offset=offset))
             shares[name] = undecided(x, codes)
-            assert shares[name] <= shares["none"] + 0.02
-            assert undecided(x, codes, "fast") == 0
+            assert sum(shares[name]) <= sum(shares["none"]) + 0.02
+            assert undecided(x, codes, "fast") == (0, 0)
         said.append(f"offset {offset}: {shares}")
     x, codes = (value.to(device) for value in far_vectors())
-    assert 0 < undecided(x, codes, "fast") < 0.1
+    assert 0 < undecided(x, codes, "fast")[1] < 0.1
     return "; ".join(said)
+
+
+def check_few_are_undecided(device: str) -> str:
+    """On random vectors a second pass is rare, with all codes in the sample that decides the scale, and with some."""
+    said = []
+    # Among the codes within reach one is ten times as long as the others, and the bound is proportional to it.
+    for data, most in ((random_data(300, 500, 24), 0.04), (random_data(300, 600, 24), 0.04), (outliers(), 0.2)):
+        pairs, crowded = undecided(*(value.to(device) for value in data))
+        assert pairs < most
+        assert crowded < most / 2
+        said.append(f"{pairs:.2%} and {crowded:.2%}")
+    return ", ".join(said)
+
+
+def check_many_blocks_of_codes(device: str) -> None:
+    """Groups of blocks as a codebook of more than 8192 codes has them, here of 4."""
+    from fastvq.kernels import nearest_code as kernels
+
+    x, codes = (value.to(device) for value in random_data(40, 1100, 20))
+    twice = codes[:, torch.arange(1100) % 400]
+    x = torch.cat([x, twice[:, 5:900:30]], 1)
+    bits = kernels._MOST_BITS
+    kernels._MOST_BITS = 2
+    kernels._plan.cache_clear()
+    try:
+        for table in (codes, twice):
+            assert_exact(x, table, search(x, table))
+            assert_fast(x, table, search(x, table, "fast"))
+    finally:
+        kernels._MOST_BITS = bits
+        kernels._plan.cache_clear()
 
 
 def check_far_codes_of_one_head(device: str) -> None:
@@ -424,6 +454,51 @@ def check_exact_statistics(device: str) -> None:
     assert_statistics(x, codes, None, got)
 
 
+def check_launches(device: str) -> str:
+    """Search, statistics and move of a codebook are four launches; PyTorch does no more than allocate."""
+    from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+    from fastvq.kernels import nearest_code as kernels
+    from fastvq.ops.ema_update.backends import BACKENDS as UPDATE
+    from fastvq.ops.ema_update.options import Options
+    from fastvq.ops.nearest_code.backends import BACKENDS as SEARCH
+    from fastvq.ops.nearest_code.options import StatisticsOptions
+
+    seen: list[str] = []
+    kind: Any = type(kernels._search_kernel)
+    launch = kind.run
+
+    def run(kernel: Any, *given: Any, **options: Any) -> Any:
+        seen.append(kernel.fn.__name__)
+        with _disable_current_modes():
+            return launch(kernel, *given, **options)
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if not any(returned.alias_info for returned in func._schema.returns) and "empty" not in func.__name__:
+                seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    x, codes = (value.to(device) for value in random_data(200, 512, 64))
+    cluster_size, embedding_sum = torch.ones(1, 512, device=device), codes.clone()
+    said = {}
+    for deterministic in (False, True):
+        seen.clear()
+        kind.run = run
+        try:
+            with Watching():
+                search = SEARCH.select("triton", x, codes).run.statistics
+                _, sums, counts, _ = search(x, codes, None, StatisticsOptions("exact", deterministic, False, "triton"))
+                given = counts, sums, cluster_size, embedding_sum, codes
+                UPDATE.select("triton", *given).run(*given, Options(0.99, 1e-5, True, "triton"))
+        finally:
+            kind.run = launch
+        said[deterministic] = list(seen)
+    assert said[False] == ["_prepare_kernel", "_search_kernel", "_statistics_kernel", "_update_kernel"]
+    assert len(said[True]) <= 9
+    return f"deterministic: {said[True]}"
+
+
 def check_public_operation(device: str) -> None:
     """Dispatch, the cosine and gradients, against the plain backend."""
     from fastvq.ops import nearest_code, nearest_code_statistics
@@ -454,6 +529,8 @@ GROUPS: dict[str, dict[str, Check]] = {
         **{name: check_data(name) for name in DATA},
         "fast-is-wrong-where-exact-is-not": check_fast_is_wrong_where_exact_is_not,
         "far-codes-leave-no-more-undecided": check_far_codes_leave_no_more_undecided,
+        "few-are-undecided": check_few_are_undecided,
+        "many-blocks-of-codes": check_many_blocks_of_codes,
         "far-codes-of-one-head": check_far_codes_of_one_head,
         "wide-vectors-are-refused": check_wide_vectors_are_refused,
     },
@@ -466,6 +543,7 @@ GROUPS: dict[str, dict[str, Check]] = {
         "deterministic": check_deterministic,
         "everything-masked": check_everything_masked,
         "exact": check_exact_statistics,
+        "launches": check_launches,
         "public-operation": check_public_operation,
     },
 }

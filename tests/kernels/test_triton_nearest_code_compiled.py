@@ -2,118 +2,97 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
-from triton_helpers import assert_fits, compile_kernel, needs_compiler, needs_triton
-
-TYPES = {
-    "mean_ptr": "fp32",
-    "exponents_ptr": "i32",
-    "bounds_ptr": "fp32",
-    "halves_ptr": "fp32",
-    "codes16_ptr": "fp16",
-    "codes32_ptr": "fp32",
-    "indices_ptr": "i64",
-    "limits_ptr": "fp32",
-    "undecided_ptr": "i32",
-    "num_undecided_ptr": "i32",
-}
+import torch
+from triton_helpers import Launch, Recorder, assert_fits, needs_compiler, needs_triton
 
 
-def compile_search(width: int, num_codes: int, capability: int, kind: str, dtype: str) -> Any:
-    from fastvq.kernels import nearest_code as kernels
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launch]]:
+    """What is launched, instead of launching it."""
+    from fastvq.kernels import code_statistics, nearest_code, scaled_codes
 
-    kernel = kernels._rescore_kernel if kind == "rescore" else kernels._search_kernel
-    tiles = (kernels.rescore_tiles if kind == "rescore" else kernels.search_tiles)(width, num_codes, capability)
-    constants: dict[str, Any] = {
-        "BLOCK_N": tiles.block_n,
-        "BLOCK_K": tiles.block_k,
-        "BLOCK_D": tiles.block_d,
-        "CHUNKS": -(-width // tiles.block_d),
-    }
-    if kind != "rescore":
-        constants["EXACT"] = kind == "exact"
-    types = {"x_ptr": dtype, **{name: value for name, value in TYPES.items() if name in kernel.arg_names}}
-    divisible = tuple({"x_stride_h", "x_stride_n", "width", "padded"} & set(kernel.arg_names))
-    return compile_kernel(
-        kernel, capability, types, constants, warps=tiles.warps, stages=tiles.stages, divisible=divisible
-    )
+    found: list[Launch] = []
+    for module, name in (
+        (scaled_codes, "_prepare_kernel"),
+        (nearest_code, "_search_kernel"),
+        (code_statistics, "_statistics_kernel"),
+        (code_statistics, "_segment_sum_kernel"),
+    ):
+        monkeypatch.setattr(module, name, Recorder(getattr(module, name), found))
+    yield found
+    nearest_code._plan.cache_clear()
+
+
+def pretend(capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastvq.kernels import nearest_code
+    from fastvq.kernels.launch import Device
+
+    nearest_code._plan.cache_clear()
+    monkeypatch.setattr(nearest_code, "hardware", lambda device: Device(capability, 132))
 
 
 @needs_triton
 @needs_compiler
 @pytest.mark.parametrize(
-    ("capability", "width", "dtype", "kinds"),
+    ("capability", "width", "dtype", "modes"),
     [
-        (90, 64, "fp32", "exact fast rescore"),
-        (90, 128, "bf16", "exact"),
-        (90, 256, "fp32", "exact rescore"),
-        (90, 512, "fp32", "exact"),
-        (80, 128, "fp32", "exact"),
-        (80, 256, "bf16", "rescore"),
-        (80, 512, "fp32", "rescore"),
-        (100, 64, "fp32", "rescore"),
-        (100, 256, "fp32", "exact"),
-        (100, 512, "bf16", "rescore"),
+        (90, 64, torch.float32, "exact fast"),
+        (90, 128, torch.bfloat16, "exact"),
+        (90, 256, torch.float32, "exact"),
+        (90, 512, torch.float32, "exact"),
+        (80, 128, torch.float32, "exact"),
+        (80, 256, torch.bfloat16, "exact"),
+        (80, 512, torch.float32, "exact"),
+        (100, 64, torch.float32, "exact"),
+        (100, 256, torch.float32, "exact"),
+        (100, 512, torch.bfloat16, "exact"),
     ],
+    ids=str,
 )
-def test_compiled_search_fits_the_chip(capability: int, width: int, dtype: str, kinds: str) -> None:
-    for kind in kinds.split():
-        resources = compile_search(width, 8192, capability, kind, dtype)
+def test_compiled_search_fits_the_chip(
+    capability: int,
+    width: int,
+    dtype: torch.dtype,
+    modes: str,
+    launches: list[Launch],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from fastvq.kernels import nearest_code
+
+    pretend(capability, monkeypatch)
+    x, codes = torch.empty(1, 4096, width, dtype=dtype), torch.empty(1, 8192, width)
+    for mode in modes.split():
+        launches.clear()
+        nearest_code.nearest_code(x, codes, mode=mode)
+        resources = launches[-1].compile(capability)
         assert_fits(resources, capability)
-        # Blocks of 32 vectors are too small for the larger instructions.
-        small = kind == "rescore" and width > 256
-        instruction = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[80 if small else capability]
+        instruction = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[capability]
         assert instruction in resources.ptx
-        if capability == 90 and width <= 128 and kind != "rescore":
-            # Two programs of 8 warps share a multiprocessor's 64 Ki registers and 228 KiB of shared memory.
-            assert resources.registers <= 128
-            assert 2 * (resources.shared + 1024) <= 228 * 1024
+        # As many programs as are meant to share a multiprocessor have its 64 Ki registers and its shared memory.
+        tiles = nearest_code.search_tiles(width, 8192, capability)
+        assert tiles.programs * tiles.warps * 32 * resources.registers <= 64 * 1024
+        assert tiles.programs * (resources.shared + 1024) <= (164 if capability == 80 else 228) * 1024
 
 
 @needs_triton
 @needs_compiler
 @pytest.mark.parametrize("capability", [80, 90, 100])
-def test_compiled_preparation_and_statistics_fit_the_chip(capability: int) -> None:
-    from fastvq.kernels import code_statistics, scaled_codes
+@pytest.mark.parametrize(("num_codes", "width"), [(512, 64), (8192, 128), (300, 512)])
+def test_compiled_preparation_and_statistics_fit_the_chip(
+    capability: int, num_codes: int, width: int, launches: list[Launch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastvq.kernels import nearest_code
 
-    ready = {name: TYPES[name] for name in ("exponents_ptr", "bounds_ptr", "halves_ptr", "codes16_ptr", "codes32_ptr")}
-    tables, sums = {"codebook_ptr": "fp32", "tables_ptr": "i32"}, {"sums_ptr": "fp32", "counts_ptr": "i32"}
-    centre = {**tables, **sums, "x_ptr": "bf16", "mean_ptr": "fp32", "bins_ptr": "i32"}
-    given = {"x_ptr": "bf16", "sums_ptr": "fp32", "counts_ptr": "i64"}
-    pointers = {
-        **given,
-        "codebook_ptr": "fp32",
-        "indices_ptr": "i64",
-        "mask_ptr": "u8",
-        "errors_ptr": "fp32",
-        "keys_ptr": "i32",
-    }
-    for kernel, types, constants in (
-        *(
-            part
-            for block, width in ((32, 128), (16, 512))
-            for part in (
-                (scaled_codes._lengths_kernel, tables, {"BLOCK_K": block, "BLOCK_D": width}),
-                (
-                    scaled_codes._short_sums_kernel,
-                    {**tables, **sums},
-                    {"SUM_ROWS": 512, "BLOCK_K": block, "BLOCK_D": width},
-                ),
-                (scaled_codes._centre_kernel, centre, {"BLOCK_K": block, "BLOCK_D": width}),
-                (
-                    scaled_codes._prepare_kernel,
-                    {**tables, **ready, "mean_ptr": "fp32", "bins_ptr": "i32"},
-                    {"BLOCK_K": block, "BLOCK_D": width},
-                ),
-            )
-        ),
-        (code_statistics._statistics_kernel, pointers, {"MASKED": True, "ATOMIC": True, "BLOCK_N": 32, "BLOCK_D": 32}),
-        (
-            code_statistics._segment_sum_kernel,
-            {**given, "order_ptr": "i64", "ends_ptr": "i64"},
-            {"BLOCK_N": 32, "BLOCK_D": 32},
-        ),
-    ):
-        assert_fits(compile_kernel(kernel, capability, types, constants, warps=4), capability)
+    pretend(capability, monkeypatch)
+    x, codes = torch.zeros(1, 4096, width, dtype=torch.bfloat16), torch.zeros(1, num_codes, width)
+    mask = torch.ones(1, 4096, dtype=torch.bool)
+    for given, deterministic in ((None, False), (mask, True)):
+        nearest_code.nearest_code_statistics(x, codes, given, mode="exact", deterministic=deterministic)
+    compiled = [launch for launch in launches if launch.kernel.__name__ != "_search_kernel"]
+    # The second preparation is the first again.
+    assert len(compiled) == 5
+    for launch in (compiled[0], compiled[1], compiled[3], compiled[4]):
+        assert_fits(launch.compile(capability), capability)
