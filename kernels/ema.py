@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvq.kernels.launch import on_device
+from fastvq.kernels.launch import hardware, on_device
+from fastvq.kernels.tuning import tuned
 
 __all__ = ["ema_update"]
 
@@ -39,14 +40,22 @@ class Tiles(NamedTuple):
     parts: int
 
 
-# (codes x columns at a time, warps) of a codebook that one program moves, and of one that many do.
-CANDIDATES = ((8192, 16), (4096, 8), (2048, 4))
+class Block(NamedTuple):
+    """Codes x columns at a time, and warps."""
+
+    elements: int
+    warps: int
 
 
-def update_tiles(num_codes: int, width: int) -> Tiles:
+# Of a codebook that one program moves the first, of one that many do the last.
+CANDIDATES = (Block(8192, 16), Block(4096, 8), Block(2048, 4))
+
+
+def update_tiles(num_codes: int, width: int, capability: int) -> Tiles:
     """Tiles of `_update_kernel`; one multiprocessor alone needs many loads in flight."""
     alone = num_codes * width <= _SMALL
-    elements, warps = CANDIDATES[0 if alone else -1]
+    sizes = f"d{triton.next_power_of_2(max(width, 1))} k{triton.next_power_of_2(num_codes)}"
+    elements, warps = tuned("ema_update", capability, sizes, CANDIDATES) or CANDIDATES[0 if alone else -1]
     block_d = min(128, triton.next_power_of_2(max(width, 1)))
     block_k = min(elements // block_d, triton.next_power_of_2(num_codes))
     parts = 1 if alone else min(triton.cdiv(num_codes, block_k), _MOST_PARTS)
@@ -150,7 +159,7 @@ def ema_update(
     heads = embedding.shape[0] if embedding.ndim == 3 else 1
     if heads == 0 or num_codes == 0:
         return
-    tiles = update_tiles(num_codes, width)
+    tiles = update_tiles(num_codes, width, hardware(embedding.device).capability)
     grid = tiles.parts, heads
     given = counts, sums, cluster_size, embedding_sum, embedding
     numbers = float(decay), 1.0 - decay, float(eps), num_codes, width

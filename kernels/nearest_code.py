@@ -73,6 +73,7 @@ from fastvq.kernels.scaled_codes import (
     prepare_programs,
     scale_exponent,
 )
+from fastvq.kernels.tuning import tuned
 
 __all__ = ["nearest_code", "nearest_code_statistics"]
 
@@ -132,11 +133,13 @@ def search_tiles(width: int, num_codes: int, capability: int) -> Tiles:
     """
     hopper = 90 <= capability < 100
     if width <= 128:
-        tiles = CANDIDATES[0 if hopper else 1]
+        fitting = CANDIDATES[0:2] if hopper else CANDIDATES[1:2]
     elif hopper:
-        tiles = CANDIDATES[2 if width <= 256 else 3]
+        fitting = CANDIDATES[2:5] if width <= 256 else CANDIDATES[3:4]
     else:
-        tiles = CANDIDATES[4 if width <= 256 else 5]
+        fitting = CANDIDATES[4:6] if width <= 256 else CANDIDATES[5:6]
+    sizes = f"d{triton.next_power_of_2(width)} k{triton.next_power_of_2(num_codes)}"
+    tiles = tuned("nearest_code", capability, sizes, fitting) or fitting[0]
     block_k = min(tiles.block_k, max(16, triton.next_power_of_2(num_codes)))
     return tiles._replace(block_k=block_k, block_d=min(tiles.block_d, max(16, triton.next_power_of_2(width))))
 
@@ -447,11 +450,9 @@ class _Plan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=256)
-def _plan(heads: int, num_rows: int, num_codes: int, width: int, exact: bool, device: torch.device) -> _Plan:
+def _plan(heads: int, num_rows: int, num_codes: int, width: int, exact: bool, tiles: Tiles, processors: int) -> _Plan:
     if width > _LARGEST_WIDTH:
         raise UnavailableError(f"x: expected vectors of at most {_LARGEST_WIDTH} numbers for Triton, got {width}")
-    capability, processors = hardware(device)
-    tiles = search_tiles(width, num_codes, capability)
     chunks, blocks = triton.cdiv(width, tiles.block_d), triton.cdiv(num_codes, tiles.block_k)
     padded, padded_codes = chunks * tiles.block_d, blocks * tiles.block_k
     bits = min(_MOST_BITS, (blocks - 1).bit_length())
@@ -487,7 +488,10 @@ def _search(
 ) -> None:
     """Fills indices [H, N], and makes totals ready to be added to."""
     heads, num_rows, width = x.shape
-    plan = _plan(heads, num_rows, codebook.shape[1], width, exact, x.device)
+    capability, processors = hardware(x.device)
+    num_codes = codebook.shape[1]
+    tiles = search_tiles(width, num_codes, capability)
+    plan = _plan(heads, num_rows, num_codes, width, exact, tiles, processors)
     ready = x.new_empty((heads, plan.ready_size), dtype=torch.float32)
     codes16 = x.new_empty((heads, plan.padded_codes, plan.padded), dtype=torch.float16)
     prepare_codes(codebook, x, ready, codes16, totals, plan.options["PROGRAMS"])
