@@ -182,8 +182,9 @@ def _nearest(
     score = (least - shift) * power_of_two(half) * power_of_two(unscale - half)
     finite = (least < BEYOND / 2) & (tl.abs(score) < float("inf"))
     error += 1.01 * (BLOCK_K + 4) * (2.0**-23) * least
-    # Where no code is beyond reach a score may be as large as it likes.
-    beyond = ((least - shift + error < horizon) == 0) & (far < float("inf"))
+    # Whole numbers: where no code is beyond reach a score may be as large as it likes.
+    any_beyond = tl.where(far < float("inf"), 1, 0)
+    beyond = ((least - shift + error < horizon) == 0).to(tl.int32) * any_beyond > 0
     unsure = beyond
     if EXACT:
         unsure = unsure | ((second > least + 2 * error) == 0)
