@@ -78,7 +78,7 @@ FASTVQ_DEVICE Item item_of(const Instr& instr, int first_sample, int item) {
 // Of the first item of every thread, what needs no wait.
 FASTVQ_DEVICE void load_early(const StepArgs& args, const BlockState& state, const Instr& instr) {
     if (instr.num_early == 0) return;
-    const int items = samples_at_once(args.layout, args.batch) * instr.count;
+    const int items = smaller(samples_at_once(args.layout, args.batch), args.batch) * instr.count;
     if (static_cast<int>(threadIdx.x) < items) {
         load_planes(state, instr, 0, instr.num_early, item_of(instr, 0, threadIdx.x));
     }

@@ -122,14 +122,15 @@ enum class Stores : int32_t {
 // Numbers between steps are in *planes*, a float for each thread and plane.
 struct Step {
     StepCode code;
-    int32_t op;        // whose values it computes, or reads
-    int32_t starts;    // load: of the operation's starts instead of its values
-    int32_t planes[2]; // of the result's halves; the second is -1 if there is one half
+    int32_t op;             // whose values it computes, or reads
+    int32_t starts;         // load: of the operation's starts instead of its values
+    int32_t planes[2];      // of the result's halves; the second is -1 if there is one half
     int32_t sources[2][2];  // planes of what it reads, by source and half
-    int32_t half;      // channels between the halves that it loads or stores
+    int32_t half;           // channels between the halves that it loads or stores
     Stores stores;
-    int32_t num_taps;  // lookup: float [num_taps][num_codes][count * halves], only the slice, at byte `weights` of
-    int64_t weights;   // Program::weights
+    // Lookup: float [num_taps][num_codes][count * halves], only the slice, at byte `weights` of Program::weights.
+    int32_t num_taps;
+    int64_t weights;
 };
 
 struct Instr {
@@ -246,8 +247,11 @@ int64_t work_bytes(const Instr& instr, const StepShape& shape);
 constexpr int kMaxTerms = 16;
 static_assert(kMaxTerms >= kMaxSegments, "room for all terms of an operation");
 
-// Bytes of an affine instruction, at most: vectors being multiplied, and in the same place afterwards partial sums.
-constexpr int kStageBytes = 128 * kThreads;
+// Bytes of an affine instruction, at most: vectors being multiplied, and in the same place afterwards partial sums. With
+// fragments 64 vectors of 512 numbers fit, since every piece waits for the second-level cache once.
+FASTVQ_HOST_DEVICE constexpr int stage_bytes(Layout layout) {
+    return (layout == Layout::kFragments ? 272 : 128) * kThreads;
+}
 
 FASTVQ_HOST_DEVICE constexpr int round_up(int count, int multiple) {
     return (count + multiple - 1) / multiple * multiple;
@@ -304,7 +308,7 @@ FASTVQ_HOST_DEVICE constexpr AffineWork affine_work(Layout layout, int columns, 
     work.partials = fragments ? work.splits : kThreads / larger(work.lanes, 32);
     work.samples = samples_at_once(layout, batch);
     const int padding = fragments ? 8 : 0, step = fragments ? 16 : 4, size = fragments ? 2 : 4;
-    const int room = kStageBytes / size / work.samples - padding;
+    const int room = stage_bytes(layout) / size / work.samples - padding;
     work.piece = smaller(round_up(depth, step), round_down(room, step));
     work.row = work.piece + padding;
     const int64_t stage = static_cast<int64_t>(work.samples) * work.row * size;

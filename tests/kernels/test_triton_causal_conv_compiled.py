@@ -89,7 +89,6 @@ COMPILED = [
     *itertools.product(("pointwise", "of-input"), ("bfloat16",), (90, 100)),
     ("of-pointwise", "bfloat16", 90),
     ("pointwise", "float16", 80),
-    ("bfloat16", 90),
     ("small", "bfloat16", 80),
     ("small", "ieee", 90),
     ("single", "bfloat16", 90),

@@ -9,12 +9,8 @@ from triton_helpers import Resources, assert_fits, compile_kernel, needs_compile
 
 TYPES = {
     "codebooks_ptr": "fp32",
-    "mean_ptr": "fp32",
-    "exponents_ptr": "i32",
-    "bounds_ptr": "fp32",
-    "halves_ptr": "fp32",
+    "ready_ptr": "fp32",
     "codes16_ptr": "fp16",
-    "codes32_ptr": "fp32",
     "depths_ptr": "i64",
     "found_ptr": "i32",
     "indices_ptr": "i64",
@@ -57,6 +53,7 @@ def test_compiled_levels_fit_the_chip(capability: int, width: int, dtype: str, e
         BLOCK_N=tiles.block_n,
         BLOCK_K=tiles.block_k,
         BLOCK_D=width,
+        PROGRAMS=32,
         EXACT=exact,
         PARTLY=partly,
     )

@@ -39,7 +39,7 @@ from fastvq import _engine
 from fastvq.kernels.launch import Device
 from fastvq.models import Prior
 from fastvq.sampling import EngineOptions, describe, sample
-from fastvq.sampling.engines import cuda, cuda_grid, fill, front_launch, static_inputs
+from fastvq.sampling.engines import cuda, cuda_grid, fill, front_weights, static_inputs
 from fastvq.sampling.engines.cuda import CudaEngine, why_library_rows
 from fastvq.sampling.engines.cuda_grid import CudaStep, Grid, make_views
 from fastvq.sampling.engines.cuda_rows import ProductState, RowProducts, product_bytes, row_launches
@@ -384,7 +384,7 @@ def test_compiled_kernels_fit_the_chip(
 ) -> None:
     """As a layer of 256 channels over 32 x 32 positions launches them."""
     prior = snail(shape=(32, 32), channels=256, residual_channels=256, kernel_size=5, num_codes=512)
-    monkeypatch.setattr(front_launch, "hardware", lambda device: Device(capability, 132))
+    monkeypatch.setattr(front_weights, "hardware", lambda device: Device(capability, 132))
     state_of(prior, 16, precision).begin_row(1)
     assert [launch.kernel.__name__ for launch in launches] == ["_product_kernel", "_tail_kernel"]
     for launch in launches:
