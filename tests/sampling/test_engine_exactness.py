@@ -84,7 +84,7 @@ def prior_of(config: PixelSNAILConfig | GatedPixelCNNConfig, seed: int) -> Prior
     return spread(prior, seed)
 
 
-@settings(drawn, max_examples=150)
+@settings(drawn, max_examples=100)
 @given(config=pixelsnails(), seed=st.integers(0, 2**31), threads=st.sampled_from((1, 2)))
 def test_logits_of_pixelsnail(config: PixelSNAILConfig, seed: int, threads: int) -> None:
     prior = prior_of(config, seed)
@@ -93,7 +93,7 @@ def test_logits_of_pixelsnail(config: PixelSNAILConfig, seed: int, threads: int)
     require_logits("cpu", prior, codes, given_too, threads=threads)
 
 
-@settings(drawn, max_examples=60)
+@settings(drawn, max_examples=40)
 @given(config=pixelcnns(), seed=st.integers(0, 2**31), threads=st.sampled_from((1, 2)))
 def test_logits_of_gated_pixelcnn(config: GatedPixelCNNConfig, seed: int, threads: int) -> None:
     prior = prior_of(config, seed)

@@ -81,7 +81,7 @@ def test_tiles_threads_and_batches(kind: str, bf16: bool) -> None:
         assert torch.equal(values, logits[:n]), (n, tile)
 
 
-@settings(drawn, max_examples=80)
+@settings(drawn, max_examples=50)
 @given(
     config=pixelsnails(),
     shape=st.sampled_from(((1, 8), (8, 1), (5, 4), (9, 5), (4, 8), (6, 6))),
