@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -42,13 +44,29 @@ class Tiles(NamedTuple):
     stages: int
 
 
-def measured(
-    kernel: str, rule: Tiles, candidates: tuple[Tiles, ...],
-    widest: int, dtype: torch.dtype, capability: int, precision: str, dropout: bool,
-) -> Tiles:  # fmt: skip
-    """Tiles of the table, or those of the rule, the largest of ``candidates`` that leave no register spilled."""
-    sizes = f"{dtype} {precision} w{widest}{' dropout' if dropout else ''}"
-    return tuned(kernel, capability, sizes, candidates[candidates.index(rule) :]) or rule
+Rule = Callable[[int, torch.dtype, int, str, bool], Tiles]
+Choice = Callable[[int, int, torch.dtype, int, str, bool], Tiles]
+
+
+def measured(kernel: str, candidates: tuple[Tiles, ...]) -> Callable[[Rule], Choice]:
+    """Makes a rule for the wider of queries and values a function of both widths that asks the table first.
+
+    A rule takes the largest of ``candidates`` that leave no register spilled, and these come largest first.
+    """
+
+    def make(rule: Rule) -> Choice:
+        @functools.wraps(rule)
+        def tiles(
+            query_width: int, value_width: int, dtype: torch.dtype, capability: int, precision: str, dropout: bool
+        ) -> Tiles:
+            widest = max(block_width(query_width), block_width(value_width))
+            found = rule(widest, dtype, capability, precision, dropout)
+            sizes = f"{dtype} {precision} w{widest}{' dropout' if dropout else ''}"
+            return tuned(kernel, capability, sizes, candidates[candidates.index(found) :]) or found
+
+        return tiles
+
+    return make
 
 
 @triton.jit

@@ -49,16 +49,9 @@ FORWARD_TILES = (
 )
 
 
-def forward_tiles(
-    query_width: int, value_width: int, dtype: torch.dtype, capability: int, precision: str, dropout: bool
-) -> Tiles:
+@measured("causal_attention", FORWARD_TILES)
+def forward_tiles(widest: int, dtype: torch.dtype, capability: int, precision: str, dropout: bool) -> Tiles:
     """Those of FORWARD_TILES that `_forward_kernel` takes: the largest that leave no register spilled."""
-    widest = max(block_width(query_width), block_width(value_width))
-    rule = _forward_tiles(widest, dtype, capability, precision, dropout)
-    return measured("causal_attention", rule, FORWARD_TILES, widest, dtype, capability, precision, dropout)
-
-
-def _forward_tiles(widest: int, dtype: torch.dtype, capability: int, precision: str, dropout: bool) -> Tiles:
     if dtype == torch.float32:
         if widest <= 64:
             return Tiles(32, 32 if precision == "tf32" else 16, 8, 1)

@@ -38,16 +38,9 @@ KEY_TILES = (
 )
 
 
-def query_tiles(
-    query_width: int, value_width: int, dtype: torch.dtype, capability: int, precision: str, dropout: bool
-) -> Tiles:
+@measured("causal_attention_query_gradient", QUERY_TILES)
+def query_tiles(widest: int, dtype: torch.dtype, capability: int, precision: str, dropout: bool) -> Tiles:
     """Those of QUERY_TILES that `_query_gradient_kernel` takes: the largest that leave no register spilled."""
-    widest = max(block_width(query_width), block_width(value_width))
-    rule = _query_tiles(widest, dtype, capability, precision, dropout)
-    return measured("causal_attention_query_gradient", rule, QUERY_TILES, widest, dtype, capability, precision, dropout)
-
-
-def _query_tiles(widest: int, dtype: torch.dtype, capability: int, precision: str, dropout: bool) -> Tiles:
     if dtype == torch.float32:
         return Tiles(16, 16, 8, 1)
     if widest <= 128:
@@ -55,16 +48,9 @@ def _query_tiles(widest: int, dtype: torch.dtype, capability: int, precision: st
     return Tiles(32, 32, 8, 1)
 
 
-def key_tiles(
-    query_width: int, value_width: int, dtype: torch.dtype, capability: int, precision: str, dropout: bool
-) -> Tiles:
+@measured("causal_attention_key_gradient", KEY_TILES)
+def key_tiles(widest: int, dtype: torch.dtype, capability: int, precision: str, dropout: bool) -> Tiles:
     """Those of KEY_TILES that `_key_value_gradient_kernel` takes, which holds two sums: the largest without spills."""
-    widest = max(block_width(query_width), block_width(value_width))
-    rule = _key_tiles(widest, dtype, capability, precision, dropout)
-    return measured("causal_attention_key_gradient", rule, KEY_TILES, widest, dtype, capability, precision, dropout)
-
-
-def _key_tiles(widest: int, dtype: torch.dtype, capability: int, precision: str, dropout: bool) -> Tiles:
     if dtype == torch.float32:
         return Tiles(16, 32 if widest <= 64 or precision == "tf32" else 16, 8, 1)
     if widest <= 64:
