@@ -91,16 +91,14 @@ def sample(
         micro_batch: most samples computed together, a means against memory; the default is what is fastest within the
             memory limit. The codes of a sample do not depend on it with the ``cpu`` engine, nor on threads or on the
             other samples of a call, and processors with AVX2 or AVX-512 give the same. The same holds for the ``cuda``
-            engine on one GPU with two exceptions in raster order, that is for priors with attention and the gated
-            PixelCNN: with ``bfloat16``, and where library convolutions do the row phase (see
-            :class:`fastvq.sampling.EngineOptions`), they are padded to micro-batches of one size, and depend on that
-            size by rounding. With the ``torch`` and ``naive`` engines, whose library rounds differently for other
-            batches, logits may differ by float32 rounding between micro-batches.
+            engine on one GPU, unless library convolutions do the row phase of a prior with attention or of the gated
+            PixelCNN (see :class:`fastvq.sampling.EngineOptions`): then samples are padded to micro-batches of one size,
+            and depend on that size by rounding. With the ``torch`` and ``naive`` engines, whose library rounds
+            differently for other batches, logits may differ by float32 rounding between micro-batches.
         memory_limit: bytes that a cached engine may use beyond the prior itself (see :func:`fastvq.explain`). Without
             one a micro-batch of more than 8 samples takes no more than 2 GiB.
         precision: ``bfloat16`` halves the weights that the ``cuda`` and ``cpu`` engines read at each position. Faster
-            for small micro-batches, and not exact; the ``cuda`` engine also rounds what the weights are multiplied by,
-            in the steps of raster order with a ``micro_batch`` of 8 or more.
+            for small micro-batches, and not exact; the ``cuda`` engine also rounds what the weights are multiplied by.
         options: everything an engine can be told, ``precision`` included (then leave that argument out): threads,
             instruction set, row phase, tile, CUDA graph.
 

@@ -22,8 +22,8 @@ class EngineOptions:
 
     Attributes:
         precision: of the weights of the ``cpu`` and ``cuda`` engines; sums are float32 either way. ``bfloat16`` halves
-            the memory traffic and is not exact. The ``cuda`` engine rounds what weights are multiplied by as well; in
-            raster order the steps of a row do so with 8 samples or more, and library convolutions never.
+            the memory traffic and is not exact. The ``cuda`` engine rounds what weights are multiplied by as well,
+            except in library convolutions.
         threads: of the ``cpu`` engine, 1 to 1024; None for PyTorch's number. Steps with little work take fewer.
         kernels: instruction set of the ``cpu`` engine: ``auto``, ``avx512``, ``avx2`` or ``baseline``.
         row_kernel: what works out in the ``cuda`` engine what is known when a row starts: None for the products that it

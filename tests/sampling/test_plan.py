@@ -117,6 +117,14 @@ def test_plans_are_whole(kind: str, told: str) -> None:
     assert {op.index for op in plan.step_ops()} == {op.index for op in plan.ops if plan.level[op.index] >= 0}
 
 
+@pytest.mark.parametrize("kind", sorted(PRIORS))
+def test_a_plan_lies_where_the_prior_does(kind: str) -> None:
+    """Also the biases that a prior does not have: kernels take all of them from one device."""
+    plan = compile_plan(PRIORS[kind](**GIVEN["labels"]).to("meta"))
+    found = [tensor for op in plan.ops for tensor in (op.bias, op.weight, *(term.weight for term in op.terms))]
+    assert {tensor.device.type for tensor in found if tensor is not None} == {"meta"}
+
+
 def test_what_nothing_reads_is_dropped() -> None:
     """The vertical stack has no use for the last layer's gate, nor for the context that would go into it."""
     layers = 3

@@ -52,7 +52,8 @@ class Graph:
 
     def affine(self, terms: Sequence[Term], bias: Tensor | None) -> int:
         channels = terms[0].weight.shape[2]
-        bias = torch.zeros(channels, dtype=torch.float32) if bias is None else bias
+        if bias is None:
+            bias = torch.zeros(channels, dtype=torch.float32, device=terms[0].weight.device)
         return self.add_op(Op(self.next, "affine", channels, terms=tuple(terms), bias=bias))
 
     def activation(self, source: int, variant: str) -> int:
