@@ -23,7 +23,7 @@ from bench.machine import ROOT
 from bench.registry import PEERS, PROBLEMS, contender, peers_of
 
 # At most; each holds a context of some hundred megabytes on the GPU.
-_PROCESSES = 8
+_PROCESSES = 12
 
 
 class Task(NamedTuple):
@@ -91,14 +91,20 @@ def share(index: int, count: int) -> list[Task]:
     return tasks()[index::count]
 
 
-def in_processes(module: str, tasks: int, seconds: float) -> list[int]:
-    """Run a module with ``--share I N`` in N processes, and end them after so many seconds. Returns their statuses."""
-    count = max(1, min(_PROCESSES, tasks, (os.cpu_count() or 1) // 2))
+def in_processes(module: str, tasks: int, seconds: float, *arguments: str) -> list[int]:
+    """Run a module with ``--share I N`` in N processes, and end them after so many seconds. Returns their statuses.
+
+    Args:
+        arguments: of the module, beside these.
+    """
+    count = max(1, min(_PROCESSES, tasks, (os.cpu_count() or 1) - 2))
     # Inductor would start as many processes as there are cores, in each.
     environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "2", "OMP_NUM_THREADS": "1"}
     end = time.monotonic() + seconds
     processes = [
-        subprocess.Popen([sys.executable, "-m", module, "--share", str(i), str(count)], cwd=ROOT, env=environment)
+        subprocess.Popen(
+            [sys.executable, "-m", module, "--share", str(i), str(count), *arguments], cwd=ROOT, env=environment
+        )
         for i in range(count)
     ]
     try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import math
 import sys
@@ -47,6 +48,8 @@ KERNEL_SECONDS = 20.0
 # Tiles that gain less than this are not worth leaving the kernel's own rule.
 GAIN = 1.03
 _RUNS = 5
+# Among which the candidates of a workload are shared out to be compiled.
+_PARTS = 3
 NO_GPU = 2
 
 # Makes what is timed; kernels ask for tiles in either.
@@ -196,11 +199,17 @@ def tune(table: Table, some: Mapping[str, Make], timer: Timer, end: float, log: 
             log(f"{name}: {asked.kernel}, {asked.sizes}: rule {in_unit(rule)}; {what}; {count} candidates timed")
 
 
-def _times(make: Make, asked: Asked, timer: Timer, until: float) -> tuple[float, dict[Any, float | str]]:
-    """Seconds with the kernel's own rule (infinite if not found), and with each candidate or what was wrong with it."""
+def _times(
+    make: Make, asked: Asked, timer: Timer, until: float, some: slice = slice(None)
+) -> tuple[float, dict[Any, float | str]]:
+    """Seconds with the kernel's own rule (infinite if not found), and with each candidate or what was wrong with it.
+
+    Args:
+        some: of the rule and the candidates, in this order.
+    """
     times: dict[Any, float | str] = {}
     rule = math.inf
-    for tiles in (None, *asked.candidates):
+    for tiles in (None, *asked.candidates)[some]:
         found: float | str
         left = until - time.monotonic()
         try:
@@ -224,18 +233,19 @@ def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:160]
 
 
-def warm(index: int, count: int) -> None:
-    """Compile the candidates of the workloads of one of ``count`` processes, by running each once."""
+def warm(index: int, count: int, some: Mapping[str, Make]) -> None:
+    """Compile a share of the candidates of some workloads, by running each once, as one of ``count`` processes."""
 
     def once(run: Callable[[], object]) -> float:
         run()
         synchronise(torch.device("cuda"))
         return 0.0
 
-    for name, make in list(workloads().items())[index::count]:
+    for name, part in list(itertools.product(some, range(_PARTS)))[index::count]:
         try:
-            for asked in asked_by(make):
-                _, times = _times(make, asked, once, time.monotonic() + LIMIT)
+            for asked in asked_by(some[name]):
+                share = slice(part, None, _PARTS)
+                _, times = _times(some[name], asked, once, time.monotonic() + LIMIT, share)
                 wrong = [f"{tuple(tiles)}: {found}" for tiles, found in times.items() if isinstance(found, str)]
                 print(f"{name}: {asked.kernel}, {asked.sizes}: {len(times)} candidates {wrong or ''}", flush=True)
         except Exception as error:
@@ -247,20 +257,23 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, metavar="FILE", help="the table")
     parser.add_argument("--seconds", type=float, default=LIMIT, help=f"for everything (default: {LIMIT:.0f})")
     parser.add_argument("--share", type=int, nargs=2, metavar=("I", "N"), help="only compile, as process I of N")
+    every = workloads()
+    parser.add_argument("--only", nargs="+", choices=every, metavar="WORKLOAD", help=f"of: {', '.join(every)}")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("No GPU is available, so there is nothing to tune.")
         return NO_GPU
+    some = {name: make for name, make in every.items() if options.only is None or name in options.only}
     if options.share is not None:
-        warm(*options.share)
+        warm(*options.share, some)
         return 0
     if options.out is None:
         parser.error("--out is missing")
     end = time.monotonic() + options.seconds
-    in_processes("bench.gpu.tune", len(workloads()), WARM_SHARE * options.seconds)
+    in_processes("bench.gpu.tune", _PARTS * len(some), WARM_SHARE * options.seconds, "--only", *some)
     print(f"compute capability {hardware(torch.device('cuda', torch.cuda.current_device())).capability}")
     table = Table.of(options.out, tuning.TABLE)
-    tune(table, workloads(), on_device, end, functools.partial(print, flush=True))
+    tune(table, some, on_device, end, functools.partial(print, flush=True))
     table.write()
     return 0
 
