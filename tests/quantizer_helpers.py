@@ -42,3 +42,13 @@ def squared_distances(x: Tensor, codebook: Tensor) -> Tensor:
 
 def is_row_of(vectors: Tensor, batch: Tensor) -> bool:
     return bool((vectors[:, None] == batch[None]).all(-1).any(1).all())
+
+
+def rotation_matrices(x: Tensor, code: Tensor) -> Tensor:
+    """s R for each row, [N, D, D] in float64, written out as in the paper."""
+    x, code = x.double(), code.double()
+    a, b = x / x.norm(dim=1, keepdim=True), code / code.norm(dim=1, keepdim=True)
+    r = (a + b) / (a + b).norm(dim=1, keepdim=True)
+    identity = torch.eye(x.shape[1], dtype=torch.float64)
+    turn = identity - 2 * r[:, :, None] * r[:, None] + 2 * b[:, :, None] * a[:, None]
+    return turn * (code.norm(dim=1) / x.norm(dim=1))[:, None, None]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import refuses
-from quantizer_helpers import normal
+from quantizer_helpers import normal, rotation_matrices
 from torch import Tensor
 
 from fastvq.errors import ArgumentError
@@ -17,16 +17,6 @@ from fastvq.models.quantizer.gradient import pass_gradient
 pytestmark = pytest.mark.usefixtures("steady")
 
 F64 = torch.float64
-
-
-def rotation_matrices(x: Tensor, code: Tensor) -> Tensor:
-    """s R for each row, [N, D, D] in float64, written out as in the paper."""
-    x, code = x.double(), code.double()
-    a, b = x / x.norm(dim=1, keepdim=True), code / code.norm(dim=1, keepdim=True)
-    r = (a + b) / (a + b).norm(dim=1, keepdim=True)
-    identity = torch.eye(x.shape[1], dtype=F64)
-    turn = identity - 2 * r[:, :, None] * r[:, None] + 2 * b[:, :, None] * a[:, None]
-    return turn * (code.norm(dim=1) / x.norm(dim=1))[:, None, None]
 
 
 def gradient(x: Tensor, code: Tensor, upstream: Tensor, kind: str) -> Tensor:

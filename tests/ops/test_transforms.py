@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import refuses, snail
-from quantizer_helpers import buffers, normal, same
-from test_code_gradient import rotation_matrices
+from quantizer_helpers import buffers, normal, rotation_matrices, same
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vmap
