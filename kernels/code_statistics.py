@@ -50,7 +50,6 @@ def _statistics_kernel(
     indices_ptrs = indices_ptr + head * num_rows + offs_n  # [BLOCK_N]
     found = tl.load(indices_ptrs, mask=mask_n, other=-1)  # [BLOCK_N]
     offs_code = tl.maximum(found, 0)  # [BLOCK_N]
-    tl.store(indices_ptrs, offs_code, mask=mask_n)
     wanted = mask_n
     if MASKED:
         mask_ptrs = mask_ptr + head * mask_stride_h + offs_n * mask_stride_n  # [BLOCK_N]
@@ -86,8 +85,10 @@ def _statistics_kernel(
     programs = tl.num_programs(0)
     errors_ptr += head * programs
     tl.store(errors_ptr + tl.program_id(0), tl.sum(error, axis=0))
-    # The program's stores come before what its first thread releases with the addition.
+    # The program's stores come before what its first thread releases with the addition; and all warps have read the
+    # indices, of which they hold the same, before one writes.
     tl.debug_barrier()
+    tl.store(indices_ptrs, offs_code, mask=mask_n)
     if tl.atomic_add(done_ptr + head, 1) == programs - 1:
         total = tl.zeros([BLOCK_E], tl.float32)  # [BLOCK_E]
         for first in range(0, programs, BLOCK_E):

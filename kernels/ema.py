@@ -128,7 +128,6 @@ def _update_kernel(
                 mask_k = offs_k < num_codes  # [BLOCK_K]
                 count = tl.load(counts_ptr + offs_k, mask=mask_k, other=0).to(tl.float32)  # [BLOCK_K]
                 size = keep * tl.load(cluster_size_ptr + offs_k, mask=mask_k, other=0.0) + take * count  # [BLOCK_K]
-                tl.store(cluster_size_ptr + offs_k, size, mask=mask_k)
                 divisor = ((size.to(tl.float64) + eps) * scale).to(tl.float32)  # [BLOCK_K]
                 for start in range(0, width, BLOCK_D):
                     offs_d = start + local_d  # [BLOCK_D]
@@ -137,9 +136,12 @@ def _update_kernel(
                     sums = tl.load(sums_ptr + offs, mask=mask, other=0.0)  # [BLOCK_K, BLOCK_D]
                     total = tl.load(embedding_sum_ptr + offs, mask=mask, other=0.0)  # [BLOCK_K, BLOCK_D]
                     total = keep * total + take * sums  # [BLOCK_K, BLOCK_D]
+                    # Warps may hold the same elements: all have read them before one writes.
+                    tl.debug_barrier()
                     tl.store(embedding_sum_ptr + offs, total, mask=mask)
                     code = tl.div_rn(total, tl.broadcast_to(divisor[:, None], [BLOCK_K, BLOCK_D]))
                     tl.store(embedding_ptr + offs, code, mask=mask & (offs_d < divided)[None, :])
+                tl.store(cluster_size_ptr + offs_k, size, mask=mask_k)
 
 
 @torch.no_grad()

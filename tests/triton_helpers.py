@@ -140,12 +140,13 @@ def serve(groups: Groups) -> None:
 
 
 class Resources(NamedTuple):
-    """What a compiled kernel takes: bytes of shared memory; registers and bytes of stack of a thread."""
+    """What a compiled kernel takes: bytes of shared memory; registers and bytes of stack of a thread. And its code."""
 
     shared: int
     registers: int
     stack: int
     ptx: str
+    ttgir: str
 
 
 def compile_kernel(
@@ -193,7 +194,7 @@ def compile_kernel(
     assert found, report.stdout
     # Spilled registers live on the stack.
     registers, stack, local = (int(number) for number in found.groups())
-    return Resources(compiled.metadata.shared, registers, stack + local, compiled.asm["ptx"])
+    return Resources(compiled.metadata.shared, registers, stack + local, compiled.asm["ptx"], compiled.asm["ttgir"])
 
 
 class Recorder:
@@ -244,3 +245,19 @@ def assert_fits(resources: Resources, capability: int) -> None:
     """Asserts that a program's shared memory exists and that no register is spilled."""
     assert resources.shared <= SHARED_MEMORY[capability]
     assert resources.stack == 0, f"{resources.stack} bytes of stack with {resources.registers} registers"
+
+
+def assert_read_before_written(resources: Resources, element: str) -> None:
+    """Asserts that a barrier lies between loads and later stores of an element type such as ``"f32"``.
+
+    A small block is held by several warps; where one of them writes in place, the others must have read.
+    """
+    pattern = (
+        rf"(?P<load>tt\.load .*!tt\.ptr<{element}>)|(?P<barrier>\.barrier)|(?P<store>tt\.store .*!tt\.ptr<{element}>)"
+    )
+    events = [found.lastgroup for found in re.finditer(pattern, resources.ttgir)]
+    stores = [place for place, event in enumerate(events) if event == "store"]
+    assert stores
+    for place in stores:
+        before = [event for event in events[:place] if event != "store"]
+        assert before[-1] == "barrier"

@@ -8,12 +8,22 @@ from typing import Any
 import ema_checks as checks
 import pytest
 import torch
-from triton_helpers import Check, Launch, Recorder, assert_fits, checked_in_both, needs_compiler, needs_triton, serve
+from triton_helpers import (
+    Check,
+    Launch,
+    Recorder,
+    assert_fits,
+    assert_read_before_written,
+    checked_in_both,
+    needs_compiler,
+    needs_triton,
+    serve,
+)
 
 from fastvq.ops import ema_update, ema_update_reference, explain_backend
 
 # What one program moves, in blocks with ragged ends; and what many do, in two launches.
-SHAPES = [*checks.SHAPES, (300, 130)]
+SHAPES = [*checks.SHAPES, (512, 64), (300, 130)]
 
 
 def on(check: Any, *given: Any) -> Check:
@@ -100,6 +110,14 @@ def test_launches(num_codes: int, width: int) -> None:
 def test_compiled_update_fits_the_chip(capability: int, num_codes: int, width: int) -> None:
     for launch in launches(num_codes, width):
         assert_fits(launch.compile(capability), capability)
+
+
+@needs_triton
+@needs_compiler
+@pytest.mark.parametrize(("num_codes", "width"), [(512, 64), (8192, 64), (1, 1)])
+def test_all_warps_read_before_one_writes_in_place(num_codes: int, width: int) -> None:
+    """The launch that moves a codebook, which is the last."""
+    assert_read_before_written(launches(num_codes, width)[-1].compile(90), "f32")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from triton_helpers import Launch, Recorder, assert_fits, needs_compiler, needs_triton
+from triton_helpers import Launch, Recorder, assert_fits, assert_read_before_written, needs_compiler, needs_triton
 
 
 @pytest.fixture
@@ -95,4 +95,8 @@ def test_compiled_preparation_and_statistics_fit_the_chip(
     # The second preparation is the first again.
     assert len(compiled) == 5
     for launch in (compiled[0], compiled[1], compiled[3], compiled[4]):
-        assert_fits(launch.compile(capability), capability)
+        resources = launch.compile(capability)
+        assert_fits(resources, capability)
+        if launch.kernel.__name__ == "_statistics_kernel":
+            # The indices are put right in place.
+            assert_read_before_written(resources, "i64")
