@@ -21,16 +21,13 @@ from torch.nn.functional import pad
 
 from fastvq.kernels.causal_surroundings import CONCAT_ELU, activated, finish, require_countable
 from fastvq.kernels.elementary import elu_pair
-from fastvq.kernels.launch import Device, hardware, on_device
-from fastvq.kernels.taps import Taps
+from fastvq.kernels.launch import Device, cdiv, hardware, on_device
+from fastvq.kernels.taps import CHANNEL_MULTIPLE, Taps
 from fastvq.kernels.tuning import tuned
 
 # An ELU costs about as much on its own, reading and writing each value once, as it does in this many repetitions inside
 # a product; a product repeats it for every tap and block of columns.
 _FUSED_REPETITIONS = 4
-
-# Rows of channels are copied 16 bytes at a time only where Triton knows their addresses to be multiples of that.
-CHANNEL_MULTIPLE = 16
 
 
 class Tiles(NamedTuple):
@@ -85,7 +82,7 @@ def product_tiles(
         return tiles._replace(block_n=min(tiles.block_n // signs, narrow))
     fitting = [tiles for tiles in large[device.capability < 90 :] if tiles.block_n < 2 * narrow] or large[-1:]
     for tiles in fitting:
-        programs = triton.cdiv(rows, tiles.block_m) * triton.cdiv(columns, tiles.block_n)
+        programs = cdiv(rows, tiles.block_m) * cdiv(columns, tiles.block_n)
         if 4 * programs >= 3 * device.processors:
             break
     sizes = f"{dtype} m{triton.next_power_of_2(rows)} n{columns} k{depth} signs{signs}"
@@ -224,7 +221,7 @@ def convolve(
 
     tiles = choose(kind, x.shape[-1])
     with on_device(x.device):
-        repetitions = taps.count * triton.cdiv(columns * half, tiles.block_n)
+        repetitions = taps.count * cdiv(columns * half, tiles.block_n)
         if kind and not is_fused(kind, repetitions, x.dtype, precision, device):
             x, kind = activated(x, kind), 0
             tiles = choose(kind, x.shape[-1])
@@ -234,8 +231,8 @@ def convolve(
             weight = pad(weight.unflatten(2, (max(1, kind), -1)), (0, short)).flatten(2)
         channels = x.shape[-1]
         block_n = max(16, tiles.block_n // half)
-        chunks = triton.cdiv(channels, tiles.block_k)
-        grid = (triton.cdiv(positions, tiles.block_m) * triton.cdiv(columns, block_n),)
+        chunks = cdiv(channels, tiles.block_k)
+        grid = (cdiv(positions, tiles.block_m) * cdiv(columns, block_n),)
         _conv_kernel[grid](
             x, weight, bias, context, residual, given, out, pre_gate,
             positions, height, width, channels, columns,

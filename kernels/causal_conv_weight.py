@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fastvq.kernels.causal_conv_product import (
-    CHANNEL_MULTIPLE,
     Tiles,
     is_fused,
     kernel_precision,
@@ -22,8 +21,8 @@ from fastvq.kernels.causal_conv_product import (
 )
 from fastvq.kernels.causal_surroundings import ACTIVATION_KINDS, activated, nhwc, require_countable
 from fastvq.kernels.elementary import elu_pair
-from fastvq.kernels.launch import Device, hardware, on_device
-from fastvq.kernels.taps import read_taps
+from fastvq.kernels.launch import Device, cdiv, hardware, on_device
+from fastvq.kernels.taps import CHANNEL_MULTIPLE, read_taps
 from fastvq.kernels.tuning import tuned
 
 __all__ = ["backward_weight"]
@@ -169,14 +168,14 @@ def _partial_sums(
     require_countable("x: expected positions", positions)
     device = hardware(x.device)
     tiles = weight_tiles(x.shape[-1], columns, x.dtype, precision, device, max(1, kind))
-    repetitions = taps * triton.cdiv(columns, tiles.block_n)
+    repetitions = taps * cdiv(columns, tiles.block_n)
     if kind and not is_fused(kind, repetitions, x.dtype, precision, device):
         x, kind = activated(x, kind), 0
         tiles = weight_tiles(x.shape[-1], columns, x.dtype, precision, device, 1)
     grad = pad(grad, (0, -columns % CHANNEL_MULTIPLE))
     x = pad(x, (0, -x.shape[-1] % CHANNEL_MULTIPLE))
     channels, columns = x.shape[-1], grad.shape[-1]
-    programs = taps * triton.cdiv(channels, tiles.block_m) * triton.cdiv(columns, tiles.block_n)
+    programs = taps * cdiv(channels, tiles.block_m) * cdiv(columns, tiles.block_n)
     span, splits = split_positions(positions, programs, tiles.block_k, device.processors)
     partial = x.new_empty((splits, taps, max(1, kind), channels, columns), dtype=torch.float32)
     _weight_kernel[(programs, splits)](
@@ -194,7 +193,7 @@ def split_positions(positions: int, programs: int, block: int, processors: int) 
     Enough for four programs on each multiprocessor, so that the last ones to finish cost little; at least 16 blocks
     each, since every split writes float32 sums of its own.
     """
-    blocks = triton.cdiv(positions, block)
-    splits = max(1, min(triton.cdiv(4 * processors, programs), blocks // 16))
-    span = triton.cdiv(blocks, splits) * block
-    return span, triton.cdiv(positions, span)
+    blocks = cdiv(positions, block)
+    splits = max(1, min(cdiv(4 * processors, programs), blocks // 16))
+    span = cdiv(blocks, splits) * block
+    return span, cdiv(positions, span)

@@ -3,11 +3,16 @@
 `finish` ends the kernel of a product of ours. Around the library's convolutions, which take a masked kernel in two
 parts, the rows above and the current row, there are three kernels: `spread` activates x and lays it out as each part
 reads it, `join` adds the parts' results and finishes, and in the backward pass it adds the gradients of the two layouts
-and finishes with the activation's derivative; `gate_backward` begins the backward pass and sums the bias's gradient.
+and finishes with the activation's derivative; `begin_backward` goes back through the gate and sums the bias's gradient.
+
+What the library is given has a ``pitch`` of channels, of which those beyond the image's own are 0: it multiplies at
+full rate only where positions begin at multiples of 16 bytes.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,7 +22,7 @@ from torch import Tensor
 
 from fastvq.errors import ArgumentError
 from fastvq.kernels.elementary import elu_pair, exp_negative, sigmoid, sigmoids
-from fastvq.kernels.launch import hardware, on_device
+from fastvq.kernels.launch import cdiv, hardware, launch
 
 ACTIVATION_KINDS: dict[str | None, int] = {None: 0, "elu": 1, "concat_elu": 2}
 CONCAT_ELU: tl.constexpr = tl.constexpr(2)
@@ -38,8 +43,9 @@ class Tiles(NamedTuple):
 SURROUNDING_TILES = (Tiles(32, 64, 4), Tiles(64, 32, 4), Tiles(128, 16, 4))
 
 
+@functools.cache
 def surrounding_tiles(channels: int, item: int) -> Tiles:
-    """Tiles of `spread`, `join` and `gate_backward`: rows as wide as there are channels, of up to 128 bytes."""
+    """Tiles of `spread`, `join` and `begin_backward`: rows as wide as there are channels, of up to 128 bytes."""
     widest = max(16, min(channels, 128 // item))
     return next(tiles for tiles in SURROUNDING_TILES if tiles.block_n <= widest)
 
@@ -54,6 +60,9 @@ class Layout(NamedTuple):
     columns: int
     down: int = 0
     right: int = 0
+
+
+_NOTHING = None, Layout(0, 0)
 
 
 @triton.jit
@@ -122,15 +131,17 @@ def finish(
 
 @triton.jit
 def _spread_kernel(
-    x_ptr, out_ptr, height, width, channels, total, of_first,
+    x_ptr, out_ptr, height, width, channels, pitch, total, of_first,
     rows_a, columns_a, down_a, right_a, rows_b, columns_b, down_b, right_b,
     KIND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Two layouts, one after the other in out [total, K], of activated x [images, height, width, channels].
+    """Two layouts, one after the other in out [total, pitch], of activated x [images, height, width, channels].
 
-    The first has ``of_first`` positions. K is ``channels``, or twice as many for concat-ELU.
+    The first has ``of_first`` positions.
     """
-    blocks = tl.cdiv(channels, BLOCK_N)
+    # Channels of what is written last: concat-ELU's other half, and zeros up to the pitch.
+    last = pitch - channels if KIND == CONCAT_ELU else pitch
+    blocks = tl.cdiv(last, BLOCK_N)
     offs_m = tl.program_id(0) // blocks * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     offs_n = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     in_first = offs_m < of_first  # [BLOCK_M]
@@ -140,33 +151,33 @@ def _spread_kernel(
     row = line % rows - tl.where(in_first, down_a, down_b)  # [BLOCK_M]
     col = local % columns - tl.where(in_first, right_a, right_b)  # [BLOCK_M]
     inside = (row >= 0) & (row < height) & (col >= 0) & (col < width) & (offs_m < total)  # [BLOCK_M]
-    mask_n = offs_n < channels  # [BLOCK_N]
     place = ((line // rows).to(tl.int64) * height + row) * width + col  # [BLOCK_M]
     x_ptrs = x_ptr + place[:, None] * channels + offs_n[None, :]  # [BLOCK_M, BLOCK_N]
-    value = tl.load(x_ptrs, mask=inside[:, None] & mask_n[None, :], other=0.0)  # [BLOCK_M, BLOCK_N]
-    depth = channels * 2 if KIND == CONCAT_ELU else channels
-    out_ptrs = out_ptr + offs_m.to(tl.int64)[:, None] * depth + offs_n[None, :]  # [BLOCK_M, BLOCK_N]
-    mask = (offs_m < total)[:, None] & mask_n[None, :]  # [BLOCK_M, BLOCK_N]
+    value = tl.load(x_ptrs, mask=inside[:, None] & (offs_n < channels)[None, :], other=0.0)  # [BLOCK_M, BLOCK_N]
+    out_ptrs = out_ptr + offs_m.to(tl.int64)[:, None] * pitch + offs_n[None, :]  # [BLOCK_M, BLOCK_N]
+    mask = (offs_m < total)[:, None] & (offs_n < last)[None, :]  # [BLOCK_M, BLOCK_N]
     if KIND == 0:
         tl.store(out_ptrs, value, mask=mask)
     else:
         # [BLOCK_M, BLOCK_N] each.
-        positive, negative = elu_pair(value.to(tl.float32), x_ptr.dtype.element_ty == tl.float32)
-        tl.store(out_ptrs, positive, mask=mask)
+        positive, negative = elu_pair(value.to(tl.float32), out_ptr.dtype.element_ty == tl.float32)
         if KIND == CONCAT_ELU:
+            tl.store(out_ptrs, positive, mask=mask & (offs_n < channels)[None, :])
             tl.store(out_ptrs + channels, negative, mask=mask)
+        else:
+            tl.store(out_ptrs, positive, mask=mask)
 
 
 @triton.jit
 def _add_part(
-    acc, other, part_ptr, offs_m, offs_n, mask_n, height, width, rows, columns, down, right, channels, second,
+    acc, other, part_ptr, offs_m, offs_n, mask_n, height, width, rows, columns, down, right, pitch, second,
     PAIR: tl.constexpr,
 ):  # fmt: skip
     """acc and, with PAIR, other, [M, N], and what a part holds of these positions there and ``second`` channels on."""
     line = offs_m // width  # [M]
     row, col = line % height + down, offs_m % width + right  # [M] each
     place = ((line // height).to(tl.int64) * rows + row) * columns + col  # [M]
-    part_ptrs = part_ptr + place[:, None] * channels + offs_n[None, :]  # [M, N]
+    part_ptrs = part_ptr + place[:, None] * pitch + offs_n[None, :]  # [M, N]
     mask = ((row < rows) & (col < columns))[:, None] & mask_n  # [M, N]
     acc += tl.load(part_ptrs, mask=mask, other=0.0).to(tl.float32)  # [M, N]
     if PAIR:
@@ -177,30 +188,29 @@ def _add_part(
 @triton.jit
 def _join_kernel(
     part_a_ptr, part_b_ptr, bias_ptr, context_ptr, residual_ptr, given_ptr, out_ptr, pre_gate_ptr,
-    positions, height, width, columns,
+    positions, height, width, columns, pitch,
     rows_a, columns_a, down_a, right_a, rows_b, columns_b, down_b, right_b,
     GATE: tl.constexpr, DERIVATIVE: tl.constexpr, SAMPLE_CONTEXT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """out [positions, columns]: `finish` of the sum of two parts, each in its layout; either may be None."""
+    """out [positions, columns]: `finish` of the sum of two parts of that pitch, each in its layout, or None."""
     PAIR: tl.constexpr = GATE or DERIVATIVE == CONCAT_ELU
     blocks = tl.cdiv(columns, BLOCK_N)
     offs_m = tl.program_id(0) // blocks * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     first_n = tl.program_id(0) % blocks * BLOCK_N
     offs_n = first_n + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     mask = (offs_m < positions)[:, None] & (offs_n < columns)[None, :]  # [BLOCK_M, BLOCK_N]
-    channels = columns * 2 if PAIR else columns
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)  # [BLOCK_M, BLOCK_N]
     other = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)  # [BLOCK_M, BLOCK_N]
     if part_a_ptr is not None:
         acc, other = _add_part(
             acc, other, part_a_ptr, offs_m, offs_n, mask, height, width, rows_a, columns_a, down_a, right_a,
-            channels, columns, PAIR,
+            pitch, columns, PAIR,
         )  # fmt: skip
     if part_b_ptr is not None:
         acc, other = _add_part(
             acc, other, part_b_ptr, offs_m, offs_n, mask, height, width, rows_b, columns_b, down_b, right_b,
-            channels, columns, PAIR,
+            pitch, columns, PAIR,
         )  # fmt: skip
     image = (offs_m // width // height).to(tl.int64)  # [BLOCK_M]
     finish(
@@ -210,67 +220,89 @@ def _join_kernel(
 
 
 @triton.jit
-def _gate_backward_kernel(
-    grad_ptr, pre_gate_ptr, out_ptr, sums_ptr, positions, channels, span,
+def _begin_kernel(
+    grad_ptr, pre_gate_ptr, out_ptr, sums_ptr, positions, channels, pitch, span,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """out [positions, 2 channels], and its sums over ``span`` positions each, [splits, 2 channels]."""
+    """out [positions, pitch] from grad [positions, channels], and its sums over ``span`` positions each.
+
+    With ``pre_gate`` [positions, 2 channels] that is also how many sums [splits, ...] there are. Out or sums may be
+    None.
+    """
+    GATE: tl.constexpr = pre_gate_ptr is not None
+    wide = channels * 2 if GATE else channels
+    second = pitch - channels if GATE else pitch
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     mask_n = offs_n < channels  # [BLOCK_N]
     first = tl.program_id(1) * span
     last = tl.minimum(first + span, positions)
-    sum_a = tl.zeros([BLOCK_N], tl.float32)  # [BLOCK_N]
-    sum_b = tl.zeros([BLOCK_N], tl.float32)  # [BLOCK_N]
+    sum_a = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)  # [BLOCK_M, BLOCK_N]
+    sum_b = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)  # [BLOCK_M, BLOCK_N]
     for start in range(first, last, BLOCK_M):
         offs_m = start + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-        mask = (offs_m < last)[:, None] & mask_n[None, :]  # [BLOCK_M, BLOCK_N]
-        offs = offs_m.to(tl.int64)[:, None] * channels + offs_n[None, :]  # [BLOCK_M, BLOCK_N]
-        offs_wide = offs_m.to(tl.int64)[:, None] * (2 * channels) + offs_n[None, :]  # [BLOCK_M, BLOCK_N]
-        value = tl.load(grad_ptr + offs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_N]
-        a = tl.load(pre_gate_ptr + offs_wide, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_N]
-        b = tl.load(pre_gate_ptr + offs_wide + channels, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_N]
-        gate, rest = sigmoids(b)  # [BLOCK_M, BLOCK_N] each
-        of_a, of_b = value * gate, value * a * gate * rest  # [BLOCK_M, BLOCK_N] each
-        tl.store(out_ptr + offs_wide, of_a, mask=mask)
-        tl.store(out_ptr + offs_wide + channels, of_b, mask=mask)
-        sum_a += tl.sum(of_a, axis=0)  # [BLOCK_N]
-        sum_b += tl.sum(of_b, axis=0)  # [BLOCK_N]
-    sums_ptrs = sums_ptr + tl.program_id(1).to(tl.int64) * (2 * channels) + offs_n  # [BLOCK_N]
-    tl.store(sums_ptrs, sum_a, mask=mask_n)
-    tl.store(sums_ptrs + channels, sum_b, mask=mask_n)
+        offs_row = offs_m.to(tl.int64)[:, None]  # [BLOCK_M, 1]
+        mask_m = (offs_m < last)[:, None]  # [BLOCK_M, 1]
+        mask = mask_m & mask_n[None, :]  # [BLOCK_M, BLOCK_N]
+        mask_last = mask_m & (offs_n < second)[None, :]  # [BLOCK_M, BLOCK_N]
+        grad_ptrs = grad_ptr + offs_row * channels + offs_n[None, :]  # [BLOCK_M, BLOCK_N]
+        value = tl.load(grad_ptrs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_N]
+        out_ptrs = out_ptr + offs_row * pitch + offs_n[None, :] if out_ptr is not None else None
+        if GATE:
+            pre_gate_ptrs = pre_gate_ptr + offs_row * wide + offs_n[None, :]  # [BLOCK_M, BLOCK_N]
+            a = tl.load(pre_gate_ptrs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_N]
+            b = tl.load(pre_gate_ptrs + channels, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_N]
+            gate, rest = sigmoids(b)  # [BLOCK_M, BLOCK_N] each
+            of_b = value * a * gate * rest  # [BLOCK_M, BLOCK_N]
+            value *= gate  # [BLOCK_M, BLOCK_N]
+            sum_b += of_b  # [BLOCK_M, BLOCK_N]
+            tl.store(out_ptrs, value, mask=mask)
+            tl.store(out_ptrs + channels, of_b, mask=mask_last)
+        elif out_ptr is not None:
+            tl.store(out_ptrs, value, mask=mask_last)
+        sum_a += value  # [BLOCK_M, BLOCK_N]
+    if sums_ptr is not None:
+        sums_ptrs = sums_ptr + tl.program_id(1).to(tl.int64) * wide + offs_n  # [BLOCK_N]
+        tl.store(sums_ptrs, tl.sum(sum_a, axis=0), mask=mask_n)
+        if GATE:
+            tl.store(sums_ptrs + channels, tl.sum(sum_b, axis=0), mask=mask_n)
 
 
-def spread(x: Tensor, kind: int, *layouts: Layout) -> tuple[Tensor, ...]:
-    """Activated x [B, H, W, C], contiguous, once for each of one or two layouts: [B, rows, columns, C or 2 C]."""
-    batch, height, width, channels = x.shape
-    depth = channels * max(1, kind)
+def spread(x: Tensor, kind: int, layouts: tuple[Layout, ...], pitch: int, dtype: torch.dtype) -> Tensor:
+    """Activated x [B, C, H, W], channels-last, once for each of one or two layouts, one after the other.
+
+    Returns:
+        [B * rows * columns of all layouts, pitch], of that dtype; x itself where it is that already.
+    """
+    batch, channels, height, width = x.shape
     sizes = [batch * layout.rows * layout.columns for layout in layouts]
     total = sum(sizes)
-    out = x.new_empty((total, depth))
-    if out.numel():
+    if kind == 0 and pitch == channels and dtype == x.dtype and layouts == (Layout(height, width),):
+        return x.as_strided((total, channels), (channels, 1))
+    out = x.new_empty((total, pitch), dtype=dtype)
+    if total and pitch:
         require_countable("x: expected positions", total)
-        tiles = surrounding_tiles(channels, x.element_size())
-        blocks = triton.cdiv(total, tiles.block_m) * triton.cdiv(channels, tiles.block_n)
-        with on_device(x.device):
-            _spread_kernel[(blocks,)](
-                x, out, height, width, channels, total, sizes[0], *layouts[0], *layouts[-1],
-                KIND=kind, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, num_warps=tiles.warps,
-            )  # fmt: skip
-    images = out.split(sizes)
-    return tuple(
-        image.view(batch, layout.rows, layout.columns, depth) for image, layout in zip(images, layouts, strict=True)
-    )
+        tiles = surrounding_tiles(channels, dtype.itemsize)
+        last = pitch - channels if kind == 2 else pitch
+        launch(
+            _spread_kernel, (cdiv(total, tiles.block_m) * cdiv(last, tiles.block_n), 1, 1), x.device,
+            x, out, height, width, channels, pitch, total, sizes[0], *layouts[0], *layouts[-1],
+            KIND=kind, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, num_warps=tiles.warps,
+        )  # fmt: skip
+    return out
 
 
 def activated(x: Tensor, kind: int) -> Tensor:
     """ELU or concat-ELU of x [B, H, W, C], contiguous."""
-    return spread(x, kind, Layout(x.shape[1], x.shape[2]))[0]
+    *grid, channels = x.shape
+    pitch = channels * max(1, kind)
+    out = spread(x.permute(0, 3, 1, 2), kind, (Layout(grid[1], grid[2]),), pitch, x.dtype)
+    return out.view(*grid, pitch)
 
 
 class Surroundings(NamedTuple):
     """What `join` does to the sum: bias, context, gate and residual, or the derivative of the activation of ``given``.
 
-    Images are [B, H, W, channels], contiguous; context may be [B, 1, 1, channels].
+    Images are [B, channels, H, W], channels-last; context may be [B, channels, 1, 1].
     """
 
     bias: Tensor | None = None
@@ -282,26 +314,33 @@ class Surroundings(NamedTuple):
 
 
 def join(
-    out: Tensor, parts: tuple[tuple[Tensor, Layout], ...], around: Surroundings, pre_gate: Tensor | None = None
+    out: Tensor,
+    parts: Sequence[tuple[Tensor, Layout]],
+    pitch: int,
+    around: Surroundings,
+    pre_gate: Tensor | None = None,
 ) -> None:
-    """Fills out [B, H, W, N], and ``pre_gate`` [B, H, W, 2 N], from up to two parts [B, rows, columns, N or 2 N]."""
-    batch, height, width, columns = out.shape
-    if out.numel() == 0:
-        return
+    """Fills out [B, N, H, W], and ``pre_gate`` [B, 2 N, H, W], from up to two parts, [B, rows, columns, pitch] each.
+
+    All of them are channels-last; of parts memory alone matters.
+    """
+    batch, columns, height, width = out.shape
     positions = batch * height * width
+    if positions * columns == 0:
+        return
     require_countable("x: expected positions", positions)
-    (first, first_layout), (second, second_layout) = (*parts, (None, Layout(0, 0)), (None, Layout(0, 0)))[:2]
+    (first, first_layout), (second, second_layout) = (*parts, _NOTHING, _NOTHING)[:2]
     context = around.context
     tiles = surrounding_tiles(columns, out.element_size())
-    blocks = triton.cdiv(positions, tiles.block_m) * triton.cdiv(columns, tiles.block_n)
-    with on_device(out.device):
-        _join_kernel[(blocks,)](
-            first, second, around.bias, context, around.residual, around.given, out, pre_gate,
-            positions, height, width, columns, *first_layout, *second_layout,
-            GATE=around.gate, DERIVATIVE=around.derivative,
-            SAMPLE_CONTEXT=context is not None and context.shape[1:3] != out.shape[1:3],
-            BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, num_warps=tiles.warps,
-        )  # fmt: skip
+    blocks = cdiv(positions, tiles.block_m) * cdiv(columns, tiles.block_n)
+    launch(
+        _join_kernel, (blocks, 1, 1), out.device,
+        first, second, around.bias, context, around.residual, around.given, out, pre_gate,
+        positions, height, width, columns, pitch, *first_layout, *second_layout,
+        GATE=around.gate, DERIVATIVE=around.derivative,
+        SAMPLE_CONTEXT=context is not None and context.shape[2:] != out.shape[2:],
+        BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, num_warps=tiles.warps,
+    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -312,25 +351,47 @@ def gate_backward(grad: Tensor, pre_gate: Tensor) -> tuple[Tensor, Tensor]:
         grad: [B, O / 2, H, W], gradient of a sigmoid(b).
         pre_gate: [B, O, H, W], a and b.
     """
-    grad, pre_gate = nhwc(grad), nhwc(pre_gate)
-    out, channels = torch.empty_like(pre_gate), grad.shape[-1]
-    if grad.numel() == 0:
-        return out.permute(0, 3, 1, 2), out.new_zeros(2 * channels, dtype=torch.float64)
-    positions = grad.numel() // channels
+    grad, pre_gate = (nhwc(x).permute(0, 3, 1, 2) for x in (grad, pre_gate))
+    batch, channels, height, width = pre_gate.shape
+    out, sums = begin_backward(grad, pre_gate, channels, pre_gate.dtype, summed=True)
+    assert sums is not None
+    return out.view(batch, height, width, channels).permute(0, 3, 1, 2), sums.sum(0, dtype=torch.float64)
+
+
+def begin_backward(
+    grad: Tensor, pre_gate: Tensor | None, pitch: int, dtype: torch.dtype, *, summed: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Gradient [B * H * W, pitch] of a convolution's result, and sums over some of its positions each, [splits, O].
+
+    Args:
+        grad: [B, O, H, W], channels-last; with ``pre_gate`` [B, O / 2, H, W], gradient of a sigmoid(b).
+        pre_gate: [B, O, H, W], channels-last, a and b; or None.
+        dtype: of the gradient; sums are float32.
+        summed: whether sums are wanted.
+    """
+    batch, channels, height, width = grad.shape
+    positions, wide = batch * height * width, channels if pre_gate is None else 2 * channels
+    if pre_gate is None and pitch == channels and dtype == grad.dtype:
+        out = grad.as_strided((positions, channels), (channels, 1))
+        written = None
+    else:
+        written = out = grad.new_empty((positions, pitch), dtype=dtype)
+    if positions * channels == 0 or (written is None and not summed):
+        return out, grad.new_zeros((1, wide), dtype=torch.float32) if summed else None
     require_countable("x: expected positions", positions)
-    tiles = surrounding_tiles(channels, out.element_size())
-    blocks = triton.cdiv(channels, tiles.block_n)
+    tiles = surrounding_tiles(channels, dtype.itemsize)
+    blocks = cdiv(pitch - wide + channels, tiles.block_n)
     # Sixteen programs on each multiprocessor keep memory busy.
     splits = max(1, 16 * hardware(grad.device).processors // blocks)
-    span = triton.cdiv(triton.cdiv(positions, tiles.block_m), splits) * tiles.block_m
-    splits = triton.cdiv(positions, span)
-    sums = grad.new_empty((splits, 2 * channels), dtype=torch.float32)
-    with on_device(grad.device):
-        _gate_backward_kernel[(blocks, splits)](
-            grad, pre_gate, out, sums, positions, channels, span,
-            BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, num_warps=tiles.warps,
-        )  # fmt: skip
-    return out.permute(0, 3, 1, 2), sums.sum(0, dtype=torch.float64)
+    span = cdiv(cdiv(positions, tiles.block_m), splits) * tiles.block_m
+    splits = cdiv(positions, span)
+    sums = grad.new_empty((splits, wide), dtype=torch.float32) if summed else None
+    launch(
+        _begin_kernel, (blocks, splits, 1), grad.device,
+        grad, pre_gate, written, sums, positions, channels, pitch, span,
+        BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, num_warps=2 * tiles.warps,
+    )  # fmt: skip
+    return out, sums
 
 
 def require_countable(what: str, number: int) -> None:

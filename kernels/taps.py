@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+# Channels are copied 16 bytes at a time only where Triton knows their addresses to be multiples of that, and libraries
+# multiply at full rate.
+CHANNEL_MULTIPLE = 16
+
 
 class Taps(NamedTuple):
     """The taps that are read of a kernel whose rows are ``kernel`` columns wide: ``count`` of them, row by row.

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.cases import CausalCase
+from bench.cases import CausalCase, PriorCase
 from bench.causal import (
     Attention,
     Block,
@@ -24,6 +24,7 @@ from bench.causal import (
     masked_conv2d,
 )
 from bench.registry import LeftOutError, Problem, peer
+from fastvq.models import Prior
 from fastvq.ops import causal_attention, causal_conv2d
 
 
@@ -153,10 +154,33 @@ def whole_prior(problem: WholePrior) -> Forms:
     return Forms(problem, [problem.losses(problem.prior)])
 
 
-@peer("causal prior", name="masked convolutions")
-def masked_prior(problem: WholePrior) -> Forms:
+def _masked(problem: WholePrior) -> Prior:
     """The same prior, step by step with masked convolutions."""
     masked = mask_convolutions(copy.deepcopy(problem.prior))
     if not any(isinstance(module, (MaskedConv2d, PlainConv2d)) for module in masked.modules()):
         raise LeftOutError("the prior has no causal convolutions")
-    return Forms(problem, [problem.losses(masked)])
+    assert isinstance(masked, Prior)
+    return masked
+
+
+@peer("causal prior", name="masked convolutions")
+def masked_prior(problem: WholePrior) -> Forms:
+    return Forms(problem, [problem.losses(_masked(problem))])
+
+
+def _trained_on_gpu(case: PriorCase) -> bool:
+    return case.device == "cuda" and case.what == "training"
+
+
+@peer("causal prior", name="compiled masked", optional=True, takes=_trained_on_gpu)
+def compiled_prior(problem: WholePrior) -> Forms:
+    _needs_compiler(problem)
+    masked = _masked(problem)
+    return Forms(problem, [problem.losses(masked, torch.compile(masked.nll))])
+
+
+@peer("causal prior", name="fastvq compiled", optional=True, takes=_trained_on_gpu)
+def compiled_whole_prior(problem: WholePrior) -> Forms:
+    """What a user gets who compiles our prior."""
+    _needs_compiler(problem)
+    return Forms(problem, [problem.losses(problem.prior, torch.compile(problem.prior.nll))])

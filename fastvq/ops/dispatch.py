@@ -109,13 +109,11 @@ class Backends:
 
     def select(self, backend: str | None, *tensors: Tensor, **options: Any) -> Backend:
         """The backend to run; errors are those of `select_backend`."""
-        rows = self.ordered(*tensors, **options)
-        if backend is None:
-            for row in rows:
-                if row.reason(tensors, options) is None:
-                    return row
+        for row in self.ordered(*tensors, **options) if backend is None else self.rows:
+            if backend in (None, row.name) and row.reason(tensors, options) is None:
+                return row
         name = select_backend(self.operation, self.candidates(*tensors, **options), backend)
-        return next(row for row in rows if row.name == name)
+        return next(row for row in self.rows if row.name == name)
 
 
 def runs_directly(*tensors: Tensor, optional: Sequence[Tensor | None] = ()) -> bool:

@@ -15,10 +15,10 @@ from triton_helpers import Launch, Recorder, assert_fits, needs_compiler, needs_
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
-    from fastvq.kernels import causal_conv_product, causal_conv_weight, causal_surroundings
+    from fastvq.kernels import causal_conv_product, causal_conv_taps, causal_conv_weight, causal_surroundings
 
     found: list[Launch] = []
-    for module in (causal_conv_product, causal_conv_weight, causal_surroundings):
+    for module in (causal_conv_product, causal_conv_taps, causal_conv_weight, causal_surroundings):
         for name, value in list(vars(module).items()):
             if name.endswith("_kernel"):
                 monkeypatch.setattr(module, name, Recorder(value, found))
@@ -34,16 +34,43 @@ def joined(make: Callable[..., Tensor], gate: bool) -> None:
     """The kernels around the library's convolutions of such a layer, forward and backward."""
     from fastvq.kernels import causal_surroundings as kernels
 
-    x, wide = kernels.nhwc(make(32, 256, 64, 64)), kernels.nhwc(make(32, 512, 64, 64))
+    x, wide = make(32, 256, 64, 64), make(32, 512, 64, 64)
     whole, upper, current = kernels.Layout(64, 64), kernels.Layout(67, 64, 4, 0), kernels.Layout(64, 65, 0, 2)
-    kernels.spread(x, 2 if gate else 1, upper, current)
+    kernels.spread(x, 2 if gate else 1, (upper, current), 512 if gate else 256, x.dtype)
     if gate:
         around = kernels.Surroundings(make(512), wide, x, True)
-        kernels.join(x, ((wide, whole), (wide, whole)), around, wide)
-        parts = tuple((kernels.nhwc(make(32, 512, lay.rows, lay.columns)), lay) for lay in (upper, current))
-        kernels.join(x, parts, kernels.Surroundings(given=x, derivative=2))
+        kernels.join(x, ((wide, whole), (wide, whole)), 512, around, wide)
+        parts = tuple((make(32, 512, lay.rows, lay.columns), lay) for lay in (upper, current))
+        kernels.join(x, parts, 512, kernels.Surroundings(given=x, derivative=2))
     else:
-        kernels.join(x, ((x, whole),), kernels.Surroundings(make(256)))
+        kernels.join(x, ((x, whole),), 256, kernels.Surroundings(make(256)))
+
+
+def autocast() -> None:
+    """The same of a layer of float32 that multiplies bfloat16, of odd widths that are filled up."""
+    from fastvq.kernels import causal_conv_taps
+    from fastvq.kernels import causal_surroundings as kernels
+
+    half, single = torch.bfloat16, torch.float32
+    x, before, whole = meta(32, 257, 64, 64, dtype=single), meta(32, 514, 64, 64), kernels.Layout(64, 64)
+    kernels.spread(x, 1, (whole,), 272, half)
+    around = kernels.Surroundings(meta(514, dtype=single), None, x, True)
+    kernels.join(x, ((meta(32, 528, 64, 64), whole),), 528, around, before)
+    kernels.begin_backward(x, before, 528, half, summed=True)
+    kernels.begin_backward(x, None, 272, half, summed=False)
+    kernels.begin_backward(x, None, 257, single, summed=True)
+    weight = meta(514, 257, 1, 1, dtype=single).contiguous()
+    packed = causal_conv_taps.pack(weight, (1,), 528, 272, half)
+    causal_conv_taps.unpack((packed,), (1,), 272, meta(528, 514, dtype=single), weight)
+
+
+def taps(make: Callable[..., Tensor]) -> None:
+    """Taking taps out of weights, and bringing their gradients back."""
+    from fastvq.kernels import causal_conv_taps
+
+    weight, sums = make(512, 256, 5, 5).contiguous(), meta(528, 512, dtype=torch.float32)
+    packed = causal_conv_taps.pack(weight, (20, 2), 512, 256, weight.dtype)
+    causal_conv_taps.unpack((packed, packed), (20, 2), 256, sums, weight)
 
 
 def launch(kind: str, dtype: torch.dtype, precision: str) -> None:
@@ -78,6 +105,10 @@ def launch(kind: str, dtype: torch.dtype, precision: str) -> None:
         kernels.backward_weight(x, x, kernel_size=1, **pointwise)
     elif kind == "of-gate":
         kernels.gate_backward(x, wide)
+    elif kind == "autocast":
+        autocast()
+    elif kind == "taps":
+        taps(make)
     elif kind in ("joined", "joined-gate"):
         joined(make, gate=kind == "joined-gate")
     else:
@@ -92,8 +123,8 @@ COMPILED = [
     ("small", "bfloat16", 80),
     ("small", "ieee", 90),
     ("single", "bfloat16", 90),
-    *itertools.product(("of-gate", "joined", "joined-gate"), ("bfloat16",), (80, 90, 100)),
-    *itertools.product(("joined-gate",), ("float16", "ieee"), (90,)),
+    *itertools.product(("of-gate", "joined", "joined-gate", "taps", "autocast"), ("bfloat16",), (80, 90, 100)),
+    *itertools.product(("joined-gate", "taps"), ("float16", "ieee"), (90,)),
 ]
 
 

@@ -11,6 +11,8 @@ from triton_helpers import Check, checked_in_both, serve
 
 from fastvq._precision import full_float32
 from fastvq.ops import fused_causal_conv2d, fused_causal_conv2d_reference
+from fastvq.ops.causal_conv import backends
+from fastvq.ops.causal_conv.options import Options
 
 
 def run(case: Case, made: dict[str, Tensor], grad: Tensor, backend: str = "fused") -> list[Tensor]:
@@ -56,6 +58,9 @@ CASES = {
     "wide": Case(3, "strict", "rows", "concat_elu", (2, 70, 6, 7), 150, context="grid", gate=True, residual=True),
     "bfloat16": Case(3, "strict", "rows", "concat_elu", (2, 24, 6, 7), 48, BFLOAT16, "grid", True, True),
     "bfloat16-plain": Case(5, "inclusive", "symmetric", None, (2, 24, 6, 7), 48, BFLOAT16),
+    "bfloat16-pointwise": Case(1, "inclusive", "rows", "elu", (2, 23, 4, 3), 34, BFLOAT16, "grid", True),
+    "bfloat16-product": Case(1, "inclusive", "rows", "concat_elu", (2, 9, 4, 3), 32, BFLOAT16),
+    "bfloat16-one-tap-of-two-rows": Case(2, "strict", "rows", "elu", (2, 23, 4, 3), 11, BFLOAT16, residual=True),
     "float16": Case(4, "strict", "rows", "elu", (2, 24, 6, 7), 48, torch.float16, "sample", True, True),
 }
 
@@ -79,6 +84,30 @@ def wider_residual(device: str) -> None:
     assert out.dtype == torch.float32
     want = fused_causal_conv2d_reference(**{name: value.cpu().double() for name, value in made.items()}, **how)
     assert (out.cpu().double() - want).abs().max() < 2**-7
+
+
+def autocast(device: str) -> None:
+    """Tensors of float32 are read as bfloat16 where they are multiplied; gradients are of their own types."""
+    for case in (
+        Case(3, "strict", "rows", "elu", (2, 7, 4, 5), 14, context="grid", gate=True, residual=True),
+        Case(1, "inclusive", "rows", "concat_elu", (2, 7, 4, 5), 14, context="sample", gate=True, residual=True),
+        Case(1, "inclusive", "rows", "elu", (2, 16, 4, 5), 32),
+        Case(2, "inclusive", "symmetric", None, (2, 7, 4, 5), 14),
+    ):
+        made = {name: value.to(device) for name, value in case.tensors().items()}
+        grad = normal(2, case.out // 2 if case.gate else case.out, 4, 5, seed=5).to(device)
+        want = run(case, made, grad)
+        leaves = {name: value.detach().requires_grad_() for name, value in made.items()}
+        tensors = [leaves.get(name) for name in ("x", "weight", "bias", "context", "residual")]
+        if tensors[3] is not None:
+            tensors[3] = tensors[3].to(BFLOAT16)
+        options = Options(case.mask, case.form, case.activation, case.gate, case.gate, "fused", BFLOAT16)
+        out = backends.causal_conv2d(*tensors, options=options, direct=True, learns=True)[0]
+        assert out.dtype == (torch.float32 if case.residual else BFLOAT16)
+        found = [out, *torch.autograd.grad(out, list(leaves.values()), grad.to(out.dtype))]
+        for name, mine, exact in zip(("out", *made), found, want, strict=True):
+            assert name == "out" or mine.dtype == torch.float32
+            assert (mine - exact).abs().max() <= 0.02 * exact.abs().max(), name
 
 
 def nothing_leaks(device: str) -> None:
@@ -132,7 +161,7 @@ GROUPS: dict[str, dict[str, Check]] = {
     "cases": {name: partial(agrees, case) for name, case in CASES.items()},
     "memory": {
         check.__name__.replace("_", "-"): check
-        for check in (no_samples, wider_residual, nothing_leaks, poisoned_memory, only_some_gradients)
+        for check in (no_samples, wider_residual, autocast, nothing_leaks, poisoned_memory, only_some_gradients)
     },
 }
 

@@ -35,10 +35,13 @@ def test_large_kernels_go_to_the_library_and_small_ones_to_triton(form: Form) ->
     assert lines[0].startswith("fused: chosen: ")
     assert "derived for the library's convolution" in lines[0]
     assert lines[1:] == ["triton: could run, not chosen", "torch: could run, not chosen"]
-    for small in (layer(32, 256, 1), layer(1, 64, 5)):
-        lines = explain_backend("causal_conv2d", *small, mask="inclusive", form=form).splitlines()
-        assert lines[0].startswith("triton: chosen: ")
-        assert lines[1:] == ["fused: could run, not chosen", "torch: could run, not chosen"]
+    lines = explain_backend("causal_conv2d", *layer(1, 64, 5), mask="inclusive", form=form).splitlines()
+    assert lines[0].startswith("triton: chosen: ")
+    assert lines[1:] == ["fused: could run, not chosen", "torch: could run, not chosen"]
+    for batch in (1, 32):
+        lines = explain_backend("causal_conv2d", *layer(batch, 256, 1), mask="inclusive", form=form).splitlines()
+        assert lines[0] == "fused: chosen: one tap is a matrix product, the library's"
+        assert lines[1:] == ["triton: could run, not chosen", "torch: could run, not chosen"]
 
 
 @needs_triton

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from helpers import refuses, snail
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.utils.flop_counter import FlopCounterMode
 from triton_helpers import needs_gpu
 
@@ -28,6 +29,8 @@ from fastvq.ops import (
     fused_causal_conv2d_reference,
 )
 from fastvq.ops.causal_attention import blocks
+from fastvq.ops.causal_conv import backends as causal_backends
+from fastvq.ops.causal_conv import library
 from fastvq.ops.causal_conv.library import channels_last
 from fastvq.ops.causal_conv.reference import activate
 from fastvq.ops.dispatch import why_no_triton
@@ -362,6 +365,31 @@ def test_a_prior_compiles_without_a_break(activation: str) -> None:
     torch.testing.assert_close(*losses)
     losses[0].backward()
     assert all(parameter.grad is not None for parameter in prior.parameters())
+
+
+@pytest.mark.parametrize("form", ["rows", "symmetric"])
+def test_on_a_gpu_compilers_see_what_they_can_fuse(form: Form, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's operators on the taps that are read, with the same results; here on a CPU."""
+    monkeypatch.setattr(causal_backends, "is_left_to_compiler", lambda x, backend: torch.compiler.is_compiling())
+    monkeypatch.setattr(library, "_GATHERED", 0)
+    prior = snail(num_classes=3, form=form, activation="concat_elu")
+    codes, label = torch.randint(5, (2, 3, 4)), torch.tensor([0, 2])
+    seen: list[Any] = []
+
+    def note(graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        seen.extend(node.target for node in graph.graph.nodes)
+        return graph.forward
+
+    def nll() -> Tensor:
+        return prior.nll(codes, label=label).mean()
+
+    torch.testing.assert_close(torch.compile(nll, fullgraph=True, backend=note)(), nll())
+    assert torch.ops.fastvq.causal_conv2d not in seen
+    torch._dynamo.reset()
+    parameters = list(prior.parameters())
+    found = torch.autograd.grad(torch.compile(nll, fullgraph=True, backend="aot_eager")(), parameters)
+    for mine, want in zip(found, torch.autograd.grad(nll(), parameters), strict=True):
+        torch.testing.assert_close(mine, want)
 
 
 def test_autocast_of_a_fused_convolution() -> None:

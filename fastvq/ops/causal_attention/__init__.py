@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -22,9 +20,11 @@ from fastvq.errors import ArgumentError, UnavailableError
 from fastvq.ops._registered import learns
 from fastvq.ops.causal_attention import backends
 from fastvq.ops.causal_attention.library import library_attention
+from fastvq.ops.causal_attention.once import Once
 from fastvq.ops.causal_attention.options import Options
 from fastvq.ops.causal_attention.reference import causal_attention_reference
-from fastvq.ops.dispatch import in_forward_mode, is_differentiated, require_plain, runs_directly
+from fastvq.ops.causal_attention.shift import shifted_attention
+from fastvq.ops.dispatch import in_forward_mode, is_differentiated, require_plain, runs_directly, why_no_triton
 from fastvq.ops.grid import MASKS, Mask
 
 __all__ = ["causal_attention", "causal_attention_reference"]
@@ -77,7 +77,9 @@ def causal_attention(
         return _plain_attention(query, key, value, mask, dropout, backend)
     if backends.runs_on_library(query, key, value, dropout, backend):
         if direct and learning:
-            query, key, value = _Once.apply(query, key, value)
+            if query.is_cuda and mask == "strict" and why_no_triton() is None:
+                return shifted_attention(query, key, value)
+            query, key, value = Once.apply(query, key, value)
         return library_attention(query, key, value, mask)
     if not direct and is_differentiated():
         return _plain_attention(query, key, value, mask, dropout, backend)
@@ -119,28 +121,3 @@ def _check(query: Tensor, key: Tensor, value: Tensor, mask: str, dropout: float,
         raise ArgumentError(f"dropout: expected a probability in [0, 1), got {dropout}")
     if seed is not None:
         require_seed("seed", seed)
-
-
-class _Once(torch.autograd.Function):
-    """Its arguments, whose gradients refuse to be differentiated by the name of the operation that they are given to.
-
-    PyTorch's operator refuses too on most devices, naming a function of its own.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(tensor.view_as(tensor) for tensor in tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        return _Refusing.apply(*grads) if torch.is_grad_enabled() else grads
-
-
-class _Refusing(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        return tuple(grad.view_as(grad) for grad in grads)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        backends.no_second_gradient(ctx, *grads)

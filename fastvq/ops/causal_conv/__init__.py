@@ -9,7 +9,7 @@ from fastvq._check import require_choice, require_dense, require_floating, requi
 from fastvq._nvtx import annotate
 from fastvq.errors import ArgumentError
 from fastvq.ops._registered import learns
-from fastvq.ops.causal_conv import backends
+from fastvq.ops.causal_conv import backends, library
 from fastvq.ops.causal_conv.options import Options
 from fastvq.ops.causal_conv.reference import causal_conv2d_reference, fused_causal_conv2d_reference
 from fastvq.ops.dispatch import is_differentiated, require_plain, runs_directly
@@ -95,8 +95,11 @@ def fused_causal_conv2d(
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         # The residual keeps its type: sums of many layers stay as precise as they are without fusion.
-        x, weight = _cast(x, dtype), _cast(weight, dtype)
-        bias = None if bias is None else _cast(bias, dtype)
+        if direct and backends.reads_any_type(x, weight, options):
+            options = options._replace(backend="fused", dtype=dtype)
+        else:
+            x, weight = _cast(x, dtype), _cast(weight, dtype)
+            bias = None if bias is None else _cast(bias, dtype)
         context = None if context is None else _cast(context, dtype)
     if not direct and is_differentiated():
         require_plain("causal_conv2d", backend)
@@ -111,6 +114,8 @@ def fused_causal_conv2d(
             gate=gate,
             residual=residual,
         )
+    if not direct and backends.is_left_to_compiler(x, backend):
+        return library.forward(x, weight, bias, context, residual, options)[0]
     learning = learns(x, weight, bias, context, residual)
     if gate and learning:
         options = options._replace(keep=True)

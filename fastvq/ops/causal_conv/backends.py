@@ -29,6 +29,23 @@ BACKENDS = Backends(
 )
 
 
+def reads_any_type(x: Tensor, weight: Tensor, options: Options) -> bool:
+    """Whether ``fused`` runs, which reads tensors of any type but float64 as it multiplies them."""
+    if not x.is_cuda or torch.float64 in (x.dtype, weight.dtype) or options.backend not in (None, "fused"):
+        return False
+    chosen = BACKENDS.select(options.backend, x, weight, mask=options.mask, form=options.form)
+    return chosen.name == "fused"
+
+
+def is_left_to_compiler(x: Tensor, backend: str | None) -> bool:
+    """Whether a compiler is to see PyTorch's operators in place of the registered one.
+
+    On a GPU it makes one kernel of what surrounds the library's convolutions, and launches all of them at less cost
+    than the registered operation does.
+    """
+    return x.is_cuda and backend is None and torch.compiler.is_compiling()
+
+
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, context: Tensor | None, residual: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor | None]:
@@ -53,9 +70,10 @@ def _fake(
     x: Tensor, weight: Tensor, bias: Tensor | None, context: Tensor | None, residual: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor]:
     channels = weight.shape[0]
-    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    out = _image(x, channels // 2 if options.gate else channels, dtype)
-    return out, _image(x, channels) if options.gate and options.keep else x.new_empty(0)
+    dtype = options.dtype or x.dtype
+    wide = dtype if residual is None else torch.promote_types(dtype, residual.dtype)
+    out = _image(x, channels // 2 if options.gate else channels, wide)
+    return out, _image(x, channels, dtype) if options.gate and options.keep else x.new_empty(0)
 
 
 def _fake_backward(
@@ -65,7 +83,7 @@ def _fake_backward(
         _image(x, x.shape[1]) if options.needs_input else x.new_empty(0),
         weight.new_empty(weight.shape if options.needs_weight else (0,)),
         weight.new_empty(weight.shape[:1] if options.needs_weight else (0,)),
-        x.new_empty(0) if pre_gate is None else _image(x, weight.shape[0]),
+        x.new_empty(0) if pre_gate is None else _image(x, weight.shape[0], options.dtype),
     )
 
 
@@ -85,13 +103,14 @@ def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     of_residual = grad.to(ctx.residual_dtype) if needs_residual else None
     of_x = of_weight = of_bias = of_context = None
     if needs_x or needs_weight or needs_bias or needs_context:
-        grad = grad.to(x.dtype)
+        if options.dtype is None:
+            grad = grad.to(x.dtype)
         if options.gate and not options.keep:
             raise UnavailableError("keep: the gradient of a gate needs what the forward pass was told not to keep")
         gated = pre_gate if options.gate else None
         if options.gate or needs_x or needs_weight or needs_bias:
-            mask, form, activation, *_, backend = options
-            wanted = GradientOptions(mask, form, activation, needs_x, needs_weight or needs_bias, backend)
+            mask, form, activation, *_, backend, dtype = options
+            wanted = GradientOptions(mask, form, activation, needs_x, needs_weight or needs_bias, backend, dtype)
             # Nobody will ask for the gradient of this gradient where none is recorded.
             direct = not torch.is_grad_enabled() and runs_directly(grad, x, weight)
             of_x, of_weight, of_bias, of_result = causal_conv2d_backward(
@@ -128,7 +147,7 @@ _NO_SECOND = (
 )
 causal_conv2d = Registered(
     "causal_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? context, Tensor? residual, str mask, str form,"
-    " str? activation, bool gate, bool keep, str? backend) -> (Tensor out, Tensor pre_gate)",
+    " str? activation, bool gate, bool keep, str? backend, ScalarType? dtype=None) -> (Tensor out, Tensor pre_gate)",
     Options,
     _forward,
     _fake,
@@ -138,7 +157,7 @@ causal_conv2d = Registered(
 )
 causal_conv2d_backward = Registered(
     "causal_conv2d_backward(Tensor grad, Tensor x, Tensor weight, Tensor? pre_gate, str mask, str form,"
-    " str? activation, bool needs_input, bool needs_weight, str? backend)"
+    " str? activation, bool needs_input, bool needs_weight, str? backend, ScalarType? dtype=None)"
     " -> (Tensor of_x, Tensor of_weight, Tensor of_bias, Tensor of_result)",
     GradientOptions,
     _backward,

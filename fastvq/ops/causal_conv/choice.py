@@ -5,6 +5,7 @@ The rates are those that an H200 showed; other GPUs differ by factors that the t
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -31,12 +32,16 @@ class Times(NamedTuple):
 
 def derived_times(x: Tensor, weight: Tensor, *, mask: Mask = "strict", form: Form = "rows") -> Times:
     """Of the convolution of activated x [B, C, H, W] with weight [O, C', k, k]."""
-    batch, channels, height, width = x.shape
-    outputs, depth, kernel, _ = weight.shape
-    positions, taps = batch * height * width, read_taps(kernel, mask, form)
     kind = product_precision("convolution") if x.dtype == torch.float32 else "half"
+    return _times(x.shape, weight.shape, kind, x.element_size(), mask, form)
+
+
+@functools.lru_cache(maxsize=1024)
+def _times(x: torch.Size, weight: torch.Size, kind: str, item: int, mask: Mask, form: Form) -> Times:
+    batch, channels, height, width = x
+    outputs, depth, kernel, _ = weight
+    positions, taps = batch * height * width, read_taps(kernel, mask, form)
     product = 2 * positions * outputs * depth * taps.count / _PRODUCT[kind]
-    item = x.element_size()
     # Both read x and write results. Between their kernels `fused` writes what the parts read and reads what they write.
     common = positions * (channels + outputs) * item
     parts = (taps.above > 0) + (taps.current > 0)
@@ -49,6 +54,8 @@ def derived_times(x: Tensor, weight: Tensor, *, mask: Mask = "strict", form: For
 
 def preferred(x: Tensor, weight: Tensor, *, mask: Mask = "strict", form: Form = "rows") -> tuple[str, str]:
     """Name of the backend and why."""
+    if weight.shape[-1] == 1:
+        return "fused", "one tap is a matrix product, the library's"
     times = derived_times(x, weight, mask=mask, form=form)
     name = "fused" if times.fused < times.triton else "triton"
     micro = [f"{1e6 * time:.3g} us" for time in times]

@@ -1,19 +1,21 @@
-"""Masked convolution by the library's convolutions on the taps that are read, between two Triton kernels.
+"""Masked convolution by the library's convolutions on the taps that are read, between Triton kernels.
 
-The rows above and the current row are a convolution each, as in `fastvq.ops.causal_conv.library`. One kernel activates
-x and lays it out so that neither needs a copy or a tap of zeros; another adds the two results, bias, context, gate and
-residual. The backward pass is the same in reverse. Kernels are imported with the first call.
+The rows above and the current row are a convolution each, as in `fastvq.ops.causal_conv.library`. One kernel takes
+their taps out of the weights; one activates x and lays it out so that neither needs a copy or a tap of zeros; another
+adds the two results, bias, context, gate and residual. The backward pass is the same in reverse. Kernels are imported
+with the first call.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvq.kernels.taps import Taps, read_taps
+from fastvq.kernels.taps import CHANNEL_MULTIPLE, read_taps
 from fastvq.ops.causal_conv.library import channels_last, library_gradients
 from fastvq.ops.causal_conv.options import GradientOptions, Gradients, Options
 
@@ -22,12 +24,35 @@ if TYPE_CHECKING:
 
 
 class _Part(NamedTuple):
-    """One of the two convolutions: which taps of the kernel, how x lies in its input, and the library's padding."""
+    """One of the two convolutions: its segment of taps, its kernel, how x lies in its input, the library's padding."""
 
-    rows: slice
-    columns: slice
+    segment: int
+    rows: int
+    columns: int
     layout: Layout
     padding: tuple[int, int]
+
+
+class _Plan(NamedTuple):
+    """The parts that read anything of the grid, and to how many outputs and channels they are filled up.
+
+    Taps are packed in segments, those of the rows above and those of the current row, of so many each.
+    """
+
+    parts: tuple[_Part, ...]
+    layouts: tuple[Layout, ...]
+    segments: tuple[int, ...]
+    outputs: int
+    depth: int
+
+
+class _Operands(NamedTuple):
+    """Of a convolution: [B, C, rows, columns] and [O, C, rows, columns], channels-last; or, where one tap makes it a
+    matrix product, [positions, C] and [O, C].
+    """
+
+    image: Tensor
+    kernel: Tensor
 
 
 def forward(
@@ -36,78 +61,77 @@ def forward(
     """Output, and with ``gate`` and ``keep`` what the gate is applied to, [B, O, H, W]."""
     from fastvq.kernels import causal_surroundings as kernels
 
-    x = kernels.nhwc(x)
-    batch, height, width, _ = x.shape
-    channels = weight.shape[0]
-    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    out = x.new_empty((batch, height, width, channels // 2 if options.gate else channels), dtype=dtype)
-    pre_gate = x.new_empty((batch, height, width, channels)) if options.gate and options.keep else None
-    parts = _parts(read_taps(weight.shape[-1], options.mask, options.form), height, width) if x.numel() else ()
+    x = channels_last(x)
+    batch, _, height, width = x.shape
+    channels, dtype = weight.shape[0], options.dtype or x.dtype
+    plan = _plan(height, width, weight.shape, options.mask, options.form)
     whole, found = kernels.Layout(height, width), []
-    if parts:
-        images = kernels.spread(x, kernels.ACTIVATION_KINDS[options.activation], *(part.layout for part in parts))
-        for part, image in zip(parts, images, strict=True):
-            result = F.conv2d(image.permute(0, 3, 1, 2), _kernel(weight, part), padding=part.padding)
-            found.append((kernels.nhwc(result), whole))
+    plain = not options.gate and context is None and residual is None
+    alone = plain and len(plan.parts) == 1 and plan.outputs == channels
+    for part, (image, kernel) in zip(plan.parts, _operands(x, weight, options, plan, dtype), strict=False):
+        if image.ndim == 4:
+            found.append((channels_last(F.conv2d(image, kernel, padding=part.padding)), whole))
+        elif alone:
+            out = torch.mm(image, kernel.t()) if bias is None else torch.addmm(bias.to(dtype), image, kernel.t())
+            return _image(out, 0, (batch, channels, height, width)), None
+        else:
+            found.append((torch.mm(image, kernel.t()), whole))
+    wide = dtype if residual is None else torch.promote_types(dtype, residual.dtype)
+    out = _empty(x, channels // 2 if options.gate else channels, wide)
+    pre_gate = _empty(x, channels, dtype) if options.gate and options.keep else None
     around = kernels.Surroundings(
         bias=None if bias is None else bias.contiguous(),
-        context=None if context is None else kernels.nhwc(context),
-        residual=None if residual is None else kernels.nhwc(residual),
+        context=None if context is None else channels_last(context),
+        residual=None if residual is None else channels_last(residual),
         gate=options.gate,
     )
-    kernels.join(out, tuple(found), around, pre_gate)
-    return out.permute(0, 3, 1, 2), None if pre_gate is None else pre_gate.permute(0, 3, 1, 2)
+    kernels.join(out, found, plan.outputs, around, pre_gate)
+    return out, pre_gate
 
 
 def backward(grad: Tensor, x: Tensor, weight: Tensor, pre_gate: Tensor | None, options: GradientOptions) -> Gradients:
     """Gradients of x, weight, bias and, with a gate, of the convolution's result; see `library.backward`."""
+    from fastvq.kernels import causal_conv_taps
     from fastvq.kernels import causal_surroundings as kernels
 
-    nothing, of_result = grad.new_empty(0), grad.new_empty(0)
-    of_x, of_weight, of_bias = nothing, nothing.clone(), nothing.clone()
-    sums = None
+    x = channels_last(x)
+    batch, _, height, width = x.shape
+    outputs, dtype = weight.shape[0], options.dtype or x.dtype
+    plan = _plan(height, width, weight.shape, options.mask, options.form)
+    before = None if pre_gate is None else channels_last(pre_gate)
+    result, sums = kernels.begin_backward(channels_last(grad), before, plan.outputs, dtype, summed=options.needs_weight)
+    image = _image(result, 0, (batch, plan.outputs, height, width))
+    of_x, of_weight, of_bias, of_result = (x.new_empty(0) for _ in range(4))
     if pre_gate is not None:
-        grad, sums = kernels.gate_backward(grad, pre_gate)
-        of_result = grad
-    x, grad = kernels.nhwc(x), channels_last(grad)
-    batch, height, width, channels = x.shape
-    kind = kernels.ACTIVATION_KINDS[options.activation]
-    parts = _parts(read_taps(weight.shape[-1], options.mask, options.form), height, width) if x.numel() else ()
-    if options.needs_weight:
-        of_weight = torch.zeros_like(weight, memory_format=torch.contiguous_format)
-        sums = grad.sum((0, 2, 3), dtype=torch.float64) if sums is None else sums
-        of_bias = sums.to(weight.dtype)
-    found = []
-    if parts and (options.needs_input or options.needs_weight):
-        layouts = [part.layout for part in parts]
-        if options.needs_weight:
-            images = kernels.spread(x, kind, *layouts)
-        else:
-            # The library asks for the input even where only its shape matters.
-            depth = channels * max(1, kind)
-            images = tuple(x.new_empty((batch, layout.rows, layout.columns, depth)) for layout in layouts)
-        for part, image in zip(parts, images, strict=True):
-            given = image.permute(0, 3, 1, 2)
-            of_image, of_part = library_gradients(
-                grad, given, _kernel(weight, part), part.padding, options.needs_input, options.needs_weight
-            )
+        of_result = image if plan.outputs == outputs else channels_last(image[:, :outputs])
+    of_images: list[tuple[Tensor, Layout]] = []
+    of_kernels: list[Tensor | None] = [None for _ in plan.segments]
+    if options.needs_input or options.needs_weight:
+        given = _operands(x, weight, options, plan, dtype, images=options.needs_weight)
+        for part, operands in zip(plan.parts, given, strict=False):
+            of_image, of_kernel = _gradients(result, image, operands, part.padding, options)
+            of_kernels[part.segment] = of_kernel
             if of_image is not None:
-                found.append((kernels.nhwc(of_image), part.layout))
-            if of_part is not None:
-                of_weight[:, :, part.rows, part.columns] = of_part
+                of_images.append((of_image, part.layout))
+    if options.needs_weight:
+        assert sums is not None
+        of_weight, of_bias = causal_conv_taps.unpack(of_kernels, plan.segments, plan.depth, sums, weight)
     if options.needs_input:
-        of_x = torch.empty_like(x)
-        given = x if kind else None
-        kernels.join(of_x, tuple(found), kernels.Surroundings(given=given, derivative=kind))
-        of_x = of_x.permute(0, 3, 1, 2)
+        of_x, kind = _empty(x, x.shape[1], x.dtype), kernels.ACTIVATION_KINDS[options.activation]
+        around = kernels.Surroundings(given=x if kind else None, derivative=kind)
+        kernels.join(of_x, of_images, plan.depth, around)
     return of_x, of_weight, of_bias, of_result
 
 
-def _parts(taps: Taps, height: int, width: int) -> tuple[_Part, ...]:
-    """Those that read anything of a grid of that size; their results have the grid's size."""
+@functools.lru_cache(maxsize=256)
+def _plan(height: int, width: int, weight: torch.Size, mask: str, form: str) -> _Plan:
+    """For weight [outputs, depth, size, size] over a grid of that size, which is that of the parts' results."""
     from fastvq.kernels.causal_surroundings import Layout
 
+    outputs, depth, size, _ = weight
+    taps = read_taps(size, mask, form)
     kernel, above, left, _ = taps
+    segments = tuple(count for count in (above * kernel, taps.current) if count)
     parts = []
     if above and height > 1:
         # Row 0 reads zeros alone, and the last row is not read. Columns outside are the library's own padding where
@@ -115,14 +139,77 @@ def _parts(taps: Taps, height: int, width: int) -> tuple[_Part, ...]:
         odd = kernel % 2 == 1
         columns, right = (width, 0) if odd else (width + kernel - 1, left)
         layout = Layout(height - 1 + above, columns, above, right)
-        parts.append(_Part(slice(0, above), slice(0, kernel), layout, (0, left if odd else 0)))
+        parts.append(_Part(0, above, kernel, layout, (0, left if odd else 0)))
     if taps.current:
         # What lies behind the mask at the end of a row is left out.
         layout = Layout(height, width + taps.current - 1, 0, left)
-        parts.append(_Part(slice(above, above + 1), slice(0, taps.current), layout, (0, 0)))
-    return tuple(parts)
+        parts.append(_Part(len(segments) - 1, 1, taps.current, layout, (0, 0)))
+    filled = (size + -size % CHANNEL_MULTIPLE for size in (outputs, depth))
+    return _Plan(tuple(parts), tuple(part.layout for part in parts), segments, *filled)
 
 
-def _kernel(weight: Tensor, part: _Part) -> Tensor:
-    """[O, C', rows, columns] in the memory that the library multiplies channels-last images with."""
-    return weight[:, :, part.rows, part.columns].contiguous(memory_format=torch.channels_last)
+def _operands(
+    x: Tensor,
+    weight: Tensor,
+    options: Options | GradientOptions,
+    plan: _Plan,
+    dtype: torch.dtype,
+    images: bool = True,
+) -> list[_Operands]:
+    """What the parts multiply, or nothing where there is nothing to multiply.
+
+    ``images``: whether they are needed; the library asks for them even where only their shape matters.
+    """
+    from fastvq.kernels import causal_conv_taps
+    from fastvq.kernels import causal_surroundings as kernels
+
+    if not plan.parts or x.numel() == 0:
+        return []
+    batch, depth = x.shape[0], plan.depth
+    packed = causal_conv_taps.pack(weight, plan.segments, plan.outputs, depth, dtype)
+    if images:
+        spread = kernels.spread(x, kernels.ACTIVATION_KINDS[options.activation], plan.layouts, depth, dtype)
+    else:
+        positions = batch * sum(layout.rows * layout.columns for layout in plan.layouts)
+        spread = x.new_empty((positions, depth), dtype=dtype)
+    found, first = [], 0
+    for _segment, rows, columns, layout, _padding in plan.parts:
+        last = first + batch * layout.rows * layout.columns
+        tap = sum(plan.segments[:_segment])
+        # How precise convolutions of float32 are is not how precise matrix products are.
+        if rows * columns == 1 and dtype != torch.float32:
+            kernel = packed[plan.outputs * tap : plan.outputs * (tap + 1)]
+            found.append(_Operands(spread[first:last], kernel))
+        else:
+            image = _image(spread, first, (batch, depth, layout.rows, layout.columns))
+            found.append(_Operands(image, _image(packed, plan.outputs * tap, (plan.outputs, depth, rows, columns))))
+        first = last
+    return found
+
+
+def _gradients(
+    result: Tensor, image: Tensor, operands: _Operands, padding: tuple[int, int], options: GradientOptions
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of the operands, in memory like theirs, None where not needed; from that of the result, flat and as an image."""
+    if operands.image.ndim == 4:
+        found = library_gradients(image, *operands, padding, options.needs_input, options.needs_weight)
+        of_image, of_kernel = (None if one is None else channels_last(one) for one in found)
+        return of_image, of_kernel
+    return (
+        torch.mm(result, operands.kernel) if options.needs_input else None,
+        torch.mm(result.t(), operands.image) if options.needs_weight else None,
+    )
+
+
+def _image(flat: Tensor, first: int, shape: tuple[int, int, int, int]) -> Tensor:
+    """[B, C, rows, columns], channels-last, from row ``first`` on of [..., C], contiguous."""
+    _, channels, rows, columns = shape
+    strides = rows * columns * channels, 1, columns * channels, channels
+    return flat.as_strided(shape, strides, flat.storage_offset() + first * channels)
+
+
+def _empty(like: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
+    """Of the same batch and grid, channels-last."""
+    batch, _, height, width = like.shape
+    shape = batch, channels, height, width
+    return torch.empty(shape, dtype=dtype, device=like.device, memory_format=torch.channels_last)

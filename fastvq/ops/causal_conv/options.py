@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 # Of input, weight, bias and, behind a gate, the convolution's result; empty for what was not asked for.
@@ -11,7 +12,10 @@ Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class Options(NamedTuple):
-    """As for `fastvq.ops.fused_causal_conv2d`; ``keep`` asks for what the gate is applied to as well."""
+    """As for `fastvq.ops.fused_causal_conv2d`; ``keep`` asks for what the gate is applied to as well.
+
+    Tensors are multiplied in ``dtype``, if it is not None: autocast's, where ``fused`` reads them as they are.
+    """
 
     mask: str
     form: str
@@ -19,6 +23,7 @@ class Options(NamedTuple):
     gate: bool
     keep: bool
     backend: str | None
+    dtype: torch.dtype | None = None
 
 
 class GradientOptions(NamedTuple):
@@ -30,3 +35,4 @@ class GradientOptions(NamedTuple):
     needs_input: bool
     needs_weight: bool
     backend: str | None
+    dtype: torch.dtype | None = None

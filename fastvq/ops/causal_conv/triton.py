@@ -41,7 +41,7 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor, pre_gate: Tensor | None, o
 
     nothing, of_result = grad.new_empty(0), grad.new_empty(0)
     of_x, of_weight, of_bias = nothing, nothing.clone(), nothing.clone()
-    mask, form, activation, needs_input, needs_weight, _ = options
+    mask, form, activation, needs_input, needs_weight, *_ = options
     how = {"mask": mask, "form": form, "activation": activation, "precision": product_precision("convolution")}
     sums = None
     if pre_gate is not None:
