@@ -5,10 +5,8 @@ operation gave at (r, c) lies at slot t mod span and row r mod rows of its cache
 a tap from one slot. In raster order, which is a SKEW of 0, step t takes all of row t, and a cache has no slots. What
 lies beside the grid is never read: it is masked to zero.
 
-The depth of an operation is cut into parts, and consecutive parts into groups. A part is one chain of additions in
-tensor cores; parts of a group are added in their order, and then groups in theirs. A program computes one part, or one
-group where there are positions enough to fill the chip that way: the sums are the same, and with tiles of one size so
-are their bits.
+The depth of an operation is cut into parts, which are added in their order by what follows. A part is one sum of a
+program, over the same blocks of depth in the same order for every number of positions: so are its bits.
 """
 
 from __future__ import annotations
@@ -16,9 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastvq.kernels.causal_conv_product import multiply
-
-# Of tables, in numbers. An item is a part of a product for a tile of columns; a program some consecutive items.
+# Of tables, in numbers. An item is some depth of a product for a tile of columns; a program some consecutive items.
 ITEM_FIELDS, PROGRAM_FIELDS = 16, 8
 _ITEM_FIELDS: tl.constexpr = tl.constexpr(ITEM_FIELDS)
 _PROGRAM_FIELDS: tl.constexpr = tl.constexpr(PROGRAM_FIELDS)
@@ -58,25 +54,70 @@ def has_positions(step, first, batch, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
 
 
 @triton.jit
+def _add_products(acc, x_ptrs, x_plane, w_ptrs, w_plane, mask, PLANES: tl.constexpr, INTERPRETED: tl.constexpr):
+    """acc [N, M] + w x for blocks x [K, M] and w [N, K] of as many planes, see `_product_kernel`."""
+    x = tl.load(x_ptrs, mask=mask, other=0.0)  # [K, M]
+    w = tl.load(w_ptrs)  # [N, K]
+    if PLANES == 1:
+        return _dot(w, x, acc, INTERPRETED)
+    x_middle = tl.load(x_ptrs + x_plane, mask=mask, other=0.0)  # [K, M]
+    w_middle = tl.load(w_ptrs + w_plane)  # [N, K]
+    x_low = tl.load(x_ptrs + 2 * x_plane, mask=mask, other=0.0)  # [K, M]
+    w_low = tl.load(w_ptrs + 2 * w_plane)  # [N, K]
+    # Smallest first, and a sum of its own: tensor cores cut off what they add to.
+    part = _dot(w_middle, x_middle, tl.zeros_like(acc), INTERPRETED)  # [N, M]
+    part = _dot(w_low, x, part, INTERPRETED)
+    part = _dot(w, x_low, part, INTERPRETED)
+    part = _dot(w_middle, x, part, INTERPRETED)
+    part = _dot(w, x_middle, part, INTERPRETED)
+    return acc + _dot(w, x, part, INTERPRETED)
+
+
+@triton.jit
+def _dot(w, x, acc, INTERPRETED: tl.constexpr):
+    if INTERPRETED:
+        # Triton's interpreter multiplies bfloat16 as integers.
+        return tl.dot(w.to(tl.float32), x.to(tl.float32), acc, input_precision="ieee")
+    return tl.dot(w, x, acc)
+
+
+@triton.jit
+def _store(out_ptr, acc, columns, column, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Stores a block [N, M] as [M, columns], in pieces that registers have room for beside it."""
+    if BLOCK_M > 64:
+        first, second = acc.reshape(BLOCK_N, 2, BLOCK_M // 2).permute(0, 2, 1).split()
+        _store(out_ptr, first, columns, column, BLOCK_M // 2, BLOCK_N)
+        _store(out_ptr + BLOCK_M // 2 * columns, second, columns, column, BLOCK_M // 2, BLOCK_N)
+    else:
+        offs_n = tl.arange(0, BLOCK_N)  # [BLOCK_N]
+        out_ptrs = out_ptr + tl.arange(0, BLOCK_M)[None, :] * columns + offs_n[:, None]  # [BLOCK_N, BLOCK_M]
+        tl.store(out_ptrs, acc, mask=(offs_n < columns - column)[:, None])
+
+
+@triton.jit
 def _product_kernel(
-    step_ptr, features_ptr, weights_ptr, partials_ptr, items_ptr, programs_ptr, batch,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SKEW: tl.constexpr, PRECISION: tl.constexpr,
-    UNIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    step_ptr, features_ptr, weights_ptr, partials_ptr, items_ptr, programs_ptr, batch, plane,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SKEW: tl.constexpr, PLANES: tl.constexpr, INTERPRETED: tl.constexpr,
+    UNIT: tl.constexpr, PACKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Sums of products [positions, columns] of program 1 of the grid, for a block of positions.
 
-    Offsets and strides of features count UNIT channels, in 32 bits. If that is BLOCK_K, every vector is padded with
-    zeros to a multiple of it. Features are rounded to the type of the weights, if that is another one. Weights lie in
-    tiles [BLOCK_K, BLOCK_N] in the order in which they are read, padded with zeros.
+    Features and weights are bfloat16. With three PLANES they are three parts of float32 numbers, each what those
+    before it leave; features have them ``plane`` numbers apart. Offsets and strides of features count UNIT channels, in
+    32 bits. If that is BLOCK_K, every vector is padded with zeros to a multiple of it. Weights lie in tiles [planes,
+    PACKED, BLOCK_K] in the order in which they are read, padded with zeros; a program has BLOCK_N columns of a tile.
+
+    Columns are the rows of a product, of which tensor cores take 64 or more at a time, and positions its columns.
     """
     step = tl.load(step_ptr)
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     row, col, sample, mask_m = positions(step, offs_m, batch, HEIGHT, WIDTH, SKEW)  # [BLOCK_M] each
     if has_positions(step, tl.program_id(0) * BLOCK_M, batch, HEIGHT, WIDTH, SKEW):
+        row = tl.where(mask_m, row, -HEIGHT)  # [BLOCK_M], above all that is read
         program = programs_ptr + tl.program_id(1) * _PROGRAM_FIELDS
         offs_n = tl.arange(0, BLOCK_N)  # [BLOCK_N]
         offs_k = tl.arange(0, BLOCK_K)  # [BLOCK_K]
-        total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)  # [BLOCK_M, BLOCK_N]
+        acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)  # [BLOCK_N, BLOCK_M]
         for index in range(tl.load(program), tl.load(program + 1)):
             item = items_ptr + index * _ITEM_FIELDS
             base = tl.load(item).to(tl.int32)
@@ -91,30 +132,37 @@ def _product_kernel(
             tap_width = tl.load(item + 9).to(tl.int32)
             chunks = tl.load(item + 10).to(tl.int32)
             channels = tl.load(item + 14).to(tl.int32)
-            tile_ptrs = weights_ptr + tl.load(item + 13) * (BLOCK_K * BLOCK_N)
-            tile_ptrs += offs_k[:, None] * BLOCK_N + offs_n[None, :]  # [BLOCK_K, BLOCK_N]
+            tile_ptrs = weights_ptr + tl.load(item + 13) * (PLANES * PACKED * BLOCK_K) + tl.load(item + 15) * BLOCK_K
+            tile_ptrs += offs_n[:, None] * BLOCK_K + offs_k[None, :]  # [BLOCK_N, BLOCK_K]
+            first = tl.load(item + 11).to(tl.int32)
+            inner = first % chunks
+            right = left + first // chunks % tap_width
+            down = top + first // chunks // tap_width
+            last_slot = step % span
             ring_row = row % rows  # [BLOCK_M]
-            offs_sample = base + sample * sample_stride  # [BLOCK_M]
-            acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)  # [BLOCK_M, BLOCK_N]
-            for chunk in range(tl.load(item + 11).to(tl.int32), tl.load(item + 12).to(tl.int32)):
-                tap = chunk // chunks
-                down = top + tap // tap_width
-                right = left + tap % tap_width
-                slot = (step + SKEW * down + right) % span
-                from_row = ring_row + down  # [BLOCK_M]
-                from_row = tl.where(from_row < 0, from_row + rows, from_row)  # [BLOCK_M]
-                offs = offs_sample + from_row * row_stride + (col + right) * col_stride  # [BLOCK_M]
-                offs += slot * slot_stride + chunk % chunks * (BLOCK_K // UNIT)
-                mask = mask_m & (row + down >= 0) & (col + right >= 0) & (col + right < WIDTH)  # [BLOCK_M]
-                a_ptrs = features_ptr + (offs.to(tl.int64) * UNIT)[:, None] + offs_k[None, :]  # [BLOCK_M, BLOCK_K]
-                mask_a = mask[:, None]
+            offs_here = base + sample * sample_stride + ring_row * row_stride + col * col_stride  # [BLOCK_M]
+            for chunk in range(first, tl.load(item + 12).to(tl.int32)):
+                # What is read is at most span - 1 steps old.
+                slot = last_slot + SKEW * down + right
+                slot = tl.where(slot < 0, slot + span, slot)
+                offs_tap = down * row_stride + right * col_stride + slot * slot_stride + inner * (BLOCK_K // UNIT)
+                offs = offs_here + tl.where(ring_row < -down, rows * row_stride, 0) + offs_tap  # [BLOCK_M]
+                # As an unsigned number what is left of the grid is beyond its right end.
+                mask = (row >= -down) & ((col + right).to(tl.uint32, bitcast=True) < WIDTH)  # [BLOCK_M]
+                x_ptrs = features_ptr + (offs.to(tl.int64) * UNIT)[None, :] + offs_k[:, None]  # [BLOCK_K, BLOCK_M]
+                mask_x = mask[None, :]
                 if UNIT != BLOCK_K:
-                    mask_a &= (offs_k < channels - chunk % chunks * BLOCK_K)[None, :]  # [BLOCK_M, BLOCK_K]
-                a = tl.load(a_ptrs, mask=mask_a, other=0.0)  # [BLOCK_M, BLOCK_K]
-                b = tl.load(tile_ptrs + chunk * (BLOCK_K * BLOCK_N))  # [BLOCK_K, BLOCK_N]
-                acc = multiply(a.to(b.dtype), b, acc, PRECISION)  # [BLOCK_M, BLOCK_N]
-            total += acc
-        columns = tl.load(program + 3)
-        offs_column = tl.load(program + 4) + offs_n  # [BLOCK_N]
-        out_ptrs = partials_ptr + tl.load(program + 2) + offs_m[:, None] * columns + offs_column[None, :]
-        tl.store(out_ptrs, total, mask=mask_m[:, None] & (offs_column < columns)[None, :])
+                    mask_x &= (offs_k < channels - inner * BLOCK_K)[:, None]  # [BLOCK_K, BLOCK_M]
+                w_ptrs = tile_ptrs + chunk * (PLANES * PACKED * BLOCK_K)  # [BLOCK_N, BLOCK_K]
+                acc = _add_products(
+                    acc, x_ptrs, plane.to(tl.int64), w_ptrs, PACKED * BLOCK_K, mask_x, PLANES, INTERPRETED
+                )
+                # Of the next chunk. A branch would keep loads from being made ahead.
+                inner = tl.where(inner + 1 < chunks, inner + 1, 0)
+                right = tl.where(inner > 0, right, right + 1)
+                down = tl.where(right < left + tap_width, down, down + 1)
+                right = tl.where(right < left + tap_width, right, left)
+        columns = tl.load(program + 3).to(tl.int32)
+        column = tl.load(program + 4).to(tl.int32)
+        out_ptr = partials_ptr + tl.load(program + 2) + tl.program_id(0).to(tl.int64) * BLOCK_M * columns + column
+        _store(out_ptr, acc, columns, column, BLOCK_M, BLOCK_N)

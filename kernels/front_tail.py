@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from fastvq.kernels.elementary import elu_pair, expm1_negative
+from fastvq.kernels.front_planes import store_planes
 from fastvq.kernels.front_product import positions
 
 INSTR_FIELDS, CHAIN_FIELDS = 32, 4
@@ -28,6 +29,7 @@ _TANH: tl.constexpr = tl.constexpr(2)
 ACTIVATIONS = {"": 0, "elu": 1, "concat_elu": 2, "relu": 3}
 _CONCAT_ELU: tl.constexpr = tl.constexpr(2)
 _RELU: tl.constexpr = tl.constexpr(3)
+_PARTS_AHEAD: tl.constexpr = tl.constexpr(4)
 
 
 @triton.jit
@@ -39,20 +41,17 @@ def _tanh(x):
 
 
 @triton.jit
-def _sum_parts(partials_ptr, instr, offs_m, offs_c, capacity, mask):
-    """The sum of an operation's parts, [M, C]: within groups, then of groups, then of those that were last."""
+def _sum_parts(partials_ptr, instr, offs_m, offs_c, rows, mask):
+    """The sum of an operation's parts in their order, [M, C]."""
     count = tl.load(instr + 2).to(tl.int32)
-    group = tl.load(instr + 3).to(tl.int32)
     columns = tl.load(instr + 4)
     ptrs = partials_ptr + tl.load(instr + 1) + offs_m[:, None] * columns + offs_c[None, :]  # [M, C]
     total = tl.zeros([offs_m.shape[0], offs_c.shape[0]], tl.float32)  # [M, C]
-    for first in range(0, count, group):
-        part = tl.zeros([offs_m.shape[0], offs_c.shape[0]], tl.float32)  # [M, C]
-        for index in range(first, tl.minimum(first + group, count)):
-            part += tl.load(ptrs + index * capacity * columns, mask=mask, other=0.0)
-        total += part
-    for index in range(count, count + tl.load(instr + 28).to(tl.int32)):
-        total += tl.load(ptrs + index * capacity * columns, mask=mask, other=0.0)
+    for first in range(0, count, _PARTS_AHEAD):
+        # Loads of an iteration do not wait for each other.
+        for index in tl.static_range(_PARTS_AHEAD):
+            there = mask & (tl.zeros_like(offs_c) + first + index < count)[None, :]  # [M, C]
+            total += tl.load(ptrs + (first + index) * rows * columns, mask=there, other=0.0)
     return total
 
 
@@ -82,7 +81,7 @@ def _look_up(
 @triton.jit
 def _read(
     codes_ptr, partials_ptr, values_ptr, params_ptr, taps_ptr, instr, offs_m, row, col, sample, offs_c,
-    capacity, num_codes, mask, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+    rows, num_codes, mask, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Channels ``offs_c`` of what an instruction reads, [M, C]."""
     source = tl.load(instr)
@@ -93,7 +92,7 @@ def _read(
     else:
         bias = tl.load(params_ptr + tl.load(instr + 5) + offs_c[None, :], mask=mask, other=0.0)  # [M, C]
         if source == _SUM:
-            value = _sum_parts(partials_ptr, instr, offs_m, offs_c, capacity, mask)
+            value = _sum_parts(partials_ptr, instr, offs_m, offs_c, rows, mask)
         else:
             value = _look_up(
                 codes_ptr, params_ptr, taps_ptr, instr, row, col, sample, offs_c, num_codes, mask, HEIGHT, WIDTH
@@ -104,8 +103,8 @@ def _read(
 
 @triton.jit
 def _write(
-    features_ptr, values_ptr, fields, value, second, offs_m, step, row, col, sample, offs_c, channels, mask,
-    DOUBLE, UNIT: tl.constexpr,
+    features_ptr, kept_ptr, values_ptr, fields, value, second, offs_m, step, row, col, sample, offs_c, channels, plane,
+    mask, DOUBLE, PLANES: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Stores a block [M, C], and with DOUBLE another one behind it, where the ``fields`` of an instruction say."""
     to_values = tl.load(fields)
@@ -120,23 +119,28 @@ def _write(
         ring_row = row % tl.load(fields + 4).to(tl.int32)  # [M]
         offs = to_features + slot * tl.load(fields + 3) + ring_row * tl.load(fields + 5)  # [M]
         offs = (offs + sample * tl.load(fields + 6) + col * tl.load(fields + 7)) * UNIT  # [M]
-        feature_ptrs = features_ptr + offs[:, None] + offs_c[None, :]  # [M, C]
-        tl.store(feature_ptrs, value.to(features_ptr.dtype.element_ty), mask=mask)
+        offs_feature = offs[:, None] + offs_c[None, :]  # [M, C]
+        store_planes(features_ptr + offs_feature, plane, value, mask, PLANES)
         if DOUBLE:
-            tl.store(feature_ptrs + channels, second.to(features_ptr.dtype.element_ty), mask=mask)
+            store_planes(features_ptr + offs_feature + channels, plane, second, mask, PLANES)
+        if kept_ptr is not None:
+            tl.store(kept_ptr + offs_feature, value, mask=mask)
+            if DOUBLE:
+                tl.store(kept_ptr + offs_feature + channels, second, mask=mask)
 
 
 @triton.jit
 def _tail_kernel(
-    step_ptr, codes_ptr, features_ptr, partials_ptr, values_ptr, params_ptr, taps_ptr, instrs_ptr, chains_ptr,
-    batch, capacity, num_codes,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SKEW: tl.constexpr, UNIT: tl.constexpr,
+    step_ptr, codes_ptr, features_ptr, kept_ptr, partials_ptr, values_ptr, params_ptr, taps_ptr, instrs_ptr, chains_ptr,
+    batch, rows, num_codes, plane,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SKEW: tl.constexpr, PLANES: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Runs chain 1 of the grid for a block of positions and channels.
 
-    Values are float32 [capacity, channels], of the current step; offsets of features count UNIT numbers, see
-    `_product_kernel`.
+    Values are float32 [positions, channels], of the current step, and parts [rows, channels]. Features have PLANES, and
+    offsets of them count UNIT numbers, see `_product_kernel`; unless ``kept_ptr`` is None they are float32 numbers
+    there as well.
     """
     step = tl.load(step_ptr)
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
@@ -154,12 +158,12 @@ def _tail_kernel(
         mask = mask_m[:, None] & (offs_c < channels)[None, :]  # [BLOCK_M, BLOCK_C]
         value = _read(
             codes_ptr, partials_ptr, values_ptr, params_ptr, taps_ptr, instr, offs_m, row, col, sample, offs_c,
-            capacity, num_codes, mask, HEIGHT, WIDTH,
+            rows, num_codes, mask, HEIGHT, WIDTH,
         )  # fmt: skip
         if gate != 0:
             by = _read(
                 codes_ptr, partials_ptr, values_ptr, params_ptr, taps_ptr, instr, offs_m, row, col, sample,
-                offs_c + channels, capacity, num_codes, mask, HEIGHT, WIDTH,
+                offs_c + channels, rows, num_codes, mask, HEIGHT, WIDTH,
             )  # fmt: skip
             if gate == _TANH:
                 value = _tanh(value)
@@ -170,8 +174,8 @@ def _tail_kernel(
             ptrs = values_ptr + tl.load(instr + 8) + offs_m[:, None] * channels + offs_c[None, :]  # [M, C]
             value = tl.load(ptrs, mask=mask, other=0.0) + value
         _write(
-            features_ptr, values_ptr, instr + 9, value, value, offs_m, step, row, col, sample, offs_c, channels, mask,
-            False, UNIT,
+            features_ptr, kept_ptr, values_ptr, instr + 9, value, value, offs_m, step, row, col, sample, offs_c,
+            channels, plane, mask, False, PLANES, UNIT,
         )  # fmt: skip
         last = value
         if activation != 0:
@@ -179,8 +183,8 @@ def _tail_kernel(
             if activation == _RELU:
                 positive = tl.where(value < 0, 0.0, value)  # a maximum would hide NaN
             _write(
-                features_ptr, values_ptr, instr + 18, positive, negative, offs_m, step, row, col, sample, offs_c,
-                channels, mask, activation == _CONCAT_ELU, UNIT,
+                features_ptr, kept_ptr, values_ptr, instr + 18, positive, negative, offs_m, step, row, col, sample,
+                offs_c, channels, plane, mask, activation == _CONCAT_ELU, PLANES, UNIT,
             )  # fmt: skip
             if tl.load(instr + 26) != 0:
                 last = positive

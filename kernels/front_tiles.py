@@ -1,6 +1,7 @@
 """Tiles of the kernels of steps along a front; importing this imports no Triton.
 
-Of one size for all batches, since bits may differ between sizes.
+Bits depend on how deep tiles of products are, and this on the precision alone. Positions, columns, warps and stages are
+chosen by how many positions a step has: every sum is over the same depths in the same order.
 """
 
 from __future__ import annotations
@@ -9,7 +10,29 @@ from typing import NamedTuple
 
 from fastvq.kernels.tuning import tuned
 
-__all__ = ["DrawTiles", "ProductTiles", "TailTiles", "draw_tiles", "product_tiles", "tail_tiles"]
+__all__ = [
+    "PACKED_COLUMNS",
+    "PLANES",
+    "DrawTiles",
+    "ProductTiles",
+    "TailTiles",
+    "draw_tiles",
+    "product_depth",
+    "product_tiles",
+    "tail_tiles",
+]
+
+# Whether tiles of products are chosen by the number of positions, rather than one for all.
+BY_POSITIONS = True
+# Of a tile of packed weights, which programs take all or some of.
+PACKED_COLUMNS = 128
+# Numbers of bfloat16 that a number of features or weights is kept as: three carry the 24 bits of float32.
+PLANES = {"float32": 3, "bfloat16": 1}
+_DEPTH = {"float32": 32, "bfloat16": 64}
+# Positions of a step, at most, and the tiles for these; the last are for any.
+_FEW, _SOME, _MANY, _MOST = 32, 64, 512, 1024
+# Bytes that the stages of a product may take on a Hopper, and on chips before it.
+_SHARED, _SHARED_BEFORE = 208 * 1024, 152 * 1024
 
 # Pairs of logits that a warp of a filtered draw compares at a time.
 _COMPARED = 1024
@@ -39,22 +62,52 @@ class DrawTiles(NamedTuple):
     warps: int
 
 
-# On a Hopper no register is spilled; on other chips it is for the clock to say.
-PRODUCT_CANDIDATES: dict[str, tuple[ProductTiles, ...]] = {
-    "float32": (
-        ProductTiles(64, 64, 32, 8, 3),
-        ProductTiles(64, 64, 32, 4, 3),
-        ProductTiles(64, 64, 32, 8, 2),
-        ProductTiles(64, 32, 32, 8, 3),
-        ProductTiles(128, 64, 32, 8, 2),
+# By precision and positions; the first is the rule. On a Hopper no register is spilled; on other chips it is for the
+# clock to say.
+PRODUCT_CANDIDATES: dict[tuple[str, int], tuple[ProductTiles, ...]] = {
+    ("float32", _FEW): (
+        ProductTiles(32, 64, 32, 4, 4),
+        ProductTiles(32, 64, 32, 4, 3),
+        ProductTiles(32, 128, 32, 4, 3),
+        ProductTiles(32, 128, 32, 8, 4),
     ),
-    "bfloat16": (
-        ProductTiles(64, 128, 64, 8, 4),
-        ProductTiles(64, 128, 64, 4, 4),
-        ProductTiles(64, 64, 64, 8, 4),
+    ("float32", _SOME): (
+        ProductTiles(64, 64, 32, 4, 4),
+        ProductTiles(64, 64, 32, 4, 3),
+        ProductTiles(64, 128, 32, 8, 3),
+    ),
+    ("float32", _MANY): (
+        ProductTiles(128, 128, 32, 8, 4),
+        ProductTiles(128, 128, 32, 8, 3),
+        ProductTiles(128, 64, 32, 8, 3),
+        ProductTiles(64, 128, 32, 8, 3),
+    ),
+    ("float32", _MOST): (
+        ProductTiles(128, 128, 32, 8, 4),
+        ProductTiles(128, 128, 32, 8, 3),
+    ),
+    ("bfloat16", _FEW): (
+        ProductTiles(32, 64, 64, 4, 4),
+        ProductTiles(32, 64, 64, 4, 6),
+        ProductTiles(32, 128, 64, 4, 4),
+        ProductTiles(32, 128, 64, 8, 4),
+    ),
+    ("bfloat16", _SOME): (
         ProductTiles(64, 64, 64, 4, 4),
-        ProductTiles(128, 64, 64, 8, 3),
+        ProductTiles(64, 128, 64, 4, 4),
+        ProductTiles(64, 128, 64, 8, 4),
+    ),
+    ("bfloat16", _MANY): (
+        ProductTiles(128, 128, 64, 8, 4),
         ProductTiles(128, 128, 64, 8, 3),
+        ProductTiles(128, 64, 64, 4, 4),
+        ProductTiles(64, 128, 64, 8, 4),
+    ),
+    ("bfloat16", _MOST): (
+        ProductTiles(256, 128, 64, 8, 4),
+        ProductTiles(256, 128, 64, 8, 3),
+        ProductTiles(256, 128, 64, 16, 4),
+        ProductTiles(128, 128, 64, 8, 4),
     ),
 }
 TAIL_CANDIDATES = (
@@ -70,17 +123,31 @@ DRAW_CANDIDATES = tuple(DrawTiles(warps) for warps in (1, 2, 4, 8, 16))
 _MOST_OF_A_WARP, _LEAST_OF_A_WARP = 256, 32
 
 
-def product_tiles(precision: str, capability: int) -> ProductTiles:
+def product_depth(precision: str) -> int:
+    """Of a tile, in channels."""
+    return _DEPTH[precision]
+
+
+def product_tiles(precision: str, positions: int, capability: int) -> ProductTiles:
     """
     Args:
         precision: of features and weights, ``float32`` or ``bfloat16``.
+        positions: of a step, at most.
         capability: compute capability such as 90.
     """
-    found = tuned("front_product", capability, precision, PRODUCT_CANDIDATES[precision])
-    # Eight warps share out the accumulators, which Blackwell has in a memory of their own.
-    warps = 4 if capability >= 100 else 8
-    blocks = (64, 128, 64, warps, 4) if precision == "bfloat16" else (64, 64, 32, warps, 3)
-    return found or ProductTiles(*blocks)
+    most = next((most for most in (_FEW, _SOME, _MANY) if positions <= most), _MOST) if BY_POSITIONS else _MANY
+    candidates = product_candidates(precision, most, capability)
+    return tuned("front_product", capability, f"{precision} positions {most}", candidates) or candidates[0]
+
+
+def product_candidates(precision: str, most: int, capability: int) -> list[ProductTiles]:
+    """Those of `PRODUCT_CANDIDATES` that a chip has the memory for."""
+    # On a Blackwell Triton 3.6 takes twice the memory for products that are added to each other.
+    candidates = PRODUCT_CANDIDATES[
+        precision, min(most, _SOME) if capability >= 100 and PLANES[precision] > 1 else most
+    ]
+    room = _SHARED if capability >= 90 else _SHARED_BEFORE
+    return [t for t in candidates if 2 * PLANES[precision] * (t.block_m + t.block_n) * t.block_k * t.stages <= room]
 
 
 def tail_tiles(capability: int) -> TailTiles:

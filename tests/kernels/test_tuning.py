@@ -54,19 +54,32 @@ def test_tiles_of_a_capability_kernel_and_size(write: Write) -> None:
 
 
 def test_a_rule_decides_where_the_table_has_nothing(write: Write) -> None:
-    rule = front_tiles.product_tiles("bfloat16", 90)
-    assert rule == (64, 128, 64, 8, 4)
-    other = next(tiles for tiles in front_tiles.PRODUCT_CANDIDATES["bfloat16"] if tiles != rule)
-    write({"90": {"front_product": {"bfloat16": other._asdict()}}})
-    assert front_tiles.product_tiles("bfloat16", 90) == other
-    assert front_tiles.product_tiles("float32", 90) == (64, 64, 32, 8, 3)
-    assert front_tiles.product_tiles("bfloat16", 100) == (64, 128, 64, 4, 4)
+    rule = front_tiles.product_tiles("bfloat16", 1408, 90)
+    assert rule == (256, 128, 64, 8, 4)
+    other = next(tiles for tiles in front_tiles.PRODUCT_CANDIDATES["bfloat16", 1024] if tiles != rule)
+    write({"90": {"front_product": {"bfloat16 positions 1024": other._asdict()}}})
+    assert front_tiles.product_tiles("bfloat16", 1408, 90) == other
+    assert front_tiles.product_tiles("float32", 22, 90) == (32, 64, 32, 4, 4)
+    assert front_tiles.product_tiles("bfloat16", 1408, 80) == (256, 128, 64, 8, 3)
 
 
 def test_rules_are_among_the_candidates() -> None:
     for capability in (80, 90, 100):
-        for precision, candidates in front_tiles.PRODUCT_CANDIDATES.items():
-            assert front_tiles.product_tiles(precision, capability) in candidates
+        for (precision, most), candidates in front_tiles.PRODUCT_CANDIDATES.items():
+            assert {tiles.block_k for tiles in candidates} == {front_tiles.product_depth(precision)}
+            assert all(front_tiles.PACKED_COLUMNS % tiles.block_n == 0 for tiles in candidates)
+            tiles = front_tiles.product_tiles(precision, most, capability)
+            assert tiles == front_tiles.product_candidates(precision, most, capability)[0]
+
+
+def test_one_constant_makes_tiles_of_products_the_same_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(front_tiles, "BY_POSITIONS", False)
+    for precision in front_tiles.PLANES:
+        assert len({front_tiles.product_tiles(precision, positions, 90) for positions in (1, 22, 352, 1408)}) == 1
+
+
+def test_other_rules_are_among_the_candidates() -> None:
+    for capability in (80, 90, 100):
         assert front_tiles.tail_tiles(capability) in front_tiles.TAIL_CANDIDATES
         for num_codes in (2, 128, 512, 8192):
             assert front_tiles.draw_tiles(num_codes, capability) in front_tiles.DRAW_CANDIDATES

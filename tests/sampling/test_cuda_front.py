@@ -30,7 +30,14 @@ from triton_helpers import (
 )
 
 from fastvq.errors import ArgumentError, UnavailableError
-from fastvq.kernels.front_tiles import PRODUCT_CANDIDATES, TAIL_CANDIDATES, ProductTiles, TailTiles
+from fastvq.kernels.front_tiles import (
+    PRODUCT_CANDIDATES,
+    TAIL_CANDIDATES,
+    ProductTiles,
+    TailTiles,
+    product_candidates,
+    product_tiles,
+)
 from fastvq.kernels.launch import Device, hardware
 from fastvq.kernels.tuning import asking
 from fastvq.models import Prior
@@ -39,7 +46,7 @@ from fastvq.sampling.engines import fill, front_weights, static_inputs
 from fastvq.sampling.engines.base import RowDone
 from fastvq.sampling.engines.cuda_front import FrontGrid, FrontPlan, is_filtered, takes_front
 from fastvq.sampling.engines.front_program import FrontProgram
-from fastvq.sampling.engines.front_weights import FrontWeights
+from fastvq.sampling.engines.front_weights import FrontWeights, as_planes
 from fastvq.sampling.engines.front_work import Work, why_no_front
 from fastvq.sampling.engines.prepared import prepared
 from fastvq.sampling.plan import compile_plan
@@ -73,7 +80,6 @@ class Job:
         *,
         precision: Any = "float32",
         programs: int = PROGRAMS,
-        grouped: bool | None = None,
         request: SampleRequest | None = None,
         **changes: Any,
     ) -> None:
@@ -84,7 +90,7 @@ class Job:
         self.weights = FrontWeights(Work.front(compile_plan(prior)), torch.device(device), precision, programs=programs)
         self.statics = static_inputs(self.prior, self.request)
         filtered = is_filtered(self.request.settings, prior.config.num_codes)
-        self.grid = FrontGrid(self.weights, n, self.statics, filtered=filtered, grouped=grouped, keep_logits=True)
+        self.grid = FrontGrid(self.weights, n, self.statics, filtered=filtered, keep_logits=True)
 
     @torch.inference_mode()
     def run(self, row_done: RowDone = lambda rows: None) -> tuple[Tensor, Tensor]:
@@ -145,12 +151,12 @@ def check_bits(precision: str, device: str) -> None:
     """Of a sample's logits: whatever it is sampled with, and however its sums are shared out among programs."""
     prior = spread(BARE(channels=6, num_classes=3, shape=(2, 3)))
     with mock.patch("numpy.matmul", in_order):
-        whole = Job(prior, 5, device, precision=precision, grouped=True)
-        assert any(one.group > 1 for one in whole.weights.cut.sums.values())
+        whole = Job(prior, 5, device, precision=precision)
+        assert any(len(one.early) > 1 for one in whole.weights.cut.sums.values())
         codes, logits = whole.run()
-        for n, grouped in ((1, False), (2, True)):
+        for n in (1, 2):
             request = whole.request.rows(torch.arange(n, device=device) + 5 - n)
-            few = Job(prior, n, device, precision=precision, grouped=grouped, request=request)
+            few = Job(prior, n, device, precision=precision, request=request)
             found, bits = few.run()
             assert torch.equal(found, codes[5 - n :])
             assert torch.equal(bits.view(torch.int32), logits[5 - n :].view(torch.int32))
@@ -204,10 +210,32 @@ def check_other_tiles(device: str) -> str:
     """Codes with tiles of other sizes than those of the rules."""
     capability = hardware(torch.device(device)).capability
     with (
-        asking(("front_product", capability, "float32"), ProductTiles(128, 64, 32, 8, 2)),
+        asking(("front_product", capability, "float32 positions 32"), ProductTiles(16, 128, 32, 4, 3)),
         asking(("front_tail", capability, "any"), TailTiles(8, 128, 8)),
     ):
         return check_codes(RAGGED, device)
+
+
+def check_planes(device: str) -> None:
+    """Three of bfloat16 are float32, to the last bit and up to the largest number, and so is infinity."""
+    from fastvq.kernels.front_planes import _planes_kernel
+
+    numbers = torch.randn(3000, generator=torch.Generator().manual_seed(0)) * 2.0 ** torch.arange(-75, 75).repeat(20)
+    largest = torch.finfo(torch.float32).max
+    numbers[:8] = torch.tensor([0, largest, -largest, 3.3e38, 1e-20, math.inf, -math.inf, math.nan])
+    numbers = numbers.to(device)
+    for planes in (1, 3):
+        found = torch.full((planes, 3000), math.nan, dtype=torch.bfloat16, device=device)
+        places = torch.tensor([[0, 1, 0, 0, 3000, 0, 0, 0]], device=device)
+        step = torch.ones(1, dtype=torch.int32, device=device)
+        _planes_kernel[(3, 1, 1)](step, numbers, found, places, 3000, UNIT=1, PLANES=planes, BLOCK=1024)
+        wanted = as_planes(numbers, planes)
+        if planes == 3:
+            for parts in (found, wanted):
+                torch.testing.assert_close(parts.double().sum(0).float(), numbers, rtol=0, atol=0, equal_nan=True)
+                assert parts[:2, :7].isfinite().all()
+        if device != "cpu":  # Triton's interpreter cuts off what is to be rounded
+            assert torch.equal(found.nan_to_num(7), wanted.nan_to_num(7))
 
 
 RAGGED = partial(BARE, shape=(3, 5), channels=34, residual_channels=12, kernel_size=3, form="symmetric")
@@ -237,6 +265,7 @@ GROUPS: dict[str, dict[str, Check]] = {
         "float32": partial(check_bits, "float32"),
         "bfloat16": partial(check_bits, "bfloat16"),
         "near-float32": check_bfloat16,
+        "planes": check_planes,
     },
 }
 test_interpreted, test_on_a_gpu = checked_in_both(__file__, GROUPS)
@@ -377,17 +406,19 @@ def test_compiled_kernels_fit_the_chip(
 @pytest.mark.parametrize(
     ("kernel", "sizes", "tiles"),
     [
-        *[("product", name, tiles) for name, some in PRODUCT_CANDIDATES.items() for tiles in some],
-        *[("tail", "any", tiles) for tiles in TAIL_CANDIDATES],
+        *[("product", sizes, tiles) for sizes in PRODUCT_CANDIDATES for tiles in product_candidates(*sizes, 90)],
+        *[("tail", None, tiles) for tiles in TAIL_CANDIDATES],
     ],
     ids=str,
 )
-def test_candidates_fit_a_hopper(kernel: str, sizes: str, tiles: Any, launches: list[Launch]) -> None:
+def test_candidates_fit_a_hopper(kernel: str, sizes: Any, tiles: Any, launches: list[Launch]) -> None:
     prior = BARE(shape=(64, 64), channels=256, residual_channels=256, kernel_size=5, num_codes=512)
-    with asking((f"front_{kernel}", 90, sizes), tiles):
-        precision: Any = sizes if kernel == "product" else "float32"
+    precision, most = sizes if kernel == "product" else ("float32", 1024)
+    wanted = f"{precision} positions {most}" if kernel == "product" else "any"
+    with asking((f"front_{kernel}", 90, wanted), tiles):
         weights = FrontWeights(Work.front(compile_plan(prior)), torch.device("meta"), precision)
-        FrontGrid(weights, 16, {"background": torch.empty(1, 2, 64, 64, device="meta")}).enqueue_step()
+        batch = max(1, most // weights.plan.front(1).rows)
+        FrontGrid(weights, batch, {"background": torch.empty(1, 2, 64, 64, device="meta")}).enqueue_step()
     launch = next(one for one in launches if one.kernel.__name__ == f"_{kernel}_kernel")
     assert launch.options["num_warps"] == tiles.warps
     assert_fits(launch.compile(90), 90)
@@ -415,7 +446,7 @@ def test_samples_of_the_naive_engine(kind: str, graph: bool) -> None:
 @needs_gpu
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_bits_of_large_batches(precision: str) -> None:
-    """Also where programs take groups of parts, which small batches do not fill the chip with."""
+    """Also where tiles of products are the largest."""
     prior = spread(BARE(shape=(8, 16), channels=128, residual_channels=128, layers_per_block=2, kernel_size=5))
     many = Job(prior, 600, "cuda", precision=precision, programs=264)
     codes, logits = many.run()
@@ -425,6 +456,24 @@ def test_bits_of_large_batches(precision: str) -> None:
         found, bits = few.run()
         assert torch.equal(found, codes[600 - n :])
         assert torch.equal(bits.view(torch.int32), logits[600 - n :].view(torch.int32))
+
+
+@needs_triton
+@needs_gpu
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_bits_do_not_depend_on_tiles(precision: str) -> None:
+    """Those of logits, with all tiles that products may have for any number of positions."""
+    prior = spread(BARE(shape=(8, 16), channels=128, residual_channels=128, layers_per_block=2, kernel_size=5))
+    capability, wanted = hardware(torch.device("cuda")).capability, None
+    rule = product_tiles(precision, 48, capability)
+    every = {t for p, most in PRODUCT_CANDIDATES if p == precision for t in product_candidates(p, most, capability)}
+    for tiles in [rule, *sorted(every - {rule})]:
+        with asking(("front_product", capability, f"{precision} positions 64"), tiles):
+            job = Job(prior, 8, "cuda", precision=precision, programs=264)
+            assert (job.grid.layout.capacity, job.grid.layout.tiles) == (48, tiles)
+            bits = job.run()[1].view(torch.int32)
+        wanted = bits if wanted is None else wanted
+        assert torch.equal(bits, wanted), tiles
 
 
 @needs_triton

@@ -225,7 +225,7 @@ def check_public(device: str) -> None:
         label = torch.arange(5) % 3
         plan, described = compile_plan(prior), describe(prior, 5)
         assert (described.engine, described.micro_batch) == ("cuda", 5)
-        assert "a row is 2 launches for what it knows beforehand and one that fills it" in str(described)
+        assert "a row is 3 launches for what it knows beforehand and one that fills it" in str(described)
         assert described.cache_bytes == product_bytes(plan, 5, "float32")
         assert not CudaEngine().padded(plan, EngineOptions())
         assert not CudaEngine().padded(plan, EngineOptions("bfloat16"))
@@ -290,10 +290,14 @@ def test_with_steps(group: str, name: str) -> None:
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
-    from fastvq.kernels import front_product, front_tail
+    from fastvq.kernels import front_planes, front_product, front_tail
 
     found: list[Launch] = []
-    for module, name in ((front_product, "_product_kernel"), (front_tail, "_tail_kernel")):
+    for module, name in (
+        (front_planes, "_planes_kernel"),
+        (front_product, "_product_kernel"),
+        (front_tail, "_tail_kernel"),
+    ):
         monkeypatch.setattr(module, name, Recorder(getattr(module, name), found))
     return found
 
@@ -320,7 +324,7 @@ def state_of(prior: Prior, batch: int, precision: Any = "float32", device: str =
 @needs_triton
 @needs_compiler
 @pytest.mark.parametrize(
-    ("kind", "count"), [("strict", 2), ("inclusive", 2), ("pixelcnn-no-layers", 3), ("pixelcnn", 11)]
+    ("kind", "count"), [("strict", 3), ("inclusive", 3), ("pixelcnn-no-layers", 3), ("pixelcnn", 12)]
 )
 def test_a_row_is_a_few_launches(kind: str, count: int, launches: list[Launch]) -> None:
     """Nothing else is enqueued for it: no copy, no fill, and views of all rows are there from the start."""
@@ -394,7 +398,7 @@ def test_memory_is_what_is_allocated() -> None:
         statics = static_inputs(prior, request_of(prior, batch, given, seed=0))
         state = ProductState(RowProducts(plan, CPU, "float32"), batch, statics)
         kept = [state.codes, *state.keys.values(), *state.values.values(), *make_scratch(state, places=2).values()]
-        kept += [state.kernels.features, state.kernels.values, state.kernels.partials]
+        kept += [state.kernels.features, state.kernels.kept, state.kernels.values, state.kernels.partials]
         kept += [tensor for name, tensor in statics.items() if name != "background"]
         assert product_bytes(plan, batch, "float32") == sum(x.numel() * x.element_size() for x in kept)
         assert product_bytes(plan, batch, "float32") > batch * common_bytes(plan, places=2)
@@ -414,7 +418,7 @@ def test_compiled_kernels_fit_the_chip(
     prior = snail(shape=(32, 32), channels=256, residual_channels=256, kernel_size=5, num_codes=512)
     monkeypatch.setattr(front_weights, "hardware", lambda device: Device(capability, 132))
     state_of(prior, 16, precision).begin_row(1)
-    assert [launch.kernel.__name__ for launch in launches] == ["_product_kernel", "_tail_kernel"]
+    assert [launch.kernel.__name__ for launch in launches] == ["_planes_kernel", "_product_kernel", "_tail_kernel"]
     for launch in launches:
         resources = launch.compile(capability)
         name = launch.kernel.__name__

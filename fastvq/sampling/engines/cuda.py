@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastvq import _engine
+from fastvq.kernels.front_tiles import PLANES
 from fastvq.models.prior import Prior
 from fastvq.sampling.engines.base import Engine, RowDone, Schedule
 from fastvq.sampling.engines.cuda_front import FrontPlan, takes_front, why_no_front_kernels
@@ -84,7 +85,7 @@ class CudaEngine(Engine[_Packed]):
         return not takes_front(plan, options) and why_library_rows(plan, options) is not None
 
     def schedule(self, plan: Plan, batch: int, options: EngineOptions) -> Schedule:
-        element = 2 if options.precision == "bfloat16" else 4
+        element = 2 * PLANES[options.precision]
         if takes_front(plan, options):
             kept = weight_bytes(plan, element), batch * front_bytes(plan, element)
             return Schedule(plan.front(1), "the fewest steps", *kept)

@@ -126,7 +126,6 @@ class FrontGrid(StepKernels):
     Args:
         statics: what the prior is told: of the shapes that `begin` is given.
         filtered: codes are drawn by top_k or top_p.
-        grouped: see `Layout`.
         keep_logits: ``logits`` is float32 [n, H, W, K] and receives those of all positions.
     """
 
@@ -137,10 +136,9 @@ class FrontGrid(StepKernels):
         statics: dict[str, Tensor],
         *,
         filtered: bool = False,
-        grouped: bool | None = None,
         keep_logits: bool = False,
     ) -> None:
-        super().__init__(weights, batch, static_sizes(statics), grouped=grouped)
+        super().__init__(weights, batch, static_sizes(statics))
         self.front, self.filtered = self.plan.front(1), filtered
         self.lock = threading.Lock()
         device = self.device

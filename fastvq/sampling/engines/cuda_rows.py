@@ -61,7 +61,7 @@ class ProductState(SteadyState):
 
     def begin(self, codes: Tensor) -> None:
         super().begin(codes)
-        self.kernels.features.zero_()
+        self.kernels.clear()
         self.kernels.put_statics(self.statics)
 
     def begin_row(self, row: int) -> None:
@@ -78,7 +78,7 @@ class ProductState(SteadyState):
         place, unit = self.kernels.layout.places[index], self.kernels.weights.cut.unit
         sizes = (self.batch, self.width, self.plan.ops[index].channels)
         first = place.base + self.row % place.rows * place.row
-        return self.kernels.features.as_strided(sizes, (place.sample * unit, place.col * unit, 1), first * unit)
+        return self.kernels.kept.as_strided(sizes, (place.sample * unit, place.col * unit, 1), first * unit)
 
     def cached_rows(self, index: int) -> int:
         return self.kernels.layout.places[index].rows
@@ -93,8 +93,8 @@ def product_bytes(plan: Plan, batch: int, precision: Precision) -> int:
     """Bytes of a `ProductState` and what goes with it: two places for the current position's vectors."""
     height, width = plan.shape
     sizes: dict[str, Sizes] = {"background": (1, height, width), "context": (batch, height, width)}
-    features, floats = Layout(_cut(plan, precision), batch, {**sizes, "label": (batch, 1, 1)}).numbers
-    return batch * common_bytes(plan, places=2) + torch.float32.itemsize * (features + floats)
+    layout = Layout(_cut(plan, precision), batch, {**sizes, "label": (batch, 1, 1)})
+    return batch * common_bytes(plan, places=2) + layout.bytes
 
 
 def _cut(plan: Plan, precision: Precision) -> Cut:

@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from fastvq.kernels.front_tiles import PACKED_COLUMNS
 from fastvq.sampling.engines.front_program import Instruction, Level
-from fastvq.sampling.engines.front_weights import Cut, Part, Sum
+from fastvq.sampling.engines.front_weights import Cut, Part, Segment, Sum
 from fastvq.sampling.plan.form import Op, Plan
 
 # Among values, and a place.
@@ -35,20 +36,23 @@ class Layout:
 
     Args:
         statics: samples, rows and columns of what is known beforehand, by name; 1 where it is the same.
-        grouped: programs compute groups of parts; None where this fills the chip.
 
     Attributes:
         capacity: most positions of a step.
+        tiles: of the kernel of products.
+        rows: positions of a part, whole tiles of them.
         features: units of numbers in all.
         values: float32 numbers of the vectors of the current step.
         partials: float32 numbers of the sums that products store.
     """
 
-    def __init__(self, cut: Cut, batch: int, statics: dict[str, Sizes], *, grouped: bool | None = None) -> None:
+    def __init__(self, cut: Cut, batch: int, statics: dict[str, Sizes]) -> None:
         self.cut, self.work, self.batch, self._sizes = cut, cut.work, batch, statics
         plan = self.work.plan
         self._shared = set(self.work.shared)
         self.capacity = batch * (plan.shape[1] if self.work.raster else plan.front(1).rows)
+        self.tiles = cut.tiles(self.capacity)
+        self.rows = -(-self.capacity // self.tiles.block_m) * self.tiles.block_m
         spans = {} if self.work.raster else {op.index: _span(plan, op.index) for op in plan.ops}
         self.places: dict[int, _Place] = {}
         self.statics: dict[int, tuple[int, int, Sizes]] = {}
@@ -64,11 +68,15 @@ class Layout:
         for index in sorted(cut.program.values):
             self.value_places[index] = self.values
             self.values += self.capacity * plan.ops[index].channels
-        self._share_out(grouped)
+        self.partials = 0
+        self.columns_at: dict[int, int] = {}
+        for one in cut.sums.values():
+            self.columns_at[one.op.index] = self.partials
+            self.partials += (len(one.early) + len(one.late)) * self.rows * one.op.channels
 
     def _units(self, op: Op) -> int:
         """Of a vector, padded to whole blocks where nothing else reads it."""
-        block = self.cut.unit if op.index in self._shared else self.cut.tiles.block_k
+        block = self.cut.unit if op.index in self._shared else self.cut.depth
         return -(-op.channels // block) * (block // self.cut.unit)
 
     def _place_static(self, op: Op) -> None:
@@ -101,24 +109,17 @@ class Layout:
         self.places[op.index] = _Place(self.features, span, slot, rows, self.batch * units, units, 0)
         self.features += span * slot
 
-    def _share_out(self, grouped: bool | None) -> None:
-        cut, tiles = self.cut, -(-self.capacity // self.cut.tiles.block_m)
-        groups = sum(-(-len(one.early) // one.group) * cut.column_tiles(one.op) for one in cut.sums.values())
-        self.grouped = 2 * tiles * groups >= cut.programs if grouped is None else grouped
-        self.columns_at: dict[int, int] = {}
-        self.partials = 0
-        for one in cut.sums.values():
-            self.columns_at[one.op.index] = self.partials
-            self.partials += (self.early(one) + len(one.late)) * self.capacity * one.op.channels
-
-    def early(self, one: Sum) -> int:
-        """Sums that the launch of early parts stores."""
-        return -(-len(one.early) // one.group) if self.grouped else len(one.early)
-
     @property
     def numbers(self) -> tuple[int, int]:
         """Of what products read, and of float32 beside them."""
         return self.features * self.cut.unit, self.values + self.partials
+
+    @property
+    def bytes(self) -> int:
+        """Of what products read, as planes and, in raster order, as it is; and of what they leave."""
+        features, floats = self.numbers
+        kept = 2 * self.cut.planes + (4 if self.work.raster else 0)
+        return kept * features + 4 * floats
 
 
 def static_sizes(statics: dict[str, Tensor]) -> dict[str, Sizes]:
@@ -160,6 +161,7 @@ class Tables:
 
     Attributes:
         launches: kernel by kernel ``product`` or ``tail``, and its first and last program.
+        shared: where the last row of operations lies whose vectors come from elsewhere: see `_planes_kernel`.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -169,41 +171,43 @@ class Tables:
         self.instructions: list[list[int]] = []
         self.chains: list[list[int]] = []
         self.launches: list[tuple[str, int, int]] = []
+        self.shared = [self._row(layout.places[index]) for index in self.cut.work.shared]
         for number, level in enumerate(self.cut.program.levels):
             self._products(level, first=number == 0)
             self._stages(level)
+
+    def _row(self, place: _Place) -> list[int]:
+        return [place.base, place.rows, place.row, place.sample, place.col * self.cut.work.plan.shape[1], 0, 0, 0]
 
     def _products(self, level: Level, *, first: bool) -> None:
         begin = len(self.programs)
         if first:
             for one in self.cut.sums.values():
-                length = one.group if self.layout.grouped else 1
-                self._programs(one, [one.early[i : i + length] for i in range(0, len(one.early), length)], 0)
+                self._programs(one, one.early, 0)
         for op in level.products:
             one = self.cut.sums[op.index]
-            self._programs(one, [[part] for part in one.late], self.layout.early(one))
+            self._programs(one, one.late, len(one.early))
         if len(self.programs) > begin:
             self.launches.append(("product", begin, len(self.programs)))
 
-    def _programs(self, one: Sum, runs: Sequence[Sequence[Part]], before: int) -> None:
-        op = one.op
-        for number, run in enumerate(runs):
-            out = self.layout.columns_at[op.index] + (before + number) * self.layout.capacity * op.channels
-            for tile in range(self.cut.column_tiles(op)):
+    def _programs(self, one: Sum, parts: Sequence[Part], before: int) -> None:
+        op, width = one.op, self.layout.tiles.block_n
+        for number, part in enumerate(parts):
+            out = self.layout.columns_at[op.index] + (before + number) * self.layout.rows * op.channels
+            for column in range(0, op.channels, width):
                 item = len(self.items)
-                self.items += [self._item(part, tile) for part in run]
-                column = tile * self.cut.tiles.block_n
+                self.items += [self._item(segment, column) for segment in part]
                 self.programs.append([item, len(self.items), out, op.channels, column, 0, 0, 0])
 
-    def _item(self, part: Part, tile: int) -> list[int]:
-        term = part.term
-        chunks = self.cut.chunks(term)
+    def _item(self, segment: Segment, column: int) -> list[int]:
+        term, chunks = segment.term, self.cut.chunks(segment.term)
         (top, left), columns = term.taps[0], [dc for _, dc in term.taps]
         width = max(columns) - min(columns) + 1
         assert term.taps == tuple((top + i // width, left + i % width) for i in range(len(term.taps)))
-        weights = part.weights + tile * len(term.taps) * chunks
-        place = self.layout.places[term.source]
-        return [*place, top, left, width, chunks, part.first, part.last, weights, term.weight.shape[1], 0]
+        tile, within = divmod(column, PACKED_COLUMNS)
+        weights = segment.weights + tile * len(term.taps) * chunks
+        place, last = self.layout.places[term.source], segment.last
+        return [*place, top, left, width, chunks, segment.first, last, weights, term.weight.shape[1], within]
 
     def _stages(self, level: Level) -> None:
         for stage in level.stages:
@@ -222,12 +226,9 @@ class Tables:
         ops, layout = self.cut.work.ops, self.layout
         read, op = ops[one.read], ops[one.op]
         source = [kernel.SOURCES[one.source], 0, 0, 1, read.channels, 0]
-        late = 0
         if one.source == "sum":
             total = self.cut.sums[one.read]
-            late = len(total.late)
-            group = 1 if self.layout.grouped else total.group
-            source[1:4], source[5] = [self.layout.columns_at[one.read], self.layout.early(total), group], total.bias
+            source[1:3], source[5] = [self.layout.columns_at[one.read], len(total.early) + len(total.late)], total.bias
         elif one.source == "lookup":
             bias, table, taps = self.cut.lookups[one.read]
             source[1:4], source[5] = [table, len(read.taps), taps], bias
@@ -252,8 +253,7 @@ class Tables:
             *behind,
             int(one.leaves != one.op),
             op.channels,
-            late,
-            *[0] * 3,
+            *[0] * 4,
         ]
 
     def _stored(self, index: int) -> list[int]:

@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastvq.kernels.front_tiles import draw_tiles, product_tiles, tail_tiles
+from fastvq.kernels.front_tiles import (
+    PACKED_COLUMNS,
+    PLANES,
+    ProductTiles,
+    draw_tiles,
+    product_depth,
+    product_tiles,
+    tail_tiles,
+)
 from fastvq.kernels.launch import hardware
 from fastvq.sampling.engines.front_program import FrontProgram
 from fastvq.sampling.engines.front_work import Work
 from fastvq.sampling.options import Precision
 from fastvq.sampling.plan.form import Op, Term, require_finite
 
-# Programs that fill a large chip. It decides how sums are cut, so it is one number for all chips.
-PROGRAMS = 264
-# Of a part: shorter ones would spend more on adding up than on products.
-_LEAST_CHUNKS = 2
-# Tiles of positions from which on a group of parts in a program fills the chip.
-_FILLING_TILES = 16
+# Programs of one tile of positions that keep a large chip's memory busy. It decides how sums are cut, so it is one
+# number for all chips.
+PROGRAMS = 200
+# Of a part, at least: shorter ones would spend more on adding up than on products. Late parts are this long.
+_LEAST_CHUNKS, _LATE_CHUNKS = 2, 4
+_LARGEST = torch.finfo(torch.bfloat16).max
 
 
-class Part(NamedTuple):
+class Segment(NamedTuple):
     """Some of the depth of a term: its chunks ``first`` to ``last - 1``, counted tap by tap."""
 
     term: Term
@@ -33,19 +40,21 @@ class Part(NamedTuple):
     last: int
 
 
+# What one program adds up, one after the other.
+Part = list[Segment]
+
+
 class Sum(NamedTuple):
     """An affine operation as parts, in the order of addition.
 
     Attributes:
-        early: parts that read nothing of the position itself but what is known beforehand. They go in groups.
-        group: of how many.
-        late: the others, added one by one.
+        early: parts that read nothing of the position itself but what is known beforehand.
+        late: the others.
         bias: its place among the parameters.
     """
 
     op: Op
     early: list[Part]
-    group: int
     late: list[Part]
     bias: int
 
@@ -58,21 +67,22 @@ class Cut:
         capability: compute capability of the GPU, such as 90.
 
     Attributes:
-        tiles, tail: those of the two kernels.
+        planes, depth: of a tile of weights.
+        tail: tiles of the kernel of what follows products.
         unit: numbers that places of features count in.
         sums: by operation.
         lookups: by operation: places of its bias, its table and its taps.
     """
 
     def __init__(self, work: Work, precision: Precision, *, programs: int = PROGRAMS, capability: int = 90) -> None:
-        self.work, self.programs = work, programs
-        self.tiles, self.tail = product_tiles(precision, capability), tail_tiles(capability)
-        self.unit = math.gcd(self.tiles.block_k, *(work.ops[index].channels for index in work.shared))
+        self.work, self._precision, self._capability = work, precision, capability
+        self.planes, self.depth, self.tail = PLANES[precision], product_depth(precision), tail_tiles(capability)
+        self.unit = math.gcd(self.depth, *(work.ops[index].channels for index in work.shared))
         self.program = FrontProgram(work)
         self.made = [work.ops[index] for index in sorted(work.made)]
         self.sums: dict[int, Sum] = {}
         self.lookups: dict[int, tuple[int, int, int]] = {}
-        part, groups = self._lengths()
+        length = self._length(programs)
         tiles = numbers = taps = 0
         for op in self.made:
             if op.kind not in ("affine", "lookup"):
@@ -82,41 +92,45 @@ class Cut:
                 self.lookups[op.index] = (bias, numbers, taps)
                 numbers, taps = numbers + op.weight.numel(), taps + len(op.taps)
                 continue
-            early: list[Part] = []
-            late: list[Part] = []
+            early: list[Segment] = []
+            late: list[Segment] = []
             for term in op.terms:
                 chunks = self.chunks(term)
                 here = (len(term.taps) - work.waits(term)) * chunks
-                early += _parts(term, tiles, 0, here, part)
-                late += _parts(term, tiles, here, len(term.taps) * chunks, _LEAST_CHUNKS)
-                tiles += self.column_tiles(op) * len(term.taps) * chunks
-            self.sums[op.index] = Sum(op, early, max(1, -(-len(early) // groups)), late, bias)
+                early += _segments(term, tiles, 0, here)
+                late += _segments(term, tiles, here, len(term.taps) * chunks)
+                tiles += self.packed_tiles(op) * len(term.taps) * chunks
+            self.sums[op.index] = Sum(op, _parts(early, length), _parts(late, _LATE_CHUNKS), bias)
 
     @property
     def launches(self) -> int:
-        """Of a step: of products that wait for nothing, of those of each further level, and of each stage."""
+        """Of a step: of products that wait for nothing, of those of each further level, and of each stage; and before
+        them the one that makes planes of what the last step left.
+        """
         levels = self.program.levels
         products = any(one.early for one in self.sums.values()) + sum(bool(level.products) for level in levels[1:])
-        return products + sum(len(level.stages) for level in levels)
+        return bool(self.work.shared) + products + sum(len(level.stages) for level in levels)
+
+    def tiles(self, positions: int) -> ProductTiles:
+        """Of the kernel of products, for steps of so many positions at most."""
+        return product_tiles(self._precision, positions, self._capability)
 
     def chunks(self, term: Term) -> int:
         """Of the depth of one tap."""
-        return -(-term.weight.shape[1] // self.tiles.block_k)
+        return -(-term.weight.shape[1] // self.depth)
 
-    def column_tiles(self, op: Op) -> int:
-        return -(-op.channels // self.tiles.block_n)
+    def packed_tiles(self, op: Op) -> int:
+        """Of the columns of an operation."""
+        return -(-op.channels // PACKED_COLUMNS)
 
-    def _lengths(self) -> tuple[int, int]:
-        """Chunks of an early part, and the number of groups: so that parts fill a chip with one tile of positions, and
-        groups with many.
-        """
+    def _length(self, programs: int) -> int:
+        """Chunks of an early part."""
         tiles, longest = 0, 1
         for op in self.made:
-            depths = [(len(term.taps) - self.work.waits(term)) * self.chunks(term) for term in op.terms]
-            tiles += self.column_tiles(op) * any(depths)
-            longest = max([longest, *depths])
-        wanted = -(-self.programs // max(1, tiles))
-        return max(_LEAST_CHUNKS, -(-longest // wanted)), -(-self.programs // max(1, tiles * _FILLING_TILES))
+            depth = sum((len(term.taps) - self.work.waits(term)) * self.chunks(term) for term in op.terms)
+            tiles += self.packed_tiles(op) * (depth > 0)
+            longest = max(longest, depth)
+        return max(_LEAST_CHUNKS, -(-longest // -(-programs // max(1, tiles))))
 
 
 class FrontWeights:
@@ -126,12 +140,11 @@ class FrontWeights:
         programs: see `Cut`.
 
     Attributes:
-        weights: tiles [block_k, block_n]; for each term, block of columns and chunk of depth, in this order.
+        weights: bfloat16 tiles [planes, columns, depth]; for each term, block of columns and chunk of depth, in this
+            order.
         params: float32: biases, and the tables of look-ups.
         taps: int64 [taps, 2]: rows and columns, of look-ups.
         draw: tiles of the kernel that draws.
-        kept_as: the type of what products read. Along a front it is that of the weights. The steps of a row read and
-            write float32.
 
     Raises:
         ArgumentError: weights that are not finite.
@@ -143,8 +156,6 @@ class FrontWeights:
         capability = hardware(device).capability
         self.cut = Cut(work, precision, programs=programs, capability=capability)
         self.draw = draw_tiles(work.plan.num_codes, capability)
-        self.dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-        self.kept_as = torch.float32 if work.raster else self.dtype
         packed: list[Tensor] = []
         params: list[Tensor] = []
         taps: list[tuple[int, int]] = []
@@ -156,19 +167,49 @@ class FrontWeights:
                 params.append(op.weight.flatten())
                 taps += op.taps
             packed += [self._packed(term) for term in op.terms]
-        self.weights = torch.cat(packed).to(device) if packed else torch.empty(0, dtype=self.dtype, device=device)
+        self.weights = torch.cat(packed).to(device) if packed else torch.empty(0, dtype=torch.bfloat16, device=device)
         self.params = torch.cat(params).to(device) if params else torch.empty(0, device=device)
         self.taps = torch.tensor(taps or [(0, 0)], dtype=torch.int64, device=device)
 
     def _packed(self, term: Term) -> Tensor:
-        """[tiles, block_k * block_n]."""
-        n, k = self.cut.tiles.block_n, self.cut.tiles.block_k
+        """[tiles, planes * columns * depth] of a tile each."""
+        n, k = PACKED_COLUMNS, self.cut.depth
         _, depth, columns = term.weight.shape
-        padded = torch.nn.functional.pad(term.weight, (0, -columns % n, 0, -depth % k)).to(self.dtype)
-        cut = padded.unflatten(2, (-1, n)).unflatten(1, (-1, k))  # [T, chunks, k, columns / n, n]
-        return cut.permute(3, 0, 1, 2, 4).reshape(-1, k * n)
+        padded = torch.nn.functional.pad(term.weight, (0, -columns % n, 0, -depth % k))
+        cut = (
+            as_planes(padded, self.cut.planes).unflatten(3, (-1, n)).unflatten(2, (-1, k))
+        )  # [P, T, chunks, k, tile, n]
+        return cut.permute(4, 1, 2, 0, 5, 3).reshape(-1, self.cut.planes * n * k)
 
 
-def _parts(term: Term, weights: int, begin: int, end: int, length: int) -> Iterator[Part]:
-    for first in range(begin, end, length):
-        yield Part(term, weights, first, min(first + length, end))
+def as_planes(x: Tensor, planes: int) -> Tensor:
+    """Float32 numbers as bfloat16: [planes, *x.shape], each what those before it leave of a number.
+
+    Three have all bits of a number, and infinity in the last one; one is the number rounded.
+    """
+    parts = []
+    for plane in range(planes):
+        part = x.to(torch.bfloat16) if plane == planes - 1 else x.clamp(-_LARGEST, _LARGEST).to(torch.bfloat16)
+        parts.append(part)
+        x = x - part
+    return torch.stack(parts)
+
+
+def _segments(term: Term, weights: int, first: int, last: int) -> list[Segment]:
+    return [Segment(term, weights, first, last)] if last > first else []
+
+
+def _parts(segments: list[Segment], length: int) -> list[Part]:
+    """Segments one after the other, cut into as many parts as there are lengths in them, of nearly equal length."""
+    total = sum(one.last - one.first for one in segments)
+    count = -(-total // length)
+    ends = [number * total // count for number in range(1, count + 1)]
+    parts: list[Part] = [[] for _ in ends]
+    done = number = 0
+    for term, weights, first, last in segments:
+        while first < last:
+            taken = min(last - first, ends[number] - done)
+            parts[number].append(Segment(term, weights, first, first + taken))
+            first, done = first + taken, done + taken
+            number += done == ends[number]
+    return parts
