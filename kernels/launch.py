@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-__all__ = ["Device", "hardware", "on_device"]
+__all__ = ["Device", "Form", "Launcher", "form", "hardware", "on_device"]
 
 
 class Device(NamedTuple):
@@ -30,3 +32,52 @@ def hardware(device: torch.device) -> Device:
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Kernels, events and streams are the current device's."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+class Form(NamedTuple):
+    """All about a tensor that a launch depends on, but for where it lies."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+def form(tensor: Tensor) -> Form:
+    return Form(tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+
+
+class Launcher:
+    """Launches of a kernel that differ in where their tensors lie, and in nothing else that Triton looks at.
+
+    It is asked once which compiled form they need, since that takes it longer than many a kernel runs.
+
+    Args:
+        kernel: its parameters are pointers, then numbers, then constants.
+        grid: numbers of programs.
+        numbers: between pointers and constants.
+        options: constants, and launch options such as ``num_warps``.
+    """
+
+    def __init__(
+        self, kernel: Any, grid: tuple[int, ...], numbers: tuple[int | float, ...], options: Mapping[str, Any]
+    ) -> None:
+        self._kernel, self._numbers, self._options = kernel, numbers, options
+        # What is compiled asks for three.
+        self._grid = (*grid, 1, 1)[:3]
+        self._launch: Callable[..., object] | None = None
+        self._rest: tuple[Any, ...] = ()
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        """Tensors of the same types in every call, None in the same places, on the current device."""
+        addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+        aligned = not any(address is not None and address & 15 for address in addresses)
+        if self._launch is not None and aligned:
+            self._launch(*addresses, *self._rest)
+            return
+        compiled = self._kernel[self._grid](*tensors, *self._numbers, **self._options)
+        # The interpreter compiles nothing.
+        if compiled is not None and aligned:
+            constants = self._kernel.arg_names[len(tensors) + len(self._numbers) :]
+            self._rest = *self._numbers, *(self._options[name] for name in constants)
+            self._launch = compiled[self._grid]
