@@ -25,14 +25,13 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvq.errors import UnavailableError
-from fastvq.kernels.launch import hardware, on_device
+from fastvq.kernels.launch import form, hardware, on_device
 from fastvq.kernels.scaled_codes import (
     BEYOND,
     FACTS,
     FUSE,
     power_of_two,
-    prepare_codes,
-    prepare_programs,
+    preparation,
     scale_exponent,
 )
 from fastvq.kernels.tuning import tuned
@@ -396,16 +395,14 @@ def _search(x: Tensor, codebooks: Tensor, depths: Tensor | None, exact: bool) ->
     # One codebook that all levels share is made ready once.
     shared = levels == 1 or codebooks.stride(0) == 0
     distinct = codebooks[:1] if shared else codebooks
-    programs = prepare_programs(padded_codes, processors)
-    ready_size = FACTS.value * programs + padded + padded_codes
-    ready = x.new_empty((len(distinct), ready_size), dtype=torch.float32)
-    codes16 = x.new_empty((len(distinct), padded_codes, padded), dtype=torch.float16)
-    prepare_codes(distinct, x.expand(len(distinct), -1, -1), ready, codes16, None, programs)
+    prepare = preparation(form(distinct), form(x.expand(len(distinct), -1, -1)), padded_codes, padded, processors)
+    ready, codes16 = prepare.ready(x, len(distinct)), prepare.codes16(x, len(distinct))
+    prepare.launch(distinct, x, ready, codes16, None, None, None)
     given = found if depths is None else depths.contiguous()
     _levels_kernel[(triton.cdiv(rows, tiles.block_n),)](
         x, x.stride(0), codebooks, codebooks.stride(0), codebooks.stride(1), ready, codes16, given, found, rows, width,
         levels, padded_codes // tiles.block_k, 0 if shared else 1,
-        BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, BLOCK_D=padded, PROGRAMS=programs, EXACT=exact,
+        BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, BLOCK_D=padded, PROGRAMS=prepare.programs, EXACT=exact,
         PARTLY=depths is not None, num_warps=tiles.warps, num_stages=tiles.stages, **FUSE,
     )  # fmt: skip
     return found

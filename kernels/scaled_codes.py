@@ -17,20 +17,25 @@ of the shortest code beyond, every program writes for its own codes, and the sea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from fastvq.kernels.launch import Form, Launcher
 
 __all__ = [
     "BEYOND",
     "FACTS",
     "FUSE",
+    "HEADER",
+    "UNUSABLE",
+    "Preparation",
     "exponent_of",
     "power_of_two",
-    "prepare_codes",
-    "prepare_programs",
+    "preparation",
     "scale_exponent",
 ]
 
@@ -51,6 +56,8 @@ _REACH: tl.constexpr = tl.constexpr(4)
 # Numbers that each program writes and the search joins: the exponent of the scale, the largest norm of a scaled code
 # within reach, that of a residual of its rounding, and the least length beyond.
 FACTS: tl.constexpr = tl.constexpr(4)
+# Numbers before a list of crowded vectors: how many there are, how many programs have finished statistics, two unused.
+HEADER: tl.constexpr = tl.constexpr(4)
 # Stated, because Triton's default is about to change: a score is one fused operation less.
 FUSE = {"enable_fp_fusion": True}
 
@@ -135,11 +142,12 @@ def _typical_bin(bins):
 
 @triton.jit
 def _prepare_kernel(
-    codebook_ptr, codebook_stride_h, codebook_stride_k, x_ptr, x_stride_h, x_stride_n, ready_ptr, codes16_ptr,
-    sums_ptr, counts_ptr, done_ptr, num_codes, num_rows, width, padded, padded_codes, ready_size,
+    codebook_ptr, x_ptr, ready_ptr, codes16_ptr, crowded_ptr, sums_ptr, counts_ptr,
+    codebook_stride_h, codebook_stride_k, x_stride_h, x_stride_n, num_codes, num_rows, width, padded, padded_codes,
+    ready_size,
     CLEAR: tl.constexpr, ALL: tl.constexpr, SAMPLE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """See `prepare_codes`; ALL says that the sample holds all codes, CLEAR that there are statistics to be zeroed."""
+    """See `preparation`; ALL says that the sample holds all codes, CLEAR that there are statistics to be zeroed."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     head = tl.program_id(1).to(tl.int64)
     codebook_ptr += head * codebook_stride_h
@@ -164,8 +172,8 @@ def _prepare_kernel(
     exponent = _TOP - tl.maximum(reach - 1 - _ZERO_BIN, -100)
     if program == 0:
         tl.store(mean_ptr + offs_d, centre, mask=offs_d < padded)
-        if CLEAR:
-            tl.store(done_ptr + head, 0)
+        if crowded_ptr is not None:
+            tl.store(crowded_ptr + head * (2 * num_rows + HEADER) + tl.arange(0, HEADER), tl.zeros([HEADER], tl.int32))
 
     largest = 0.0
     residual = 0.0
@@ -204,40 +212,59 @@ def _prepare_kernel(
     tl.store(facts_ptr + 3 * programs + program, tl.where(beyond < _BINS, far, float("inf")))
 
 
-def prepare_programs(padded_codes: int, processors: int) -> int:
-    """How many programs prepare a codebook; a power of two."""
-    return min(1 << processors.bit_length() - 1, triton.next_power_of_2(triton.cdiv(padded_codes, 32)))
+class Preparation(NamedTuple):
+    """How codebooks are made ready.
 
-
-def prepare_codes(
-    codebook: Tensor,
-    x: Tensor,
-    ready: Tensor,
-    codes16: Tensor,
-    totals: Sequence[Tensor] | None,
-    programs: int,
-) -> None:
-    """Prepares a codebook [H, K, D] for vectors x [H, N, D], both with a last axis of stride 1, N and D not 0.
-
-    K' and D' are K and D rounded up to whole blocks of the search, filled with zeros.
-
-    Args:
-        ready: float32 [H, 4 P + D' + K'], Filled with the facts of each program (`FACTS`;
-            of the exponents that of the first counts, as all are the same), the centre [D'], and half the squared norm
-            of each scaled code [K']: 2^120 where the code is not usable (not finite, or 2^62 and more), 2^119 where it
-            is beyond reach.
-        codes16: float16 [H, K', D'], filled with the codes scaled and rounded, zeros beyond reach.
-        programs: P, as `prepare_programs` says.
-        totals: sums float32 [H, K, D], counts int64 [H, K] and a counter int32 [H], set to zero if given.
+    Attributes:
+        launch: of codebooks [H, K, D]; vectors x [H, N, D]; `ready` and `codes16`, to be filled; a list of crowded
+            vectors, int32 [H, HEADER + 2 N], of which the header becomes zero, or None; and sums float32 [H, K, D] and
+            counts int64 [H, K], which become zero, or None twice. Codebooks and vectors have a last axis of stride 1, N
+            and D are not 0.
+        programs: P, how many work on a codebook.
+        padded_codes, padded: K' and D'; K and D rounded up to whole blocks of the search, filled with zeros.
     """
+
+    launch: Launcher
+    programs: int
+    padded_codes: int
+    padded: int
+
+    def ready(self, x: Tensor, heads: int) -> Tensor:
+        """float32 [H, 4 P + D' + K'], still to be filled: the facts of each program (`FACTS`; of the exponents that of
+        the first counts, as all are the same), the centre [D'], and half the squared norm of each scaled code [K']:
+        2^120 where the code is not usable (not finite, or 2^62 and more), 2^119 where it is beyond reach.
+        """
+        return x.new_empty((heads, self.ready_size), dtype=torch.float32)
+
+    def codes16(self, x: Tensor, heads: int) -> Tensor:
+        """float16 [H, K', D'], still to be filled: the codes scaled and rounded, zeros beyond reach."""
+        return x.new_empty((heads, self.padded_codes, self.padded), dtype=torch.float16)
+
+    @property
+    def ready_size(self) -> int:
+        return FACTS.value * self.programs + self.padded + self.padded_codes
+
+
+def preparation(
+    codebook: Form, x: Form, padded_codes: int, padded: int, processors: int, *, clear: bool = False
+) -> Preparation:
+    """For codebooks [H, K, D] and x [H, N, D]; ``clear`` says that there are statistics to be zeroed."""
     heads, num_codes, width = codebook.shape
-    padded_codes, padded = codes16.shape[1:]
+    # A power of two.
+    programs = min(1 << processors.bit_length() - 1, triton.next_power_of_2(triton.cdiv(padded_codes, 32)))
     wide = triton.next_power_of_2(padded)
     sample = min(_LARGEST_SAMPLE, _SAMPLE_ELEMENTS // (wide if wide <= 256 else 2 * wide))
-    sums, counts, done = (None, None, None) if totals is None else totals
-    _prepare_kernel[(programs, heads)](
-        codebook, codebook.stride(0), codebook.stride(1), x, x.stride(0), x.stride(1), ready, codes16,
-        sums, counts, done, num_codes, x.shape[1], width, padded, padded_codes, ready.shape[1],
-        CLEAR=totals is not None, ALL=num_codes <= sample, SAMPLE=sample, BLOCK_K=32 if wide <= 128 else 16,
-        BLOCK_D=wide, num_warps=_WARPS, **FUSE,
-    )  # fmt: skip
+    strides = *codebook.strides[:2], *x.strides[:2]
+    ready_size = FACTS.value * programs + padded + padded_codes
+    options = {
+        "CLEAR": clear,
+        "ALL": num_codes <= sample,
+        "SAMPLE": sample,
+        "BLOCK_K": 32 if wide <= 128 else 16,
+        "BLOCK_D": wide,
+        "num_warps": _WARPS,
+        **FUSE,
+    }
+    numbers = *strides, num_codes, x.shape[1], width, padded, padded_codes, ready_size
+    launch = Launcher(_prepare_kernel, (programs, heads), numbers, options)
+    return Preparation(launch, programs, padded_codes, padded)

@@ -14,20 +14,22 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 from fastvq._files import read_json
 from fastvq._schema import ENTRIES, require_entries
 from fastvq.errors import CorruptFileError
 
-__all__ = ["FORMAT", "TABLE", "Asked", "asking", "tuned"]
+__all__ = ["FORMAT", "TABLE", "Asked", "asking", "planned", "tuned"]
 
 FORMAT = 1
 TABLE = Path(__file__).with_name("tuned.json")
 # Block sizes, warps and stages, by name; a NamedTuple.
 Tiles = TypeVar("Tiles", bound=tuple[Any, ...])
+Plan = TypeVar("Plan", bound=Callable[..., Any])
+_MOST_PLANS = 256
 
 
 class Asked(NamedTuple):
@@ -42,6 +44,8 @@ class Asked(NamedTuple):
 # While tiles are measured: what was asked, and the tiles that a kernel gets.
 _asked: list[Asked] | None = None
 _instead: dict[tuple[str, int, str], Any] = {}
+# What has been worked out from tiles.
+_plans: list[Any] = []
 
 
 def tuned(kernel: str, capability: int, sizes: str, candidates: Sequence[Tiles]) -> Tiles | None:
@@ -69,6 +73,18 @@ def tuned(kernel: str, capability: int, sizes: str, candidates: Sequence[Tiles])
     return fitting[0]
 
 
+def planned(function: Plan) -> Plan:
+    """`functools.lru_cache` for a function that asks for tiles: its results are forgotten when others are measured."""
+    kept = functools.lru_cache(maxsize=_MOST_PLANS)(function)
+    _plans.append(kept)
+    return cast(Plan, kept)
+
+
+def _forget_plans() -> None:
+    for kept in _plans:
+        kept.cache_clear()
+
+
 @contextlib.contextmanager
 def asking(which: tuple[str, int, str] | None = None, tiles: Any = None) -> Iterator[list[Asked]]:
     """Notes what is asked inside the block. For measuring: of the whole process, as backward passes run in threads.
@@ -78,12 +94,14 @@ def asking(which: tuple[str, int, str] | None = None, tiles: Any = None) -> Iter
     """
     global _asked
     before, _asked = _asked, []
+    _forget_plans()
     if which is not None:
         _instead[which] = tiles
     try:
         yield _asked
     finally:
         _asked = before
+        _forget_plans()
         if which is not None:
             del _instead[which]
 

@@ -91,7 +91,9 @@ def launches(num_codes: int, width: int) -> tuple[Launch, ...]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ema, "_update_kernel", Recorder(ema._update_kernel, found))
         counts, sums, state = checks.case(num_codes, width)
+        ema._plan.cache_clear()  # type: ignore[attr-defined]
         ema.ema_update(counts, sums, **state, decay=0.99, eps=1e-5, skip_unusable=True)
+        ema._plan.cache_clear()  # type: ignore[attr-defined]
     return tuple(found)
 
 

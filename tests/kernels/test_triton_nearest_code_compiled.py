@@ -9,6 +9,14 @@ import torch
 from triton_helpers import Launch, Recorder, assert_fits, assert_read_before_written, needs_compiler, needs_triton
 
 
+def forget_plans() -> None:
+    """They hold kernels and what is known of a device."""
+    from fastvq.kernels import code_statistics, nearest_code
+
+    nearest_code._plan.cache_clear()  # type: ignore[attr-defined]
+    code_statistics._plan.cache_clear()
+
+
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launch]]:
     """What is launched, instead of launching it."""
@@ -18,19 +26,21 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launch]]:
     for module, name in (
         (scaled_codes, "_prepare_kernel"),
         (nearest_code, "_search_kernel"),
+        (nearest_code, "_crowded_kernel"),
         (code_statistics, "_statistics_kernel"),
         (code_statistics, "_segment_sum_kernel"),
     ):
         monkeypatch.setattr(module, name, Recorder(getattr(module, name), found))
+    forget_plans()
     yield found
-    nearest_code._plan.cache_clear()
+    forget_plans()
 
 
 def pretend(capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from fastvq.kernels import nearest_code
     from fastvq.kernels.launch import Device
 
-    nearest_code._plan.cache_clear()
+    forget_plans()
     monkeypatch.setattr(nearest_code, "hardware", lambda device: Device(capability, 132))
 
 
@@ -67,7 +77,9 @@ def test_compiled_search_fits_the_chip(
     for mode in modes.split():
         launches.clear()
         nearest_code.nearest_code(x, codes, mode=mode)
-        resources = launches[-1].compile(capability)
+        _, searched, settled = launches
+        assert_fits(settled.compile(capability), capability)
+        resources = searched.compile(capability)
         assert_fits(resources, capability)
         instruction = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[capability]
         assert instruction in resources.ptx
@@ -91,7 +103,7 @@ def test_compiled_preparation_and_statistics_fit_the_chip(
     mask = torch.ones(1, 4096, dtype=torch.bool)
     for given, deterministic in ((None, False), (mask, True)):
         nearest_code.nearest_code_statistics(x, codes, given, mode="exact", deterministic=deterministic)
-    compiled = [launch for launch in launches if launch.kernel.__name__ != "_search_kernel"]
+    compiled = [launch for launch in launches if launch.kernel.__name__ not in ("_search_kernel", "_crowded_kernel")]
     # The second preparation is the first again.
     assert len(compiled) == 5
     for launch in (compiled[0], compiled[1], compiled[3], compiled[4]):

@@ -14,7 +14,7 @@ from helpers import refuses
 
 from fastvq.errors import CorruptFileError, MissingFileError
 from fastvq.kernels import front_tiles, tuning
-from fastvq.kernels.tuning import asking, tuned
+from fastvq.kernels.tuning import asking, planned, tuned
 
 
 class Toy(NamedTuple):
@@ -134,3 +134,18 @@ def test_tiles_are_known_without_triton() -> None:
     code = "import sys, fastvq.kernels.front_tiles; print('triton' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_plans_follow_tiles_that_are_measured() -> None:
+    @planned
+    def plan(size: int) -> Toy:
+        made.append(size)
+        return tuned("toy", 90, "small", TOYS) or TOYS[0]
+
+    made: list[int] = []
+    assert plan(1) is plan(1) is TOYS[0]
+    assert made == [1]
+    with asking(("toy", 90, "small"), TOYS[1]) as asked:
+        assert plan(1) is plan(1) is TOYS[1]
+        assert len(asked) == 1
+    assert plan(1) is TOYS[0]
