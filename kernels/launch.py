@@ -42,36 +42,48 @@ def cdiv(number: int, by: int) -> int:
     return -(-number // by)
 
 
-def launch(kernel: Any, grid: tuple[int, int, int], device: torch.device, *args: Any, **options: Any) -> None:
-    """``kernel[grid](*args, **options)`` on a device, at a fraction of the time on the host.
+def launch(
+    kernel: Any,
+    grid: tuple[int, int, int],
+    device: torch.device,
+    tensors: tuple[Tensor | None, ...],
+    numbers: tuple[int, ...],
+    **options: Any,
+) -> None:
+    """``kernel[grid](*tensors, *numbers, **options)`` on a device, at a fraction of the time on the host.
 
-    Triton binds, describes and looks up all arguments of every launch. Here sizes stand for themselves: whoever calls
+    Triton binds, describes and looks up all arguments of every launch. Here numbers stand for themselves: whoever calls
     with the same ones again launches what was compiled.
 
     Args:
-        args: tensors, None and whole numbers, for the kernel's first parameters.
-        options: its constants and what Triton takes besides, by name.
+        options: the kernel's constants and what Triton takes besides, by name.
     """
     if device.type != "cuda":
-        kernel[grid](*args, **options)
-        return
-    if device.index not in (None, torch.cuda.current_device()):
-        with torch.cuda.device(device):
-            _launch(kernel, grid, args, options)
+        kernel[grid](*tensors, *numbers, **options)
+    elif device.index in (None, torch.cuda.current_device()):
+        _launch(kernel, grid, tensors, numbers, options)
     else:
-        _launch(kernel, grid, args, options)
+        with torch.cuda.device(device):
+            _launch(kernel, grid, tensors, numbers, options)
 
 
-def _launch(kernel: Any, grid: tuple[int, int, int], args: tuple[Any, ...], options: dict[str, Any]) -> None:
+def _launch(
+    kernel: Any,
+    grid: tuple[int, int, int],
+    tensors: tuple[Tensor | None, ...],
+    numbers: tuple[int, ...],
+    options: dict[str, Any],
+) -> None:
     """On the current device."""
-    kinds = [(arg.dtype, arg.data_ptr() % 16 == 0) if isinstance(arg, Tensor) else arg for arg in args]
-    key = (kernel, torch.cuda.current_device(), *kinds, *options.values())
+    kinds = [None if tensor is None else (tensor.dtype, tensor.data_ptr() % 16 == 0) for tensor in tensors]
+    # Kernels live as long as their modules, and take long to hash.
+    key = (id(kernel), torch.cuda.current_device(), numbers, *kinds, *options.values())
     found = _compiled.get(key)
     if found is not None:
-        found[0][grid](*args, *found[1])
+        found[0][grid](*tensors, *numbers, *found[1])
         return
-    compiled = kernel[grid](*args, **options)
-    constants = tuple(options[name] for name in kernel.arg_names[len(args) :])
+    compiled = kernel[grid](*tensors, *numbers, **options)
+    constants = tuple(options[name] for name in kernel.arg_names[len(tensors) + len(numbers) :])
     if len(_compiled) >= _MOST_COMPILED:
         _compiled.clear()
     _compiled[key] = compiled, constants
