@@ -98,7 +98,7 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor, pre_gate: Tensor | None, o
     before = None if pre_gate is None else channels_last(pre_gate)
     result, sums = kernels.begin_backward(channels_last(grad), before, plan.outputs, dtype, summed=options.needs_weight)
     image = _image(result, 0, (batch, plan.outputs, height, width))
-    of_x, of_weight, of_bias, of_result = (x.new_empty(0) for _ in range(4))
+    of_x = of_weight = of_bias = of_result = None
     if pre_gate is not None:
         of_result = image if plan.outputs == outputs else channels_last(image[:, :outputs])
     of_images: list[tuple[Tensor, Layout]] = []
@@ -181,8 +181,11 @@ def _operands(
         tap = sum(plan.segments[:_segment])
         # How precise convolutions of float32 are is not how precise matrix products are.
         if rows * columns == 1 and dtype != torch.float32:
-            kernel = packed[plan.outputs * tap : plan.outputs * (tap + 1)]
-            found.append(_Operands(spread[first:last], kernel))
+            if len(plan.parts) == 1 and len(plan.segments) == 1:
+                found.append(_Operands(spread, packed))
+            else:
+                kernel = packed[plan.outputs * tap : plan.outputs * (tap + 1)]
+                found.append(_Operands(spread[first:last], kernel))
         else:
             image = _image(spread, first, (batch, depth, layout.rows, layout.columns))
             found.append(_Operands(image, _image(packed, plan.outputs * tap, (plan.outputs, depth, rows, columns))))
