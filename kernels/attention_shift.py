@@ -80,8 +80,11 @@ def padded(*tensors: tuple[Tensor, int]) -> tuple[Tensor, ...]:
     block_m = _BLOCK // block_n
     launch(
         _pad_kernel, (cdiv(batch * (rows + 1), block_m) * cdiv(columns, block_n), len(given), 1), first.device,
-        *[x for x, _ in given], *[None] * rest, *outs, *[None] * rest, *strides, *[0] * 3 * rest,
-        *[down for _, down in given], *[0] * rest, rows + 1, columns, batch * (rows + 1),
+        (*[x for x, _ in given], *[None] * rest, *outs, *[None] * rest),
+        (
+            *strides, *[0] * 3 * rest, *[down for _, down in given], *[0] * rest,
+            rows + 1, columns, batch * (rows + 1),
+        ),
         WIDTH=width, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=8,
     )  # fmt: skip
     return tuple(out.transpose(1, 2) for out in outs)

@@ -113,7 +113,8 @@ def pack(weight: Tensor, counts: tuple[int, ...], outputs: int, pitch: int, dtyp
     blocks = _blocks(pitch, total)
     launch(
         _pack_kernel, (outputs * blocks.count, 1, 1), weight.device,
-        weight, out, given, depth, kernel * kernel, total, counts[0], outputs, pitch, blocks.of_channels, blocks.count,
+        (weight, out),
+        (given, depth, kernel * kernel, total, counts[0], outputs, pitch, blocks.of_channels, blocks.count),
         BLOCK_C=blocks.channels, BLOCK_T=blocks.taps, num_warps=4,
     )  # fmt: skip
     return out
@@ -138,8 +139,11 @@ def unpack(
     blocks = _blocks(depth, kernel * kernel)
     launch(
         _unpack_kernel, (outputs * blocks.count, 1, 1), weight.device,
-        first, second, sums, out, bias, outputs, depth, kernel * kernel, of_first, of_second, pitch, sums.shape[0],
-        blocks.of_channels, blocks.count,
+        (first, second, sums, out, bias),
+        (
+            outputs, depth, kernel * kernel, of_first, of_second, pitch, sums.shape[0],
+            blocks.of_channels, blocks.count,
+        ),
         BLOCK_C=blocks.channels, BLOCK_T=blocks.taps, BLOCK_S=256, num_warps=4,
     )  # fmt: skip
     return out, bias

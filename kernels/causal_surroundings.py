@@ -285,7 +285,7 @@ def spread(x: Tensor, kind: int, layouts: tuple[Layout, ...], pitch: int, dtype:
         last = pitch - channels if kind == 2 else pitch
         launch(
             _spread_kernel, (cdiv(total, tiles.block_m) * cdiv(last, tiles.block_n), 1, 1), x.device,
-            x, out, height, width, channels, pitch, total, sizes[0], *layouts[0], *layouts[-1],
+            (x, out), (height, width, channels, pitch, total, sizes[0], *layouts[0], *layouts[-1]),
             KIND=kind, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, num_warps=tiles.warps,
         )  # fmt: skip
     return out
@@ -335,8 +335,8 @@ def join(
     blocks = cdiv(positions, tiles.block_m) * cdiv(columns, tiles.block_n)
     launch(
         _join_kernel, (blocks, 1, 1), out.device,
-        first, second, around.bias, context, around.residual, around.given, out, pre_gate,
-        positions, height, width, columns, pitch, *first_layout, *second_layout,
+        (first, second, around.bias, context, around.residual, around.given, out, pre_gate),
+        (positions, height, width, columns, pitch, *first_layout, *second_layout),
         GATE=around.gate, DERIVATIVE=around.derivative,
         SAMPLE_CONTEXT=context is not None and context.shape[2:] != out.shape[2:],
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, num_warps=tiles.warps,
@@ -388,7 +388,7 @@ def begin_backward(
     sums = grad.new_empty((splits, wide), dtype=torch.float32) if summed else None
     launch(
         _begin_kernel, (blocks, splits, 1), grad.device,
-        grad, pre_gate, written, sums, positions, channels, pitch, span,
+        (grad, pre_gate, written, sums), (positions, channels, pitch, span),
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, num_warps=2 * tiles.warps,
     )  # fmt: skip
     return out, sums

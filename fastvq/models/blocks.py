@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvq.kernels.taps import read_taps
+from fastvq.kernels.taps import CHANNEL_MULTIPLE, read_taps
 from fastvq.ops import code_conv2d, fused_causal_conv2d
 from fastvq.ops.causal_conv.reference import activate
 from fastvq.ops.grid import Form, Mask
@@ -77,7 +77,9 @@ class PointwiseConv2d(nn.Conv2d):
         gate: bool = False,
         residual: Tensor | None = None,
     ) -> Tensor:
-        if activation is None and context is None and not gate and residual is None:
+        plain = activation is None and context is None and not gate and residual is None
+        # On a GPU the library is slow with odd widths, which ours fills up.
+        if plain and not (x.is_cuda and self.in_channels % CHANNEL_MULTIPLE):
             return super().forward(x)
         # A causal kernel of one tap, the current position.
         return fused_causal_conv2d(

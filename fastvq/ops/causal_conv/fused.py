@@ -9,7 +9,7 @@ with the first call.
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -59,8 +59,7 @@ def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, context: Tensor | None, residual: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor | None]:
     """Output, and with ``gate`` and ``keep`` what the gate is applied to, [B, O, H, W]."""
-    from fastvq.kernels import causal_surroundings as kernels
-
+    kernels, _ = _kernels()
     x = channels_last(x)
     batch, _, height, width = x.shape
     channels, dtype = weight.shape[0], options.dtype or x.dtype
@@ -91,9 +90,7 @@ def forward(
 
 def backward(grad: Tensor, x: Tensor, weight: Tensor, pre_gate: Tensor | None, options: GradientOptions) -> Gradients:
     """Gradients of x, weight, bias and, with a gate, of the convolution's result; see `library.backward`."""
-    from fastvq.kernels import causal_conv_taps
-    from fastvq.kernels import causal_surroundings as kernels
-
+    kernels, taps = _kernels()
     x = channels_last(x)
     batch, _, height, width = x.shape
     outputs, dtype = weight.shape[0], options.dtype or x.dtype
@@ -101,7 +98,7 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor, pre_gate: Tensor | None, o
     before = None if pre_gate is None else channels_last(pre_gate)
     result, sums = kernels.begin_backward(channels_last(grad), before, plan.outputs, dtype, summed=options.needs_weight)
     image = _image(result, 0, (batch, plan.outputs, height, width))
-    of_x, of_weight, of_bias, of_result = (x.new_empty(0) for _ in range(4))
+    of_x = of_weight = of_bias = of_result = None
     if pre_gate is not None:
         of_result = image if plan.outputs == outputs else channels_last(image[:, :outputs])
     of_images: list[tuple[Tensor, Layout]] = []
@@ -115,12 +112,20 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor, pre_gate: Tensor | None, o
                 of_images.append((of_image, part.layout))
     if options.needs_weight:
         assert sums is not None
-        of_weight, of_bias = causal_conv_taps.unpack(of_kernels, plan.segments, plan.depth, sums, weight)
+        of_weight, of_bias = taps.unpack(of_kernels, plan.segments, plan.depth, sums, weight)
     if options.needs_input:
         of_x, kind = _empty(x, x.shape[1], x.dtype), kernels.ACTIVATION_KINDS[options.activation]
         around = kernels.Surroundings(given=x if kind else None, derivative=kind)
         kernels.join(of_x, of_images, plan.depth, around)
     return of_x, of_weight, of_bias, of_result
+
+
+@functools.cache
+def _kernels() -> tuple[Any, Any]:
+    """The modules `causal_surroundings` and `causal_conv_taps`."""
+    from fastvq.kernels import causal_conv_taps, causal_surroundings
+
+    return causal_surroundings, causal_conv_taps
 
 
 @functools.lru_cache(maxsize=256)
@@ -160,13 +165,11 @@ def _operands(
 
     ``images``: whether they are needed; the library asks for them even where only their shape matters.
     """
-    from fastvq.kernels import causal_conv_taps
-    from fastvq.kernels import causal_surroundings as kernels
-
+    kernels, taps = _kernels()
     if not plan.parts or x.numel() == 0:
         return []
     batch, depth = x.shape[0], plan.depth
-    packed = causal_conv_taps.pack(weight, plan.segments, plan.outputs, depth, dtype)
+    packed = taps.pack(weight, plan.segments, plan.outputs, depth, dtype)
     if images:
         spread = kernels.spread(x, kernels.ACTIVATION_KINDS[options.activation], plan.layouts, depth, dtype)
     else:
@@ -178,8 +181,11 @@ def _operands(
         tap = sum(plan.segments[:_segment])
         # How precise convolutions of float32 are is not how precise matrix products are.
         if rows * columns == 1 and dtype != torch.float32:
-            kernel = packed[plan.outputs * tap : plan.outputs * (tap + 1)]
-            found.append(_Operands(spread[first:last], kernel))
+            if len(plan.parts) == 1 and len(plan.segments) == 1:
+                found.append(_Operands(spread, packed))
+            else:
+                kernel = packed[plan.outputs * tap : plan.outputs * (tap + 1)]
+                found.append(_Operands(spread[first:last], kernel))
         else:
             image = _image(spread, first, (batch, depth, layout.rows, layout.columns))
             found.append(_Operands(image, _image(packed, plan.outputs * tap, (plan.outputs, depth, rows, columns))))

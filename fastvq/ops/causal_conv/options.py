@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Of input, weight, bias and, behind a gate, the convolution's result; empty for what was not asked for.
-Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
+# Of input, weight, bias and, behind a gate, the convolution's result; empty or None for what was not asked for.
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 class Options(NamedTuple):
