@@ -42,7 +42,7 @@ from fastvq.kernels.launch import Device, hardware
 from fastvq.kernels.tuning import asking
 from fastvq.models import Prior
 from fastvq.sampling import EngineOptions, sample
-from fastvq.sampling.engines import fill, front_weights, static_inputs
+from fastvq.sampling.engines import cuda_front, fill, front_weights, static_inputs
 from fastvq.sampling.engines.base import RowDone
 from fastvq.sampling.engines.cuda_front import FrontGrid, FrontPlan, is_filtered, takes_front
 from fastvq.sampling.engines.front_program import FrontProgram
@@ -347,9 +347,11 @@ def test_refusals() -> None:
     prior = BARE(shape=(4, 8))
     with refuses(UnavailableError, "engine: 'cuda' was asked for but cannot run here: it needs a GPU"):
         FrontPlan.of(prepared(prior), EngineOptions())
-    job = Job(prior, 1, "cpu")
-    with refuses(UnavailableError, "cuda_graph: it needs a GPU, the plan is on cpu"):
-        job.grid.fill(job.request, job.statics, recorded=True)
+    with (
+        mock.patch.object(cuda_front, "why_no_front_kernels", return_value=None),
+        refuses(UnavailableError, "cuda_graph: it needs a GPU, the plan is on cpu"),
+    ):
+        FrontPlan.of(prepared(prior), EngineOptions(cuda_graph=True))
     with torch.no_grad():
         prior.get_submodule("output").weight[0].fill_(math.nan)  # type: ignore[index]
     with refuses(ArgumentError, "prior: its weights hold NaN or infinite values"):
@@ -440,6 +442,22 @@ def test_samples_of_the_naive_engine(kind: str, graph: bool) -> None:
     for _ in range(2):  # a graph is recorded and then replayed
         found = sample(on_gpu, 5, seed=1, engine="cuda", options=EngineOptions(cuda_graph=graph), **given).cpu()
         require_same_codes(prior, found, wanted, noise, given)
+
+
+@needs_triton
+@needs_gpu
+def test_recorded_steps_are_those_enqueued_one_by_one() -> None:
+    prior = spread(BARE(shape=(6, 12), num_classes=3))
+    logits = []
+    for recorded in (False, True, True):
+        job, rows = Job(prior, 3, "cuda"), []
+        with torch.inference_mode():
+            job.grid.fill(job.request, job.statics, rows.append, recorded=recorded)
+        assert rows == [1] * 6
+        assert job.grid.logits is not None
+        logits.append(job.grid.logits.view(torch.int32))
+    assert torch.equal(logits[0], logits[1])
+    assert torch.equal(logits[0], logits[2])
 
 
 @needs_triton
