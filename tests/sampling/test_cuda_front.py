@@ -49,6 +49,7 @@ from fastvq.sampling.engines.front_program import FrontProgram
 from fastvq.sampling.engines.front_weights import FrontWeights, as_planes
 from fastvq.sampling.engines.front_work import Work, why_no_front
 from fastvq.sampling.engines.prepared import prepared
+from fastvq.sampling.engines.state import steady_statics
 from fastvq.sampling.plan import compile_plan
 from fastvq.sampling.request import SampleRequest, Settings
 
@@ -442,6 +443,26 @@ def test_samples_of_the_naive_engine(kind: str, graph: bool) -> None:
     for _ in range(2):  # a graph is recorded and then replayed
         found = sample(on_gpu, 5, seed=1, engine="cuda", options=EngineOptions(cuda_graph=graph), **given).cpu()
         require_same_codes(prior, found, wanted, noise, given)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_conditions_are_worked_out_in_batches_of_one_size(device: str) -> None:
+    """On a GPU their bits depend neither on the number of samples nor on the place among them."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU is available")
+    told = {**GIVEN["both"], "condition_shapes": ((4, 8), (8, 16)), "condition_channels": 64, "condition_blocks": 2}
+    prior = BARE(shape=(8, 16), **told).to(device)
+    request = request_of(prior, 9, given_to(prior, 9), seed=1)
+    with torch.inference_mode():
+        whole, wanted = steady_statics(prior, request), static_inputs(prior, request)
+        assert list(whole) == list(wanted)
+        for name, x in wanted.items():
+            torch.testing.assert_close(whole[name], x, rtol=1e-5, atol=1e-5)
+        for rows in (torch.tensor([8]), torch.tensor([6, 2, 7, 1, 0])):
+            some = steady_statics(prior, request.rows(rows.to(device)))["context"]
+            assert some.shape == (len(rows), *whole["context"].shape[1:])
+            if device == "cuda":
+                assert torch.equal(some, whole["context"][rows.to(device)])
 
 
 @needs_triton

@@ -7,7 +7,8 @@ enqueue kernels one by one as fast as small batches are done. Kernels are Triton
 needed.
 
 Every output is summed in one order that does not depend on the batch, see `fastvq.kernels.front_product`, and what is
-known of a condition is worked out sample by sample: the codes of a sample are the same whatever it is sampled with.
+known of a condition is worked out for a fixed number of samples at a time: the codes of a sample are the same whatever
+it is sampled with.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from fastvq.sampling.engines.front_weights import FrontWeights
 from fastvq.sampling.engines.front_work import Work, why_no_front
 from fastvq.sampling.engines.phases import OnPhase, Phases
 from fastvq.sampling.engines.prepared import Kept, Prepared
-from fastvq.sampling.engines.state import separate_statics
+from fastvq.sampling.engines.state import steady_statics
 from fastvq.sampling.engines.step_tables import not_drawable
 from fastvq.sampling.options import EngineOptions
 from fastvq.sampling.plan.form import Plan
@@ -109,7 +110,7 @@ class FrontPlan:
 
     def fill(self, prior: Prior, request: SampleRequest, row_done: RowDone, on_phase: OnPhase | None) -> Tensor:
         """See `fastvq.sampling.engines.base.Engine.fill`."""
-        weights, statics = self.weights, separate_statics(prior, request)
+        weights, statics = self.weights, steady_statics(prior, request)
         batch, filtered = len(request.noise), is_filtered(request.settings, weights.plan.num_codes)
 
         def make() -> FrontGrid:
