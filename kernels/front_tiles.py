@@ -142,10 +142,9 @@ def product_tiles(precision: str, positions: int, capability: int) -> ProductTil
 
 def product_candidates(precision: str, most: int, capability: int) -> list[ProductTiles]:
     """Those of `PRODUCT_CANDIDATES` that a chip has the memory for."""
-    # On a Blackwell Triton 3.6 takes twice the memory for products that are added to each other.
-    candidates = PRODUCT_CANDIDATES[
-        precision, min(most, _SOME) if capability >= 100 and PLANES[precision] > 1 else most
-    ]
+    if capability >= 100 and PLANES[precision] > 1:
+        most = _FEW  # there Triton 3.6 takes twice the memory for products that are added to each other
+    candidates = PRODUCT_CANDIDATES[precision, most]
     room = _SHARED if capability >= 90 else _SHARED_BEFORE
     return [t for t in candidates if 2 * PLANES[precision] * (t.block_m + t.block_n) * t.block_k * t.stages <= room]
 

@@ -34,7 +34,8 @@ class EngineOptions:
             do not depend on it. Priors with attention are sampled in raster order alone. The ``cuda`` engine has
             tiles of one column and raster order.
         cuda_graph: the ``cuda`` engine records a whole grid once and replays it, see
-            :mod:`fastvq.sampling.engines.cuda_graph`; along a front one step, which serves for all.
+            :mod:`fastvq.sampling.engines.cuda_graph`. Along a front every call records one step, which serves for all,
+            and with this option keeps it and its caches for later calls.
 
     Raises:
         ArgumentError, ArgumentTypeError: values that are not among these.

@@ -42,13 +42,14 @@ from fastvq.kernels.launch import Device, hardware
 from fastvq.kernels.tuning import asking
 from fastvq.models import Prior
 from fastvq.sampling import EngineOptions, sample
-from fastvq.sampling.engines import fill, front_weights, static_inputs
+from fastvq.sampling.engines import cuda_front, fill, front_weights, static_inputs
 from fastvq.sampling.engines.base import RowDone
 from fastvq.sampling.engines.cuda_front import FrontGrid, FrontPlan, is_filtered, takes_front
 from fastvq.sampling.engines.front_program import FrontProgram
 from fastvq.sampling.engines.front_weights import FrontWeights, as_planes
 from fastvq.sampling.engines.front_work import Work, why_no_front
 from fastvq.sampling.engines.prepared import prepared
+from fastvq.sampling.engines.state import steady_statics
 from fastvq.sampling.plan import compile_plan
 from fastvq.sampling.request import SampleRequest, Settings
 
@@ -347,9 +348,11 @@ def test_refusals() -> None:
     prior = BARE(shape=(4, 8))
     with refuses(UnavailableError, "engine: 'cuda' was asked for but cannot run here: it needs a GPU"):
         FrontPlan.of(prepared(prior), EngineOptions())
-    job = Job(prior, 1, "cpu")
-    with refuses(UnavailableError, "cuda_graph: it needs a GPU, the plan is on cpu"):
-        job.grid.fill(job.request, job.statics, recorded=True)
+    with (
+        mock.patch.object(cuda_front, "why_no_front_kernels", return_value=None),
+        refuses(UnavailableError, "cuda_graph: it needs a GPU, the plan is on cpu"),
+    ):
+        FrontPlan.of(prepared(prior), EngineOptions(cuda_graph=True))
     with torch.no_grad():
         prior.get_submodule("output").weight[0].fill_(math.nan)  # type: ignore[index]
     with refuses(ArgumentError, "prior: its weights hold NaN or infinite values"):
@@ -440,6 +443,42 @@ def test_samples_of_the_naive_engine(kind: str, graph: bool) -> None:
     for _ in range(2):  # a graph is recorded and then replayed
         found = sample(on_gpu, 5, seed=1, engine="cuda", options=EngineOptions(cuda_graph=graph), **given).cpu()
         require_same_codes(prior, found, wanted, noise, given)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_conditions_are_worked_out_in_batches_of_one_size(device: str) -> None:
+    """On a GPU their bits depend neither on the number of samples nor on the place among them."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU is available")
+    told = {**GIVEN["both"], "condition_shapes": ((4, 8), (8, 16)), "condition_channels": 64, "condition_blocks": 2}
+    prior = BARE(shape=(8, 16), **told).to(device)
+    request = request_of(prior, 9, given_to(prior, 9), seed=1)
+    with torch.inference_mode():
+        whole, wanted = steady_statics(prior, request), static_inputs(prior, request)
+        assert list(whole) == list(wanted)
+        for name, x in wanted.items():
+            torch.testing.assert_close(whole[name], x, rtol=1e-5, atol=1e-5)
+        for rows in (torch.tensor([8]), torch.tensor([6, 2, 7, 1, 0])):
+            some = steady_statics(prior, request.rows(rows.to(device)))["context"]
+            assert some.shape == (len(rows), *whole["context"].shape[1:])
+            if device == "cuda":
+                assert torch.equal(some, whole["context"][rows.to(device)])
+
+
+@needs_triton
+@needs_gpu
+def test_recorded_steps_are_those_enqueued_one_by_one() -> None:
+    prior = spread(BARE(shape=(6, 12), num_classes=3))
+    logits = []
+    for recorded in (False, True, True):
+        job, rows = Job(prior, 3, "cuda"), []
+        with torch.inference_mode():
+            job.grid.fill(job.request, job.statics, rows.append, recorded=recorded)
+        assert rows == [1] * 6
+        assert job.grid.logits is not None
+        logits.append(job.grid.logits.view(torch.int32))
+    assert torch.equal(logits[0], logits[1])
+    assert torch.equal(logits[0], logits[2])
 
 
 @needs_triton

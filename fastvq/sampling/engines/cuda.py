@@ -27,7 +27,7 @@ from fastvq.sampling.engines.state import (
     GridState,
     RowState,
     cache_bytes,
-    separate_statics,
+    steady_statics,
     weight_bytes,
 )
 from fastvq.sampling.options import EngineOptions
@@ -130,7 +130,7 @@ class CudaEngine(Engine[_Packed]):
         n = len(request.noise)
         if step.batch > n:
             request = request.rows(torch.arange(step.batch).clamp(max=n - 1).to(request.noise.device))
-        statics = separate_statics(prior, request)
+        statics = steady_statics(prior, request)
 
         def make() -> RowState:
             if isinstance(rows, RowProducts):

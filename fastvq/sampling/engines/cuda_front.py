@@ -2,12 +2,13 @@
 
 For priors without attention, see `fastvq.sampling.plan.Front`. A step takes one position of every row in flight, of all
 samples at once; each kernel finds its positions from the number of the step, which lies in device memory, so that the
-launches of all steps are the same and a CUDA graph of one step serves for all. Kernels are Triton's; the compiled
-extension is not needed.
+launches of all steps are the same: a CUDA graph of one step is recorded and serves for all, as the host could not
+enqueue kernels one by one as fast as small batches are done. Kernels are Triton's; the compiled extension is not
+needed.
 
 Every output is summed in one order that does not depend on the batch, see `fastvq.kernels.front_product`, and what is
-known of a condition is worked out sample by sample: the codes of a sample are the same whatever it is sampled with. It
-has not yet run on a GPU, only in Triton's interpreter.
+known of a condition is worked out for a fixed number of samples at a time: the codes of a sample are the same whatever
+it is sampled with.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from fastvq.sampling.engines.front_weights import FrontWeights
 from fastvq.sampling.engines.front_work import Work, why_no_front
 from fastvq.sampling.engines.phases import OnPhase, Phases
 from fastvq.sampling.engines.prepared import Kept, Prepared
-from fastvq.sampling.engines.state import separate_statics
+from fastvq.sampling.engines.state import steady_statics
 from fastvq.sampling.engines.step_tables import not_drawable
 from fastvq.sampling.options import EngineOptions
 from fastvq.sampling.plan.form import Plan
@@ -81,7 +82,7 @@ def is_filtered(settings: Settings, num_codes: int) -> bool:
 
 
 class FrontPlan:
-    """A prior's plan packed for a precision; ``graphs`` keeps recorded grids if there are to be any."""
+    """A prior's plan packed for a precision; ``graphs``, if given, keeps grids and their graphs for later calls."""
 
     def __init__(self, weights: FrontWeights, graphs: Kept | None) -> None:
         self.weights, self._graphs = weights, graphs
@@ -91,11 +92,13 @@ class FrontPlan:
         """
         Raises:
             ArgumentError: weights that are not finite.
-            UnavailableError: Triton's kernels cannot run where the prior is.
+            UnavailableError: Triton's kernels cannot run where the prior is, or there is no GPU to record a graph on.
         """
         reason = why_no_front_kernels(kept.device)
         if reason is not None:
             raise UnavailableError(f"engine: 'cuda' was asked for but cannot run here: {reason}")
+        if options.cuda_graph and kept.device.type != "cuda":
+            raise UnavailableError(f"cuda_graph: it needs a GPU, the plan is on {kept.device}")
         precision = options.precision
         weights = kept.get(
             "front",
@@ -107,7 +110,7 @@ class FrontPlan:
 
     def fill(self, prior: Prior, request: SampleRequest, row_done: RowDone, on_phase: OnPhase | None) -> Tensor:
         """See `fastvq.sampling.engines.base.Engine.fill`."""
-        weights, statics = self.weights, separate_statics(prior, request)
+        weights, statics = self.weights, steady_statics(prior, request)
         batch, filtered = len(request.noise), is_filtered(request.settings, weights.plan.num_codes)
 
         def make() -> FrontGrid:
@@ -117,7 +120,7 @@ class FrontPlan:
             return make().fill(request, statics, row_done, on_phase)
         shapes = tuple((name, tuple(tensor.shape)) for name, tensor in statics.items())
         grid = self._graphs.get(_GRAPH, (weights, batch, filtered, shapes), make)
-        return grid.fill(request, statics, row_done, on_phase, recorded=True)
+        return grid.fill(request, statics, row_done, on_phase)
 
 
 class FrontGrid(StepKernels):
@@ -167,12 +170,15 @@ class FrontGrid(StepKernels):
         self.put_statics(statics)
 
     def _record(self) -> None:
-        # Kernels are compiled and loaded when they are first launched, which must not happen while recording.
-        self.enqueue_step()
-        synchronise(self.device)
+        """Record a step. One must have been enqueued: kernels are compiled and loaded when they are first launched."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.enqueue_step()
+        with torch.cuda.stream(torch.cuda.Stream(self.device)):
+            # What other threads do on the device is none of this one's business.
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                self.enqueue_step()
+            finally:
+                graph.capture_end()
         self._graph = graph
 
     def enqueue_step(self) -> None:
@@ -204,32 +210,30 @@ class FrontGrid(StepKernels):
         row_done: RowDone = lambda rows: None,
         on_phase: OnPhase | None = None,
         *,
-        recorded: bool = False,
+        recorded: bool = True,
     ) -> Tensor:
         """Fill the grids of a request: int64 [n, H, W].
 
         Args:
             statics: of the shapes given before.
-            recorded: replay steps as a CUDA graph, which is recorded the first time.
             on_phase: is told the time of all steps together, as ``step phase``.
+            recorded: on a GPU, steps are replayed from a CUDA graph, which is recorded after the first step of the
+                first grid; not while the caller records one.
 
         Raises:
             ArgumentError: logits that are not finite; the whole grid has been computed then.
-        UnavailableError: there is no GPU to record a graph on.
         """
-        if recorded and self.device.type != "cuda":
-            raise UnavailableError(f"cuda_graph: it needs a GPU, the plan is on {self.device}")
+        recorded = recorded and self.device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
         phases = Phases(on_phase, self.device)
         done = 0
         rows: collections.deque[torch.cuda.Event] = collections.deque()
         with self.lock, on_device(self.device), _nvtx.annotate("grid"):
             try:
                 self.begin(request, statics)
-                if recorded and self._graph is None:
-                    self._record()
-                    self.begin(request, statics)
                 with phases.phase("step phase"):
                     for step in range(self.front.steps):
+                        if step == 1 and recorded and self._graph is None:
+                            self._record()
                         self.enqueue_step()
                         for _ in range(done + len(rows), self.front.last_rows(step)):
                             if self.device.type == "cuda":

@@ -13,6 +13,9 @@ from fastvq.models.prior import Prior
 from fastvq.sampling.plan.form import History, Op, Plan, Term
 from fastvq.sampling.request import SampleRequest
 
+# Samples whose conditions are worked out together, however few there are.
+_TOGETHER = 4
+
 
 class Window(NamedTuple):
     """What of a ring a position reads: ``height`` rows from ``top`` rows above on, columns from ``left`` of it on."""
@@ -289,12 +292,18 @@ def static_inputs(prior: Prior, request: SampleRequest) -> dict[str, Tensor]:
     return prior.statics(request.condition, request.label, batch=len(request.noise))
 
 
-def separate_statics(prior: Prior, request: SampleRequest) -> dict[str, Tensor]:
-    """`static_inputs` with each sample's condition by itself: libraries round differently for other batches."""
+def steady_statics(prior: Prior, request: SampleRequest) -> dict[str, Tensor]:
+    """`static_inputs` with conditions in batches of one size: libraries round differently for other batches.
+
+    The last one is filled up by its last sample. In a batch of one shape a library does the same for every sample.
+    """
     if not request.condition:
         return static_inputs(prior, request)
-    each = [static_inputs(prior, request.rows(slice(n, n + 1))) for n in range(len(request.noise))]
-    return {name: torch.cat([one[name] for one in each]) if name == "context" else x for name, x in each[0].items()}
+    batch = len(request.noise)
+    some = torch.arange(-(-batch // _TOGETHER) * _TOGETHER, device=request.noise.device).clamp(max=batch - 1)
+    each = [static_inputs(prior, request.rows(rows)) for rows in some.split(_TOGETHER)]
+    context = torch.cat([one["context"] for one in each])[:batch]
+    return {name: context if name == "context" else x for name, x in each[0].items()}
 
 
 def padded(positions: int) -> int:
