@@ -5,101 +5,114 @@
 
 namespace fastvq::cuda {
 
-// The vectors that the weights multiply.
-struct Inputs {
-    const Segment* segments;
-    int terms, depth;
-    bool wide;  // all segments
-};
-
-FASTVQ_DEVICE Inputs inputs_of(const BlockState& state, const Instr& instr) {
-    bool wide = true;
-    for (int t = 0; t < instr.num_terms; ++t) wide = wide && state.segments[t].wide_end != 0;
-    return {state.segments, instr.num_terms, instr.depth, wide};
-}
-
-// Four numbers, zeros beyond the depth.
-template <bool kWide>
-FASTVQ_DEVICE float4 load_inputs(const Inputs& inputs, int64_t sample, int k) {
-    int t = 0;
-    const auto segment_of = [&](int place) -> const Segment& {
-        while (t + 1 < inputs.terms && place >= inputs.segments[t + 1].begin) ++t;
-        return inputs.segments[t];
-    };
-    if constexpr (kWide) {
-        if (k >= inputs.depth) return {0.0f, 0.0f, 0.0f, 0.0f};
-        const Segment& segment = segment_of(k);
-        const int64_t place = sample * segment.stride + k - segment.begin;
-        if (segment.rounded) {
-            const auto* first = static_cast<const uint16_t*>(segment.data) + place;
-            const uint2 raw = load_shared_state(reinterpret_cast<const uint2*>(first));
-            return {float_of(raw.x << 16), float_of(raw.x & 0xFFFF0000u), float_of(raw.y << 16),
-                    float_of(raw.y & 0xFFFF0000u)};
-        }
-        const float* first = static_cast<const float*>(segment.data) + place;
-        return load_shared_state(reinterpret_cast<const float4*>(first));
-    }
-    const auto one = [&](int place) {
-        if (place >= inputs.depth) return 0.0f;
-        const Segment& segment = segment_of(place);
-        const int64_t number = sample * segment.stride + place - segment.begin;
-        if (!segment.rounded) return load_shared_state(static_cast<const float*>(segment.data) + number);
-        const uint32_t half = load_shared_state(static_cast<const uint16_t*>(segment.data) + number);
-        return float_of(half << 16);
-    };
-    float4 numbers;
-    numbers.x = one(k);
-    numbers.y = one(k + 1);
-    numbers.z = one(k + 2);
-    numbers.w = one(k + 3);
-    return numbers;
-}
-
-// Rows of the stage: the numbers [first, first + length) of the vectors of some samples, zeros beyond the depth and for
-// samples from `rows` to `padded_rows`. `length` is a multiple of 4.
+// Rows of the stage: numbers of the vectors of the samples [first_sample, first_sample + rows).
 struct Stage {
     char* memory;
     int row;  // elements between rows
-    int first_sample, rows, padded_rows;
-    Inputs inputs;
+    int first_sample, rows;
+    const Segment* segments;
+    int terms, depth;
 };
 
-template <bool kRounded, bool kWide, int kAtOnce>
-FASTVQ_DEVICE void fill_stage(const Stage& stage, int first, int length) {
-    const int vectors = length / 4, items = stage.padded_rows * vectors;
-    for (int base = threadIdx.x; base < items; base += kAtOnce * kThreads) {
-        float4 inputs[kAtOnce];
+// The vectors of a thread, of `count` of each row: row by row, 2^lane_bits threads side by side.
+struct Walk {
+    int row, vector;
+    int rows, count, lane_bits;
+
+    FASTVQ_DEVICE Walk(int rows_, int count_, int lane_bits_)
+        : row(threadIdx.x >> lane_bits_), vector(threadIdx.x & ((1 << lane_bits_) - 1)), rows(rows_), count(count_),
+          lane_bits(lane_bits_) {
+        if (vector >= count) row = rows;
+    }
+    FASTVQ_DEVICE bool more() const { return row < rows; }
+    FASTVQ_DEVICE void go_on() {
+        vector += 1 << lane_bits;
+        if (vector >= count) {
+            vector = threadIdx.x & ((1 << lane_bits) - 1);
+            row += kThreads >> lane_bits;
+        }
+    }
+};
+
+FASTVQ_DEVICE void put(float* to, float number) { *to = number; }
+FASTVQ_DEVICE void put(uint16_t* to, float number) { *to = static_cast<uint16_t>(pack_bf16(number, 0.0f)); }
+FASTVQ_DEVICE void put(uint16_t* to, uint16_t number) { *to = number; }
+FASTVQ_DEVICE void put(uint16_t* to, const float4& numbers) {
+    *reinterpret_cast<uint2*>(to) = {pack_bf16(numbers.x, numbers.y), pack_bf16(numbers.z, numbers.w)};
+}
+
+// Through registers, some loads on their way together: numbers that the stage has in another type, or one by one.
+// `from` and `to`: of the first sample.
+template <int kAtOnce, class Vector, class From, class To>
+FASTVQ_DEVICE void stage_loaded(const From* from, int64_t stride, To* to, int row, Walk walk) {
+    constexpr int kNumbers = sizeof(Vector) / sizeof(From);
+    while (walk.more()) {
+        Vector loaded[kAtOnce] = {};
+        int places[kAtOnce];
         FASTVQ_UNROLL
         for (int i = 0; i < kAtOnce; ++i) {
-            const int item = base + i * kThreads, row = item / vectors;
-            inputs[i] = {0.0f, 0.0f, 0.0f, 0.0f};
-            if (item < items && row < stage.rows) {
-                const int k = first + (item - row * vectors) * 4;
-                inputs[i] = load_inputs<kWide>(stage.inputs, stage.first_sample + row, k);
-            }
+            places[i] = -1;
+            if (!walk.more()) continue;
+            loaded[i] = load_shared_state(
+                reinterpret_cast<const Vector*>(from + walk.row * stride + walk.vector * kNumbers));
+            places[i] = walk.row * row + walk.vector * kNumbers;
+            walk.go_on();
         }
         FASTVQ_UNROLL
         for (int i = 0; i < kAtOnce; ++i) {
-            const int item = base + i * kThreads, row = item / vectors;
-            if (item >= items) continue;
-            const int place = row * stage.row + (item - row * vectors) * 4;
-            if constexpr (kRounded) {
-                const uint2 rounded = {pack_bf16(inputs[i].x, inputs[i].y), pack_bf16(inputs[i].z, inputs[i].w)};
-                *reinterpret_cast<uint2*>(reinterpret_cast<uint16_t*>(stage.memory) + place) = rounded;
-            } else {
-                *reinterpret_cast<float4*>(reinterpret_cast<float*>(stage.memory) + place) = inputs[i];
-            }
+            if (places[i] >= 0) put(to + places[i], loaded[i]);
         }
     }
 }
 
-template <bool kRounded, int kAtOnce>
-FASTVQ_DEVICE void stage_inputs(const Stage& stage, int first, int length) {
-    if (stage.inputs.wide) {
-        fill_stage<kRounded, true, kAtOnce>(stage, first, length);
-    } else {
-        fill_stage<kRounded, false, 1>(stage, first, length);
+// As they are, 16 bytes at a time, all on their way together.
+template <class Number>
+FASTVQ_DEVICE void stage_copied(const Number* from, int64_t stride, Number* to, int row, Walk walk) {
+    constexpr int kNumbers = 16 / sizeof(Number);
+    for (; walk.more(); walk.go_on()) {
+        copy_shared_state(to + walk.row * row + walk.vector * kNumbers,
+                          from + walk.row * stride + walk.vector * kNumbers);
     }
+}
+
+// The numbers [first, last) of the vectors; where the stage is in bfloat16, zeros beyond the depth.
+template <class Number>
+FASTVQ_DEVICE void stage_inputs(const Stage& stage, int first, int last) {
+    constexpr bool kRounded = sizeof(Number) == 2;
+    auto* memory = reinterpret_cast<Number*>(stage.memory);
+    for (int t = 0; t < stage.terms; ++t) {
+        const Segment segment = stage.segments[t];
+        const int begin = larger(segment.begin, first), end = smaller(segment.end, last);
+        if (begin >= end) continue;
+        const int64_t skipped = stage.first_sample * segment.stride + begin - segment.begin;
+        const auto* floats = static_cast<const float*>(segment.data) + skipped;
+        const auto* halves = static_cast<const uint16_t*>(segment.data) + skipped;
+        Number* to = memory + begin - first;
+        const Walk walk(stage.rows, (end - begin) >> segment.vector_bits, segment.lane_bits);
+        const bool wide = segment.vector_bits > 0;
+        if constexpr (kRounded) {
+            if (segment.rounded && wide) {
+                stage_copied(halves, segment.stride, to, stage.row, walk);
+            } else if (segment.rounded) {
+                stage_loaded<4, uint16_t>(halves, segment.stride, to, stage.row, walk);
+            } else if (wide) {
+                stage_loaded<8, float4>(floats, segment.stride, to, stage.row, walk);
+            } else {
+                stage_loaded<4, float>(floats, segment.stride, to, stage.row, walk);
+            }
+        } else if (wide) {
+            stage_copied(floats, segment.stride, to, stage.row, walk);
+        } else {
+            stage_loaded<4, float>(floats, segment.stride, to, stage.row, walk);
+        }
+    }
+    if constexpr (kRounded) {
+        const int begin = larger(stage.depth, first);
+        for (Walk walk(stage.rows, last - begin, 4); walk.more(); walk.go_on()) {
+            put(memory + walk.row * stage.row + begin - first + walk.vector, uint16_t{0});
+        }
+    }
+    wait_for_copies(Site::kPieceCopied);
 }
 
 template <bool kStationary>
@@ -141,10 +154,10 @@ FASTVQ_DEVICE void multiply_add(float (&sums)[kGroup][kVector], const uint4& raw
 
 // At most kGroup samples.
 template <int kVector, int kGroup, bool kStationary>
-FASTVQ_DEVICE void affine_plain(const Instr& instr, const AffineWork& work, const char* all_weights, Stage stage,
+FASTVQ_DEVICE void affine_plain(const Instr& instr, const AffineWork& work, const char* all_weights, const Stage& stage,
                                 const Sums& places) {
-    constexpr int kAtOnce = 4;
-    const int lane = threadIdx.x % work.lanes, split = threadIdx.x / work.lanes, column = lane * kVector;
+    constexpr int kAtOnce = kStationary ? 4 : 16 / (kGroup > 1 ? 2 : 1);  // more where they come from afar
+    const int lane = threadIdx.x & (work.lanes - 1), split = threadIdx.x >> work.lane_bits, column = lane * kVector;
     const bool active = column < instr.columns;
     const int stride = instr.columns / kVector, step = work.splits * stride;
     const uint4* weights = reinterpret_cast<const uint4*>(all_weights + instr.weights) + split * stride + lane;
@@ -155,7 +168,7 @@ FASTVQ_DEVICE void affine_plain(const Instr& instr, const AffineWork& work, cons
     for (int first = 0; first < instr.depth; first += work.piece) {
         if (first > 0) block_barrier(Site::kPieceUsed);
         const int end = smaller(instr.depth, first + work.piece);
-        stage_inputs<false, 4>(stage, first, round_up(end - first, 4));
+        stage_inputs<float>(stage, first, end);
         block_barrier(Site::kPieceStaged);
         if (!active) continue;
         for (; k + (kAtOnce - 1) * work.splits < end; k += kAtOnce * work.splits, weights += kAtOnce * step) {
@@ -182,7 +195,7 @@ FASTVQ_DEVICE void affine_plain(const Instr& instr, const AffineWork& work, cons
     float* partial = reinterpret_cast<float*>(stage.memory);
     const bool first_of_equals = static_cast<int>(threadIdx.x % 32) < work.lanes;
     if (active && first_of_equals) {
-        const int part = threadIdx.x / larger(work.lanes, 32);
+        const int part = threadIdx.x >> larger(work.lane_bits, 5);
         FASTVQ_UNROLL
         for (int g = 0; g < kGroup; ++g) {
             if (g >= stage.rows) continue;
@@ -197,15 +210,15 @@ FASTVQ_DEVICE void affine_plain(const Instr& instr, const AffineWork& work, cons
 
 // At most kTiles tiles of 8 samples.
 template <int kTiles, bool kStationary>
-FASTVQ_DEVICE void affine_fragments(const Instr& instr, const AffineWork& work, const char* all_weights, Stage stage,
-                                    const Sums& places) {
-    constexpr int kAtOnce = 4;
+FASTVQ_DEVICE void affine_fragments(const Instr& instr, const AffineWork& work, const char* all_weights,
+                                    const Stage& stage, const Sums& places) {
+    constexpr int kAtOnce = kStationary ? 4 : 8;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int tile = warp % work.lanes, split = warp / work.lanes;
+    const int tile = warp & (work.lanes - 1), split = warp >> work.lane_bits;
     const bool active = tile * 16 < instr.columns;
     const int depth_tiles = (instr.depth + 15) / 16;
     const uint4* weights = reinterpret_cast<const uint4*>(all_weights + instr.weights) + tile * depth_tiles * 32 + lane;
-    const int tiles = stage.padded_rows / 8;
+    const int tiles = (stage.rows + 7) / 8;
     // Operand B of this lane: sample lane / 4 of a tile, numbers 2 (lane % 4) and following.
     const uint16_t* staged = reinterpret_cast<const uint16_t*>(stage.memory) + lane / 4 * work.row + lane % 4 * 2;
 
@@ -224,7 +237,7 @@ FASTVQ_DEVICE void affine_fragments(const Instr& instr, const AffineWork& work, 
     for (int first = 0; first < instr.depth; first += work.piece) {
         if (first > 0) block_barrier(Site::kPieceUsed);
         const int end = smaller(depth_tiles * 16, first + work.piece), last = end / 16;
-        stage_inputs<true, 8>(stage, first, end - first);
+        stage_inputs<uint16_t>(stage, first, end);
         block_barrier(Site::kPieceStaged);
         if (!active) continue;
         for (; k + (kAtOnce - 1) * work.splits < last; k += kAtOnce * work.splits) {
@@ -285,10 +298,10 @@ FASTVQ_DEVICE void affine_samples(const Instr& instr, const AffineWork& work, co
 // The sums of the samples [first_sample, first_sample + rows), each in parts, which are there after a barrier.
 FASTVQ_DEVICE Sums affine(const StepArgs& args, const BlockState& state, const Instr& instr, int first_sample,
                           int rows) {
-    const AffineWork work = affine_work(instr.layout, instr.columns, instr.depth, args.batch);
+    const AffineWork work = instr.affine;
     const bool fragments = instr.layout == Layout::kFragments;
+    const Stage stage{state.work, work.row, first_sample, rows, state.segments, instr.num_terms, instr.depth};
     const int padded_rows = fragments ? round_up(rows, 8) : rows;
-    const Stage stage{state.work, work.row, first_sample, rows, padded_rows, inputs_of(state, instr)};
     const Sums sums{reinterpret_cast<const float*>(state.work), work.partials, padded_rows, instr.columns, fragments};
     if (instr.stationary) {
         affine_samples<true>(instr, work, state.stationary, stage, sums);

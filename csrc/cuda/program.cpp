@@ -75,7 +75,6 @@ class Planner {
             if (unit.jobs) continue;
             for (const std::vector<int64_t>& group : unit.groups) {
                 chains_.back().push_back(make_chain(ops_, group, stores_));
-                most_planes_ = std::max(most_planes_, chains_.back().back().planes);
             }
         }
         for (const std::vector<Task>& tasks : lists_.blocks) {
@@ -120,6 +119,7 @@ class Planner {
             instr.key_width = narrow(ops_[op.sources[0]].channels / op.heads);
             instr.value_width = narrow(op.channels / op.heads);
             instr.inclusive = op.inclusive;
+            instr.attend = attend_work(narrow(task.count), instr.key_width, instr.value_width);
         }
         std::vector<Step> steps;
         for (const int64_t view : views) {
@@ -139,6 +139,9 @@ class Planner {
         instr.count = narrow(task.count);
         instr.half = narrow(half_width(op));
         instr.halves = op.paired ? 2 : 1;
+        instr.many_items = has_many_items(instr.count, samples_at_once(program_.layout, narrow(shape_.batch)));
+        instr.next_row = kThreads / instr.count;
+        instr.next_channel = kThreads % instr.count;
         if (instr.code == Code::kAffine) {
             instr.first_term = narrow(program_.terms.size());
             instr.num_terms = narrow(op.num_terms);
@@ -152,7 +155,9 @@ class Planner {
                                           stores_[spec.source] == Stores::kRounded});
                 instr.depth += depth;
             }
+            instr.affine = affine_work(instr.layout, instr.columns, instr.depth, narrow(shape_.batch));
         }
+        most_planes_ = std::max(most_planes_, chain.planes * (instr.many_items ? kManyItems : 1));
         push(instr, chain.steps);
     }
 
@@ -328,9 +333,9 @@ class Planner {
 int64_t work_bytes(const Instr& instr, const StepShape& shape) {
     switch (instr.code) {
         case Code::kAffine:
-            return affine_work(instr.layout, instr.columns, instr.depth, static_cast<int>(shape.batch)).bytes;
+            return instr.affine.bytes;
         case Code::kAttend:
-            return attend_work(instr.last_job - instr.first_job, instr.key_width, instr.value_width).bytes;
+            return instr.attend.bytes;
         case Code::kDraw:
             return draw_work(shape.num_codes).bytes;
         default:

@@ -36,14 +36,14 @@ static_assert(kThreads >= 32 && (kThreads & (kThreads - 1)) == 0, "threads of a 
 constexpr int kSamples = 64;
 
 // A term of an instruction at the current column, in shared memory: the vector of sample b at data + b * stride floats
-// (or bfloat16). Its numbers can be read four at a time if wide_end, where they end in the vector that the weights
-// multiply, is not 0.
-struct Segment {
+// (or bfloat16), which are numbers [begin, end) of the vector that the weights multiply.
+struct alignas(16) Segment {
     const void* data;
     int64_t stride;
-    int32_t begin;
-    int32_t wide_end;
+    int32_t begin, end;
     int32_t rounded;
+    int32_t vector_bits;  // they are read 2^vector_bits at a time, which are 16 bytes, or one at a time
+    int32_t lane_bits;    // by 2^lane_bits threads for each sample
 };
 
 // Slices are whole multiples of this, except for the last of a unit. It is also what rows of plain weights are padded to.
@@ -119,13 +119,18 @@ enum class Stores : int32_t {
     kRounded,  // to memory in bfloat16, if it is read at the current column alone; else as floats
 };
 
-// Numbers between steps are in *planes*, a float for each thread and plane.
+// Items of a slice, each a channel of a sample, that a thread works on at a time; where each has one, that.
+constexpr int kManyItems = 4;
+constexpr bool has_many_items(int64_t count, int64_t samples) { return count * samples > kThreads; }
+
+// Numbers between steps are in *planes*, a float for each plane and item that a thread works on.
 struct Step {
     StepCode code;
     int32_t op;             // whose values it computes, or reads
     int32_t starts;         // load: of the operation's starts instead of its values
     int32_t planes[2];      // of the result's halves; the second is -1 if there is one half
     int32_t sources[2][2];  // planes of what it reads, by source and half
+    int32_t forwarded;      // whether its first source is the result of the step before
     int32_t half;           // channels between the halves that it loads or stores
     Stores stores;
     // Lookup: float [num_taps][num_codes][count * halves], only the slice, at byte `weights` of Program::weights.
@@ -133,11 +138,114 @@ struct Step {
     int64_t weights;
 };
 
+FASTVQ_HOST_DEVICE constexpr int64_t aligned(int64_t bytes) { return (bytes + 15) / 16 * 16; }
+
+// Bytes of an affine instruction, at most: vectors being multiplied, and in the same place afterwards partial sums. With
+// fragments 64 vectors of 512 numbers fit, since every piece waits for the second-level cache once.
+FASTVQ_HOST_DEVICE constexpr int stage_bytes(Layout layout) {
+    return (layout == Layout::kFragments ? 272 : 128) * kThreads;
+}
+
+FASTVQ_HOST_DEVICE constexpr int round_up(int count, int multiple) {
+    return (count + multiple - 1) / multiple * multiple;
+}
+FASTVQ_HOST_DEVICE constexpr int round_down(int count, int multiple) { return count / multiple * multiple; }
+FASTVQ_HOST_DEVICE constexpr int smaller(int a, int b) { return a < b ? a : b; }
+FASTVQ_HOST_DEVICE constexpr int larger(int a, int b) { return a < b ? b : a; }
+// The least b for which 2^b is at least so much.
+FASTVQ_HOST_DEVICE constexpr int bits_for(int least) {
+    int bits = 0;
+    while (1 << bits < least) ++bits;
+    return bits;
+}
+FASTVQ_HOST_DEVICE constexpr int power_of_two(int least) { return 1 << bits_for(least); }
+
+// How the threads of a block share an affine instruction. Nothing here but `samples` and `piece` depends on the batch,
+// and the order in which an output is summed depends on neither.
+//
+// Plain: a thread multiplies `vector` columns, 16 bytes of weights. Thread t has columns vector * (t % lanes) and
+// following (none if they are not below `columns`), and of the rows k of the weights those with k % splits == t / lanes,
+// in ascending order. Then threads of a warp with the same columns add up by shuffles (lane masks lanes, 2 lanes, ..,
+// 16), which leaves `partials` = kThreads / max(lanes, 32) sums per output, one for each warp, or each part of `lanes`.
+//
+// Fragments: the same with warps for threads and tiles for columns: warp w has tile w % lanes of 16 columns, and of the
+// tiles of 16 rows those with tile % splits == w / lanes; partials == splits.
+//
+// Samples are taken `samples` at a time, and of their vectors (all terms one after the other) `piece` numbers at a time:
+//     stage: float [samples][row] (plain), bfloat16 [samples][row] (fragments; samples rounded up to 8, zeros beyond the
+//     depth up to a multiple of 16), at 0. A row is longer than a piece with fragments, so that reads spread over banks.
+//     partial sums: float [partials][samples][columns] (fragments: tiles of it), at 0 as well: when all pieces have been
+//     used.
+struct AffineWork {
+    int vector, lane_bits, lanes, splits, partials;
+    int samples;
+    int piece, row;
+    int64_t bytes;
+};
+
+// The most columns that one instruction may have.
+FASTVQ_HOST_DEVICE constexpr int max_columns(Layout layout) {
+    return layout == Layout::kFragments ? 16 * kWarps : (layout == Layout::kBfloat ? 8 : 4) * kThreads;
+}
+
+// Samples that a task works on at a time, whatever its instructions: then a thread has the same ones in all of them.
+FASTVQ_HOST_DEVICE constexpr int samples_at_once(Layout layout, int batch) {
+    // 32 sums in the registers of a thread, or of a lane.
+    return smaller(batch, layout == Layout::kFragments ? kSamples : layout == Layout::kBfloat ? 4 : 8);
+}
+
+FASTVQ_HOST_DEVICE constexpr AffineWork affine_work(Layout layout, int columns, int depth, int batch) {
+    const bool fragments = layout == Layout::kFragments;
+    AffineWork work{};
+    work.vector = fragments ? 16 : layout == Layout::kBfloat ? 8 : 4;
+    work.lane_bits = bits_for((columns + work.vector - 1) / work.vector);
+    work.lanes = 1 << work.lane_bits;
+    work.splits = (fragments ? kWarps : kThreads) / work.lanes;
+    work.partials = fragments ? work.splits : kThreads / larger(work.lanes, 32);
+    work.samples = samples_at_once(layout, batch);
+    if (fragments) work.samples = round_up(work.samples, 8);
+    const int padding = fragments ? 8 : 0, step = fragments ? 16 : 4, size = fragments ? 2 : 4;
+    const int room = stage_bytes(layout) / size / work.samples - padding;
+    work.piece = smaller(round_up(depth, step), round_down(room, step));
+    work.row = work.piece + padding;
+    const int64_t stage = static_cast<int64_t>(work.samples) * work.row * size;
+    const int64_t sums = static_cast<int64_t>(work.partials) * columns * work.samples * 4;
+    work.bytes = aligned(stage < sums ? sums : stage);
+    return work;
+}
+
+// Attention. A job's positions are cut into tiles of kTile, and tile t belongs to strand t % kStrands of the job. A warp
+// works through a strand with sums of its own; those of the strands are put together at the end, in their order. So the
+// order of all sums is the same however many warps share a job: `jobs` are worked on at once, kWarps / jobs warps each.
+//     query: float [jobs][key_width], at 0; weights: float [kWarps][kTile]; strands: float [jobs][kStrands][2 + value
+//     width], the largest score, the sum of weights, and the weighted sum of values.
+constexpr int kTile = 128;
+constexpr int kStrands = 8;
+constexpr int kAttendBytes = 32 << 10;  // as many jobs at once as fit, or one
+
+struct AttendWork {
+    int jobs;
+    int64_t weights, strands;  // byte offsets
+    int64_t bytes;
+};
+
+FASTVQ_HOST_DEVICE constexpr AttendWork attend_work(int num_jobs, int key_width, int value_width) {
+    AttendWork work{};
+    for (work.jobs = smaller(kWarps, power_of_two(num_jobs));; work.jobs /= 2) {
+        work.weights = round_up(work.jobs * key_width, 4) * 4;
+        work.strands = work.weights + kWarps * kTile * 4;
+        work.bytes = work.strands + round_up(work.jobs * kStrands * (2 + value_width), 4) * int64_t{4};
+        if (work.jobs == 1 || work.bytes <= kAttendBytes) return work;
+    }
+}
+
 struct Instr {
     Code code;
     int32_t op;  // affine: of the product; attention: its result; draw: the logits
     // The slice: channels [first, first + count), and of paired operations as many again at half of the channels.
     int32_t first, count, halves, half;
+    int32_t many_items;              // whether a thread works on kManyItems items at a time
+    int32_t next_row, next_channel;  // of the items of a thread that follow each other: kThreads / count and the rest
     int32_t first_wait, num_waits;  // before it starts
     int32_t signal;                 // counter to raise when it is done, or -1
     // The first steps are the loads, and the first of these load what needs no wait. Attention: its query, keys, values
@@ -149,6 +257,8 @@ struct Instr {
     int32_t columns;     // padded
     int32_t stationary;  // weights are in shared memory, at byte `weights` of it; otherwise at that byte of Program::weights
     int64_t weights;
+    AffineWork affine;
+    AttendWork attend;
     // Attention.
     int32_t heads, key_width, value_width, inclusive;
     // Attention: jobs sample * heads + head. Draw: samples.
@@ -176,11 +286,12 @@ struct DeviceView {
 };
 
 // As a block keeps them during a launch: with where the operation's vectors lie, and with what that decides decided.
-struct HeldTerm {
+struct alignas(16) HeldTerm {
     DeviceView view;
     Term term;
+    int32_t vector_bits, lane_bits;  // of its segments
 };
-struct HeldStep {
+struct alignas(16) HeldStep {
     DeviceView view;
     Step step;
 };
@@ -190,8 +301,6 @@ struct HeldProgram {
     int64_t steps, terms, waits;
     int64_t bytes;
 };
-
-FASTVQ_HOST_DEVICE constexpr int64_t aligned(int64_t bytes) { return (bytes + 15) / 16 * 16; }
 
 FASTVQ_HOST_DEVICE constexpr HeldProgram held_program(const Block& block) {
     HeldProgram held{};
@@ -241,106 +350,11 @@ constexpr int kFragmentSamples = 8;
 Program make_program(const std::vector<OpSpec>& ops, const std::vector<TermSpec>& terms, int64_t output,
                      const StepShape& shape, const ProgramOptions& options);
 
-// Shared memory, in bytes, of what an instruction works on: that of affine_work, attend_work or draw_work, else 0.
-int64_t work_bytes(const Instr& instr, const StepShape& shape);
-
 constexpr int kMaxTerms = 16;
 static_assert(kMaxTerms >= kMaxSegments, "room for all terms of an operation");
 
-// Bytes of an affine instruction, at most: vectors being multiplied, and in the same place afterwards partial sums. With
-// fragments 64 vectors of 512 numbers fit, since every piece waits for the second-level cache once.
-FASTVQ_HOST_DEVICE constexpr int stage_bytes(Layout layout) {
-    return (layout == Layout::kFragments ? 272 : 128) * kThreads;
-}
-
-FASTVQ_HOST_DEVICE constexpr int round_up(int count, int multiple) {
-    return (count + multiple - 1) / multiple * multiple;
-}
-FASTVQ_HOST_DEVICE constexpr int round_down(int count, int multiple) { return count / multiple * multiple; }
-FASTVQ_HOST_DEVICE constexpr int smaller(int a, int b) { return a < b ? a : b; }
-FASTVQ_HOST_DEVICE constexpr int larger(int a, int b) { return a < b ? b : a; }
-FASTVQ_HOST_DEVICE constexpr int power_of_two(int least) {
-    int power = 1;
-    while (power < least) power *= 2;
-    return power;
-}
-
-// How the threads of a block share an affine instruction. Nothing here but `samples` and `piece` depends on the batch,
-// and the order in which an output is summed depends on neither.
-//
-// Plain: a thread multiplies `vector` columns, 16 bytes of weights. Thread t has columns vector * (t % lanes) and
-// following (none if they are not below `columns`), and of the rows k of the weights those with k % splits == t / lanes,
-// in ascending order. Then threads of a warp with the same columns add up by shuffles (lane masks lanes, 2 lanes, ..,
-// 16), which leaves `partials` = kThreads / max(lanes, 32) sums per output, one for each warp, or each part of `lanes`.
-//
-// Fragments: the same with warps for threads and tiles for columns: warp w has tile w % lanes of 16 columns, and of the
-// tiles of 16 rows those with tile % splits == w / lanes; partials == splits.
-//
-// Samples are taken `samples` at a time, and of their vectors (all terms one after the other) `piece` numbers at a time:
-//     stage: float [samples][row] (plain), bfloat16 [samples][row] (fragments; samples rounded up to 8, zeros beyond the
-//     depth up to a multiple of 16), at 0. A row is longer than a piece with fragments, so that reads spread over banks.
-//     partial sums: float [partials][samples][columns] (fragments: tiles of it), at 0 as well: when all pieces have been
-//     used.
-struct AffineWork {
-    int vector, lanes, splits, partials;
-    int samples;
-    int piece, row;
-    int64_t bytes;
-};
-
-// The most columns that one instruction may have.
-FASTVQ_HOST_DEVICE constexpr int max_columns(Layout layout) {
-    return layout == Layout::kFragments ? 16 * kWarps : (layout == Layout::kBfloat ? 8 : 4) * kThreads;
-}
-
-// Samples that a task works on at a time, whatever its instructions: then a thread has the same ones in all of them.
-FASTVQ_HOST_DEVICE constexpr int samples_at_once(Layout layout, int batch) {
-    if (layout == Layout::kFragments) return smaller(round_up(batch, 8), kSamples);
-    return smaller(batch, layout == Layout::kBfloat ? 4 : 8);  // 32 sums in the registers of a thread
-}
-
-FASTVQ_HOST_DEVICE constexpr AffineWork affine_work(Layout layout, int columns, int depth, int batch) {
-    const bool fragments = layout == Layout::kFragments;
-    AffineWork work{};
-    work.vector = fragments ? 16 : layout == Layout::kBfloat ? 8 : 4;
-    work.lanes = power_of_two((columns + work.vector - 1) / work.vector);
-    work.splits = (fragments ? kWarps : kThreads) / work.lanes;
-    work.partials = fragments ? work.splits : kThreads / larger(work.lanes, 32);
-    work.samples = samples_at_once(layout, batch);
-    const int padding = fragments ? 8 : 0, step = fragments ? 16 : 4, size = fragments ? 2 : 4;
-    const int room = stage_bytes(layout) / size / work.samples - padding;
-    work.piece = smaller(round_up(depth, step), round_down(room, step));
-    work.row = work.piece + padding;
-    const int64_t stage = static_cast<int64_t>(work.samples) * work.row * size;
-    const int64_t sums = static_cast<int64_t>(work.partials) * columns * work.samples * 4;
-    work.bytes = aligned(stage < sums ? sums : stage);
-    return work;
-}
-
-// Attention. A job's positions are cut into tiles of kTile, and tile t belongs to strand t % kStrands of the job. A warp
-// works through a strand with sums of its own; those of the strands are put together at the end, in their order. So the
-// order of all sums is the same however many warps share a job: `jobs` are worked on at once, kWarps / jobs warps each.
-//     query: float [jobs][key_width], at 0; weights: float [kWarps][kTile]; strands: float [jobs][kStrands][2 + value
-//     width], the largest score, the sum of weights, and the weighted sum of values.
-constexpr int kTile = 128;
-constexpr int kStrands = 8;
-constexpr int kAttendBytes = 32 << 10;  // as many jobs at once as fit, or one
-
-struct AttendWork {
-    int jobs;
-    int64_t weights, strands;  // byte offsets
-    int64_t bytes;
-};
-
-FASTVQ_HOST_DEVICE constexpr AttendWork attend_work(int num_jobs, int key_width, int value_width) {
-    AttendWork work{};
-    for (work.jobs = smaller(kWarps, power_of_two(num_jobs));; work.jobs /= 2) {
-        work.weights = round_up(work.jobs * key_width, 4) * 4;
-        work.strands = work.weights + kWarps * kTile * 4;
-        work.bytes = work.strands + round_up(work.jobs * kStrands * (2 + value_width), 4) * int64_t{4};
-        if (work.jobs == 1 || work.bytes <= kAttendBytes) return work;
-    }
-}
+// Shared memory, in bytes, of what an instruction works on: that of affine_work, attend_work or draw_work, else 0.
+int64_t work_bytes(const Instr& instr, const StepShape& shape);
 
 // The draw, one sample at a time.
 //     scan: double [kThreads], at 0; reduce: double [kWarps] (or floats and integers of the warps, 8 bytes for each);

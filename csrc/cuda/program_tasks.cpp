@@ -8,7 +8,7 @@ namespace fastvq::cuda {
 namespace {
 
 // Channels times samples that are worth a block of their own where there are no weights.
-constexpr int64_t kLightWork = 16 * kThreads;
+constexpr int64_t kLightWork = kManyItems * kThreads;
 
 // Cuts units one after the other into at most `blocks` parts whose greatest cost is as small as possible, if parts are
 // taken from the sequence in order. `take` gets the steps of a unit that go into the current part, and whether another

@@ -196,6 +196,7 @@ class Interpreter {
             }
         }
         planes_.clear();
+        before_ = nullptr;
         for (int32_t s = instr.first_step; s < instr.first_step + instr.num_steps; ++s) {
             const Step& step = program_.steps[s];
             if (s < instr.first_step + instr.num_loads) {
@@ -203,6 +204,7 @@ class Interpreter {
                 hold(step);
             } else {
                 compute(instr, step);
+                before_ = &step;
             }
         }
     }
@@ -218,6 +220,8 @@ class Interpreter {
         for (int64_t half = 0; half < halves; ++half) {
             expect(planes_.at(step.sources[which][half]) == std::make_pair(what, half), "operation ", step.op,
                    " reads another one than ", what);
+            expect(which > 0 || !step.forwarded || before_->planes[half] == step.sources[0][half], "operation ", step.op,
+                   " takes what the step before has not computed");
         }
     }
 
@@ -276,6 +280,7 @@ class Interpreter {
     std::vector<At> at_;
     std::map<int32_t, Stores> stores_;                       // by operation that is computed
     std::map<int32_t, std::pair<int64_t, int64_t>> planes_;  // of the instruction
+    const Step* before_ = nullptr;                           // likewise, the step that was computed last
 };
 
 // Every channel of every operation belongs to one task, and so does every job.
