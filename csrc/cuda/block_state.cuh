@@ -70,7 +70,7 @@ FASTVQ_DEVICE BlockState hold_program(const StepArgs& args, const Block& block, 
         if (step.stores == Stores::kRows && view.column_mask == -1) step.stores = Stores::kFloats;
         steps[s] = {view, step};
     }
-    const int samples = samples_at_once(args.layout, args.batch);
+    const int samples = samples_at_once(args.batch);
     for (int t = threadIdx.x; t < block.last_term - block.first_term; t += kThreads) {
         terms[t] = hold_term(args.terms[block.first_term + t], args.values, samples);
     }

@@ -48,13 +48,11 @@ FASTVQ_DEVICE Items<kItems> items_of(const Instr& instr, int first_sample, int r
 // Partial sums of a product, which all threads have written.
 struct Sums {
     const float* memory;
-    int parts, rows, columns;
-    bool fragments;
+    int parts, rows, columns;  // rows are a multiple of 8, columns of 16
 
-    // With fragments the four registers of a lane belong to two neighbouring samples: samples and columns change places
-    // a little, so that a warp writes to all banks. `rows` is a multiple of 8 then, `columns` one of 16.
+    // The four registers of a lane belong to two neighbouring samples: samples and columns change places a little, so
+    // that a warp writes to all banks.
     FASTVQ_DEVICE int place(int part, int sample, int column) const {
-        if (!fragments) return (part * rows + sample) * columns + column;
         const int row = (sample & ~7) | (sample >> 1 & 3) | (sample & 1) << 2;
         return ((part * (columns / 16) + column / 16) * rows + row) * 16 + ((column & 15) ^ ((sample >> 2 & 1) * 8));
     }
@@ -148,7 +146,7 @@ FASTVQ_DEVICE void load_planes(const BlockState& state, const Instr& instr, int 
 // Of the first items of every thread, what needs no wait.
 FASTVQ_DEVICE void load_early(const StepArgs& args, const BlockState& state, const Instr& instr) {
     if (instr.num_early == 0) return;
-    const int rows = samples_at_once(args.layout, args.batch);
+    const int rows = samples_at_once(args.batch);
     if (instr.many_items) {
         load_planes(state, instr, 0, instr.num_early, items_of<kManyItems>(instr, 0, rows, threadIdx.x));
     } else if (static_cast<int>(threadIdx.x) < rows * instr.count) {

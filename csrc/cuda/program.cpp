@@ -43,19 +43,13 @@ void check(const std::vector<OpSpec>& ops, const std::vector<TermSpec>& terms, i
     }
 }
 
-Layout layout(const StepShape& shape, const ProgramOptions& options) {
-    if (!options.bf16) return Layout::kFloat;
-    return options.fragments && shape.batch >= kFragmentSamples ? Layout::kFragments : Layout::kBfloat;
-}
-
 class Planner {
    public:
     Planner(const std::vector<OpSpec>& ops, const std::vector<TermSpec>& terms, int64_t output, const StepShape& shape,
             const ProgramOptions& options)
         : ops_(ops), terms_(terms), output_(output), shape_(shape), options_(options),
-          lists_(ops, terms, shape, layout(shape, options), options.blocks),
-          stores_(stores_of(ops, terms, output, lists_, layout(shape, options) == Layout::kFragments)) {
-        program_.layout = layout(shape, options);
+          lists_(ops, terms, shape, options.blocks), stores_(stores_of(ops, terms, output, lists_, options.bf16)) {
+        program_.layout = options.bf16 ? Layout::kBfloat : Layout::kFloat;
     }
 
     Program run() {
@@ -139,15 +133,13 @@ class Planner {
         instr.count = narrow(task.count);
         instr.half = narrow(half_width(op));
         instr.halves = op.paired ? 2 : 1;
-        instr.many_items = has_many_items(instr.count, samples_at_once(program_.layout, narrow(shape_.batch)));
+        instr.many_items = has_many_items(instr.count, samples_at_once(narrow(shape_.batch)));
         instr.next_row = kThreads / instr.count;
         instr.next_channel = kThreads % instr.count;
         if (instr.code == Code::kAffine) {
             instr.first_term = narrow(program_.terms.size());
             instr.num_terms = narrow(op.num_terms);
-            instr.layout = program_.layout;
-            instr.columns = round_up(instr.count * instr.halves,
-                                     program_.layout == Layout::kFragments ? kFragment : kSliceStep);
+            instr.columns = round_up(instr.count * instr.halves, kFragment);
             for (int64_t t = op.first_term; t < op.first_term + op.num_terms; ++t) {
                 const TermSpec& spec = terms_[t];
                 const int32_t depth = narrow(spec.num_columns * ops_[spec.source].channels);
@@ -155,7 +147,7 @@ class Planner {
                                           stores_[spec.source] == Stores::kRounded});
                 instr.depth += depth;
             }
-            instr.affine = affine_work(instr.layout, instr.columns, instr.depth, narrow(shape_.batch));
+            instr.affine = affine_work(program_.layout, instr.columns, instr.depth, narrow(shape_.batch));
         }
         most_planes_ = std::max(most_planes_, chain.planes * (instr.many_items ? kManyItems : 1));
         push(instr, chain.steps);

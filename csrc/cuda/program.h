@@ -32,7 +32,7 @@ constexpr int kThreads = FASTVQ_CUDA_THREADS;
 constexpr int kWarps = kThreads / 32;
 static_assert(kThreads >= 32 && (kThreads & (kThreads - 1)) == 0, "threads of a block: a power of two");
 
-// The most samples that an instruction works on at a time where matrix instructions do.
+// The most samples that an instruction works on at a time.
 constexpr int kSamples = 64;
 
 // A term of an instruction at the current column, in shared memory: the vector of sample b at data + b * stride floats
@@ -46,7 +46,7 @@ struct alignas(16) Segment {
     int32_t lane_bits;    // by 2^lane_bits threads for each sample
 };
 
-// Slices are whole multiples of this, except for the last of a unit. It is also what rows of plain weights are padded to.
+// Slices are whole multiples of this, except for the last of a unit.
 constexpr int kSliceStep = 8;
 
 // How an instruction begins.
@@ -72,13 +72,13 @@ enum class StepCode : int32_t {
     kView,   // nothing: it names an operation whose values attention or a draw reads or writes
 };
 
-// How the weights of an affine instruction lie. Its columns are those of the slice in the first half, then those in the
-// second half (paired operations), then zeros up to a multiple of kSliceStep (plain) or 16 (fragments).
+// How the weights of affine instructions lie: by tiles of 16 columns and, of these, of 16 rows, zeros where there are
+// fewer. The columns are those of the slice in the first half, then those in the second half (paired operations). A tile
+// is operand A of mma.m16n8k16, columns being the rows of A: lane l has A[l / 4 + 8 (i / 2 % 2)][2 (l % 4) + i % 2 + 8 (i /
+// 4)], i = 0 .. 7.
 enum class Layout : int32_t {
-    kFloat,      // float [depth][columns]
-    kBfloat,     // bfloat16 [depth][columns]
-    kFragments,  // bfloat16 [columns / 16][depth / 16 rounded up][32 lanes][8]: operand A of mma.m16n8k16, columns being
-                 // the rows of A. Lane l holds A[l / 4 + 8 (i / 2 % 2)][2 (l % 4) + i % 2 + 8 (i / 4)], i = 0 .. 7.
+    kFloat,   // float [2][32 lanes][4]: i / 4, lane, i % 4. Products have the precision of float32, see affine.cuh
+    kBfloat,  // bfloat16 [32 lanes][8]. What they are multiplied by is rounded to bfloat16 too
 };
 
 // Go on once the task or block behind the counter is through with column - lag everywhere: once
@@ -140,11 +140,9 @@ struct Step {
 
 FASTVQ_HOST_DEVICE constexpr int64_t aligned(int64_t bytes) { return (bytes + 15) / 16 * 16; }
 
-// Bytes of an affine instruction, at most: vectors being multiplied, and in the same place afterwards partial sums. With
-// fragments 64 vectors of 512 numbers fit, since every piece waits for the second-level cache once.
-FASTVQ_HOST_DEVICE constexpr int stage_bytes(Layout layout) {
-    return (layout == Layout::kFragments ? 272 : 128) * kThreads;
-}
+// Bytes of an affine instruction, at most: vectors being multiplied, and in the same place afterwards partial sums. In
+// bfloat16 64 vectors of 512 numbers fit, since every piece waits for the second-level cache once.
+constexpr int kStageBytes = 272 * kThreads;
 
 FASTVQ_HOST_DEVICE constexpr int round_up(int count, int multiple) {
     return (count + multiple - 1) / multiple * multiple;
@@ -160,56 +158,41 @@ FASTVQ_HOST_DEVICE constexpr int bits_for(int least) {
 }
 FASTVQ_HOST_DEVICE constexpr int power_of_two(int least) { return 1 << bits_for(least); }
 
-// How the threads of a block share an affine instruction. Nothing here but `samples` and `piece` depends on the batch,
-// and the order in which an output is summed depends on neither.
+// How the warps of a block share an affine instruction. Nothing here but `samples`, `piece` and `row` depends on the batch,
+// and the order in which an output is summed depends on none of these.
 //
-// Plain: a thread multiplies `vector` columns, 16 bytes of weights. Thread t has columns vector * (t % lanes) and
-// following (none if they are not below `columns`), and of the rows k of the weights those with k % splits == t / lanes,
-// in ascending order. Then threads of a warp with the same columns add up by shuffles (lane masks lanes, 2 lanes, ..,
-// 16), which leaves `partials` = kThreads / max(lanes, 32) sums per output, one for each warp, or each part of `lanes`.
-//
-// Fragments: the same with warps for threads and tiles for columns: warp w has tile w % lanes of 16 columns, and of the
-// tiles of 16 rows those with tile % splits == w / lanes; partials == splits.
+// Warp w has tile w % lanes of 16 columns (none if that is beyond `columns`), and of the tiles of 16 rows those with tile %
+// splits == w / lanes, in ascending order, which leaves `splits` sums per output.
 //
 // Samples are taken `samples` at a time, and of their vectors (all terms one after the other) `piece` numbers at a time:
-//     stage: float [samples][row] (plain), bfloat16 [samples][row] (fragments; samples rounded up to 8, zeros beyond the
-//     depth up to a multiple of 16), at 0. A row is longer than a piece with fragments, so that reads spread over banks.
-//     partial sums: float [partials][samples][columns] (fragments: tiles of it), at 0 as well: when all pieces have been
-//     used.
+//     stage: float or bfloat16 [samples][row], at 0; samples rounded up to 8, zeros beyond the depth up to a multiple of
+//     16. A row is longer than a piece, so that reads spread over banks.
+//     partial sums: float [splits], tiles of [samples][columns], at 0 as well: when all pieces have been used.
 struct AffineWork {
-    int vector, lane_bits, lanes, splits, partials;
+    int lane_bits, lanes, splits;
     int samples;
     int piece, row;
     int64_t bytes;
 };
 
 // The most columns that one instruction may have.
-FASTVQ_HOST_DEVICE constexpr int max_columns(Layout layout) {
-    return layout == Layout::kFragments ? 16 * kWarps : (layout == Layout::kBfloat ? 8 : 4) * kThreads;
-}
+constexpr int kMostColumns = 16 * kWarps;
 
 // Samples that a task works on at a time, whatever its instructions: then a thread has the same ones in all of them.
-FASTVQ_HOST_DEVICE constexpr int samples_at_once(Layout layout, int batch) {
-    // 32 sums in the registers of a thread, or of a lane.
-    return smaller(batch, layout == Layout::kFragments ? kSamples : layout == Layout::kBfloat ? 4 : 8);
-}
+FASTVQ_HOST_DEVICE constexpr int samples_at_once(int batch) { return smaller(batch, kSamples); }
 
 FASTVQ_HOST_DEVICE constexpr AffineWork affine_work(Layout layout, int columns, int depth, int batch) {
-    const bool fragments = layout == Layout::kFragments;
+    constexpr int kPadding = 8;
+    const int size = layout == Layout::kFloat ? 4 : 2;
     AffineWork work{};
-    work.vector = fragments ? 16 : layout == Layout::kBfloat ? 8 : 4;
-    work.lane_bits = bits_for((columns + work.vector - 1) / work.vector);
+    work.lane_bits = bits_for((columns + 15) / 16);
     work.lanes = 1 << work.lane_bits;
-    work.splits = (fragments ? kWarps : kThreads) / work.lanes;
-    work.partials = fragments ? work.splits : kThreads / larger(work.lanes, 32);
-    work.samples = samples_at_once(layout, batch);
-    if (fragments) work.samples = round_up(work.samples, 8);
-    const int padding = fragments ? 8 : 0, step = fragments ? 16 : 4, size = fragments ? 2 : 4;
-    const int room = stage_bytes(layout) / size / work.samples - padding;
-    work.piece = smaller(round_up(depth, step), round_down(room, step));
-    work.row = work.piece + padding;
+    work.splits = kWarps / work.lanes;
+    work.samples = round_up(samples_at_once(batch), 8);
+    work.piece = smaller(round_up(depth, 16), round_down(kStageBytes / size / work.samples - kPadding, 16));
+    work.row = work.piece + kPadding;
     const int64_t stage = static_cast<int64_t>(work.samples) * work.row * size;
-    const int64_t sums = static_cast<int64_t>(work.partials) * columns * work.samples * 4;
+    const int64_t sums = static_cast<int64_t>(work.splits) * columns * work.samples * 4;
     work.bytes = aligned(stage < sums ? sums : stage);
     return work;
 }
@@ -253,8 +236,7 @@ struct Instr {
     int32_t first_step, num_steps, num_early, num_loads;
     // Affine.
     int32_t first_term, num_terms, depth;
-    Layout layout;
-    int32_t columns;     // padded
+    int32_t columns;     // a multiple of 16
     int32_t stationary;  // weights are in shared memory, at byte `weights` of it; otherwise at that byte of Program::weights
     int64_t weights;
     AffineWork affine;
@@ -326,7 +308,7 @@ struct Program {
     std::vector<Term> terms;
     std::vector<Step> steps;
     std::vector<char> weights;  // every region aligned to 16 bytes
-    Layout layout;              // of the affine instructions
+    Layout layout;              // of the weights
     int32_t num_counters;       // in memory: counter_place(num_counters, 0) words
     // Raised by every block at the end of a column. Before a block begins a column c, it waits until all have finished
     // column c - 2: vectors of the current position alone have two places, taken in turn.
@@ -338,12 +320,8 @@ struct Program {
 struct ProgramOptions {
     int64_t blocks;        // at most; those without work are left out. All of them have to be resident at once
     int64_t shared_limit;  // bytes of shared memory that a block may have
-    bool bf16;             // weights; sums are float32
-    bool fragments;        // bf16 and at least kFragmentSamples samples only: matrix instructions, vectors in bf16 too
+    bool bf16;             // weights, and what they multiply; sums are float32
 };
-
-// Matrix instructions take eight samples; of fewer they would mostly multiply zeros.
-constexpr int kFragmentSamples = 8;
 
 // The same for the same arguments. Throws std::invalid_argument if the operations do not form a plan, or if they need
 // more shared memory for their work than there is.
