@@ -44,7 +44,7 @@ using fastvq::expect;
 using fastvq::pointer;
 
 // Raised together with the number in fastvq/_engine.py when a signature changes.
-constexpr int kInterface = 9;
+constexpr int kInterface = 10;
 
 int64_t draw(uintptr_t logits, uintptr_t uniforms, uintptr_t tokens, int64_t rows, int64_t num_codes,
              float temperature, int64_t top_k, float top_p) {

@@ -14,7 +14,7 @@ from fastvq.errors import UnavailableError
 
 # Raised together with the number in csrc/bindings.cpp when a signature changes: functions take addresses, so a binary
 # that was built from other sources must not be called.
-_INTERFACE = 9
+_INTERFACE = 10
 
 _HOW_TO_BUILD = (
     "Build it with a C++17 compiler: run 'pip install -e .' in the source tree"

@@ -5,237 +5,259 @@
 
 namespace fastvq::cuda {
 
-// The vectors that the weights multiply.
-struct Inputs {
-    const Segment* segments;
-    int terms, depth;
-    bool wide;  // all segments
-};
-
-FASTVQ_DEVICE Inputs inputs_of(const BlockState& state, const Instr& instr) {
-    bool wide = true;
-    for (int t = 0; t < instr.num_terms; ++t) wide = wide && state.segments[t].wide_end != 0;
-    return {state.segments, instr.num_terms, instr.depth, wide};
-}
-
-// Four numbers, zeros beyond the depth.
-template <bool kWide>
-FASTVQ_DEVICE float4 load_inputs(const Inputs& inputs, int64_t sample, int k) {
-    int t = 0;
-    const auto segment_of = [&](int place) -> const Segment& {
-        while (t + 1 < inputs.terms && place >= inputs.segments[t + 1].begin) ++t;
-        return inputs.segments[t];
-    };
-    if constexpr (kWide) {
-        if (k >= inputs.depth) return {0.0f, 0.0f, 0.0f, 0.0f};
-        const Segment& segment = segment_of(k);
-        const int64_t place = sample * segment.stride + k - segment.begin;
-        if (segment.rounded) {
-            const auto* first = static_cast<const uint16_t*>(segment.data) + place;
-            const uint2 raw = load_shared_state(reinterpret_cast<const uint2*>(first));
-            return {float_of(raw.x << 16), float_of(raw.x & 0xFFFF0000u), float_of(raw.y << 16),
-                    float_of(raw.y & 0xFFFF0000u)};
-        }
-        const float* first = static_cast<const float*>(segment.data) + place;
-        return load_shared_state(reinterpret_cast<const float4*>(first));
-    }
-    const auto one = [&](int place) {
-        if (place >= inputs.depth) return 0.0f;
-        const Segment& segment = segment_of(place);
-        const int64_t number = sample * segment.stride + place - segment.begin;
-        if (!segment.rounded) return load_shared_state(static_cast<const float*>(segment.data) + number);
-        const uint32_t half = load_shared_state(static_cast<const uint16_t*>(segment.data) + number);
-        return float_of(half << 16);
-    };
-    float4 numbers;
-    numbers.x = one(k);
-    numbers.y = one(k + 1);
-    numbers.z = one(k + 2);
-    numbers.w = one(k + 3);
-    return numbers;
-}
-
-// Rows of the stage: the numbers [first, first + length) of the vectors of some samples, zeros beyond the depth and for
-// samples from `rows` to `padded_rows`. `length` is a multiple of 4.
+// Rows of the stage: numbers of the vectors of the samples [first_sample, first_sample + rows).
 struct Stage {
     char* memory;
     int row;  // elements between rows
-    int first_sample, rows, padded_rows;
-    Inputs inputs;
+    int first_sample, rows;
+    const Segment* segments;
+    int terms, depth;
 };
 
-template <bool kRounded, bool kWide, int kAtOnce>
-FASTVQ_DEVICE void fill_stage(const Stage& stage, int first, int length) {
-    const int vectors = length / 4, items = stage.padded_rows * vectors;
-    for (int base = threadIdx.x; base < items; base += kAtOnce * kThreads) {
-        float4 inputs[kAtOnce];
+// The vectors of a thread, of `count` of each row: row by row, 2^lane_bits threads side by side.
+struct Walk {
+    int row, vector;
+    int rows, count, lane_bits;
+
+    FASTVQ_DEVICE Walk(int rows_, int count_, int lane_bits_)
+        : row(threadIdx.x >> lane_bits_), vector(threadIdx.x & ((1 << lane_bits_) - 1)), rows(rows_), count(count_),
+          lane_bits(lane_bits_) {
+        if (vector >= count) row = rows;
+    }
+    FASTVQ_DEVICE bool more() const { return row < rows; }
+    FASTVQ_DEVICE void go_on() {
+        vector += 1 << lane_bits;
+        if (vector >= count) {
+            vector = threadIdx.x & ((1 << lane_bits) - 1);
+            row += kThreads >> lane_bits;
+        }
+    }
+};
+
+FASTVQ_DEVICE void put(float* to, float number) { *to = number; }
+FASTVQ_DEVICE void put(uint16_t* to, float number) { *to = static_cast<uint16_t>(pack_bf16(number, 0.0f)); }
+FASTVQ_DEVICE void put(uint16_t* to, uint16_t number) { *to = number; }
+FASTVQ_DEVICE void put(uint16_t* to, const float4& numbers) {
+    *reinterpret_cast<uint2*>(to) = {pack_bf16(numbers.x, numbers.y), pack_bf16(numbers.z, numbers.w)};
+}
+
+// Through registers, some loads on their way together: numbers that the stage has in another type, or one by one.
+// `from` and `to`: of the first sample.
+template <int kAtOnce, class Vector, class From, class To>
+FASTVQ_DEVICE void stage_loaded(const From* from, int64_t stride, To* to, int row, Walk walk) {
+    constexpr int kNumbers = sizeof(Vector) / sizeof(From);
+    while (walk.more()) {
+        Vector loaded[kAtOnce] = {};
+        int places[kAtOnce];
         FASTVQ_UNROLL
         for (int i = 0; i < kAtOnce; ++i) {
-            const int item = base + i * kThreads, row = item / vectors;
-            inputs[i] = {0.0f, 0.0f, 0.0f, 0.0f};
-            if (item < items && row < stage.rows) {
-                const int k = first + (item - row * vectors) * 4;
-                inputs[i] = load_inputs<kWide>(stage.inputs, stage.first_sample + row, k);
-            }
+            places[i] = -1;
+            if (!walk.more()) continue;
+            loaded[i] = load_shared_state(
+                reinterpret_cast<const Vector*>(from + walk.row * stride + walk.vector * kNumbers));
+            places[i] = walk.row * row + walk.vector * kNumbers;
+            walk.go_on();
         }
         FASTVQ_UNROLL
         for (int i = 0; i < kAtOnce; ++i) {
-            const int item = base + i * kThreads, row = item / vectors;
-            if (item >= items) continue;
-            const int place = row * stage.row + (item - row * vectors) * 4;
-            if constexpr (kRounded) {
-                const uint2 rounded = {pack_bf16(inputs[i].x, inputs[i].y), pack_bf16(inputs[i].z, inputs[i].w)};
-                *reinterpret_cast<uint2*>(reinterpret_cast<uint16_t*>(stage.memory) + place) = rounded;
+            if (places[i] >= 0) put(to + places[i], loaded[i]);
+        }
+    }
+}
+
+// As they are, 16 bytes at a time, all on their way together.
+template <class Number>
+FASTVQ_DEVICE void stage_copied(const Number* from, int64_t stride, Number* to, int row, Walk walk) {
+    constexpr int kNumbers = 16 / sizeof(Number);
+    for (; walk.more(); walk.go_on()) {
+        copy_shared_state(to + walk.row * row + walk.vector * kNumbers,
+                          from + walk.row * stride + walk.vector * kNumbers);
+    }
+}
+
+// The numbers [first, last) of the vectors, zeros beyond the depth.
+template <class Number>
+FASTVQ_DEVICE void stage_inputs(const Stage& stage, int first, int last) {
+    constexpr bool kRounded = sizeof(Number) == 2;
+    auto* memory = reinterpret_cast<Number*>(stage.memory);
+    for (int t = 0; t < stage.terms; ++t) {
+        const Segment segment = stage.segments[t];
+        const int begin = larger(segment.begin, first), end = smaller(segment.end, last);
+        if (begin >= end) continue;
+        const int64_t skipped = stage.first_sample * segment.stride + begin - segment.begin;
+        const auto* floats = static_cast<const float*>(segment.data) + skipped;
+        const auto* halves = static_cast<const uint16_t*>(segment.data) + skipped;
+        Number* to = memory + begin - first;
+        const Walk walk(stage.rows, (end - begin) >> segment.vector_bits, segment.lane_bits);
+        const bool wide = segment.vector_bits > 0;
+        if constexpr (kRounded) {
+            if (segment.rounded && wide) {
+                stage_copied(halves, segment.stride, to, stage.row, walk);
+            } else if (segment.rounded) {
+                stage_loaded<4, uint16_t>(halves, segment.stride, to, stage.row, walk);
+            } else if (wide) {
+                stage_loaded<8, float4>(floats, segment.stride, to, stage.row, walk);
             } else {
-                *reinterpret_cast<float4*>(reinterpret_cast<float*>(stage.memory) + place) = inputs[i];
+                stage_loaded<4, float>(floats, segment.stride, to, stage.row, walk);
             }
+        } else if (wide) {
+            stage_copied(floats, segment.stride, to, stage.row, walk);
+        } else {
+            stage_loaded<4, float>(floats, segment.stride, to, stage.row, walk);
         }
     }
-}
-
-template <bool kRounded, int kAtOnce>
-FASTVQ_DEVICE void stage_inputs(const Stage& stage, int first, int length) {
-    if (stage.inputs.wide) {
-        fill_stage<kRounded, true, kAtOnce>(stage, first, length);
-    } else {
-        fill_stage<kRounded, false, 1>(stage, first, length);
+    const int beyond = larger(stage.depth, first);
+    for (Walk walk(stage.rows, last - beyond, 4); walk.more(); walk.go_on()) {
+        put(memory + walk.row * stage.row + beyond - first + walk.vector, Number{0});
     }
+    wait_for_copies(Site::kPieceCopied);
 }
 
-template <bool kStationary>
-FASTVQ_DEVICE uint4 load_weights(const uint4* address) {
-    if constexpr (kStationary) {
-        return *address;
-    } else {
-        return load_streamed(address);
+// Two floats, each the sum of three bfloat16 that have its 24 bits. Products of such parts are exact, and of the nine
+// products of two floats' parts the three smallest are below what float32 rounds away.
+struct Parts {
+    uint32_t high, middle, low;
+
+    FASTVQ_DEVICE Parts(float first, float second) {
+        high = take(first, second);
+        middle = take(first, second);
+        low = pack_bf16(first, second);
     }
-}
 
-FASTVQ_DEVICE void unpack(const uint4& raw, float (&weights)[4]) {
-    weights[0] = float_of(raw.x);
-    weights[1] = float_of(raw.y);
-    weights[2] = float_of(raw.z);
-    weights[3] = float_of(raw.w);
-}
+   private:
+    FASTVQ_DEVICE static uint32_t take(float& first, float& second) {
+        const uint32_t taken = pack_bf16(first, second);
+        first -= float_of(taken << 16);
+        second -= float_of(taken & 0xFFFF0000u);
+        return taken;
+    }
+};
 
-FASTVQ_DEVICE void unpack(const uint4& raw, float (&weights)[8]) {
-    const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+// What a lane has of a tile of weights.
+template <class Number>
+struct Weights;
+
+template <>
+struct Weights<uint16_t> {
+    uint4 words;
+
+    template <bool kStationary>
+    FASTVQ_DEVICE static Weights load(const char* tile, int lane) {
+        const auto* place = reinterpret_cast<const uint4*>(tile) + lane;
+        if constexpr (kStationary) return {*place};
+        return {load_streamed(place)};
+    }
+};
+
+template <>
+struct Weights<float> {
+    uint4 words[2];
+
+    template <bool kStationary>
+    FASTVQ_DEVICE static Weights load(const char* tile, int lane) {
+        const auto* place = reinterpret_cast<const uint4*>(tile) + lane;
+        if constexpr (kStationary) return {{place[0], place[32]}};
+        return {{load_streamed(place), load_streamed(place + 32)}};
+    }
+};
+
+// Sums of a lane of a tile: those of the largest products, and in float32 those of the others.
+template <class Number>
+struct TileSums;
+
+template <>
+struct TileSums<uint16_t> {
+    float sums[4] = {};
+
+    FASTVQ_DEVICE float total(int i) const { return sums[i]; }
+};
+
+template <>
+struct TileSums<float> {
+    float sums[4] = {}, small[4] = {};
+
+    FASTVQ_DEVICE float total(int i) const { return sums[i] + small[i]; }
+};
+
+// The tile of weights times the inputs of some tiles of 8 samples, `row` numbers apart. Operand B of this lane begins at
+// `inputs`: sample lane / 4, numbers 2 (lane % 4) and following.
+template <int kTiles>
+FASTVQ_DEVICE void multiply_tile(const Weights<uint16_t>& weights, const uint16_t* inputs, int row, int tiles,
+                                 TileSums<uint16_t> (&sums)[kTiles]) {
+    const uint32_t a[4] = {weights.words.x, weights.words.y, weights.words.z, weights.words.w};
     FASTVQ_UNROLL
-    for (int i = 0; i < 4; ++i) {
-        weights[2 * i] = float_of(words[i] << 16);
-        weights[2 * i + 1] = float_of(words[i] & 0xFFFF0000u);
+    for (int n = 0; n < kTiles; ++n) {
+        if (n >= tiles) continue;
+        const auto* words = reinterpret_cast<const uint32_t*>(inputs + n * 8 * row);
+        const uint32_t b[2] = {words[0], words[4]};
+        mma_16x8x16(sums[n].sums, a, b);
     }
 }
 
-template <int kVector, int kGroup>
-FASTVQ_DEVICE void multiply_add(float (&sums)[kGroup][kVector], const uint4& raw, const float* x, int row, int rows) {
-    float weights[kVector];
-    unpack(raw, weights);
+template <int kTiles>
+FASTVQ_DEVICE void multiply_tile(const Weights<float>& weights, const float* inputs, int row, int tiles,
+                                 TileSums<float> (&sums)[kTiles]) {
+    const uint4 *lower = &weights.words[0], *upper = &weights.words[1];
+    const Parts a[4] = {{float_of(lower->x), float_of(lower->y)},
+                         {float_of(lower->z), float_of(lower->w)},
+                         {float_of(upper->x), float_of(upper->y)},
+                         {float_of(upper->z), float_of(upper->w)}};
+    const uint32_t a_high[4] = {a[0].high, a[1].high, a[2].high, a[3].high};
+    const uint32_t a_middle[4] = {a[0].middle, a[1].middle, a[2].middle, a[3].middle};
+    const uint32_t a_low[4] = {a[0].low, a[1].low, a[2].low, a[3].low};
     FASTVQ_UNROLL
-    for (int g = 0; g < kGroup; ++g) {
-        const float input = x[smaller(g, rows - 1) * row];
-        FASTVQ_UNROLL
-        for (int v = 0; v < kVector; ++v) sums[g][v] = fmaf(input, weights[v], sums[g][v]);
+    for (int n = 0; n < kTiles; ++n) {
+        if (n >= tiles) continue;
+        const auto* pairs = reinterpret_cast<const float2*>(inputs + n * 8 * row);
+        const float2 first = pairs[0], second = pairs[4];
+        const Parts b[2] = {{first.x, first.y}, {second.x, second.y}};
+        const uint32_t b_high[2] = {b[0].high, b[1].high}, b_middle[2] = {b[0].middle, b[1].middle};
+        const uint32_t b_low[2] = {b[0].low, b[1].low};
+        mma_16x8x16(sums[n].small, a_low, b_high);
+        mma_16x8x16(sums[n].small, a_high, b_low);
+        mma_16x8x16(sums[n].small, a_middle, b_middle);
+        mma_16x8x16(sums[n].small, a_middle, b_high);
+        mma_16x8x16(sums[n].small, a_high, b_middle);
+        mma_16x8x16(sums[n].sums, a_high, b_high);
     }
 }
 
-// At most kGroup samples.
-template <int kVector, int kGroup, bool kStationary>
-FASTVQ_DEVICE void affine_plain(const Instr& instr, const AffineWork& work, const char* all_weights, Stage stage,
-                                const Sums& places) {
-    constexpr int kAtOnce = 4;
-    const int lane = threadIdx.x % work.lanes, split = threadIdx.x / work.lanes, column = lane * kVector;
-    const bool active = column < instr.columns;
-    const int stride = instr.columns / kVector, step = work.splits * stride;
-    const uint4* weights = reinterpret_cast<const uint4*>(all_weights + instr.weights) + split * stride + lane;
-    const float* staged = reinterpret_cast<const float*>(stage.memory);
-
-    float sums[kGroup][kVector] = {};
-    int k = split;
-    for (int first = 0; first < instr.depth; first += work.piece) {
-        if (first > 0) block_barrier(Site::kPieceUsed);
-        const int end = smaller(instr.depth, first + work.piece);
-        stage_inputs<false, 4>(stage, first, round_up(end - first, 4));
-        block_barrier(Site::kPieceStaged);
-        if (!active) continue;
-        for (; k + (kAtOnce - 1) * work.splits < end; k += kAtOnce * work.splits, weights += kAtOnce * step) {
-            uint4 raw[kAtOnce];
-            FASTVQ_UNROLL
-            for (int i = 0; i < kAtOnce; ++i) raw[i] = load_weights<kStationary>(weights + i * step);
-            FASTVQ_UNROLL
-            for (int i = 0; i < kAtOnce; ++i) {
-                multiply_add(sums, raw[i], staged + k + i * work.splits - first, work.row, stage.rows);
-            }
-        }
-        for (; k < end; k += work.splits, weights += step) {
-            multiply_add(sums, load_weights<kStationary>(weights), staged + k - first, work.row, stage.rows);
-        }
-    }
-    for (int mask = work.lanes; mask < 32; mask *= 2) {
-        FASTVQ_UNROLL
-        for (int g = 0; g < kGroup; ++g) {
-            FASTVQ_UNROLL
-            for (int v = 0; v < kVector; ++v) sums[g][v] += shuffle_xor(sums[g][v], mask);
-        }
-    }
-    block_barrier(Site::kPieceUsed);
-    float* partial = reinterpret_cast<float*>(stage.memory);
-    const bool first_of_equals = static_cast<int>(threadIdx.x % 32) < work.lanes;
-    if (active && first_of_equals) {
-        const int part = threadIdx.x / larger(work.lanes, 32);
-        FASTVQ_UNROLL
-        for (int g = 0; g < kGroup; ++g) {
-            if (g >= stage.rows) continue;
-            auto* out = reinterpret_cast<float4*>(partial + places.place(part, g, column));
-            FASTVQ_UNROLL
-            for (int v = 0; v < kVector; v += 4) {
-                out[v / 4] = {sums[g][v], sums[g][v + 1], sums[g][v + 2], sums[g][v + 3]};
-            }
-        }
-    }
-}
-
-// At most kTiles tiles of 8 samples.
-template <int kTiles, bool kStationary>
-FASTVQ_DEVICE void affine_fragments(const Instr& instr, const AffineWork& work, const char* all_weights, Stage stage,
-                                    const Sums& places) {
-    constexpr int kAtOnce = 4;
+// Of at most kTiles tiles of 8 samples.
+template <class Number, int kTiles, bool kStationary>
+FASTVQ_DEVICE void affine_tiles(const Instr& instr, const char* all_weights, const Stage& stage, const Sums& places) {
+    constexpr int kAtOnce = (kStationary ? 8 : 16) / static_cast<int>(sizeof(Number));
+    constexpr int kBytes = 256 * static_cast<int>(sizeof(Number));  // of a tile
+    const AffineWork& work = instr.affine;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int tile = warp % work.lanes, split = warp / work.lanes;
+    const int tile = warp & (work.lanes - 1), split = warp >> work.lane_bits;
     const bool active = tile * 16 < instr.columns;
     const int depth_tiles = (instr.depth + 15) / 16;
-    const uint4* weights = reinterpret_cast<const uint4*>(all_weights + instr.weights) + tile * depth_tiles * 32 + lane;
-    const int tiles = stage.padded_rows / 8;
-    // Operand B of this lane: sample lane / 4 of a tile, numbers 2 (lane % 4) and following.
-    const uint16_t* staged = reinterpret_cast<const uint16_t*>(stage.memory) + lane / 4 * work.row + lane % 4 * 2;
+    const char* weights = all_weights + instr.weights + static_cast<int64_t>(tile) * depth_tiles * kBytes;
+    const int tiles = (stage.rows + 7) / 8;
+    const auto* staged = reinterpret_cast<const Number*>(stage.memory) + lane / 4 * stage.row + lane % 4 * 2;
 
-    float sums[kTiles][4] = {};
-    const auto multiply = [&](const uint4& raw, const uint16_t* inputs) {
-        const uint32_t a[4] = {raw.x, raw.y, raw.z, raw.w};
-        FASTVQ_UNROLL
-        for (int n = 0; n < kTiles; ++n) {
-            if (n >= tiles) continue;
-            const auto* words = reinterpret_cast<const uint32_t*>(inputs + n * 8 * work.row);
-            const uint32_t b[2] = {words[0], words[4]};
-            mma_16x8x16(sums[n], a, b);
-        }
-    };
+    TileSums<Number> sums[kTiles];
     int k = split;  // in tiles
     for (int first = 0; first < instr.depth; first += work.piece) {
         if (first > 0) block_barrier(Site::kPieceUsed);
         const int end = smaller(depth_tiles * 16, first + work.piece), last = end / 16;
-        stage_inputs<true, 8>(stage, first, end - first);
+        stage_inputs<Number>(stage, first, end);
         block_barrier(Site::kPieceStaged);
         if (!active) continue;
         for (; k + (kAtOnce - 1) * work.splits < last; k += kAtOnce * work.splits) {
-            uint4 raw[kAtOnce];
+            Weights<Number> loaded[kAtOnce];
             FASTVQ_UNROLL
-            for (int i = 0; i < kAtOnce; ++i) raw[i] = load_weights<kStationary>(weights + (k + i * work.splits) * 32);
+            for (int i = 0; i < kAtOnce; ++i) {
+                loaded[i] = Weights<Number>::template load<kStationary>(weights + (k + i * work.splits) * kBytes, lane);
+            }
             FASTVQ_UNROLL
-            for (int i = 0; i < kAtOnce; ++i) multiply(raw[i], staged + (k + i * work.splits) * 16 - first);
+            for (int i = 0; i < kAtOnce; ++i) {
+                multiply_tile(loaded[i], staged + (k + i * work.splits) * 16 - first, stage.row, tiles, sums);
+            }
         }
         for (; k < last; k += work.splits) {
-            multiply(load_weights<kStationary>(weights + k * 32), staged + k * 16 - first);
+            const auto loaded = Weights<Number>::template load<kStationary>(weights + k * kBytes, lane);
+            multiply_tile(loaded, staged + k * 16 - first, stage.row, tiles, sums);
         }
     }
     block_barrier(Site::kPieceUsed);
@@ -247,53 +269,41 @@ FASTVQ_DEVICE void affine_fragments(const Instr& instr, const AffineWork& work, 
             FASTVQ_UNROLL
             for (int i = 0; i < 4; ++i) {
                 const int sample = n * 8 + lane % 4 * 2 + i % 2, column = tile * 16 + lane / 4 + i / 2 * 8;
-                partial[places.place(split, sample, column)] = sums[n][i];
+                partial[places.place(split, sample, column)] = sums[n].total(i);
             }
         }
     }
 }
 
-template <bool kStationary>
-FASTVQ_DEVICE void affine_samples(const Instr& instr, const AffineWork& work, const char* weights, const Stage& stage,
-                                  const Sums& places) {
-    const int rows = stage.rows;
-    if (instr.layout == Layout::kFloat) {
-        if (rows == 1) {
-            affine_plain<4, 1, kStationary>(instr, work, weights, stage, places);
-        } else if (rows <= 4) {
-            affine_plain<4, 4, kStationary>(instr, work, weights, stage, places);
-        } else {
-            affine_plain<4, 8, kStationary>(instr, work, weights, stage, places);
-        }
-    } else if (instr.layout == Layout::kBfloat) {
-        if (rows == 1) {
-            affine_plain<8, 1, kStationary>(instr, work, weights, stage, places);
-        } else {
-            affine_plain<8, 4, kStationary>(instr, work, weights, stage, places);
-        }
-    } else if (rows <= 8) {
-        affine_fragments<1, kStationary>(instr, work, weights, stage, places);
-    } else if (rows <= 16) {
-        affine_fragments<2, kStationary>(instr, work, weights, stage, places);
-    } else if (rows <= 32) {
-        affine_fragments<4, kStationary>(instr, work, weights, stage, places);
+template <class Number, bool kStationary>
+FASTVQ_DEVICE void affine_samples(const Instr& instr, const char* weights, const Stage& stage, const Sums& places) {
+    if (stage.rows <= 8) {
+        affine_tiles<Number, 1, kStationary>(instr, weights, stage, places);
+    } else if (stage.rows <= 16) {
+        affine_tiles<Number, 2, kStationary>(instr, weights, stage, places);
+    } else if (stage.rows <= 32) {
+        affine_tiles<Number, 4, kStationary>(instr, weights, stage, places);
     } else {
-        affine_fragments<8, kStationary>(instr, work, weights, stage, places);
+        affine_tiles<Number, 8, kStationary>(instr, weights, stage, places);
     }
 }
 
 // The sums of the samples [first_sample, first_sample + rows), each in parts, which are there after a barrier.
 FASTVQ_DEVICE Sums affine(const StepArgs& args, const BlockState& state, const Instr& instr, int first_sample,
                           int rows) {
-    const AffineWork work = affine_work(instr.layout, instr.columns, instr.depth, args.batch);
-    const bool fragments = instr.layout == Layout::kFragments;
-    const int padded_rows = fragments ? round_up(rows, 8) : rows;
-    const Stage stage{state.work, work.row, first_sample, rows, padded_rows, inputs_of(state, instr)};
-    const Sums sums{reinterpret_cast<const float*>(state.work), work.partials, padded_rows, instr.columns, fragments};
-    if (instr.stationary) {
-        affine_samples<true>(instr, work, state.stationary, stage, sums);
+    const Stage stage{state.work, instr.affine.row, first_sample, rows, state.segments, instr.num_terms, instr.depth};
+    const Sums sums{reinterpret_cast<const float*>(state.work), instr.affine.splits, round_up(rows, 8), instr.columns};
+    const char* weights = instr.stationary ? state.stationary : args.weights;
+    if (args.layout == Layout::kFloat) {
+        if (instr.stationary) {
+            affine_samples<float, true>(instr, weights, stage, sums);
+        } else {
+            affine_samples<float, false>(instr, weights, stage, sums);
+        }
+    } else if (instr.stationary) {
+        affine_samples<uint16_t, true>(instr, weights, stage, sums);
     } else {
-        affine_samples<false>(instr, work, args.weights, stage, sums);
+        affine_samples<uint16_t, false>(instr, weights, stage, sums);
     }
     return sums;
 }

@@ -39,7 +39,7 @@ FASTVQ_DEVICE float4 score_four(const Head& head, int j) {
     constexpr int kAtOnce = 8;
     float4 sums = {0.0f, 0.0f, 0.0f, 0.0f};
     for (int d = 0; d < head.key_width; d += kAtOnce) {
-        float4 keys[kAtOnce];
+        float4 keys[kAtOnce] = {};
         FASTVQ_UNROLL
         for (int i = 0; i < kAtOnce; ++i) {
             if (d + i < head.key_width) {
@@ -76,7 +76,7 @@ FASTVQ_DEVICE void weigh_tile(const Head& head, const ValueLanes& split, const f
     constexpr int kAtOnce = 8;
     const int length = smaller(kTile, head.count - first), channels = head.value_width - split.channel;
     for (int base = split.group; base < length; base += kAtOnce * split.groups) {
-        float4 values[kAtOnce];
+        float4 values[kAtOnce] = {};
         FASTVQ_UNROLL
         for (int i = 0; i < kAtOnce; ++i) {
             const int place = base + i * split.groups;

@@ -27,14 +27,14 @@ static_assert(sizeof(DeviceView) == 4 * sizeof(int64_t), "a view is four numbers
 
 std::unique_ptr<StepEngine> make_cuda_plan(uintptr_t ops, int64_t num_ops, uintptr_t terms, int64_t num_terms,
                                            int64_t output, int64_t batch, int64_t width, int64_t positions,
-                                           int64_t num_codes, int64_t key_stride, bool bf16, bool fragments,
+                                           int64_t num_codes, int64_t key_stride, bool bf16,
                                            int64_t device, int64_t blocks, int64_t shared_limit) {
     const std::vector<OpSpec> specs = op_table(ops, num_ops);
     const std::vector<TermSpec> term_specs = term_table(terms, num_terms);
     expect(device >= 0 && device < 1 << 16, "device", "the number of a device");
     expect(blocks >= 0 && blocks < 1 << 16, "blocks", "0 to 65535");
     const StepShape shape{batch, width, positions, num_codes, key_stride};
-    const EngineSettings settings{static_cast<int>(device), bf16, fragments, static_cast<int>(blocks), shared_limit};
+    const EngineSettings settings{static_cast<int>(device), bf16, static_cast<int>(blocks), shared_limit};
     nb::gil_scoped_release release;
     return std::make_unique<StepEngine>(specs, term_specs, output, shape, settings);
 }
@@ -143,7 +143,6 @@ void bind_cuda(nb::module_& m) {
         .def_prop_ro("instructions", &StepEngine::instructions)
         .def_prop_ro("waits", &StepEngine::waits)
         .def_prop_ro("shared_bytes", &StepEngine::shared_bytes)
-        .def_prop_ro("fragments", &StepEngine::fragments)
         .def("run_row", &run_row, nb::arg("row"), nb::arg("host_views"), nb::arg("device_views"), nb::arg("codes"),
              nb::arg("code_stride"), nb::arg("uniforms"), nb::arg("uniform_stride"), nb::arg("known"),
              nb::arg("known_stride"), nb::arg("temperature"), nb::arg("top_k"), nb::arg("top_p"), nb::arg("status"),
@@ -151,7 +150,7 @@ void bind_cuda(nb::module_& m) {
              "Enqueues a row; arrays by address, views int64 [2][ops][4]: data, strides of samples and columns, mask.");
     m.def("make_cuda_plan", &make_cuda_plan, nb::arg("ops"), nb::arg("num_ops"), nb::arg("terms"), nb::arg("num_terms"),
           nb::arg("output"), nb::arg("batch"), nb::arg("width"), nb::arg("positions"), nb::arg("num_codes"),
-          nb::arg("key_stride"), nb::arg("bf16"), nb::arg("fragments"), nb::arg("device"), nb::arg("blocks"),
+          nb::arg("key_stride"), nb::arg("bf16"), nb::arg("device"), nb::arg("blocks"),
           nb::arg("shared_limit"), "Packs the weights of a plan's step phase for a GPU; tables by address.");
     m.def("cuda_info", &cuda_info, "Version and architectures compiled for, and the devices, or why there are none.");
 }

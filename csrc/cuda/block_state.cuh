@@ -37,6 +37,21 @@ FASTVQ_DEVICE void copy_words(T* to, const T* from, int count) {
     }
 }
 
+// A term that `samples` samples are read of at a time.
+FASTVQ_DEVICE HeldTerm hold_term(Term term, const DeviceView* values, int samples) {
+    const DeviceView view = values[term.op];
+    term.rounded = term.rounded && view.column_mask == 1;
+    const int wide_bits = term.rounded ? 3 : 2;
+    // With two places a whole number of vectors lies between them, in either type.
+    const int64_t together = view.batch_stride | view.column_stride | term.begin | term.depth;
+    const bool wide = reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && (together & ((1 << wide_bits) - 1)) == 0;
+    const int vector_bits = wide ? wide_bits : 0;
+    // All threads for one sample, at most a warp for each of many.
+    const int most = bits_for(kThreads) - smaller(bits_for(kThreads), bits_for(samples));
+    const int lane_bits = larger(most, smaller(5, bits_for(term.depth >> vector_bits)));
+    return {view, term, vector_bits, lane_bits};
+}
+
 // Copies the block's part of the program behind its weights. A barrier has to follow.
 FASTVQ_DEVICE BlockState hold_program(const StepArgs& args, const Block& block, char* shared) {
     char* memory = shared + args.stationary_bytes;
@@ -55,11 +70,9 @@ FASTVQ_DEVICE BlockState hold_program(const StepArgs& args, const Block& block, 
         if (step.stores == Stores::kRows && view.column_mask == -1) step.stores = Stores::kFloats;
         steps[s] = {view, step};
     }
+    const int samples = samples_at_once(args.batch);
     for (int t = threadIdx.x; t < block.last_term - block.first_term; t += kThreads) {
-        Term term = args.terms[block.first_term + t];
-        const DeviceView view = args.values[term.op];
-        term.rounded = term.rounded && view.column_mask == 1;
-        terms[t] = {view, term};
+        terms[t] = hold_term(args.terms[block.first_term + t], args.values, samples);
     }
     return {instrs, steps, terms, waits, block, shared, memory, reinterpret_cast<float*>(memory + args.memory.planes),
             reinterpret_cast<Segment*>(memory + args.memory.segments), 0};
@@ -71,14 +84,11 @@ FASTVQ_DEVICE void find_segments(const BlockState& state, const Instr& instr) {
         const HeldTerm& held = state.terms[instr.first_term - state.block.first_term + t];
         const Term& term = held.term;
         const float* place = vectors_at(held.view, state.column + term.first_column);
-        // With two places a whole number of vectors lies between them, in either type.
         const int64_t skipped = place - held.view.data;
         const void* data = term.rounded ? reinterpret_cast<const uint16_t*>(held.view.data) + skipped
                                         : static_cast<const void*>(place);
-        const bool wide = reinterpret_cast<uintptr_t>(data) % (term.rounded ? 8 : 16) == 0 &&
-                          held.view.batch_stride % 4 == 0 && term.begin % 4 == 0 && term.depth % 4 == 0;
-        state.segments[t] = {data, held.view.batch_stride, term.begin, wide ? term.begin + term.depth : 0,
-                             term.rounded};
+        state.segments[t] = {data,         held.view.batch_stride, term.begin,    term.begin + term.depth,
+                             term.rounded, held.vector_bits,       held.lane_bits};
     }
 }
 

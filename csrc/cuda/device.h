@@ -26,6 +26,7 @@ enum class Site : int {
     kWaitColumn,      // all blocks are through with the column before the last
     kSignalTask,
     kSignalColumn,
+    kPieceCopied,  // a thread's own copies
     kProgramHeld,  // block barriers from here on
     kBeforeSignal,
     kAfterWait,
@@ -66,6 +67,9 @@ template <class T>
 FASTVQ_DEVICE void store_shared_state(T* address, T value) {
     emulation::store(address, value);
 }
+// Starts a copy of 16 bytes to shared memory, which is done after wait_for_copies by the same thread.
+FASTVQ_DEVICE void copy_shared_state(void* to, const void* from) { emulation::copy_later(to, from); }
+FASTVQ_DEVICE void wait_for_copies(Site site) { emulation::copy_now(static_cast<int>(site)); }
 FASTVQ_DEVICE void mma_16x8x16(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     emulation::mma_16x8x16(sums, a, b);
 }
@@ -120,6 +124,12 @@ template <class T>
 FASTVQ_DEVICE void store_shared_state(T* address, T value) {
     __stcg(address, value);
 }
+
+FASTVQ_DEVICE void copy_shared_state(void* to, const void* from) {
+    const auto shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(from) : "memory");
+}
+FASTVQ_DEVICE void wait_for_copies(Site) { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // sums[16][8] += A[16][16] B[16][8] in bfloat16: the sums of lane l are at rows l / 4 and l / 4 + 8, columns
 // 2 (l % 4) and the next; b holds B[2 (l % 4) + i % 2 + 8 (i / 2)][l / 4], i = 0 .. 3.

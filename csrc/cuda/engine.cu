@@ -96,7 +96,6 @@ StepEngine::StepEngine(const std::vector<OpSpec>& ops, const std::vector<TermSpe
     options.blocks = settings.blocks > 0 ? settings.blocks : multiprocessors;
     options.shared_limit = settings.shared_limit > 0 ? settings.shared_limit : most_shared;
     options.bf16 = settings.bf16;
-    options.fragments = settings.fragments;
     Program program = make_program(ops, terms, output, shape, options);
     const int64_t resident = resident_blocks(program.shared_bytes, multiprocessors);
     const int64_t wanted = static_cast<int64_t>(program.blocks.size());
@@ -235,7 +234,6 @@ int StepEngine::blocks() const { return static_cast<int>(state_->blocks); }
 int64_t StepEngine::instructions() const { return state_->most_instrs; }
 int64_t StepEngine::waits() const { return state_->most_waits; }
 int64_t StepEngine::shared_bytes() const { return state_->shared_bytes; }
-bool StepEngine::fragments() const { return state_->layout == Layout::kFragments; }
 const StepShape& StepEngine::shape() const { return state_->shape; }
 int64_t StepEngine::num_ops() const { return static_cast<int64_t>(state_->ops.size()); }
 

@@ -15,7 +15,6 @@ namespace fastvq::cuda {
 struct EngineSettings {
     int device;
     bool bf16;
-    bool fragments;        // ask for matrix instructions; used where bf16 and the batch has at least 8 samples
     int blocks;            // at most; 0: one for each multiprocessor
     int64_t shared_limit;  // bytes a block may use; 0: what the device offers
 };
@@ -58,7 +57,6 @@ class StepEngine {
     int64_t instructions() const;  // of the block that has most, for a position
     int64_t waits() const;         // likewise
     int64_t shared_bytes() const;
-    bool fragments() const;
     const StepShape& shape() const;
     int64_t num_ops() const;
 

@@ -43,19 +43,13 @@ void check(const std::vector<OpSpec>& ops, const std::vector<TermSpec>& terms, i
     }
 }
 
-Layout layout(const StepShape& shape, const ProgramOptions& options) {
-    if (!options.bf16) return Layout::kFloat;
-    return options.fragments && shape.batch >= kFragmentSamples ? Layout::kFragments : Layout::kBfloat;
-}
-
 class Planner {
    public:
     Planner(const std::vector<OpSpec>& ops, const std::vector<TermSpec>& terms, int64_t output, const StepShape& shape,
             const ProgramOptions& options)
         : ops_(ops), terms_(terms), output_(output), shape_(shape), options_(options),
-          lists_(ops, terms, shape, layout(shape, options), options.blocks),
-          stores_(stores_of(ops, terms, output, lists_, layout(shape, options) == Layout::kFragments)) {
-        program_.layout = layout(shape, options);
+          lists_(ops, terms, shape, options.blocks), stores_(stores_of(ops, terms, output, lists_, options.bf16)) {
+        program_.layout = options.bf16 ? Layout::kBfloat : Layout::kFloat;
     }
 
     Program run() {
@@ -75,7 +69,6 @@ class Planner {
             if (unit.jobs) continue;
             for (const std::vector<int64_t>& group : unit.groups) {
                 chains_.back().push_back(make_chain(ops_, group, stores_));
-                most_planes_ = std::max(most_planes_, chains_.back().back().planes);
             }
         }
         for (const std::vector<Task>& tasks : lists_.blocks) {
@@ -120,6 +113,7 @@ class Planner {
             instr.key_width = narrow(ops_[op.sources[0]].channels / op.heads);
             instr.value_width = narrow(op.channels / op.heads);
             instr.inclusive = op.inclusive;
+            instr.attend = attend_work(narrow(task.count), instr.key_width, instr.value_width);
         }
         std::vector<Step> steps;
         for (const int64_t view : views) {
@@ -139,12 +133,13 @@ class Planner {
         instr.count = narrow(task.count);
         instr.half = narrow(half_width(op));
         instr.halves = op.paired ? 2 : 1;
+        instr.many_items = has_many_items(instr.count, samples_at_once(narrow(shape_.batch)));
+        instr.next_row = kThreads / instr.count;
+        instr.next_channel = kThreads % instr.count;
         if (instr.code == Code::kAffine) {
             instr.first_term = narrow(program_.terms.size());
             instr.num_terms = narrow(op.num_terms);
-            instr.layout = program_.layout;
-            instr.columns = round_up(instr.count * instr.halves,
-                                     program_.layout == Layout::kFragments ? kFragment : kSliceStep);
+            instr.columns = round_up(instr.count * instr.halves, kFragment);
             for (int64_t t = op.first_term; t < op.first_term + op.num_terms; ++t) {
                 const TermSpec& spec = terms_[t];
                 const int32_t depth = narrow(spec.num_columns * ops_[spec.source].channels);
@@ -152,7 +147,9 @@ class Planner {
                                           stores_[spec.source] == Stores::kRounded});
                 instr.depth += depth;
             }
+            instr.affine = affine_work(program_.layout, instr.columns, instr.depth, narrow(shape_.batch));
         }
+        most_planes_ = std::max(most_planes_, chain.planes * (instr.many_items ? kManyItems : 1));
         push(instr, chain.steps);
     }
 
@@ -328,9 +325,9 @@ class Planner {
 int64_t work_bytes(const Instr& instr, const StepShape& shape) {
     switch (instr.code) {
         case Code::kAffine:
-            return affine_work(instr.layout, instr.columns, instr.depth, static_cast<int>(shape.batch)).bytes;
+            return instr.affine.bytes;
         case Code::kAttend:
-            return attend_work(instr.last_job - instr.first_job, instr.key_width, instr.value_width).bytes;
+            return instr.attend.bytes;
         case Code::kDraw:
             return draw_work(shape.num_codes).bytes;
         default:

@@ -32,21 +32,21 @@ constexpr int kThreads = FASTVQ_CUDA_THREADS;
 constexpr int kWarps = kThreads / 32;
 static_assert(kThreads >= 32 && (kThreads & (kThreads - 1)) == 0, "threads of a block: a power of two");
 
-// The most samples that an instruction works on at a time where matrix instructions do.
+// The most samples that an instruction works on at a time.
 constexpr int kSamples = 64;
 
 // A term of an instruction at the current column, in shared memory: the vector of sample b at data + b * stride floats
-// (or bfloat16). Its numbers can be read four at a time if wide_end, where they end in the vector that the weights
-// multiply, is not 0.
-struct Segment {
+// (or bfloat16), which are numbers [begin, end) of the vector that the weights multiply.
+struct alignas(16) Segment {
     const void* data;
     int64_t stride;
-    int32_t begin;
-    int32_t wide_end;
+    int32_t begin, end;
     int32_t rounded;
+    int32_t vector_bits;  // they are read 2^vector_bits at a time, which are 16 bytes, or one at a time
+    int32_t lane_bits;    // by 2^lane_bits threads for each sample
 };
 
-// Slices are whole multiples of this, except for the last of a unit. It is also what rows of plain weights are padded to.
+// Slices are whole multiples of this, except for the last of a unit.
 constexpr int kSliceStep = 8;
 
 // How an instruction begins.
@@ -72,13 +72,13 @@ enum class StepCode : int32_t {
     kView,   // nothing: it names an operation whose values attention or a draw reads or writes
 };
 
-// How the weights of an affine instruction lie. Its columns are those of the slice in the first half, then those in the
-// second half (paired operations), then zeros up to a multiple of kSliceStep (plain) or 16 (fragments).
+// How the weights of affine instructions lie: by tiles of 16 columns and, of these, of 16 rows, zeros where there are
+// fewer. The columns are those of the slice in the first half, then those in the second half (paired operations). A tile
+// is operand A of mma.m16n8k16, columns being the rows of A: lane l has A[l / 4 + 8 (i / 2 % 2)][2 (l % 4) + i % 2 + 8 (i /
+// 4)], i = 0 .. 7.
 enum class Layout : int32_t {
-    kFloat,      // float [depth][columns]
-    kBfloat,     // bfloat16 [depth][columns]
-    kFragments,  // bfloat16 [columns / 16][depth / 16 rounded up][32 lanes][8]: operand A of mma.m16n8k16, columns being
-                 // the rows of A. Lane l holds A[l / 4 + 8 (i / 2 % 2)][2 (l % 4) + i % 2 + 8 (i / 4)], i = 0 .. 7.
+    kFloat,   // float [2][32 lanes][4]: i / 4, lane, i % 4. Products have the precision of float32, see affine.cuh
+    kBfloat,  // bfloat16 [32 lanes][8]. What they are multiplied by is rounded to bfloat16 too
 };
 
 // Go on once the task or block behind the counter is through with column - lag everywhere: once
@@ -119,13 +119,18 @@ enum class Stores : int32_t {
     kRounded,  // to memory in bfloat16, if it is read at the current column alone; else as floats
 };
 
-// Numbers between steps are in *planes*, a float for each thread and plane.
+// Items of a slice, each a channel of a sample, that a thread works on at a time; where each has one, that.
+constexpr int kManyItems = 4;
+constexpr bool has_many_items(int64_t count, int64_t samples) { return count * samples > kThreads; }
+
+// Numbers between steps are in *planes*, a float for each plane and item that a thread works on.
 struct Step {
     StepCode code;
     int32_t op;             // whose values it computes, or reads
     int32_t starts;         // load: of the operation's starts instead of its values
     int32_t planes[2];      // of the result's halves; the second is -1 if there is one half
     int32_t sources[2][2];  // planes of what it reads, by source and half
+    int32_t forwarded;      // whether its first source is the result of the step before
     int32_t half;           // channels between the halves that it loads or stores
     Stores stores;
     // Lookup: float [num_taps][num_codes][count * halves], only the slice, at byte `weights` of Program::weights.
@@ -133,125 +138,11 @@ struct Step {
     int64_t weights;
 };
 
-struct Instr {
-    Code code;
-    int32_t op;  // affine: of the product; attention: its result; draw: the logits
-    // The slice: channels [first, first + count), and of paired operations as many again at half of the channels.
-    int32_t first, count, halves, half;
-    int32_t first_wait, num_waits;  // before it starts
-    int32_t signal;                 // counter to raise when it is done, or -1
-    // The first steps are the loads, and the first of these load what needs no wait. Attention: its query, keys, values
-    // and result; draw: logits.
-    int32_t first_step, num_steps, num_early, num_loads;
-    // Affine.
-    int32_t first_term, num_terms, depth;
-    Layout layout;
-    int32_t columns;     // padded
-    int32_t stationary;  // weights are in shared memory, at byte `weights` of it; otherwise at that byte of Program::weights
-    int64_t weights;
-    // Attention.
-    int32_t heads, key_width, value_width, inclusive;
-    // Attention: jobs sample * heads + head. Draw: samples.
-    int32_t first_job, last_job;
-};
-
-// Its instructions, and of the program's other lists the parts that they refer to.
-struct Block {
-    int32_t first_instr, last_instr;
-    int32_t first_wait, last_wait;
-    int32_t first_term, last_term;
-    int32_t first_step, last_step;
-    // What this block copies to the start of its shared memory: bytes [first, first + bytes) of Program::weights.
-    int64_t stationary_first, stationary_bytes;
-};
-
-// Where an operation's vectors lie: sample b, column c at data + b * batch_stride + (c & column_mask) * column_stride.
-// The mask is -1 for rows of vectors, 1 for vectors of the current position alone (two places, taken in turn), 0 for
-// vectors that are the same at all positions. Attention's keys and values lie as in the CPU engine (grid_plan.h).
-struct DeviceView {
-    float* data;
-    int64_t batch_stride;
-    int64_t column_stride;
-    int64_t column_mask;
-};
-
-// As a block keeps them during a launch: with where the operation's vectors lie, and with what that decides decided.
-struct HeldTerm {
-    DeviceView view;
-    Term term;
-};
-struct HeldStep {
-    DeviceView view;
-    Step step;
-};
-
-// Byte offsets of the parts of a block's program where the block keeps it: instructions come first.
-struct HeldProgram {
-    int64_t steps, terms, waits;
-    int64_t bytes;
-};
-
 FASTVQ_HOST_DEVICE constexpr int64_t aligned(int64_t bytes) { return (bytes + 15) / 16 * 16; }
 
-FASTVQ_HOST_DEVICE constexpr HeldProgram held_program(const Block& block) {
-    HeldProgram held{};
-    held.steps = aligned((block.last_instr - block.first_instr) * static_cast<int64_t>(sizeof(Instr)));
-    held.terms = held.steps + aligned((block.last_step - block.first_step) * static_cast<int64_t>(sizeof(HeldStep)));
-    held.waits = held.terms + aligned((block.last_term - block.first_term) * static_cast<int64_t>(sizeof(HeldTerm)));
-    held.bytes = held.waits + aligned((block.last_wait - block.first_wait) * static_cast<int64_t>(sizeof(Wait)));
-    return held;
-}
-
-// What a block has in shared memory behind its weights, as byte offsets from there: the numbers of instructions being
-// worked on; planes; where the terms of an instruction lie; and the block's part of the program, which stays for the
-// whole launch. All of it is aligned to 16 bytes.
-struct BlockMemory {
-    int64_t planes, segments, program;
-    int64_t bytes;
-};
-
-struct Program {
-    std::vector<Instr> instrs;
-    std::vector<Block> blocks;
-    std::vector<Wait> waits;
-    std::vector<Term> terms;
-    std::vector<Step> steps;
-    std::vector<char> weights;  // every region aligned to 16 bytes
-    Layout layout;              // of the affine instructions
-    int32_t num_counters;       // in memory: counter_place(num_counters, 0) words
-    // Raised by every block at the end of a column. Before a block begins a column c, it waits until all have finished
-    // column c - 2: vectors of the current position alone have two places, taken in turn.
-    int32_t finished_counter;
-    BlockMemory memory;    // behind the weights that stay
-    int64_t shared_bytes;  // of shared memory, the most that any block needs in all
-};
-
-struct ProgramOptions {
-    int64_t blocks;        // at most; those without work are left out. All of them have to be resident at once
-    int64_t shared_limit;  // bytes of shared memory that a block may have
-    bool bf16;             // weights; sums are float32
-    bool fragments;        // bf16 and at least kFragmentSamples samples only: matrix instructions, vectors in bf16 too
-};
-
-// Matrix instructions take eight samples; of fewer they would mostly multiply zeros.
-constexpr int kFragmentSamples = 8;
-
-// The same for the same arguments. Throws std::invalid_argument if the operations do not form a plan, or if they need
-// more shared memory for their work than there is.
-Program make_program(const std::vector<OpSpec>& ops, const std::vector<TermSpec>& terms, int64_t output,
-                     const StepShape& shape, const ProgramOptions& options);
-
-// Shared memory, in bytes, of what an instruction works on: that of affine_work, attend_work or draw_work, else 0.
-int64_t work_bytes(const Instr& instr, const StepShape& shape);
-
-constexpr int kMaxTerms = 16;
-static_assert(kMaxTerms >= kMaxSegments, "room for all terms of an operation");
-
-// Bytes of an affine instruction, at most: vectors being multiplied, and in the same place afterwards partial sums. With
-// fragments 64 vectors of 512 numbers fit, since every piece waits for the second-level cache once.
-FASTVQ_HOST_DEVICE constexpr int stage_bytes(Layout layout) {
-    return (layout == Layout::kFragments ? 272 : 128) * kThreads;
-}
+// Bytes of an affine instruction, at most: vectors being multiplied, and in the same place afterwards partial sums. In
+// bfloat16 64 vectors of 512 numbers fit, since every piece waits for the second-level cache once.
+constexpr int kStageBytes = 272 * kThreads;
 
 FASTVQ_HOST_DEVICE constexpr int round_up(int count, int multiple) {
     return (count + multiple - 1) / multiple * multiple;
@@ -259,60 +150,49 @@ FASTVQ_HOST_DEVICE constexpr int round_up(int count, int multiple) {
 FASTVQ_HOST_DEVICE constexpr int round_down(int count, int multiple) { return count / multiple * multiple; }
 FASTVQ_HOST_DEVICE constexpr int smaller(int a, int b) { return a < b ? a : b; }
 FASTVQ_HOST_DEVICE constexpr int larger(int a, int b) { return a < b ? b : a; }
-FASTVQ_HOST_DEVICE constexpr int power_of_two(int least) {
-    int power = 1;
-    while (power < least) power *= 2;
-    return power;
+// The least b for which 2^b is at least so much.
+FASTVQ_HOST_DEVICE constexpr int bits_for(int least) {
+    int bits = 0;
+    while (1 << bits < least) ++bits;
+    return bits;
 }
+FASTVQ_HOST_DEVICE constexpr int power_of_two(int least) { return 1 << bits_for(least); }
 
-// How the threads of a block share an affine instruction. Nothing here but `samples` and `piece` depends on the batch,
-// and the order in which an output is summed depends on neither.
+// How the warps of a block share an affine instruction. Nothing here but `samples`, `piece` and `row` depends on the batch,
+// and the order in which an output is summed depends on none of these.
 //
-// Plain: a thread multiplies `vector` columns, 16 bytes of weights. Thread t has columns vector * (t % lanes) and
-// following (none if they are not below `columns`), and of the rows k of the weights those with k % splits == t / lanes,
-// in ascending order. Then threads of a warp with the same columns add up by shuffles (lane masks lanes, 2 lanes, ..,
-// 16), which leaves `partials` = kThreads / max(lanes, 32) sums per output, one for each warp, or each part of `lanes`.
-//
-// Fragments: the same with warps for threads and tiles for columns: warp w has tile w % lanes of 16 columns, and of the
-// tiles of 16 rows those with tile % splits == w / lanes; partials == splits.
+// Warp w has tile w % lanes of 16 columns (none if that is beyond `columns`), and of the tiles of 16 rows those with tile %
+// splits == w / lanes, in ascending order, which leaves `splits` sums per output.
 //
 // Samples are taken `samples` at a time, and of their vectors (all terms one after the other) `piece` numbers at a time:
-//     stage: float [samples][row] (plain), bfloat16 [samples][row] (fragments; samples rounded up to 8, zeros beyond the
-//     depth up to a multiple of 16), at 0. A row is longer than a piece with fragments, so that reads spread over banks.
-//     partial sums: float [partials][samples][columns] (fragments: tiles of it), at 0 as well: when all pieces have been
-//     used.
+//     stage: float or bfloat16 [samples][row], at 0; samples rounded up to 8, zeros beyond the depth up to a multiple of
+//     16. A row is longer than a piece, so that reads spread over banks.
+//     partial sums: float [splits], tiles of [samples][columns], at 0 as well: when all pieces have been used.
 struct AffineWork {
-    int vector, lanes, splits, partials;
+    int lane_bits, lanes, splits;
     int samples;
     int piece, row;
     int64_t bytes;
 };
 
 // The most columns that one instruction may have.
-FASTVQ_HOST_DEVICE constexpr int max_columns(Layout layout) {
-    return layout == Layout::kFragments ? 16 * kWarps : (layout == Layout::kBfloat ? 8 : 4) * kThreads;
-}
+constexpr int kMostColumns = 16 * kWarps;
 
 // Samples that a task works on at a time, whatever its instructions: then a thread has the same ones in all of them.
-FASTVQ_HOST_DEVICE constexpr int samples_at_once(Layout layout, int batch) {
-    if (layout == Layout::kFragments) return smaller(round_up(batch, 8), kSamples);
-    return smaller(batch, layout == Layout::kBfloat ? 4 : 8);  // 32 sums in the registers of a thread
-}
+FASTVQ_HOST_DEVICE constexpr int samples_at_once(int batch) { return smaller(batch, kSamples); }
 
 FASTVQ_HOST_DEVICE constexpr AffineWork affine_work(Layout layout, int columns, int depth, int batch) {
-    const bool fragments = layout == Layout::kFragments;
+    constexpr int kPadding = 8;
+    const int size = layout == Layout::kFloat ? 4 : 2;
     AffineWork work{};
-    work.vector = fragments ? 16 : layout == Layout::kBfloat ? 8 : 4;
-    work.lanes = power_of_two((columns + work.vector - 1) / work.vector);
-    work.splits = (fragments ? kWarps : kThreads) / work.lanes;
-    work.partials = fragments ? work.splits : kThreads / larger(work.lanes, 32);
-    work.samples = samples_at_once(layout, batch);
-    const int padding = fragments ? 8 : 0, step = fragments ? 16 : 4, size = fragments ? 2 : 4;
-    const int room = stage_bytes(layout) / size / work.samples - padding;
-    work.piece = smaller(round_up(depth, step), round_down(room, step));
-    work.row = work.piece + padding;
+    work.lane_bits = bits_for((columns + 15) / 16);
+    work.lanes = 1 << work.lane_bits;
+    work.splits = kWarps / work.lanes;
+    work.samples = round_up(samples_at_once(batch), 8);
+    work.piece = smaller(round_up(depth, 16), round_down(kStageBytes / size / work.samples - kPadding, 16));
+    work.row = work.piece + kPadding;
     const int64_t stage = static_cast<int64_t>(work.samples) * work.row * size;
-    const int64_t sums = static_cast<int64_t>(work.partials) * columns * work.samples * 4;
+    const int64_t sums = static_cast<int64_t>(work.splits) * columns * work.samples * 4;
     work.bytes = aligned(stage < sums ? sums : stage);
     return work;
 }
@@ -341,6 +221,118 @@ FASTVQ_HOST_DEVICE constexpr AttendWork attend_work(int num_jobs, int key_width,
         if (work.jobs == 1 || work.bytes <= kAttendBytes) return work;
     }
 }
+
+struct Instr {
+    Code code;
+    int32_t op;  // affine: of the product; attention: its result; draw: the logits
+    // The slice: channels [first, first + count), and of paired operations as many again at half of the channels.
+    int32_t first, count, halves, half;
+    int32_t many_items;              // whether a thread works on kManyItems items at a time
+    int32_t next_row, next_channel;  // of the items of a thread that follow each other: kThreads / count and the rest
+    int32_t first_wait, num_waits;  // before it starts
+    int32_t signal;                 // counter to raise when it is done, or -1
+    // The first steps are the loads, and the first of these load what needs no wait. Attention: its query, keys, values
+    // and result; draw: logits.
+    int32_t first_step, num_steps, num_early, num_loads;
+    // Affine.
+    int32_t first_term, num_terms, depth;
+    int32_t columns;     // a multiple of 16
+    int32_t stationary;  // weights are in shared memory, at byte `weights` of it; otherwise at that byte of Program::weights
+    int64_t weights;
+    AffineWork affine;
+    AttendWork attend;
+    // Attention.
+    int32_t heads, key_width, value_width, inclusive;
+    // Attention: jobs sample * heads + head. Draw: samples.
+    int32_t first_job, last_job;
+};
+
+// Its instructions, and of the program's other lists the parts that they refer to.
+struct Block {
+    int32_t first_instr, last_instr;
+    int32_t first_wait, last_wait;
+    int32_t first_term, last_term;
+    int32_t first_step, last_step;
+    // What this block copies to the start of its shared memory: bytes [first, first + bytes) of Program::weights.
+    int64_t stationary_first, stationary_bytes;
+};
+
+// Where an operation's vectors lie: sample b, column c at data + b * batch_stride + (c & column_mask) * column_stride.
+// The mask is -1 for rows of vectors, 1 for vectors of the current position alone (two places, taken in turn), 0 for
+// vectors that are the same at all positions. Attention's keys and values lie as in the CPU engine (grid_plan.h).
+struct DeviceView {
+    float* data;
+    int64_t batch_stride;
+    int64_t column_stride;
+    int64_t column_mask;
+};
+
+// As a block keeps them during a launch: with where the operation's vectors lie, and with what that decides decided.
+struct alignas(16) HeldTerm {
+    DeviceView view;
+    Term term;
+    int32_t vector_bits, lane_bits;  // of its segments
+};
+struct alignas(16) HeldStep {
+    DeviceView view;
+    Step step;
+};
+
+// Byte offsets of the parts of a block's program where the block keeps it: instructions come first.
+struct HeldProgram {
+    int64_t steps, terms, waits;
+    int64_t bytes;
+};
+
+FASTVQ_HOST_DEVICE constexpr HeldProgram held_program(const Block& block) {
+    HeldProgram held{};
+    held.steps = aligned((block.last_instr - block.first_instr) * static_cast<int64_t>(sizeof(Instr)));
+    held.terms = held.steps + aligned((block.last_step - block.first_step) * static_cast<int64_t>(sizeof(HeldStep)));
+    held.waits = held.terms + aligned((block.last_term - block.first_term) * static_cast<int64_t>(sizeof(HeldTerm)));
+    held.bytes = held.waits + aligned((block.last_wait - block.first_wait) * static_cast<int64_t>(sizeof(Wait)));
+    return held;
+}
+
+// What a block has in shared memory behind its weights, as byte offsets from there: the numbers of instructions being
+// worked on; planes; where the terms of an instruction lie; and the block's part of the program, which stays for the
+// whole launch. All of it is aligned to 16 bytes.
+struct BlockMemory {
+    int64_t planes, segments, program;
+    int64_t bytes;
+};
+
+struct Program {
+    std::vector<Instr> instrs;
+    std::vector<Block> blocks;
+    std::vector<Wait> waits;
+    std::vector<Term> terms;
+    std::vector<Step> steps;
+    std::vector<char> weights;  // every region aligned to 16 bytes
+    Layout layout;              // of the weights
+    int32_t num_counters;       // in memory: counter_place(num_counters, 0) words
+    // Raised by every block at the end of a column. Before a block begins a column c, it waits until all have finished
+    // column c - 2: vectors of the current position alone have two places, taken in turn.
+    int32_t finished_counter;
+    BlockMemory memory;    // behind the weights that stay
+    int64_t shared_bytes;  // of shared memory, the most that any block needs in all
+};
+
+struct ProgramOptions {
+    int64_t blocks;        // at most; those without work are left out. All of them have to be resident at once
+    int64_t shared_limit;  // bytes of shared memory that a block may have
+    bool bf16;             // weights, and what they multiply; sums are float32
+};
+
+// The same for the same arguments. Throws std::invalid_argument if the operations do not form a plan, or if they need
+// more shared memory for their work than there is.
+Program make_program(const std::vector<OpSpec>& ops, const std::vector<TermSpec>& terms, int64_t output,
+                     const StepShape& shape, const ProgramOptions& options);
+
+constexpr int kMaxTerms = 16;
+static_assert(kMaxTerms >= kMaxSegments, "room for all terms of an operation");
+
+// Shared memory, in bytes, of what an instruction works on: that of affine_work, attend_work or draw_work, else 0.
+int64_t work_bytes(const Instr& instr, const StepShape& shape);
 
 // The draw, one sample at a time.
 //     scan: double [kThreads], at 0; reduce: double [kWarps] (or floats and integers of the warps, 8 bytes for each);

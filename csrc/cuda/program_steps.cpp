@@ -40,6 +40,7 @@ class ChainMaker {
         for (const int64_t index : group) add(index);
         chain_.steps.insert(chain_.steps.begin(), loads_.begin(), loads_.end());
         give_planes();
+        forward();
         return std::move(chain_);
     }
 
@@ -144,6 +145,16 @@ class ChainMaker {
                 free.push_back(planes[value].first);
                 if (planes[value].second >= 0) free.push_back(planes[value].second);
             }
+        }
+    }
+
+    void forward() {
+        for (std::size_t s = loads_.size() + 1; s < chain_.steps.size(); ++s) {
+            const Step& before = chain_.steps[s - 1];
+            Step& step = chain_.steps[s];
+            const int32_t(&source)[2] = step.sources[0];
+            step.forwarded = before.planes[0] >= 0 && source[0] == before.planes[0] &&
+                             (source[1] < 0 || source[1] == before.planes[1]);
         }
     }
 

@@ -8,7 +8,7 @@ namespace fastvq::cuda {
 namespace {
 
 // Channels times samples that are worth a block of their own where there are no weights.
-constexpr int64_t kLightWork = 16 * kThreads;
+constexpr int64_t kLightWork = kManyItems * kThreads;
 
 // Cuts units one after the other into at most `blocks` parts whose greatest cost is as small as possible, if parts are
 // taken from the sequence in order. `take` gets the steps of a unit that go into the current part, and whether another
@@ -39,8 +39,8 @@ int64_t cut(const std::vector<Unit>& units, const std::vector<int64_t>& which, i
 }  // namespace
 
 TaskLists::TaskLists(const std::vector<OpSpec>& ops, const std::vector<TermSpec>& terms, const StepShape& shape,
-                     Layout layout, int64_t num_blocks)
-    : ops_(ops), terms_(terms), shape_(shape), layout_(layout), num_blocks_(num_blocks) {
+                     int64_t num_blocks)
+    : ops_(ops), terms_(terms), shape_(shape), num_blocks_(num_blocks) {
     make_units();
     assign();
 }
@@ -95,7 +95,6 @@ void TaskLists::measure(Unit& unit) {
         return;
     }
     unit.width = half_width(first);
-    const bool fragments = layout_ == Layout::kFragments;
     int64_t halves = 1;  // the fewest and most of its products
     bool whole = false;
     std::vector<bool> late(num_ops());
@@ -112,8 +111,8 @@ void TaskLists::measure(Unit& unit) {
         whole = whole || !op.paired;
     }
     group(unit, late);
-    unit.most = max_columns(layout_) / halves / kSliceStep * kSliceStep;
-    unit.step = std::min<int64_t>(unit.most, fragments && whole ? kFragment : kSliceStep);
+    unit.most = kMostColumns / halves / kSliceStep * kSliceStep;
+    unit.step = std::min<int64_t>(unit.most, whole ? kFragment : kSliceStep);
     unit.most = unit.most / unit.step * unit.step;
 }
 

@@ -37,7 +37,7 @@ struct Part {
 // Units, and their tasks shared out among at most `num_blocks` blocks. Unit numbers are those of counters.
 class TaskLists {
    public:
-    TaskLists(const std::vector<OpSpec>& ops, const std::vector<TermSpec>& terms, const StepShape& shape, Layout layout,
+    TaskLists(const std::vector<OpSpec>& ops, const std::vector<TermSpec>& terms, const StepShape& shape,
               int64_t num_blocks);
 
     std::vector<Unit> units;                // the draw is the last
@@ -63,7 +63,6 @@ class TaskLists {
     const std::vector<OpSpec>& ops_;
     const std::vector<TermSpec>& terms_;
     const StepShape& shape_;
-    const Layout layout_;
     const int64_t num_blocks_;
     std::vector<int64_t> level_cost_, total_cost_;  // by block
 };

@@ -10,8 +10,9 @@ namespace {
 
 class WeightPacker {
    public:
-    WeightPacker(const std::vector<OpSpec>& ops, const std::vector<TermSpec>& terms, const StepShape& shape)
-        : ops_(ops), terms_(terms), shape_(shape) {}
+    WeightPacker(const std::vector<OpSpec>& ops, const std::vector<TermSpec>& terms, const StepShape& shape,
+                 Layout layout)
+        : ops_(ops), terms_(terms), shape_(shape), layout_(layout) {}
 
     void pack(Program& program, int64_t shared_limit) const {
         int64_t size = 0;
@@ -71,10 +72,9 @@ class WeightPacker {
         }
     }
 
-    static int64_t product_bytes(const Instr& instr) {
-        const bool fragments = instr.layout == Layout::kFragments;
-        const int64_t depth = fragments ? quotient_up(instr.depth, kFragment) * kFragment : instr.depth;
-        return aligned(depth * instr.columns * (instr.layout == Layout::kFloat ? sizeof(float) : sizeof(uint16_t)));
+    int64_t product_bytes(const Instr& instr) const {
+        const int64_t depth = quotient_up(instr.depth, kFragment) * kFragment;
+        return depth * instr.columns * (layout_ == Layout::kFloat ? sizeof(float) : sizeof(uint16_t));
     }
 
     int64_t table_columns(const Instr& instr, const Step& step) const {
@@ -100,18 +100,15 @@ class WeightPacker {
             for (int64_t last = k + depth; k < last; ++k, weights += op.channels) {
                 for (int64_t c = 0; c < columns; ++c) {
                     const float w = weights[channel(instr, instr.half, c)];
-                    if (instr.layout == Layout::kFloat) {
-                        reinterpret_cast<float*>(data)[k * instr.columns + c] = w;
-                        continue;
+                    const int64_t row = c % kFragment, column = k % kFragment;
+                    const int64_t lane = row % 8 * 4 + column % 8 / 2;
+                    const int64_t i = column % 2 + row / 8 * 2 + column / 8 * 4;
+                    const int64_t tile = (c / kFragment * tiles + k / kFragment) * kFragment * kFragment;
+                    if (layout_ == Layout::kFloat) {
+                        reinterpret_cast<float*>(data)[tile + (i / 4 * 32 + lane) * 4 + i % 4] = w;
+                    } else {
+                        reinterpret_cast<uint16_t*>(data)[tile + lane * 8 + i] = round_to_bf16(w);
                     }
-                    int64_t place = k * instr.columns + c;
-                    if (instr.layout == Layout::kFragments) {
-                        const int64_t row = c % kFragment, column = k % kFragment;
-                        const int64_t lane = row % 8 * 4 + column % 8 / 2;
-                        const int64_t i = column % 2 + row / 8 * 2 + column / 8 * 4;
-                        place = ((c / kFragment * tiles + k / kFragment) * 32 + lane) * 8 + i;
-                    }
-                    reinterpret_cast<uint16_t*>(data)[place] = round_to_bf16(w);
                 }
             }
         }
@@ -129,13 +126,14 @@ class WeightPacker {
     const std::vector<OpSpec>& ops_;
     const std::vector<TermSpec>& terms_;
     const StepShape& shape_;
+    const Layout layout_;
 };
 
 }  // namespace
 
 void pack_weights(Program& program, const std::vector<OpSpec>& ops, const std::vector<TermSpec>& terms,
                   const StepShape& shape, int64_t shared_limit) {
-    WeightPacker(ops, terms, shape).pack(program, shared_limit);
+    WeightPacker(ops, terms, shape, program.layout).pack(program, shared_limit);
 }
 
 }  // namespace fastvq::cuda

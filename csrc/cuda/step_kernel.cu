@@ -33,7 +33,7 @@ FASTVQ_DEVICE void wait_for_sources(const StepArgs& args, const BlockState& stat
 
 // A chain, or a product and its chain, for some samples at a time.
 FASTVQ_DEVICE void slice(const StepArgs& args, const BlockState& state, const Instr& instr) {
-    const int samples = samples_at_once(args.layout, args.batch);
+    const int samples = samples_at_once(args.batch);
     for (int first = 0; first < args.batch; first += samples) {
         const int rows = smaller(samples, args.batch - first);
         Sums sums{};

@@ -122,6 +122,12 @@ void signal(uint32_t* counter, int site) {
     launch.signal(counter, site);
 }
 
+void copy_later(void* to, const void* from) {
+    const auto places = reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from);
+    if (places % sizeof(detail::Vector) != 0) throw Error("copy: expected places aligned to 16 bytes");
+    here().current().copies.push_back({to, from});
+}
+
 void mma_16x8x16(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     Launch& launch = here();
     Thread& self = launch.current();
@@ -136,6 +142,16 @@ int64_t clocks() { return here().switches(); }
 char* dynamic_shared() { return here().shared(); }
 
 namespace detail {
+
+bool next_copy(Copy& copy) {
+    std::deque<Copy>& copies = here().current().copies;
+    if (copies.empty()) return false;
+    copy = copies.front();
+    copies.pop_front();
+    return true;
+}
+
+bool passes(int site) { return here().passes(site); }
 
 int64_t loads_until_switch = INT64_MAX;
 bool hide_stores = false;

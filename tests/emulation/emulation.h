@@ -28,6 +28,10 @@ void wait_at_least(const uint32_t* counter, uint32_t value, int site);
 // Adds 1.
 void signal(uint32_t* counter, int site);
 
+// Copies 16 bytes of shared state, both places aligned to as much, when the thread comes to copy_now.
+void copy_later(void* to, const void* from);
+inline void copy_now(int site);
+
 // sums[16][8] += A[16][16] B[16][8]; bfloat16 products are added in float32 by ascending depth. Fragments as PTX has them
 // for mma.m16n8k16: lane l holds, of A, rows l / 4 (+ 8 in a[1] and a[3]) and depths 2 (l % 4) and the next (+ 8 in a[2]
 // and a[3]); of B, the same depths (+ 8 in b[1]) of column l / 4; of the sums, rows l / 4 (+ 8 in sums[2] and sums[3]) and
@@ -42,6 +46,18 @@ int64_t clocks();
 char* dynamic_shared();
 
 namespace detail {
+
+struct Copy {
+    void* to;
+    const void* from;
+};
+struct alignas(16) Vector {
+    uint32_t words[4];
+};
+// The copies of the thread that runs, and whether it has any left.
+bool next_copy(Copy& copy);
+// Whether nobody stops at a site.
+bool passes(int site);
 
 extern int64_t loads_until_switch;
 extern bool hide_stores;
@@ -76,6 +92,13 @@ inline void store(T* address, T value) {
         detail::hidden_store(address, &value, sizeof(T));
     } else {
         *address = value;
+    }
+}
+
+inline void copy_now(int site) {
+    if (detail::passes(site)) return;
+    for (detail::Copy copy; detail::next_copy(copy);) {
+        *static_cast<detail::Vector*>(copy.to) = load(static_cast<const detail::Vector*>(copy.from));
     }
 }
 

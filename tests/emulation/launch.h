@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <deque>
 #include <exception>
 #include <memory>
 #include <string>
@@ -9,6 +10,7 @@
 #include <vector>
 
 #include "control.h"
+#include "emulation.h"
 #include "fibers.h"
 
 namespace emulation {
@@ -39,6 +41,7 @@ struct Thread {
     // Flag.
     const uint32_t* counter = nullptr;
     uint32_t value = 0;
+    std::deque<detail::Copy> copies;
     // Shuffle.
     double given = 0.0, taken = 0.0;
     int mask = 0;

@@ -196,6 +196,7 @@ class Interpreter {
             }
         }
         planes_.clear();
+        before_ = nullptr;
         for (int32_t s = instr.first_step; s < instr.first_step + instr.num_steps; ++s) {
             const Step& step = program_.steps[s];
             if (s < instr.first_step + instr.num_loads) {
@@ -203,6 +204,7 @@ class Interpreter {
                 hold(step);
             } else {
                 compute(instr, step);
+                before_ = &step;
             }
         }
     }
@@ -218,6 +220,8 @@ class Interpreter {
         for (int64_t half = 0; half < halves; ++half) {
             expect(planes_.at(step.sources[which][half]) == std::make_pair(what, half), "operation ", step.op,
                    " reads another one than ", what);
+            expect(which > 0 || !step.forwarded || before_->planes[half] == step.sources[0][half], "operation ", step.op,
+                   " takes what the step before has not computed");
         }
     }
 
@@ -276,6 +280,7 @@ class Interpreter {
     std::vector<At> at_;
     std::map<int32_t, Stores> stores_;                       // by operation that is computed
     std::map<int32_t, std::pair<int64_t, int64_t>> planes_;  // of the instruction
+    const Step* before_ = nullptr;                           // likewise, the step that was computed last
 };
 
 // Every channel of every operation belongs to one task, and so does every job.
@@ -338,26 +343,21 @@ T element(const char* data, int64_t index) {
 }
 
 // The matrix [depth][columns] of an affine instruction, read from where the program says that it lies; `bytes` of it.
-std::vector<float> unpack(const Instr& instr, const char* data, int64_t* bytes) {
+std::vector<float> unpack(const Instr& instr, cuda::Layout layout, const char* data, int64_t* bytes) {
     const int64_t columns = instr.columns;
+    const bool whole = layout == cuda::Layout::kFloat;
     std::vector<float> matrix(instr.depth * columns, 0.0f);
-    if (instr.layout != cuda::Layout::kFragments) {
-        const bool whole = instr.layout == cuda::Layout::kFloat;
-        for (std::size_t i = 0; i < matrix.size(); ++i) {
-            matrix[i] = whole ? element<float>(data, i) : from_bf16(element<uint16_t>(data, i));
-        }
-        *bytes = static_cast<int64_t>(matrix.size()) * (whole ? 4 : 2);
-        return matrix;
-    }
     const int64_t tiles = (instr.depth + 15) / 16;
     int64_t place = 0;
     for (int64_t across = 0; across < columns / 16; ++across) {
-        for (int64_t down = 0; down < tiles; ++down) {
+        for (int64_t down = 0; down < tiles; ++down, place += 256) {
             for (int64_t lane = 0; lane < 32; ++lane) {
-                for (int64_t i = 0; i < 8; ++i, ++place) {
+                for (int64_t i = 0; i < 8; ++i) {
+                    const int64_t within = whole ? (i / 4 * 32 + lane) * 4 + i % 4 : lane * 8 + i;
                     const int64_t c = 16 * across + lane / 4 + 8 * (i / 2 % 2);
                     const int64_t k = 16 * down + 2 * (lane % 4) + i % 2 + 8 * (i / 4);
-                    const float value = from_bf16(element<uint16_t>(data, place));
+                    const float value = whole ? element<float>(data, place + within)
+                                              : from_bf16(element<uint16_t>(data, place + within));
                     if (k < instr.depth) {
                         matrix[k * columns + c] = value;
                     } else {
@@ -367,7 +367,7 @@ std::vector<float> unpack(const Instr& instr, const char* data, int64_t* bytes) 
             }
         }
     }
-    *bytes = 2 * place;
+    *bytes = (whole ? 4 : 2) * place;
     return matrix;
 }
 
@@ -403,13 +403,10 @@ void check_weights(const PlanCase& plan, const Program& program, const ProgramOp
                 return c < instr.count ? instr.first + c : instr.half + instr.first + c - instr.count;
             };
             if (instr.code == Code::kAffine) {
-                const bool fragments = instr.layout == cuda::Layout::kFragments;
-                expect(instr.layout == program.layout, "an instruction of another layout");
-                expect(fragments == (options.bf16 && options.fragments && plan.shape.batch >= 8), "fragments");
-                expect(instr.columns <= cuda::max_columns(instr.layout), "too many columns");
-                expect(instr.columns % (fragments ? 16 : 8) == 0 && instr.columns >= instr.count * instr.halves,
+                expect(instr.columns <= cuda::kMostColumns, "too many columns");
+                expect(instr.columns % 16 == 0 && instr.columns >= instr.count * instr.halves,
                        "columns without padding");
-                const std::vector<float> matrix = unpack(instr, data, &bytes);
+                const std::vector<float> matrix = unpack(instr, program.layout, data, &bytes);
                 int64_t k = 0;
                 for (int32_t t = 0; t < instr.num_terms; ++t) {
                     const TermSpec& spec = plan.terms[op.first_term + t];
@@ -465,10 +462,10 @@ std::string bytes_of(const Program& program) {
 
 void test_plan(uint64_t seed) {
     const PlanCase plan = random_plan(seed);
-    const bool bf16 = seed % 3 != 0, fragments = seed % 3 == 2;
+    const bool bf16 = seed % 2 == 1;
     for (const int64_t blocks : {1, 2, 7, 40}) {
-        for (const int64_t limit : {int64_t{48} << 10, int64_t{227} << 10}) {
-            const ProgramOptions options{blocks, limit, bf16, fragments};
+        for (const int64_t limit : {int64_t{96} << 10, int64_t{227} << 10}) {
+            const ProgramOptions options{blocks, limit, bf16};
             const Program program = make(plan, options);
             expect(static_cast<int64_t>(program.blocks.size()) <= blocks, "too many blocks");
             check_slices(plan, program);
@@ -501,7 +498,7 @@ bool fails(const PlanCase& plan, const Program& program, int64_t fastest) {
 // Without one of its waits a program goes wrong in some order: few are superfluous, and the interpreter notices.
 void test_waits_are_needed() {
     const PlanCase plan = rich_plan();
-    const Program program = make(plan, {12, int64_t{227} << 10, false, false});
+    const Program program = make(plan, {12, int64_t{227} << 10, false});
     int64_t noticed = 0, all = 0;
     for (int64_t b = 0; b < static_cast<int64_t>(program.blocks.size()); ++b) {
         for (int32_t i = program.blocks[b].first_instr; i < program.blocks[b].last_instr; ++i) {
@@ -522,14 +519,14 @@ void test_waits_are_needed() {
 
 void test_memory_runs_out() {
     const PlanCase plan = rich_plan();
-    const Program program = make(plan, {4, int64_t{227} << 10, false, false});
+    const Program program = make(plan, {4, int64_t{227} << 10, false});
     // The work alone fits exactly: nothing is stationary.
-    const Program streamed = make(plan, {4, program.memory.bytes, false, false});
+    const Program streamed = make(plan, {4, program.memory.bytes, false});
     expect(streamed.shared_bytes == streamed.memory.bytes, "weights where there is no room");
     Interpreter(plan, streamed, 1).run();
-    for (const ProgramOptions& options : {ProgramOptions{4, program.memory.bytes - 1, false, false},
-                                          ProgramOptions{0, int64_t{227} << 10, false, false},
-                                          ProgramOptions{4, -1, true, true}}) {
+    for (const ProgramOptions& options : {ProgramOptions{4, program.memory.bytes - 1, false},
+                                          ProgramOptions{0, int64_t{227} << 10, false},
+                                          ProgramOptions{4, -1, true}}) {
         bool refused = false;
         try {
             make(plan, options);
@@ -582,8 +579,8 @@ PlanCase wide_plan(int64_t layers, int64_t channels) {
 void test_balance() {
     constexpr int64_t kLayers = 10, kChannels = 240, kBlocks = 7;
     const PlanCase plan = wide_plan(kLayers, kChannels);
-    for (const bool fragments : {false, true}) {
-        const Program program = make(plan, {kBlocks, int64_t{227} << 10, fragments, fragments});
+    for (const bool bf16 : {false, true}) {
+        const Program program = make(plan, {kBlocks, int64_t{227} << 10, bf16});
         int64_t most = 0, tasks = 0;
         for (const Block& block : program.blocks) {
             int64_t columns = 0;
@@ -596,11 +593,10 @@ void test_balance() {
             }
             most = std::max(most, columns);
         }
-        const int64_t step = fragments ? 16 : cuda::kSliceStep;
-        const int64_t steps = kLayers * kChannels / step;
-        expect(most == (steps + kBlocks - 1) / kBlocks * step, "a block has ", most, " of ", steps * step, " columns");
+        const int64_t steps = kLayers * kChannels / 16;
+        expect(most == (steps + kBlocks - 1) / kBlocks * 16, "a block has ", most, " of ", steps * 16, " columns");
         // At most one cut for each block beside those between layers, and those that keep slices narrow enough.
-        const int64_t cuts = kLayers * (kChannels / cuda::max_columns(program.layout));
+        const int64_t cuts = kLayers * (kChannels / cuda::kMostColumns);
         expect(tasks <= kLayers + kBlocks + cuts, tasks, " slices");
         Interpreter(plan, program, 1).run();
     }

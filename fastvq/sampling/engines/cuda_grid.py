@@ -75,8 +75,7 @@ class CudaStep:
 
     Args:
         device: where the priors' caches lie. The CPU is for extensions that run kernels there.
-        precision: of the weights; sums are float32 either way. With ``bfloat16`` and 8 samples or more, what they
-            multiply is rounded too, for matrix instructions.
+        precision: of the weights and of what they multiply; sums are float32 either way.
         blocks: of a launch, all of which have to be resident; 0 for as many as the device holds.
         shared_limit: bytes of shared memory of a block; 0 for what the device offers.
         extension: what to call instead of the compiled extension.
@@ -108,13 +107,11 @@ class CudaStep:
         self.plan, self.batch, self.device, self.precision = plan, batch, device, precision
         self.lock = threading.Lock()
         self.tables = PlanTables(plan, above=False)
-        bf16 = precision == "bfloat16"
         with on_device(device), refused_options():
             self.native = extension.make_cuda_plan(
                 *self.tables.addresses,
                 *plan_sizes(plan, batch),
-                bf16,
-                bf16,  # matrix instructions, where the batch is large enough
+                precision == "bfloat16",
                 _index(device),
                 blocks,
                 shared_limit,
