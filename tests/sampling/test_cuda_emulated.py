@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 

@@ -50,13 +50,6 @@ _GRAPH = "cuda graph"
 # In rows: what their row phase is packed as, their packed steps, and where graphs of whole grids are kept if there are
 # to be any.
 _Packed = FrontPlan | tuple[RowProducts | CompiledPlan, CudaStep, Kept | None]
-# Samples of a matrix instruction. Of fewer, the steps of a row do not round what bfloat16 weights are multiplied by.
-_ROUNDED_SAMPLES = 8
-
-
-def _computed(batch: int, options: EngineOptions) -> int:
-    """Samples of a micro-batch in rows, so many that bits do not depend on how many were asked for."""
-    return max(batch, _ROUNDED_SAMPLES) if options.precision == "bfloat16" else batch
 
 
 def why_library_rows(plan: Plan, options: EngineOptions) -> str | None:
@@ -92,7 +85,6 @@ class CudaEngine(Engine[_Packed]):
         reason = why_library_rows(plan, options)
         if reason is None:
             reason = f"a row is {row_launches(plan)} launches for what it knows beforehand and one that fills it"
-            batch = _computed(batch, options)
             kept = weight_bytes(plan, element), product_bytes(plan, batch, options.precision)
         else:
             reason = f"a row is library convolutions for what it knows beforehand ({reason}) and a launch that fills it"
@@ -104,7 +96,6 @@ class CudaEngine(Engine[_Packed]):
         plan, device, precision = kept.plan, kept.device, options.precision
         if takes_front(plan, options):
             return FrontPlan.of(kept, options)
-        batch = _computed(batch, options)
         # Micro-batches of a call differ by a sample, which is no reason to pack weights again.
         more = () if self.padded(plan, options) else ((batch + 1, precision),)
         step = kept.get(
