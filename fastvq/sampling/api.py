@@ -85,8 +85,8 @@ def sample(
         engine: ``cuda`` (cached, priors on an NVIDIA GPU), ``cpu`` (cached, C++), ``torch`` (cached, any device),
             ``naive``, or ``auto`` for the first of these that can run here, with a
             :class:`fastvq.errors.NaiveEngineWarning` where only ``naive`` can because the prior is a changed PixelSNAIL
-            or GatedPixelCNN. The ``cuda`` engine has run on a GPU in raster order, not yet along a front. All give
-            the same codes, except where a uniform number lies within float32 rounding of a boundary between two codes.
+            or GatedPixelCNN. All give the same codes, except where a uniform number lies within float32 rounding of a
+            boundary between two codes.
         start: index of the first sample; sampling 0..9 in one call or in two gives the same codes.
         micro_batch: most samples computed together, a means against memory; the default is what is fastest within the
             memory limit. The codes of a sample do not depend on it with the ``cpu`` engine, nor on threads or on the
