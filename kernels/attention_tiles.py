@@ -51,7 +51,7 @@ Choice = Callable[[int, int, torch.dtype, int, str, bool], Tiles]
 def measured(kernel: str, candidates: tuple[Tiles, ...]) -> Callable[[Rule], Choice]:
     """Makes a rule for the wider of queries and values a function of both widths that asks the table first.
 
-    A rule takes the largest of ``candidates`` that leave no register spilled, and these come largest first.
+    All candidates after the one that a rule takes can run too.
     """
 
     def make(rule: Rule) -> Choice:

@@ -27,8 +27,17 @@ from fastvq.kernels.launch import hardware, on_device
 __all__ = ["backward", "key_tiles", "query_tiles"]
 
 
-QUERY_TILES = (Tiles(128, 64, 8, 2), Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(16, 16, 8, 1))
+QUERY_TILES = (
+    Tiles(64, 64, 4, 2),
+    Tiles(64, 64, 4, 3),
+    Tiles(128, 64, 8, 2),
+    Tiles(64, 32, 8, 1),
+    Tiles(32, 32, 8, 1),
+    Tiles(16, 16, 8, 1),
+)
 KEY_TILES = (
+    Tiles(64, 64, 4, 2),
+    Tiles(64, 64, 4, 3),
     Tiles(64, 128, 8, 2),
     Tiles(32, 128, 8, 2),
     Tiles(32, 64, 8, 2),
@@ -40,9 +49,13 @@ KEY_TILES = (
 
 @measured("causal_attention_query_gradient", QUERY_TILES)
 def query_tiles(widest: int, dtype: torch.dtype, capability: int, precision: str, dropout: bool) -> Tiles:
-    """Those of QUERY_TILES that `_query_gradient_kernel` takes: the largest that leave no register spilled."""
+    """Those of QUERY_TILES that `_query_gradient_kernel` takes: the largest that leave no register spilled, but for
+    narrow heads, of which several programs on a multiprocessor hide each other's latency.
+    """
     if dtype == torch.float32:
         return Tiles(16, 16, 8, 1)
+    if widest <= 32:
+        return Tiles(64, 64, 4, 2)
     if widest <= 128:
         return Tiles(64, 32, 8, 1) if dropout and widest > 64 else Tiles(128, 64, 8, 2)
     return Tiles(32, 32, 8, 1)
@@ -50,9 +63,11 @@ def query_tiles(widest: int, dtype: torch.dtype, capability: int, precision: str
 
 @measured("causal_attention_key_gradient", KEY_TILES)
 def key_tiles(widest: int, dtype: torch.dtype, capability: int, precision: str, dropout: bool) -> Tiles:
-    """Those of KEY_TILES that `_key_value_gradient_kernel` takes, which holds two sums: the largest without spills."""
+    """Those of KEY_TILES that `_key_value_gradient_kernel` takes, which holds two sums; chosen like `query_tiles`."""
     if dtype == torch.float32:
         return Tiles(16, 32 if widest <= 64 or precision == "tf32" else 16, 8, 1)
+    if widest <= 32:
+        return Tiles(64, 64, 4, 2)
     if widest <= 64:
         return Tiles(64 if capability >= 90 else 32, 128, 8, 2)
     if widest <= 128:

@@ -12,6 +12,8 @@ D 64 then takes some 6 us (derived; measured 8.4 us).
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,7 +24,7 @@ from torch import Tensor
 from fastvq.kernels.launch import Form, Launcher, form, hardware, on_device
 from fastvq.kernels.tuning import planned, tuned
 
-__all__ = ["ema_update"]
+__all__ = ["ema_update", "ema_updates"]
 
 # Elements of a codebook that one program moves.
 _SMALL = 1 << 16
@@ -78,20 +80,34 @@ def _totals(counts_ptr, cluster_size_ptr, keep, take, num_codes, BLOCK_COUNTS: t
 
 
 @triton.jit
+def _at(address_ptr):
+    """float32 at an address, which is a multiple of 16."""
+    return tl.multiple_of(tl.load(address_ptr), 16).to(tl.pointer_type(tl.float32))
+
+
+@triton.jit
 def _update_kernel(
-    counts_ptr, sums_ptr, cluster_size_ptr, embedding_sum_ptr, embedding_ptr, wholes_ptr, unusable_ptr,
-    keep, take, eps, num_codes, width,
+    counts_ptr, sums_ptr, cluster_size_ptr, embedding_sum_ptr, embedding_ptr, addresses_ptr, wholes_ptr, unusable_ptr,
+    keep, take, eps, num_codes, width, heads,
     SKIP: tl.constexpr, SURVEY: tl.constexpr, MOVE: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_COUNTS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Program (p, head) handles every PARTS-th block of codes; with PARTS 1 it surveys and moves, else one of these."""
+    """Program (p, head) handles every PARTS-th block of codes; with PARTS 1 it surveys and moves, else one of these.
+
+    Codebooks lie side by side, or each where ``addresses`` [3, heads] says.
+    """
     part = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     counts_ptr += head * num_codes
-    cluster_size_ptr += head * num_codes
     sums_ptr += head * num_codes * width
-    embedding_sum_ptr += head * num_codes * width
-    embedding_ptr += head * num_codes * width
+    if addresses_ptr is None:
+        cluster_size_ptr += head * num_codes
+        embedding_sum_ptr += head * num_codes * width
+        embedding_ptr += head * num_codes * width
+    else:
+        cluster_size_ptr = _at(addresses_ptr + head)
+        embedding_sum_ptr = _at(addresses_ptr + heads + head)
+        embedding_ptr = _at(addresses_ptr + 2 * heads + head)
     local_k, local_d = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D)  # [BLOCK_K], [BLOCK_D]
 
     # The number of programs with something in their part that forbids to move.
@@ -157,34 +173,66 @@ def ema_update(
     skip_unusable: bool,
 ) -> None:
     """`fastvq.ops.ema_update` on contiguous float32 [H, K, D] or [K, D]; counts may be of any type of integers."""
-    if embedding.numel() == 0 and cluster_size.numel() == 0:
+    heads = embedding.shape[0] if embedding.ndim == 3 else 1
+    _update(counts, sums, (cluster_size, embedding_sum, embedding), None, heads, decay, eps, skip_unusable)
+
+
+@torch.no_grad()
+def ema_updates(
+    counts: Tensor, sums: Tensor, buffers: Sequence[Sequence[Tensor]], *, decay: float, eps: float, skip_unusable: bool
+) -> None:
+    """`ema_update` of H codebooks that lie anywhere, in as many launches as of one.
+
+    Args:
+        counts, sums: [H, K] and float32 [H, K, D], contiguous.
+        buffers: H times cluster_size [K], embedding_sum [K, D] and embedding [K, D], contiguous float32 that begins at
+            a multiple of 16 bytes.
+    """
+    places = _addresses(tuple(one.data_ptr() for several in zip(*buffers, strict=True) for one in several), sums.device)
+    _update(counts, sums, (None, None, None), places, len(buffers), decay, eps, skip_unusable)
+
+
+@functools.lru_cache(maxsize=64)
+def _addresses(places: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(places, dtype=torch.int64, device=device)
+
+
+def _update(
+    counts: Tensor,
+    sums: Tensor,
+    moved: tuple[Tensor | None, ...],
+    addresses: Tensor | None,
+    heads: int,
+    decay: float,
+    eps: float,
+    skip_unusable: bool,
+) -> None:
+    if counts.numel() == 0:
         return
-    plan = _plan(form(embedding), counts.dtype, float(decay), float(eps), skip_unusable)
-    moved = cluster_size, embedding_sum, embedding
-    with on_device(embedding.device):
-        if plan.survey is None:
-            plan.move(counts, sums, *moved, None, None)
-            return
-        heads, parts = plan.unusable
-        wholes = embedding.new_empty(heads, dtype=torch.float64)
-        unusable = embedding.new_empty((heads, parts), dtype=torch.int32)
-        plan.survey(counts, sums, *moved, wholes, unusable)
-        plan.move(counts, sums, *moved, wholes, unusable)
+    plan = _plan(form(sums), counts.dtype, addresses is None, float(decay), float(eps), skip_unusable)
+    with on_device(sums.device):
+        wholes = unusable = None
+        if plan.survey is not None:
+            wholes = sums.new_empty(heads, dtype=torch.float64)
+            unusable = sums.new_empty((heads, plan.parts), dtype=torch.int32)
+            plan.survey(counts, sums, *moved, addresses, wholes, unusable)
+        plan.move(counts, sums, *moved, addresses, wholes, unusable)
 
 
 class _Plan(NamedTuple):
-    """Launches of the survey, if it is one of its own, and of the move; codebooks, and parts that each has."""
+    """Launches of the survey, if it is one of its own, and of the move; parts that a codebook is moved in."""
 
     survey: Launcher | None
     move: Launcher
-    unusable: tuple[int, int]
+    parts: int
 
 
 @planned
-def _plan(embedding: Form, counts: torch.dtype, decay: float, eps: float, skip_unusable: bool) -> _Plan:
-    num_codes, width = embedding.shape[-2:]
-    heads = embedding.shape[0] if len(embedding.shape) == 3 else 1
-    tiles = update_tiles(num_codes, width, hardware(embedding.device).capability)
+def _plan(sums: Form, counts: torch.dtype, together: bool, decay: float, eps: float, skip_unusable: bool) -> _Plan:
+    """For sums [H, K, D] or [K, D]; counts and where codebooks lie decide what Triton compiles."""
+    num_codes, width = sums.shape[-2:]
+    heads = sums.shape[0] if len(sums.shape) == 3 else 1
+    tiles = update_tiles(num_codes, width, hardware(sums.device).capability)
     options = {
         "SKIP": skip_unusable,
         "BLOCK_K": tiles.block_k,
@@ -193,10 +241,10 @@ def _plan(embedding: Form, counts: torch.dtype, decay: float, eps: float, skip_u
         "PARTS": tiles.parts,
         "num_warps": tiles.warps,
     }
-    numbers = decay, 1.0 - decay, eps, num_codes, width
+    numbers = decay, 1.0 - decay, eps, num_codes, width, heads
     alone = tiles.parts == 1
     survey, move = (
         Launcher(_update_kernel, (tiles.parts, heads), numbers, {"SURVEY": one, "MOVE": alone or not one, **options})
         for one in (True, False)
     )
-    return _Plan(None if alone else survey, survey if alone else move, (heads, tiles.parts))
+    return _Plan(None if alone else survey, survey if alone else move, tiles.parts)

@@ -49,6 +49,23 @@ def check_is_chosen_on_a_gpu(device: str) -> None:
     assert "triton: it moves contiguous buffers" in lines
 
 
+def check_several(device: str) -> None:
+    """Codebooks that lie apart move as they do alone, to the bit; small ones, and ones that several programs move."""
+    from fastvq.ops.ema_update.options import Options
+    from fastvq.ops.ema_update.triton import triton_ema_update, triton_ema_updates
+
+    options = Options(0.9, 1e-4, True, None)
+    for shape in ((13, 5), (1030, 70)):
+        counts, sums, together = checks.case(3, *shape, device=device)
+        counts[1] = 0
+        apart = [[value[head].clone() for value in together.values()] for head in range(3)]
+        triton_ema_update(counts, sums, *together.values(), options)
+        triton_ema_updates(counts, sums, apart, options)
+        for head, buffers in enumerate(apart):
+            for name, value in zip(together, buffers, strict=True):
+                assert torch.equal(value.nan_to_num(-7), together[name][head].nan_to_num(-7))
+
+
 def check_empty(device: str) -> None:
     counts, sums, state = checks.case(1, 3, 4, device=device)
     none = {name: value[:0] for name, value in state.items()}
@@ -75,6 +92,7 @@ GROUPS: dict[str, dict[str, Check]] = {
         "autograd-is-told": on(checks.check_autograd_is_told),
         "agrees-with-the-reference": check_agrees_with_the_reference,
         "is-chosen-on-a-gpu": check_is_chosen_on_a_gpu,
+        "several": check_several,
         "empty": check_empty,
     },
 }

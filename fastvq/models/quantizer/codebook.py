@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -121,3 +122,27 @@ class Codebook:
             rows = codes if count <= depth else codes.mT
             squares = (rows @ rows.mT).square().sum((1, 2))
         return (squares / count**2 - 1 / count).mean()
+
+
+def move_alike(books: Sequence[Codebook]) -> bool:
+    """Whether codebooks [K, D] of the Euclidean metric move by averages alone, and all by the same rule."""
+    plain = all(book.embedding_sum is not None and book.revive_below <= 0 for book in books)
+    return plain and len({(book.decay, book.eps, book.sync) for book in books}) == 1
+
+
+def move_together(books: Sequence[Codebook], counts: Tensor, sums: Tensor) -> Tensor:
+    """`Codebook.move` of Q codebooks of one size that move alike, by one pass over each: counts [Q, K] and sums
+    [Q, K, D].
+    """
+    first = books[0]
+    moved: Tensor = torch.ops.fastvq.move_codebooks(
+        counts,
+        sums,
+        [book.embedding.detach() for book in books],
+        [book.cluster_size for book in books],
+        [book.embedding_sum for book in books],
+        first.decay,
+        first.eps,
+        first.sync,
+    )
+    return moved

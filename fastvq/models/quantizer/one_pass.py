@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastvq.models.quantizer.codebook import move_alike, move_together
 from fastvq.models.quantizer.vector import VectorQuantizer, perplexity
 from fastvq.models.repeated_pass import is_repetition, may_be_repeated
 from fastvq.ops.dispatch import is_batched, is_differentiated
@@ -132,8 +133,11 @@ def _move(levels: Sequence[VectorQuantizer], moving: list[bool], found: Residual
     together = counts.to(torch.promote_types(levels[0].embedding.dtype, torch.float32))
     if len(levels) > 1 and levels[0] is levels[1]:
         return levels[0].codebook.move(counts[:, None], sums.sum(0)[None], flat[None])[:, 0] if moving[0] else together
+    books = [level.codebook for level in levels]
+    if all(moving) and move_alike(books):
+        return move_together(books, counts, sums)
     used = [
-        level.codebook.move(counts[None, q : q + 1], sums[q : q + 1], flat[None])[0, 0] if moves else together[q]
-        for q, (level, moves) in enumerate(zip(levels, moving, strict=True))
+        book.move(counts[None, q : q + 1], sums[q : q + 1], flat[None])[0, 0] if moves else together[q]
+        for q, (book, moves) in enumerate(zip(books, moving, strict=True))
     ]
     return torch.stack(used)

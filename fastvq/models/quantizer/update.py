@@ -13,6 +13,8 @@ from torch import Tensor
 from fastvq.errors import ArgumentError, UnavailableError
 from fastvq.models.repeated_pass import is_repetition, refuse_repetition
 from fastvq.ops.ema_update.backends import BACKENDS
+from fastvq.ops.ema_update.options import Options
+from fastvq.ops.ema_update.triton import triton_ema_updates
 from fastvq.ops.nearest_code import nearest_code_statistics
 
 _KMEANS_VECTORS_PER_CODE = 256
@@ -151,6 +153,40 @@ def move_codebook(
     return totals
 
 
+def move_codebooks(
+    counts: Tensor,
+    sums: Tensor,
+    embeddings: list[Tensor],
+    cluster_sizes: list[Tensor],
+    embedding_sums: list[Tensor],
+    decay: float,
+    eps: float,
+    sync: bool | None,
+) -> Tensor:
+    """`move_codebook` of H codebooks of one size, which is to do nothing but average.
+
+    Args:
+        counts, sums: [H, K] and [H, K, D], of this process alone.
+
+    Returns:
+        counts added over processes, as floating point.
+    """
+    _refuse_repetition()
+    dtype = torch.promote_types(embeddings[0].dtype, torch.float32)
+    totals = counts
+    if _distributed(sync):
+        totals, sums = _over_processes(counts, sums.to(dtype), sync)
+    moved = list(zip(cluster_sizes, embedding_sums, embeddings, strict=True))
+    backends = {BACKENDS.select(None, totals, sums, *one).name for one in moved}
+    options = Options(decay, eps, True, None)
+    if backends == {"triton"} and all(tensor.data_ptr() % 16 == 0 for one in moved for tensor in one):
+        triton_ema_updates(totals, sums, moved, options)
+    else:
+        for head, one in enumerate(moved):
+            torch.ops.fastvq.ema_update(totals[head], sums[head], *one, *options)
+    return totals.to(dtype)
+
+
 def _refuse_repetition() -> None:
     """A compiled pass cannot look for its first run."""
     if is_repetition():
@@ -231,10 +267,15 @@ _library.define(
     " bool? sync) -> Tensor",
     tags=(torch.Tag.nondeterministic_seeded,),
 )
+_library.define(
+    "move_codebooks(Tensor counts, Tensor sums, Tensor(a!)[] embeddings, Tensor(b!)[] cluster_sizes,"
+    " Tensor(c!)[] embedding_sums, float decay, float eps, bool? sync) -> Tensor"
+)
 _library.define("snapshot(Tensor value, bool moves) -> Tensor")
 for _device in ("CPU", "CUDA"):
     _library.impl("start_codebook", start_codebook, _device)
     _library.impl("move_codebook", move_codebook, _device)
+    _library.impl("move_codebooks", move_codebooks, _device)
     _library.impl("snapshot", snapshot, _device)
 
 
@@ -246,6 +287,11 @@ def _(*args: object) -> None:
 @torch.library.register_fake("fastvq::move_codebook", lib=_library)
 def _(counts: Tensor, sums: Tensor, vectors: Tensor, mask: Tensor | None, embedding: Tensor, *args: object) -> Tensor:
     return counts.new_empty(counts.shape, dtype=torch.promote_types(embedding.dtype, torch.float32))
+
+
+@torch.library.register_fake("fastvq::move_codebooks", lib=_library)
+def _(counts: Tensor, sums: Tensor, embeddings: list[Tensor], *args: object) -> Tensor:
+    return counts.new_empty(counts.shape, dtype=torch.promote_types(embeddings[0].dtype, torch.float32))
 
 
 @torch.library.register_vmap("fastvq::snapshot", lib=_library)
