@@ -183,7 +183,7 @@ def _conv_kernel(
                     other = _add_products(other, negative, tap_ptrs + channels + second, mask_k, EVEN, PRECISION)
 
     finish(
-        acc, other, bias_ptr, context_ptr, residual_ptr, given_ptr, out_ptr, pre_gate_ptr,
+        acc, other, bias_ptr, context_ptr, residual_ptr, given_ptr, out_ptr, pre_gate_ptr, None,
         offs_m, image, first_n, positions, columns, PAIR, GATE, DERIVATIVE, SAMPLE_CONTEXT,
     )  # fmt: skip
 
