@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 
 from fastvq.kernels.causal_surroundings import CONCAT_ELU, activated, finish, require_countable
 from fastvq.kernels.elementary import elu_pair
-from fastvq.kernels.launch import Device, cdiv, hardware, on_device
+from fastvq.kernels.launch import Device, cdiv, hardware, launch
 from fastvq.kernels.taps import CHANNEL_MULTIPLE, Taps
 from fastvq.kernels.tuning import tuned
 
@@ -183,7 +183,7 @@ def _conv_kernel(
                     other = _add_products(other, negative, tap_ptrs + channels + second, mask_k, EVEN, PRECISION)
 
     finish(
-        acc, other, bias_ptr, context_ptr, residual_ptr, given_ptr, out_ptr, pre_gate_ptr,
+        acc, other, bias_ptr, context_ptr, residual_ptr, given_ptr, out_ptr, pre_gate_ptr, None,
         offs_m, image, first_n, positions, columns, PAIR, GATE, DERIVATIVE, SAMPLE_CONTEXT,
     )  # fmt: skip
 
@@ -220,27 +220,24 @@ def convolve(
         return product_tiles(positions, columns * half, channels, x.dtype, precision, device, max(1, kind))
 
     tiles = choose(kind, x.shape[-1])
-    with on_device(x.device):
-        repetitions = taps.count * cdiv(columns * half, tiles.block_n)
-        if kind and not is_fused(kind, repetitions, x.dtype, precision, device):
-            x, kind = activated(x, kind), 0
-            tiles = choose(kind, x.shape[-1])
-        short = -x.shape[-1] % CHANNEL_MULTIPLE
-        if short:
-            x = pad(x, (0, short))
-            weight = pad(weight.unflatten(2, (max(1, kind), -1)), (0, short)).flatten(2)
-        channels = x.shape[-1]
-        block_n = max(16, tiles.block_n // half)
-        chunks = cdiv(channels, tiles.block_k)
-        grid = (cdiv(positions, tiles.block_m) * cdiv(columns, block_n),)
-        _conv_kernel[grid](
-            x, weight, bias, context, residual, given, out, pre_gate,
-            positions, height, width, channels, columns,
-            KERNEL=taps.kernel, ABOVE=taps.above, LEFT=taps.left, TAPS=taps.count, REVERSE=reverse, PROLOGUE=kind,
-            GATE=gate, DERIVATIVE=derivative, SAMPLE_CONTEXT=sample_context, PRECISION=kernel_precision(x, precision),
-            BLOCK_M=tiles.block_m, BLOCK_N=block_n, BLOCK_K=tiles.block_k, CHUNKS=chunks,
-            EVEN=channels % tiles.block_k == 0, num_warps=tiles.warps, num_stages=tiles.stages,
-        )  # fmt: skip
+    repetitions = taps.count * cdiv(columns * half, tiles.block_n)
+    if kind and not is_fused(kind, repetitions, x.dtype, precision, device):
+        x, kind = activated(x, kind), 0
+        tiles = choose(kind, x.shape[-1])
+    short = -x.shape[-1] % CHANNEL_MULTIPLE
+    if short:
+        x = pad(x, (0, short))
+        weight = pad(weight.unflatten(2, (max(1, kind), -1)), (0, short)).flatten(2)
+    channels = x.shape[-1]
+    block_n = max(16, tiles.block_n // half)
+    launch(
+        _conv_kernel, (cdiv(positions, tiles.block_m) * cdiv(columns, block_n), 1, 1), x.device,
+        (x, weight, bias, context, residual, given, out, pre_gate), (positions, height, width, channels, columns),
+        KERNEL=taps.kernel, ABOVE=taps.above, LEFT=taps.left, TAPS=taps.count, REVERSE=reverse, PROLOGUE=kind,
+        GATE=gate, DERIVATIVE=derivative, SAMPLE_CONTEXT=sample_context, PRECISION=kernel_precision(x, precision),
+        BLOCK_M=tiles.block_m, BLOCK_N=block_n, BLOCK_K=tiles.block_k, CHUNKS=cdiv(channels, tiles.block_k),
+        EVEN=channels % tiles.block_k == 0, num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
 
 
 def kernel_precision(x: Tensor, precision: str) -> str:

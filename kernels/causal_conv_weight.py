@@ -21,7 +21,7 @@ from fastvq.kernels.causal_conv_product import (
 )
 from fastvq.kernels.causal_surroundings import ACTIVATION_KINDS, activated, nhwc, require_countable
 from fastvq.kernels.elementary import elu_pair
-from fastvq.kernels.launch import Device, cdiv, hardware, on_device
+from fastvq.kernels.launch import Device, cdiv, hardware, launch
 from fastvq.kernels.taps import CHANNEL_MULTIPLE, read_taps
 from fastvq.kernels.tuning import tuned
 
@@ -151,8 +151,7 @@ def backward_weight(
     # As many terms as there are positions, in an order that PyTorch chooses: float64 makes it irrelevant.
     bias = (grad.sum((0, 1, 2), dtype=torch.float64) if sums is None else sums).to(dtype)
     if taps.count and x.numel() and columns:
-        with on_device(x.device):
-            partial = _partial_sums(grad, x, taps.count, kind, kernel_size, taps.above, taps.left, precision)
+        partial = _partial_sums(grad, x, taps.count, kind, kernel_size, taps.above, taps.left, precision)
         # [taps, signs, channels, O]: padded columns and channels go.
         total = partial.sum(0)[..., : channels // partial.shape[2], :columns]
         weight[:, :, : taps.count] = total.permute(3, 1, 2, 0).flatten(1, 2)
@@ -178,8 +177,9 @@ def _partial_sums(
     programs = taps * cdiv(channels, tiles.block_m) * cdiv(columns, tiles.block_n)
     span, splits = split_positions(positions, programs, tiles.block_k, device.processors)
     partial = x.new_empty((splits, taps, max(1, kind), channels, columns), dtype=torch.float32)
-    _weight_kernel[(programs, splits)](
-        x, grad, partial, positions, height, width, channels, columns, span,
+    launch(
+        _weight_kernel, (programs, splits, 1), x.device,
+        (x, grad, partial), (positions, height, width, channels, columns, span),
         KERNEL=kernel, ABOVE=above, LEFT=left, PROLOGUE=kind, PRECISION=kernel_precision(x, precision),
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,
         num_warps=tiles.warps, num_stages=tiles.stages,

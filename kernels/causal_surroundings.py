@@ -74,23 +74,24 @@ def _halves(block):
 
 @triton.jit
 def finish(
-    acc, other, bias_ptr, context_ptr, residual_ptr, given_ptr, out_ptr, pre_gate_ptr,
+    acc, other, bias_ptr, context_ptr, residual_ptr, given_ptr, out_ptr, pre_gate_ptr, sums_ptr,
     offs_m, image, first_n, positions, columns,
     PAIR: tl.constexpr, GATE: tl.constexpr, DERIVATIVE: tl.constexpr, SAMPLE_CONTEXT: tl.constexpr,
 ):  # fmt: skip
     """What follows the products acc and other [M, N], for columns ``first_n`` onwards.
 
-    ``offs_m`` and ``image``, [M], say of which positions and images.
+    ``offs_m`` and ``image``, [M], say of which positions and images. Unless ``sums_ptr`` is None, sums over these
+    positions go there.
     """
     if acc.shape[1] * out_ptr.dtype.element_ty.primitive_bitwidth > _FINISHED_BITS:
         left, right = _halves(acc)  # [M, N / 2] each
         other_left, other_right = _halves(other) if PAIR else (left, right)  # [M, N / 2] each
         finish(
-            left, other_left, bias_ptr, context_ptr, residual_ptr, given_ptr, out_ptr, pre_gate_ptr,
+            left, other_left, bias_ptr, context_ptr, residual_ptr, given_ptr, out_ptr, pre_gate_ptr, sums_ptr,
             offs_m, image, first_n, positions, columns, PAIR, GATE, DERIVATIVE, SAMPLE_CONTEXT,
         )  # fmt: skip
         finish(
-            right, other_right, bias_ptr, context_ptr, residual_ptr, given_ptr, out_ptr, pre_gate_ptr,
+            right, other_right, bias_ptr, context_ptr, residual_ptr, given_ptr, out_ptr, pre_gate_ptr, sums_ptr,
             offs_m, image, first_n + acc.shape[1] // 2, positions, columns, PAIR, GATE, DERIVATIVE, SAMPLE_CONTEXT,
         )  # fmt: skip
     else:
@@ -127,6 +128,8 @@ def finish(
         if residual_ptr is not None:
             acc += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)  # [M, N]
         tl.store(out_ptr + offs, acc, mask=mask)
+        if sums_ptr is not None:
+            tl.store(sums_ptr + offs_n, tl.sum(tl.where(mask, acc, 0.0), axis=0), mask=mask_n)
 
 
 @triton.jit
@@ -187,13 +190,16 @@ def _add_part(
 
 @triton.jit
 def _join_kernel(
-    part_a_ptr, part_b_ptr, bias_ptr, context_ptr, residual_ptr, given_ptr, out_ptr, pre_gate_ptr,
+    part_a_ptr, part_b_ptr, bias_ptr, context_ptr, residual_ptr, given_ptr, out_ptr, pre_gate_ptr, sums_ptr,
     positions, height, width, columns, pitch,
     rows_a, columns_a, down_a, right_a, rows_b, columns_b, down_b, right_b,
     GATE: tl.constexpr, DERIVATIVE: tl.constexpr, SAMPLE_CONTEXT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """out [positions, columns]: `finish` of the sum of two parts of that pitch, each in its layout, or None."""
+    """out [positions, columns]: `finish` of the sum of two parts of that pitch, each in its layout, or None.
+
+    Sums of out over the positions of a block each, [..., columns], unless that is None.
+    """
     PAIR: tl.constexpr = GATE or DERIVATIVE == CONCAT_ELU
     blocks = tl.cdiv(columns, BLOCK_N)
     offs_m = tl.program_id(0) // blocks * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
@@ -213,8 +219,10 @@ def _join_kernel(
             pitch, columns, PAIR,
         )  # fmt: skip
     image = (offs_m // width // height).to(tl.int64)  # [BLOCK_M]
+    if sums_ptr is not None:
+        sums_ptr += tl.program_id(0).to(tl.int64) // blocks * columns
     finish(
-        acc, other, bias_ptr, context_ptr, residual_ptr, given_ptr, out_ptr, pre_gate_ptr,
+        acc, other, bias_ptr, context_ptr, residual_ptr, given_ptr, out_ptr, pre_gate_ptr, sums_ptr,
         offs_m, image, first_n, positions, columns, PAIR, GATE, DERIVATIVE, SAMPLE_CONTEXT,
     )  # fmt: skip
 
@@ -319,28 +327,35 @@ def join(
     pitch: int,
     around: Surroundings,
     pre_gate: Tensor | None = None,
-) -> None:
+    *,
+    summed: bool = False,
+) -> Tensor | None:
     """Fills out [B, N, H, W], and ``pre_gate`` [B, 2 N, H, W], from up to two parts, [B, rows, columns, pitch] each.
 
     All of them are channels-last; of parts memory alone matters.
+
+    Returns:
+        With ``summed`` float32 sums of out over some of its positions each, [splits, N].
     """
     batch, columns, height, width = out.shape
     positions = batch * height * width
     if positions * columns == 0:
-        return
+        return out.new_zeros((1, columns), dtype=torch.float32) if summed else None
     require_countable("x: expected positions", positions)
     (first, first_layout), (second, second_layout) = (*parts, _NOTHING, _NOTHING)[:2]
     context = around.context
     tiles = surrounding_tiles(columns, out.element_size())
-    blocks = cdiv(positions, tiles.block_m) * cdiv(columns, tiles.block_n)
+    splits = cdiv(positions, tiles.block_m)
+    sums = out.new_empty((splits, columns), dtype=torch.float32) if summed else None
     launch(
-        _join_kernel, (blocks, 1, 1), out.device,
-        (first, second, around.bias, context, around.residual, around.given, out, pre_gate),
+        _join_kernel, (splits * cdiv(columns, tiles.block_n), 1, 1), out.device,
+        (first, second, around.bias, context, around.residual, around.given, out, pre_gate, sums),
         (positions, height, width, columns, pitch, *first_layout, *second_layout),
         GATE=around.gate, DERIVATIVE=around.derivative,
         SAMPLE_CONTEXT=context is not None and context.shape[2:] != out.shape[2:],
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, num_warps=tiles.warps,
     )  # fmt: skip
+    return sums
 
 
 @torch.no_grad()

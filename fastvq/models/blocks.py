@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from fastvq.kernels.taps import CHANNEL_MULTIPLE, read_taps
 from fastvq.ops import code_conv2d, fused_causal_conv2d
+from fastvq.ops.causal_conv import gated_block
+from fastvq.ops.causal_conv.block import Step
 from fastvq.ops.causal_conv.reference import activate
 from fastvq.ops.grid import Form, Mask
 
@@ -164,14 +166,28 @@ class GatedBlock(nn.Module):
         kind: Activation | None = self.activation
         joined = None if aux is None or self.aux is None else self.aux(activate(aux, self.activation))
         shared = None if context is None or self.context is None else self.context(context)
+        first: Activation | None = None if self.legacy_skip else self.activation
         if self.legacy_skip:
             x = activate(x, self.activation)
-            h = _surrounded(self.conv1, x, context=joined)
-        else:
-            h = _surrounded(self.conv1, x, activation=kind, context=joined)
+        if x.is_cuda and not (self.training and self.dropout):
+            inner, outer = _step(self.conv1, first, joined), _step(self.conv2, kind, shared, gate=True)
+            if inner is not None and outer is not None:
+                return gated_block(x, inner, outer)
+        h = _surrounded(self.conv1, x, activation=first, context=joined)
         if self.training and self.dropout:
             h, kind = F.dropout(activate(h, self.activation), self.dropout), None
         return _surrounded(self.conv2, h, activation=kind, context=shared, gate=True, residual=x)
+
+
+def _step(conv: nn.Module, activation: Activation | None, context: Tensor | None, gate: bool = False) -> Step | None:
+    """What a convolution does within a block, or None where its module is to be called: of another kind, or hooked."""
+    if conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks or conv._backward_pre_hooks:
+        return None
+    if type(conv) is CausalConv2d:
+        return Step(conv.weight, conv.bias, context, conv.mask, conv.form, activation, gate)
+    if type(conv) is PointwiseConv2d:
+        return Step(conv.weight, conv.bias, context, "inclusive", "rows", activation, gate)
+    return None
 
 
 def _surrounded(

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from functools import partial
+from typing import Any, NamedTuple
 
+import pytest
 import torch
 from causal_conv_cases import Case, activate, by_loop, by_torch, close, normal, read_taps, surround
+from helpers import refuses
 from torch import Tensor
 from triton_helpers import Check, checked_in_both, serve
 
 from fastvq._precision import full_float32
+from fastvq.errors import ArgumentError, UnavailableError
 from fastvq.ops import fused_causal_conv2d, fused_causal_conv2d_reference
-from fastvq.ops.causal_conv import backends
+from fastvq.ops.causal_conv import backends, gated_block
+from fastvq.ops.causal_conv.block import Step
 from fastvq.ops.causal_conv.options import Options
 
 
@@ -110,6 +117,124 @@ def autocast(device: str) -> None:
             assert (mine - exact).abs().max() <= 0.02 * exact.abs().max(), name
 
 
+class Made(NamedTuple):
+    """A block's tensors and how they are used."""
+
+    kernels: tuple[int, int]
+    activations: tuple[Any, Any]
+    contexts: tuple[str | None, str | None]
+    form: Any = "rows"
+    channels: int = 5
+    hidden: int = 6
+
+    def tensors(self, device: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        wide = [2 if kind == "concat_elu" else 1 for kind in self.activations]
+        shapes = {"x": (2, self.channels, 4, 5)}
+        outs = self.hidden, 2 * self.channels
+        ins = wide[0] * self.channels, wide[1] * self.hidden
+        for name, out, depth, kernel, context in zip(("1", "2"), outs, ins, self.kernels, self.contexts, strict=True):
+            shapes |= {"weight" + name: (out, depth, kernel, kernel), "bias" + name: (out,)}
+            if context:
+                shapes["context" + name] = (2, out, *((1, 1) if context == "sample" else (4, 5)))
+        found = {name: normal(*shape, seed=seed) for seed, (name, shape) in enumerate(shapes.items())}
+        return {
+            name: (value / value[0].numel() ** 0.5 if name.startswith("weight") else value).to(device, dtype)
+            for name, value in found.items()
+        }
+
+    def steps(self, tensors: dict[str, Tensor]) -> list[Step]:
+        return [
+            Step(
+                *(tensors.get(what + name) for what in ("weight", "bias", "context")),
+                "inclusive" if kernel == 1 else "strict",
+                self.form,
+                activation,
+                name == "2",
+            )
+            for name, kernel, activation in zip(("1", "2"), self.kernels, self.activations, strict=True)
+        ]
+
+    def exact(self, tensors: dict[str, Tensor]) -> Tensor:
+        first, second = self.steps(tensors)
+        h = fused_causal_conv2d_reference(tensors["x"], residual=None, **first._asdict())
+        return fused_causal_conv2d_reference(h, residual=tensors["x"], **second._asdict())
+
+
+MADE = (
+    Made((3, 3), ("elu", "elu"), ("grid", "sample")),
+    Made((3, 1), ("concat_elu", "concat_elu"), (None, None), "symmetric"),
+    Made((1, 3), (None, "elu"), ("sample", "grid")),
+    Made((1, 1), ("elu", None), (None, "sample"), channels=16, hidden=32),
+)
+
+
+@contextlib.contextmanager
+def one_step() -> Iterator[None]:
+    """Blocks take one step wherever they are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backends, "reads_any_type", lambda *given: True)
+        yield
+
+
+def blocks(device: str) -> None:
+    """A whole block's output and gradients; of some tensors alone they are the same."""
+    for made in MADE:
+        leaves = {name: value.requires_grad_() for name, value in made.tensors(device).items()}
+        exact = {name: value.requires_grad_() for name, value in made.tensors(device, torch.float64).items()}
+        want = made.exact(exact)
+        upstream = normal(*want.shape, seed=9).to(device)
+        grads = torch.autograd.grad(want, list(exact.values()), upstream.double())
+        with one_step(), full_float32(torch.device(device)):
+            out = gated_block(leaves["x"], *made.steps(leaves))
+            assert type(out.grad_fn).__name__ == "_BlockBackward"
+            found = torch.autograd.grad(out, list(leaves.values()), upstream)
+        assert out.is_contiguous(memory_format=torch.channels_last)
+        for name, mine, right in zip(("out", *leaves), (out, *found), (want, *grads), strict=True):
+            assert (mine - right).abs().max() <= 2e-5 * right.abs().max().clamp(min=1), name
+        for names in (["x"], ["weight1"], ["bias1"], ["weight2", "bias2"], [n for n in leaves if "context" in n]):
+            some = {name: value.detach().requires_grad_(name in names) for name, value in leaves.items()}
+            if names:
+                with one_step(), full_float32(torch.device(device)):
+                    out = gated_block(some["x"], *made.steps(some))
+                    again = torch.autograd.grad(out, [some[name] for name in names], upstream)
+                for name, mine in zip(names, again, strict=True):
+                    torch.testing.assert_close(mine, found[list(leaves).index(name)], rtol=1e-5, atol=1e-5)
+
+
+def blocks_under_autocast(device: str) -> None:
+    for made in MADE:
+        leaves = {name: value.requires_grad_() for name, value in made.tensors(device).items()}
+        exact = {name: value.requires_grad_() for name, value in made.tensors(device, torch.float64).items()}
+        want = made.exact(exact)
+        upstream = normal(*want.shape, seed=9).to(device)
+        grads = torch.autograd.grad(want, list(exact.values()), upstream.double())
+        with one_step(), torch.autocast(device, BFLOAT16):
+            out = gated_block(leaves["x"], *made.steps(leaves))
+        assert type(out.grad_fn).__name__ == "_BlockBackward"
+        found = torch.autograd.grad(out, list(leaves.values()), upstream)
+        for name, mine, right in zip(("out", *leaves), (out, *found), (want, *grads), strict=True):
+            assert mine.dtype == torch.float32
+            assert (mine - right).abs().max() <= 0.03 * right.abs().max(), name
+
+
+def blocks_refuse(device: str) -> None:
+    """What does not fit, and gradients of gradients."""
+    made = MADE[0]
+    leaves = {name: value.requires_grad_() for name, value in made.tensors(device).items()}
+    with one_step(), full_float32(torch.device(device)):
+        first, second = made.steps(leaves)
+        out = gated_block(leaves["x"], first, second)
+        upstream = normal(*out.shape, seed=9).to(device)
+        want = torch.autograd.grad(out, list(leaves.values()), upstream, retain_graph=True)
+        found = torch.autograd.grad(out, list(leaves.values()), upstream, create_graph=True)
+        for mine, right in zip(found, want, strict=True):
+            torch.testing.assert_close(mine, right, rtol=1e-5, atol=1e-5)
+        with refuses(UnavailableError, "causal_conv2d: the gradient cannot be differentiated again"):
+            torch.autograd.grad(found[0].square().sum(), leaves["x"])
+        with refuses(ArgumentError, r"weight: expected shape \[O, 6, k, 3\]"):
+            gated_block(leaves["x"], first, second._replace(weight=leaves["weight1"]))
+
+
 def nothing_leaks(device: str) -> None:
     """NaN behind the mask or at later positions reaches no output, nor through gradients any input before."""
     for mask, form in (("strict", "rows"), ("inclusive", "symmetric")):
@@ -161,7 +286,17 @@ GROUPS: dict[str, dict[str, Check]] = {
     "cases": {name: partial(agrees, case) for name, case in CASES.items()},
     "memory": {
         check.__name__.replace("_", "-"): check
-        for check in (no_samples, wider_residual, autocast, nothing_leaks, poisoned_memory, only_some_gradients)
+        for check in (
+            no_samples,
+            wider_residual,
+            autocast,
+            blocks,
+            blocks_under_autocast,
+            blocks_refuse,
+            nothing_leaks,
+            poisoned_memory,
+            only_some_gradients,
+        )
     },
 }
 

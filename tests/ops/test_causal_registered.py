@@ -18,7 +18,8 @@ from triton_helpers import needs_gpu
 
 from fastvq._precision import full_float32
 from fastvq.errors import ArgumentError, ArgumentTypeError, UnavailableError
-from fastvq.models.blocks import CausalConv2d, GatedBlock
+from fastvq.models.blocks import CausalConv2d, GatedBlock, pointwise
+from fastvq.models.blocks import _step as block_step
 from fastvq.ops import (
     causal_attention,
     causal_attention_reference,
@@ -598,6 +599,41 @@ def test_gated_block_equals_its_steps(
     torch.testing.assert_close(out, want, rtol=1e-12, atol=1e-12)
     for grad, right in zip(gradients(out, inputs), gradients(want, inputs), strict=True):
         torch.testing.assert_close(grad, right, rtol=1e-11, atol=1e-12)
+
+
+@needs_gpu
+@pytest.mark.parametrize("conv", ["pointwise", "causal"])
+@pytest.mark.parametrize("activation", ["elu", "concat_elu", "legacy"])
+def test_gated_block_takes_one_step_on_a_gpu(conv: str, activation: Any) -> None:
+    legacy = activation == "legacy"
+    options: Any = {"activation": "elu" if legacy else activation, "legacy_skip": legacy}
+    block = GatedBlock(5, 6, conv=CONVS[conv], context_channels=3, aux_channels=4, dropout=0.5, **options).cuda()
+    shapes = (2, 5, 3, 4), (2, 3, 1, 1), (2, 4, 3, 4)
+    x, context, aux = (normal(*shape, seed=seed).float().cuda() for seed, shape in enumerate(shapes))
+    inputs = [x.requires_grad_(), *block.parameters()]
+    with full_float32(torch.device("cuda")):
+        assert "_Block" not in type(block(x, context, aux).grad_fn).__name__
+        block.eval()
+        out = block(x, context, aux)
+        assert type(out.grad_fn).__name__ == "_BlockBackward"
+        want = plain_block(block, x, context, aux)
+        torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-5)
+        upstream = torch.randn_like(out)
+        grads = (torch.autograd.grad(result, inputs, upstream) for result in (out, want))
+        for mine, right in zip(*grads, strict=True):
+            torch.testing.assert_close(mine, right, rtol=1e-3, atol=1e-4)
+
+
+def test_modules_with_hooks_are_called() -> None:
+    for make in (pointwise, CONVS["causal"]):
+        assert make is not None
+        conv = make(3, 4)
+        assert block_step(conv, "elu", None) is not None
+        hook = conv.register_forward_hook(lambda *given: None)
+        assert block_step(conv, "elu", None) is None
+        hook.remove()
+        assert block_step(conv, "elu", None) is not None
+    assert block_step(nn.Conv2d(3, 4, 1), "elu", None) is None
 
 
 @needs_gpu

@@ -10,6 +10,7 @@ from fastvq._nvtx import annotate
 from fastvq.errors import ArgumentError
 from fastvq.ops._registered import learns
 from fastvq.ops.causal_conv import backends, library
+from fastvq.ops.causal_conv.block import Step, one_step
 from fastvq.ops.causal_conv.options import Options
 from fastvq.ops.causal_conv.reference import causal_conv2d_reference, fused_causal_conv2d_reference
 from fastvq.ops.dispatch import is_differentiated, require_plain, runs_directly
@@ -123,6 +124,42 @@ def fused_causal_conv2d(
         x, weight, bias, context, residual, options=options, direct=direct, learns=learning
     )[0]
     return out
+
+
+def gated_block(x: Tensor, first: Step, second: Step) -> Tensor:
+    """x + gate(second(first(x))): two steps of `fused_causal_conv2d`, of which the second is gated.
+
+    Raises:
+        As `causal_conv2d`.
+    """
+    given, extras = (x, first.weight, second.weight), (first.bias, first.context, second.bias, second.context)
+    if learns(*given, *extras) and runs_directly(*given, optional=extras):
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        _check(x, first.weight, first.bias, first.context, None, first.options(dtype))
+        options = [step.options(dtype)._replace(backend=None) for step in (first, second)]
+        if all(backends.reads_any_type(x, *of) for of in zip((first.weight, second.weight), options, strict=True)):
+            if dtype is not None:
+                first, second = (
+                    step if step.context is None else step._replace(context=_cast(step.context, dtype))
+                    for step in (first, second)
+                )
+            return one_step(x, first, second, dtype, _check)
+    return _step(_step(x, first, None), second, x)
+
+
+def _step(x: Tensor, step: Step, residual: Tensor | None) -> Tensor:
+    return fused_causal_conv2d(
+        x,
+        step.weight,
+        step.bias,
+        mask=step.mask,
+        form=step.form,
+        activation=step.activation,
+        context=step.context,
+        gate=step.gate,
+        residual=residual,
+    )
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -55,10 +55,35 @@ class _Operands(NamedTuple):
     kernel: Tensor
 
 
+class Known(NamedTuple):
+    """What a block of several convolutions knows or wants beyond what one of them does.
+
+    Attributes:
+        packed: what `pack` made of the weight.
+        sums: of the gradient of the result over some of its positions each, float32 [splits, O].
+        residual: to be added to the gradient of x.
+        sums_input: whether the gradient of x is to be summed too.
+    """
+
+    packed: Tensor | None = None
+    sums: Tensor | None = None
+    residual: Tensor | None = None
+    sums_input: bool = False
+
+
 def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, context: Tensor | None, residual: Tensor | None, options: Options
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    context: Tensor | None,
+    residual: Tensor | None,
+    options: Options,
+    packed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Output, and with ``gate`` and ``keep`` what the gate is applied to, [B, O, H, W]."""
+    """Output, and with ``gate`` and ``keep`` what the gate is applied to, [B, O, H, W].
+
+    ``packed`` is what `pack` made of the weight, if it has been called.
+    """
     kernels, _ = _kernels()
     x = channels_last(x)
     batch, _, height, width = x.shape
@@ -67,7 +92,7 @@ def forward(
     whole, found = kernels.Layout(height, width), []
     plain = not options.gate and context is None and residual is None
     alone = plain and len(plan.parts) == 1 and plan.outputs == channels
-    for part, (image, kernel) in zip(plan.parts, _operands(x, weight, options, plan, dtype), strict=False):
+    for part, (image, kernel) in zip(plan.parts, _operands(x, weight, options, plan, packed), strict=False):
         if image.ndim == 4:
             found.append((channels_last(F.conv2d(image, kernel, padding=part.padding)), whole))
         elif alone:
@@ -88,36 +113,59 @@ def forward(
     return out, pre_gate
 
 
+def pack(x: Tensor, weight: Tensor, options: Options | GradientOptions) -> Tensor | None:
+    """The parts' kernels, one after the other: [O * taps, C]; None where nothing is multiplied."""
+    plan = _plan(*x.shape[2:], weight.shape, options.mask, options.form)
+    if not plan.parts or x.numel() == 0:
+        return None
+    packed: Tensor = _kernels()[1].pack(weight, plan.segments, plan.outputs, plan.depth, options.dtype or x.dtype)
+    return packed
+
+
 def backward(grad: Tensor, x: Tensor, weight: Tensor, pre_gate: Tensor | None, options: GradientOptions) -> Gradients:
     """Gradients of x, weight, bias and, with a gate, of the convolution's result; see `library.backward`."""
+    of_x, of_weight, of_bias, of_result = differentiate(grad, x, weight, pre_gate, options, Known())[0]
+    return of_x, of_weight, of_bias, None if of_result is None else channels_last(of_result)
+
+
+def differentiate(
+    grad: Tensor, x: Tensor, weight: Tensor, pre_gate: Tensor | None, options: GradientOptions, known: Known
+) -> tuple[Gradients, Tensor | None]:
+    """As `backward`, and sums of the gradient of x over some of its positions each, [splits, C], if asked for.
+
+    The gradient of the result may have gaps in memory.
+    """
     kernels, taps = _kernels()
     x = channels_last(x)
     batch, _, height, width = x.shape
     outputs, dtype = weight.shape[0], options.dtype or x.dtype
     plan = _plan(height, width, weight.shape, options.mask, options.form)
     before = None if pre_gate is None else channels_last(pre_gate)
-    result, sums = kernels.begin_backward(channels_last(grad), before, plan.outputs, dtype, summed=options.needs_weight)
+    summed = options.needs_weight and known.sums is None
+    result, sums = kernels.begin_backward(channels_last(grad), before, plan.outputs, dtype, summed=summed)
     image = _image(result, 0, (batch, plan.outputs, height, width))
     of_x = of_weight = of_bias = of_result = None
     if pre_gate is not None:
-        of_result = image if plan.outputs == outputs else channels_last(image[:, :outputs])
+        of_result = image if plan.outputs == outputs else image[:, :outputs]
     of_images: list[tuple[Tensor, Layout]] = []
     of_kernels: list[Tensor | None] = [None for _ in plan.segments]
     if options.needs_input or options.needs_weight:
-        given = _operands(x, weight, options, plan, dtype, images=options.needs_weight)
+        given = _operands(x, weight, options, plan, known.packed, images=options.needs_weight)
         for part, operands in zip(plan.parts, given, strict=False):
             of_image, of_kernel = _gradients(result, image, operands, part.padding, options)
             of_kernels[part.segment] = of_kernel
             if of_image is not None:
                 of_images.append((of_image, part.layout))
     if options.needs_weight:
-        assert sums is not None
+        sums = sums if known.sums is None else known.sums
         of_weight, of_bias = taps.unpack(of_kernels, plan.segments, plan.depth, sums, weight)
+    of_input = None
     if options.needs_input:
         of_x, kind = _empty(x, x.shape[1], x.dtype), kernels.ACTIVATION_KINDS[options.activation]
-        around = kernels.Surroundings(given=x if kind else None, derivative=kind)
-        kernels.join(of_x, of_images, plan.depth, around)
-    return of_x, of_weight, of_bias, of_result
+        residual = None if known.residual is None else channels_last(known.residual)
+        around = kernels.Surroundings(residual=residual, given=x if kind else None, derivative=kind)
+        of_input = kernels.join(of_x, of_images, plan.depth, around, summed=known.sums_input)
+    return (of_x, of_weight, of_bias, of_result), of_input
 
 
 @functools.cache
@@ -158,18 +206,18 @@ def _operands(
     weight: Tensor,
     options: Options | GradientOptions,
     plan: _Plan,
-    dtype: torch.dtype,
+    packed: Tensor | None,
     images: bool = True,
 ) -> list[_Operands]:
     """What the parts multiply, or nothing where there is nothing to multiply.
 
     ``images``: whether they are needed; the library asks for them even where only their shape matters.
     """
-    kernels, taps = _kernels()
-    if not plan.parts or x.numel() == 0:
+    kernels, _ = _kernels()
+    packed = pack(x, weight, options) if packed is None else packed
+    if packed is None:
         return []
-    batch, depth = x.shape[0], plan.depth
-    packed = taps.pack(weight, plan.segments, plan.outputs, depth, dtype)
+    batch, depth, dtype = x.shape[0], plan.depth, packed.dtype
     if images:
         spread = kernels.spread(x, kernels.ACTIVATION_KINDS[options.activation], plan.layouts, depth, dtype)
     else:
