@@ -305,8 +305,10 @@ FASTVQ_DEVICE void chain(const StepArgs& args, const BlockState& state, const In
         for (int number = threadIdx.x; number < count; number += kManyItems * kThreads) {
             chain_items<kManyItems>(args, state, instr, sums, first_sample, rows, number);
         }
-    } else if (static_cast<int>(threadIdx.x) < count) {
-        chain_items<1>(args, state, instr, sums, first_sample, rows, threadIdx.x);
+    } else {
+        for (int number = threadIdx.x; number < count; number += kThreads) {
+            chain_items<1>(args, state, instr, sums, first_sample, rows, number);
+        }
     }
 }
 

@@ -119,7 +119,8 @@ enum class Stores : int32_t {
     kRounded,  // to memory in bfloat16, if it is read at the current column alone; else as floats
 };
 
-// Items of a slice, each a channel of a sample, that a thread works on at a time; where each has one, that.
+// Items of a slice, each a channel of a sample, that a thread works on at a time; one where no thread has more, or where
+// there is no memory for the planes of many.
 constexpr int kManyItems = 4;
 constexpr bool has_many_items(int64_t count, int64_t samples) { return count * samples > kThreads; }
 
