@@ -69,6 +69,7 @@ FASTVQ_DEVICE void stage_loaded(const From* from, int64_t stride, To* to, int ro
 template <class Number>
 FASTVQ_DEVICE void stage_copied(const Number* from, int64_t stride, Number* to, int row, Walk walk) {
     constexpr int kNumbers = 16 / sizeof(Number);
+    FASTVQ_ROLLED
     for (; walk.more(); walk.go_on()) {
         copy_shared_state(to + walk.row * row + walk.vector * kNumbers,
                           from + walk.row * stride + walk.vector * kNumbers);
@@ -171,6 +172,7 @@ FASTVQ_DEVICE void affine_plain(const Instr& instr, const AffineWork& work, cons
         stage_inputs<float>(stage, first, end);
         block_barrier(Site::kPieceStaged);
         if (!active) continue;
+        FASTVQ_ROLLED
         for (; k + (kAtOnce - 1) * work.splits < end; k += kAtOnce * work.splits, weights += kAtOnce * step) {
             uint4 raw[kAtOnce];
             FASTVQ_UNROLL
@@ -180,6 +182,7 @@ FASTVQ_DEVICE void affine_plain(const Instr& instr, const AffineWork& work, cons
                 multiply_add(sums, raw[i], staged + k + i * work.splits - first, work.row, stage.rows);
             }
         }
+        FASTVQ_ROLLED
         for (; k < end; k += work.splits, weights += step) {
             multiply_add(sums, load_weights<kStationary>(weights), staged + k - first, work.row, stage.rows);
         }
@@ -240,6 +243,7 @@ FASTVQ_DEVICE void affine_fragments(const Instr& instr, const AffineWork& work, 
         stage_inputs<uint16_t>(stage, first, end);
         block_barrier(Site::kPieceStaged);
         if (!active) continue;
+        FASTVQ_ROLLED
         for (; k + (kAtOnce - 1) * work.splits < last; k += kAtOnce * work.splits) {
             uint4 raw[kAtOnce];
             FASTVQ_UNROLL
@@ -247,6 +251,7 @@ FASTVQ_DEVICE void affine_fragments(const Instr& instr, const AffineWork& work, 
             FASTVQ_UNROLL
             for (int i = 0; i < kAtOnce; ++i) multiply(raw[i], staged + (k + i * work.splits) * 16 - first);
         }
+        FASTVQ_ROLLED
         for (; k < last; k += work.splits) {
             multiply(load_weights<kStationary>(weights + k * 32), staged + k * 16 - first);
         }
