@@ -69,6 +69,7 @@ FASTVQ_DEVICE void stage_loaded(const From* from, int64_t stride, To* to, int ro
 template <class Number>
 FASTVQ_DEVICE void stage_copied(const Number* from, int64_t stride, Number* to, int row, Walk walk) {
     constexpr int kNumbers = 16 / sizeof(Number);
+    FASTVQ_ROLLED
     for (; walk.more(); walk.go_on()) {
         copy_shared_state(to + walk.row * row + walk.vector * kNumbers,
                           from + walk.row * stride + walk.vector * kNumbers);
@@ -244,6 +245,7 @@ FASTVQ_DEVICE void affine_tiles(const Instr& instr, const char* all_weights, con
         stage_inputs<Number>(stage, first, end);
         block_barrier(Site::kPieceStaged);
         if (!active) continue;
+        FASTVQ_ROLLED
         for (; k + (kAtOnce - 1) * work.splits < last; k += kAtOnce * work.splits) {
             Weights<Number> loaded[kAtOnce];
             FASTVQ_UNROLL
@@ -255,6 +257,7 @@ FASTVQ_DEVICE void affine_tiles(const Instr& instr, const char* all_weights, con
                 multiply_tile(loaded[i], staged + (k + i * work.splits) * 16 - first, stage.row, tiles, sums);
             }
         }
+        FASTVQ_ROLLED
         for (; k < last; k += work.splits) {
             const auto loaded = Weights<Number>::template load<kStationary>(weights + k * kBytes, lane);
             multiply_tile(loaded, staged + k * 16 - first, stage.row, tiles, sums);

@@ -10,17 +10,19 @@ namespace fastvq::cuda {
 // What one head of one sample reads: keys of channel d and position j at keys[d * key_stride + j], values of position j
 // at values[j * value_stride].
 struct Head {
-    const float* query;  // in shared memory, scaled
+    const float* query;
     const float *keys, *values;
     int64_t key_stride, value_stride;
     int key_width, value_width, count;
-    bool wide_keys, wide_values;  // four at a time
 };
 
-// Four neighbours, zeros from `count` on.
+// Numbers of a tile that a lane has on their way together.
+constexpr int kAhead = 16, kValuesAhead = 8;
+
+// The first `count` of four neighbours; the others are anything.
 template <bool kWide>
 FASTVQ_DEVICE float4 load_four(const float* address, int count) {
-    if constexpr (kWide) return load_shared_state(reinterpret_cast<const float4*>(address));
+    if constexpr (kWide) return load_first(reinterpret_cast<const float4*>(address), count);
     return {count > 0 ? load_shared_state(address) : 0.0f, count > 1 ? load_shared_state(address + 1) : 0.0f,
             count > 2 ? load_shared_state(address + 2) : 0.0f, count > 3 ? load_shared_state(address + 3) : 0.0f};
 }
@@ -33,62 +35,53 @@ FASTVQ_DEVICE void add_product(float4& sums, float factor, const float4& numbers
     sums.w = fmaf(factor, numbers.w, sums.w);
 }
 
-// Scores of the positions j to j + 3.
+// Keys of the positions from j on, four for each of the channels from d on.
 template <bool kWide>
-FASTVQ_DEVICE float4 score_four(const Head& head, int j) {
-    constexpr int kAtOnce = 8;
-    float4 sums = {0.0f, 0.0f, 0.0f, 0.0f};
-    for (int d = 0; d < head.key_width; d += kAtOnce) {
-        float4 keys[kAtOnce] = {};
-        FASTVQ_UNROLL
-        for (int i = 0; i < kAtOnce; ++i) {
-            if (d + i < head.key_width) {
-                keys[i] = load_four<kWide>(head.keys + (d + i) * head.key_stride + j, head.count - j);
-            }
-        }
-        FASTVQ_UNROLL
-        for (int i = 0; i < kAtOnce; ++i) {
-            if (d + i < head.key_width) add_product(sums, head.query[d + i], keys[i]);
-        }
+FASTVQ_DEVICE void load_keys(const Head& head, int d, int j, float4 (&keys)[kAhead]) {
+    const int left = head.count - j;
+    const float* place = head.keys + d * head.key_stride + j;
+    FASTVQ_UNROLL
+    for (int i = 0; i < kAhead; ++i, place += head.key_stride) {
+        if (d + i < head.key_width && left > 0) keys[i] = load_four<kWide>(place, left);
     }
-    return sums;
 }
 
-// How lanes share values: each has four channels of every `groups`-th position.
+FASTVQ_DEVICE void add_scores(const Head& head, const float* query, int d, const float4 (&keys)[kAhead], float4& sums) {
+    FASTVQ_UNROLL
+    for (int i = 0; i < kAhead; ++i) {
+        if (d + i < head.key_width) add_product(sums, query[d + i], keys[i]);
+    }
+}
+
+// How lanes share values: 2^lane_bits have four channels each of every groups-th position.
 struct ValueLanes {
-    int lanes, groups, group, channel;
+    int lane_bits, channel;
+
+    FASTVQ_DEVICE ValueLanes(int value_width, int first_channel)
+        : lane_bits(smaller(5, bits_for((value_width + 3) / 4))),
+          channel(first_channel + (threadIdx.x & ((1 << lane_bits) - 1)) * 4) {}
+    FASTVQ_DEVICE int groups() const { return 32 >> lane_bits; }
+    FASTVQ_DEVICE int group() const { return threadIdx.x % 32 >> lane_bits; }
 };
 
-FASTVQ_DEVICE ValueLanes value_lanes(int value_width, int first_channel) {
-    ValueLanes split{};
-    split.lanes = smaller(32, power_of_two((value_width + 3) / 4));
-    split.groups = 32 / split.lanes;
-    const int lane = threadIdx.x % 32;
-    split.group = lane / split.lanes;
-    split.channel = first_channel + lane % split.lanes * 4;
-    return split;
+// Values of every groups-th position of the tile from `first` on, `base` being the first of them.
+template <bool kWide>
+FASTVQ_DEVICE void load_values(const Head& head, const ValueLanes& split, int first, int base, float4 (&values)[kValuesAhead]) {
+    const int length = smaller(kTile, head.count - first), channels = head.value_width - split.channel;
+    const float* place = head.values + (first + base) * head.value_stride + split.channel;
+    FASTVQ_UNROLL
+    for (int i = 0; i < kValuesAhead; ++i, place += split.groups() * head.value_stride) {
+        if (base + i * split.groups() < length && channels > 0) values[i] = load_four<kWide>(place, channels);
+    }
 }
 
-// Adds the values of the tile from `first` on, times its weights.
-template <bool kWide>
-FASTVQ_DEVICE void weigh_tile(const Head& head, const ValueLanes& split, const float* weights, int first,
-                              float4& sums) {
-    constexpr int kAtOnce = 8;
+FASTVQ_DEVICE void add_values(const Head& head, const ValueLanes& split, const float* weights, int first, int base,
+                              const float4 (&values)[kValuesAhead], float4& sums) {
     const int length = smaller(kTile, head.count - first), channels = head.value_width - split.channel;
-    for (int base = split.group; base < length; base += kAtOnce * split.groups) {
-        float4 values[kAtOnce] = {};
-        FASTVQ_UNROLL
-        for (int i = 0; i < kAtOnce; ++i) {
-            const int place = base + i * split.groups;
-            if (place < length && channels > 0) {
-                values[i] = load_four<kWide>(head.values + (first + place) * head.value_stride + split.channel, channels);
-            }
-        }
-        FASTVQ_UNROLL
-        for (int i = 0; i < kAtOnce; ++i) {
-            const int place = base + i * split.groups;
-            if (place < length && channels > 0) add_product(sums, weights[place], values[i]);
-        }
+    FASTVQ_UNROLL
+    for (int i = 0; i < kValuesAhead; ++i) {
+        const int place = base + i * split.groups();
+        if (place < length && channels > 0) add_product(sums, weights[place], values[i]);
     }
 }
 
@@ -97,18 +90,39 @@ FASTVQ_DEVICE float over_warp(float value, int first_mask) {
     return value;
 }
 
+// The query, by a warp for itself, scaled.
+FASTVQ_DEVICE void load_query(const Head& head, float* query) {
+    const float scale = 1.0f / sqrtf(static_cast<float>(head.key_width));
+    FASTVQ_ROLLED
+    for (int d = threadIdx.x % 32; d < head.key_width; d += 32) query[d] = load_shared_state(head.query + d) * scale;
+    warp_barrier();
+}
+
 // By a warp: the largest score of a strand, the sum of its weights exp(score - largest), and the sums of its values of
-// up to 128 channels from `first_channel` on. `weights`: of the warp alone.
-FASTVQ_DEVICE void attend_strand(const Head& head, int strand, int first_channel, float* weights, float* result) {
+// up to 128 channels from `first_channel` on. `query`, `weights`: of the warp alone; the query is loaded if it is `fresh`.
+template <bool kWideKeys, bool kWideValues>
+FASTVQ_DEVICE void attend_strand(const Head& head, int strand, int first_channel, bool fresh, float* query,
+                                 float* weights, float* result) {
     const int lane = threadIdx.x % 32;
-    const ValueLanes split = value_lanes(head.value_width, first_channel);
+    const ValueLanes split(head.value_width, first_channel);
     float largest = -INFINITY, total = 0.0f;
     float4 sums = {0.0f, 0.0f, 0.0f, 0.0f};
+    float4 keys[kAhead] = {}, values[kValuesAhead] = {};
+    load_keys<kWideKeys>(head, 0, strand * kTile + 4 * lane, keys);
+    FASTVQ_ROLLED
     for (int first = strand * kTile; first < head.count; first += kStrands * kTile) {
         const int j = first + 4 * lane, left = head.count - j;
-        const float4 found = left <= 0                      ? float4{0.0f, 0.0f, 0.0f, 0.0f}
-                             : head.wide_keys && left >= 4 ? score_four<true>(head, j)
-                                                            : score_four<false>(head, j);
+        load_values<kWideValues>(head, split, first, split.group(), values);
+        if (fresh) load_query(head, query);
+        fresh = false;
+        float4 found = {0.0f, 0.0f, 0.0f, 0.0f};
+        add_scores(head, query, 0, keys, found);
+        FASTVQ_ROLLED
+        for (int d = kAhead; d < head.key_width; d += kAhead) {
+            load_keys<kWideKeys>(head, d, j, keys);
+            add_scores(head, query, d, keys, found);
+        }
+        load_keys<kWideKeys>(head, 0, j + kStrands * kTile, keys);
         const float scores[4] = {found.x, found.y, found.z, found.w};
         float most = largest;
         FASTVQ_UNROLL
@@ -128,53 +142,67 @@ FASTVQ_DEVICE void attend_strand(const Head& head, int strand, int first_channel
         }
         warp_barrier();
         sums = {sums.x * factor, sums.y * factor, sums.z * factor, sums.w * factor};
-        if (head.wide_values) {
-            weigh_tile<true>(head, split, weights, first, sums);
-        } else {
-            weigh_tile<false>(head, split, weights, first, sums);
+        add_values(head, split, weights, first, split.group(), values, sums);
+        const int step = kValuesAhead * split.groups();
+        FASTVQ_ROLLED
+        for (int base = split.group() + step; base < kTile; base += step) {
+            load_values<kWideValues>(head, split, first, base, values);
+            add_values(head, split, weights, first, base, values, sums);
         }
         warp_barrier();
     }
     total = over_warp(total, 1);
-    const float channels[4] = {over_warp(sums.x, split.lanes), over_warp(sums.y, split.lanes),
-                               over_warp(sums.z, split.lanes), over_warp(sums.w, split.lanes)};
+    const float channels[4] = {over_warp(sums.x, 1 << split.lane_bits), over_warp(sums.y, 1 << split.lane_bits),
+                               over_warp(sums.z, 1 << split.lane_bits), over_warp(sums.w, 1 << split.lane_bits)};
     if (lane == 0) {
         result[0] = largest;
         result[1] = total;
     }
-    if (split.group > 0) return;
+    if (split.group() > 0) return;
     FASTVQ_UNROLL
     for (int i = 0; i < 4; ++i) {
         if (split.channel + i < head.value_width) result[2 + split.channel + i] = channels[i];
     }
 }
 
+// A job's strands in order: the largest score of all, the sum of weights and that of values of channel e.
+FASTVQ_DEVICE float over_strands(const float* results, int result_size, int strands, int e) {
+    float most[kStrands], factors[kStrands], largest = -INFINITY, total = 0.0f, sum = 0.0f;
+    FASTVQ_UNROLL
+    for (int s = 0; s < kStrands; ++s) {
+        most[s] = s < strands ? results[s * result_size] : -INFINITY;
+        largest = most[s] > largest ? most[s] : largest;
+    }
+    FASTVQ_UNROLL
+    for (int s = 0; s < kStrands; ++s) factors[s] = expf(most[s] - largest);
+    FASTVQ_UNROLL
+    for (int s = 0; s < kStrands; ++s) {
+        if (s >= strands) continue;
+        const float* strand = results + s * result_size;
+        total = fmaf(factors[s], strand[1], total);
+        sum = fmaf(factors[s], strand[2 + e], sum);
+    }
+    return sum / total;
+}
+
 FASTVQ_DEVICE void attend(const StepArgs& args, const BlockState& state, const Instr& instr) {
     const HeldStep* held = steps_of(state, instr);
-    const DeviceView queries = held[0].view, keys = held[1].view, values = held[2].view, out = held[3].view;
     const int count = args.row * args.width + state.column + (instr.inclusive ? 1 : 0);
-    const int num_jobs = instr.last_job - instr.first_job;
-    const AttendWork work = attend_work(num_jobs, instr.key_width, instr.value_width);
-    const int result_size = 2 + instr.value_width, strands = smaller(kStrands, (count + kTile - 1) / kTile);
-    auto* scaled = reinterpret_cast<float*>(state.work);
-    auto* weights = reinterpret_cast<float*>(state.work + work.weights);
+    const int strands = smaller(kStrands, (count + kTile - 1) / kTile);
+    // What is the same for all jobs is read from shared memory again: registers are for what is on its way.
+    const AttendWork& work = instr.attend;
     auto* results = reinterpret_cast<float*>(state.work + work.strands);
-    const float scale = 1.0f / sqrtf(static_cast<float>(instr.key_width));
-    const int warp = threadIdx.x / 32, team = kWarps / work.jobs;
-    for (int done = 0; done < num_jobs; done += work.jobs) {
-        const int first = instr.first_job + done, now = smaller(work.jobs, num_jobs - done);
-        for (int item = threadIdx.x; item < now * instr.key_width; item += kThreads) {
-            const int job = item / instr.key_width, d = item - job * instr.key_width;
-            const int sample = (first + job) / instr.heads, head = (first + job) % instr.heads;
-            const float* query = vectors_at(queries, state.column) + sample * queries.batch_stride;
-            scaled[item] = load_shared_state(query + head * instr.key_width + d) * scale;
-        }
-        block_barrier(Site::kAttendQuery);
-        const int job = warp / team;
-        if (job < now) {
-            const int sample = (first + job) / instr.heads, number = (first + job) % instr.heads;
+    for (int first = instr.first_job; first < instr.last_job; first += work.jobs) {
+        if (first > instr.first_job) block_barrier(Site::kAttendUsed);
+        const int team_bits = bits_for(kWarps) - work.job_bits;
+        const int warp = threadIdx.x / 32, job = warp >> team_bits;
+        if (first + job < instr.last_job) {
+            auto* query = reinterpret_cast<float*>(state.work) + warp * instr.key_width;
+            auto* weights = reinterpret_cast<float*>(state.work + work.weights) + warp * kTile;
+            const int sample = (first + job) / instr.heads, number = (first + job) - sample * instr.heads;
+            const DeviceView &queries = held[0].view, &keys = held[1].view, &values = held[2].view;
             Head head{};
-            head.query = scaled + job * instr.key_width;
+            head.query = vectors_at(queries, state.column) + sample * queries.batch_stride + number * instr.key_width;
             head.keys = keys.data + sample * keys.batch_stride + int64_t{number} * instr.key_width * args.key_stride;
             // Values begin at the first position of the grid, the view at that of the row.
             head.values = values.data - int64_t{args.row} * args.width * values.column_stride +
@@ -184,33 +212,33 @@ FASTVQ_DEVICE void attend(const StepArgs& args, const BlockState& state, const I
             head.key_width = instr.key_width;
             head.value_width = instr.value_width;
             head.count = count;
-            head.wide_keys = reinterpret_cast<uintptr_t>(head.keys) % 16 == 0 && args.key_stride % 4 == 0;
-            head.wide_values = reinterpret_cast<uintptr_t>(head.values) % 16 == 0 && head.value_stride % 4 == 0 &&
-                               instr.value_width % 4 == 0;
-            for (int strand = warp % team; strand < strands; strand += team) {
-                float* result = results + (job * kStrands + strand) * result_size;
+            const bool wide_keys = reinterpret_cast<uintptr_t>(head.keys) % 16 == 0 && args.key_stride % 4 == 0;
+            const bool wide_values = reinterpret_cast<uintptr_t>(head.values) % 16 == 0 &&
+                                     head.value_stride % 4 == 0 && instr.value_width % 4 == 0;
+            FASTVQ_ROLLED
+            for (int strand = warp & ((1 << team_bits) - 1); strand < strands; strand += 1 << team_bits) {
+                const bool fresh = strand < 1 << team_bits;
+                float* result = results + (job * kStrands + strand) * (2 + instr.value_width);
+                FASTVQ_ROLLED
                 for (int channel = 0; channel < instr.value_width; channel += 128) {
-                    attend_strand(head, strand, channel, weights + warp * kTile, result);
+                    if (wide_keys && wide_values) {
+                        attend_strand<true, true>(head, strand, channel, fresh && channel == 0, query, weights, result);
+                    } else {
+                        attend_strand<false, false>(head, strand, channel, fresh && channel == 0, query, weights,
+                                                    result);
+                    }
                 }
             }
         }
         block_barrier(Site::kAttendStrands);
+        const int now = smaller(work.jobs, instr.last_job - first), result_size = 2 + instr.value_width;
         for (int item = threadIdx.x; item < now * instr.value_width; item += kThreads) {
-            const int which = item / instr.value_width, e = item - which * instr.value_width;
+            const int which = now == 1 ? 0 : item / instr.value_width, e = item - which * instr.value_width;
             const float* result = results + which * kStrands * result_size;
-            float largest = -INFINITY, total = 0.0f, sum = 0.0f;
-            for (int s = 0; s < strands; ++s) {
-                largest = result[s * result_size] > largest ? result[s * result_size] : largest;
-            }
-            for (int s = 0; s < strands; ++s) {
-                const float* strand = result + s * result_size;
-                const float factor = expf(strand[0] - largest);
-                total = fmaf(factor, strand[1], total);
-                sum = fmaf(factor, strand[2 + e], sum);
-            }
-            const int sample = (first + which) / instr.heads, head = (first + which) % instr.heads;
+            const int sample = (first + which) / instr.heads, head = (first + which) - sample * instr.heads;
+            const DeviceView& out = held[3].view;
             float* place = vectors_at(out, state.column) + sample * out.batch_stride + head * instr.value_width + e;
-            store_shared_state(place, count > 0 ? sum / total : 0.0f);
+            store_shared_state(place, count > 0 ? over_strands(result, result_size, strands, e) : 0.0f);
         }
     }
 }

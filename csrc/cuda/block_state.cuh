@@ -7,12 +7,11 @@
 namespace fastvq::cuda {
 
 struct BlockState {
-    // In shared memory; program numbers of waits, terms and steps lead to these with what `block` says they begin at.
+    // In shared memory; instructions count waits, terms and steps from the block's first.
     const Instr* instrs;
     const HeldStep* steps;
     const HeldTerm* terms;
     const Wait* waits;
-    Block block;
     const char* stationary;
     char* work;
     float* planes;
@@ -21,7 +20,7 @@ struct BlockState {
 };
 
 FASTVQ_DEVICE const HeldStep* steps_of(const BlockState& state, const Instr& instr) {
-    return state.steps + (instr.first_step - state.block.first_step);
+    return state.steps + instr.first_step;
 }
 
 // The vector of sample b at data + b * batch_stride.
@@ -61,7 +60,13 @@ FASTVQ_DEVICE BlockState hold_program(const StepArgs& args, const Block& block, 
     auto* steps = reinterpret_cast<HeldStep*>(program + held.steps);
     auto* terms = reinterpret_cast<HeldTerm*>(program + held.terms);
     auto* waits = reinterpret_cast<Wait*>(program + held.waits);
-    copy_words(instrs, args.instrs + block.first_instr, block.last_instr - block.first_instr);
+    for (int i = threadIdx.x; i < block.last_instr - block.first_instr; i += kThreads) {
+        Instr instr = args.instrs[block.first_instr + i];
+        instr.first_wait -= block.first_wait;
+        instr.first_term -= block.first_term;
+        instr.first_step -= block.first_step;
+        instrs[i] = instr;
+    }
     copy_words(waits, args.waits + block.first_wait, block.last_wait - block.first_wait);
     for (int s = threadIdx.x; s < block.last_step - block.first_step; s += kThreads) {
         Step step = args.steps[block.first_step + s];
@@ -74,14 +79,14 @@ FASTVQ_DEVICE BlockState hold_program(const StepArgs& args, const Block& block, 
     for (int t = threadIdx.x; t < block.last_term - block.first_term; t += kThreads) {
         terms[t] = hold_term(args.terms[block.first_term + t], args.values, samples);
     }
-    return {instrs, steps, terms, waits, block, shared, memory, reinterpret_cast<float*>(memory + args.memory.planes),
+    return {instrs, steps, terms, waits, shared, memory, reinterpret_cast<float*>(memory + args.memory.planes),
             reinterpret_cast<Segment*>(memory + args.memory.segments), 0};
 }
 
 // By other warps than the one that waits, if there are any.
 FASTVQ_DEVICE void find_segments(const BlockState& state, const Instr& instr) {
     for (int t = kThreads - 1 - static_cast<int>(threadIdx.x); t < instr.num_terms; t += kThreads) {
-        const HeldTerm& held = state.terms[instr.first_term - state.block.first_term + t];
+        const HeldTerm& held = state.terms[instr.first_term + t];
         const Term& term = held.term;
         const float* place = vectors_at(held.view, state.column + term.first_column);
         const int64_t skipped = place - held.view.data;

@@ -68,6 +68,7 @@ struct Sums {
             int places[kItems];
             FASTVQ_UNROLL
             for (int i = 0; i < kItems; ++i) places[i] = place(0, items.row[i], items.c[i] + h * half);
+            FASTVQ_ROLLED
             for (int part = 0; part < parts; part += kAtOnce) {
                 float numbers[kAtOnce][kItems] = {};
                 FASTVQ_UNROLL
@@ -120,6 +121,7 @@ FASTVQ_DEVICE void load_planes(const BlockState& state, const Instr& instr, int 
                                const Items<kItems>& items) {
     constexpr int kAtOnce = kItems > 1 ? 2 : 4;  // steps whose loads are on their way together
     const HeldStep* steps = steps_of(state, instr);
+    FASTVQ_ROLLED
     for (int base = first; base < last; base += kAtOnce) {
         Pair loaded[kAtOnce][kItems] = {};
         FASTVQ_UNROLL
@@ -164,6 +166,7 @@ FASTVQ_DEVICE void look_up(const StepArgs& args, const BlockState& state, const 
     const auto* table = reinterpret_cast<const float*>(args.weights + step.weights);
     const int64_t* codes = args.codes + state.column - taps;
     const int first_tap = larger(0, taps - state.column);  // the ones before stand left of the grid
+    FASTVQ_ROLLED
     for (int tap = first_tap; tap < taps; tap += kAtOnce) {
         int64_t code[kAtOnce][kItems];
         Pair part[kAtOnce][kItems] = {};
@@ -285,6 +288,7 @@ FASTVQ_DEVICE void chain_items(const StepArgs& args, const BlockState& state, co
     load_planes(state, instr, begun ? instr.num_early : 0, instr.num_loads, items);
     Pair values[kItems] = {};
     HeldStep next = steps[instr.num_loads];
+    FASTVQ_ROLLED
     for (int s = instr.num_loads; s < instr.num_steps; ++s) {
         const HeldStep held = next;
         next = steps[smaller(s + 1, instr.num_steps - 1)];
@@ -303,8 +307,10 @@ FASTVQ_DEVICE void chain(const StepArgs& args, const BlockState& state, const In
         for (int number = threadIdx.x; number < count; number += kManyItems * kThreads) {
             chain_items<kManyItems>(args, state, instr, sums, first_sample, rows, number);
         }
-    } else if (static_cast<int>(threadIdx.x) < count) {
-        chain_items<1>(args, state, instr, sums, first_sample, rows, threadIdx.x);
+    } else {
+        for (int number = threadIdx.x; number < count; number += kThreads) {
+            chain_items<1>(args, state, instr, sums, first_sample, rows, number);
+        }
     }
 }
 

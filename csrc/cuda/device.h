@@ -14,8 +14,10 @@
 #define FASTVQ_DEVICE __device__ __forceinline__
 #if defined(__CUDACC__)
 #define FASTVQ_UNROLL _Pragma("unroll")
+#define FASTVQ_ROLLED _Pragma("unroll 1")
 #else
 #define FASTVQ_UNROLL
+#define FASTVQ_ROLLED
 #endif
 
 namespace fastvq::cuda {
@@ -34,8 +36,8 @@ enum class Site : int {
     kPieceUsed,
     kPartialsWritten,
     kPartialsUsed,
-    kAttendQuery,
     kAttendStrands,
+    kAttendUsed,
     kDrawMax,
     kDrawRanks,
     kDrawSorted,
@@ -66,6 +68,12 @@ FASTVQ_DEVICE T load_shared_state(const T* address) {
 template <class T>
 FASTVQ_DEVICE void store_shared_state(T* address, T value) {
     emulation::store(address, value);
+}
+// The first `count` of four numbers of shared state; the others are anything.
+FASTVQ_DEVICE float4 load_first(const float4* address, int count) {
+    const auto* numbers = reinterpret_cast<const float*>(address);
+    const auto one = [&](int i) { return i < count ? emulation::load(numbers + i) : NAN; };
+    return {one(0), one(1), one(2), one(3)};
 }
 // Starts a copy of 16 bytes to shared memory, which is done after wait_for_copies by the same thread.
 FASTVQ_DEVICE void copy_shared_state(void* to, const void* from) { emulation::copy_later(to, from); }
@@ -124,6 +132,8 @@ template <class T>
 FASTVQ_DEVICE void store_shared_state(T* address, T value) {
     __stcg(address, value);
 }
+
+FASTVQ_DEVICE float4 load_first(const float4* address, int) { return __ldcg(address); }
 
 FASTVQ_DEVICE void copy_shared_state(void* to, const void* from) {
     const auto shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));

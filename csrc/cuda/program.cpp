@@ -149,7 +149,8 @@ class Planner {
             }
             instr.affine = affine_work(program_.layout, instr.columns, instr.depth, narrow(shape_.batch));
         }
-        most_planes_ = std::max(most_planes_, chain.planes * (instr.many_items ? kManyItems : 1));
+        most_planes_ = std::max(most_planes_, chain.planes);
+        planes_of_many_ = std::max(planes_of_many_, chain.planes * (instr.many_items ? kManyItems : 1));
         push(instr, chain.steps);
     }
 
@@ -171,18 +172,28 @@ class Planner {
     }
 
     void divide_memory() {
-        BlockMemory& memory = program_.memory;
-        for (const Instr& instr : program_.instrs) {
-            memory.planes = std::max(memory.planes, aligned(work_bytes(instr, shape_)));
-        }
-        memory.segments = memory.planes + int64_t{most_planes_} * kThreads * 4;
-        memory.program = memory.segments + aligned(kMaxTerms * sizeof(Segment));
-        for (const Block& block : program_.blocks) {
-            memory.bytes = std::max(memory.bytes, memory.program + held_program(block).bytes);
+        divide_memory(planes_of_many_);
+        const BlockMemory& memory = program_.memory;
+        if (memory.bytes > options_.shared_limit) {
+            for (Instr& instr : program_.instrs) instr.many_items = 0;
+            divide_memory(most_planes_);
         }
         if (memory.bytes > options_.shared_limit) {
             throw std::invalid_argument("shared memory: a block works on " + std::to_string(memory.bytes) +
                                         " bytes, but may have only " + std::to_string(options_.shared_limit));
+        }
+    }
+
+    void divide_memory(int64_t planes) {
+        BlockMemory& memory = program_.memory;
+        memory = {};
+        for (const Instr& instr : program_.instrs) {
+            memory.planes = std::max(memory.planes, aligned(work_bytes(instr, shape_)));
+        }
+        memory.segments = memory.planes + planes * kThreads * 4;
+        memory.program = memory.segments + aligned(kMaxTerms * sizeof(Segment));
+        for (const Block& block : program_.blocks) {
+            memory.bytes = std::max(memory.bytes, memory.program + held_program(block).bytes);
         }
     }
 
@@ -315,7 +326,7 @@ class Planner {
     const std::vector<Stores> stores_;
     Program program_{};
     std::vector<std::vector<Chain>> chains_;       // by unit and group
-    int32_t most_planes_ = 0;
+    int32_t most_planes_ = 0, planes_of_many_ = 0;  // where threads work on one item, or on many
     std::vector<std::vector<int64_t>> own_tasks_;  // by block and unit
     std::vector<Known> known_after_;               // by unit, once it is done
 };

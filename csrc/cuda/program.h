@@ -119,7 +119,8 @@ enum class Stores : int32_t {
     kRounded,  // to memory in bfloat16, if it is read at the current column alone; else as floats
 };
 
-// Items of a slice, each a channel of a sample, that a thread works on at a time; where each has one, that.
+// Items of a slice, each a channel of a sample, that a thread works on at a time; one where no thread has more, or where
+// there is no memory for the planes of many.
 constexpr int kManyItems = 4;
 constexpr bool has_many_items(int64_t count, int64_t samples) { return count * samples > kThreads; }
 
@@ -200,22 +201,23 @@ FASTVQ_HOST_DEVICE constexpr AffineWork affine_work(Layout layout, int columns, 
 // Attention. A job's positions are cut into tiles of kTile, and tile t belongs to strand t % kStrands of the job. A warp
 // works through a strand with sums of its own; those of the strands are put together at the end, in their order. So the
 // order of all sums is the same however many warps share a job: `jobs` are worked on at once, kWarps / jobs warps each.
-//     query: float [jobs][key_width], at 0; weights: float [kWarps][kTile]; strands: float [jobs][kStrands][2 + value
+//     query: float [kWarps][key_width], at 0; weights: float [kWarps][kTile]; strands: float [jobs][kStrands][2 + value
 //     width], the largest score, the sum of weights, and the weighted sum of values.
 constexpr int kTile = 128;
 constexpr int kStrands = 8;
 constexpr int kAttendBytes = 32 << 10;  // as many jobs at once as fit, or one
 
 struct AttendWork {
-    int jobs;
+    int jobs, job_bits;  // 2^job_bits
     int64_t weights, strands;  // byte offsets
     int64_t bytes;
 };
 
 FASTVQ_HOST_DEVICE constexpr AttendWork attend_work(int num_jobs, int key_width, int value_width) {
     AttendWork work{};
-    for (work.jobs = smaller(kWarps, power_of_two(num_jobs));; work.jobs /= 2) {
-        work.weights = round_up(work.jobs * key_width, 4) * 4;
+    for (work.job_bits = smaller(bits_for(kWarps), bits_for(num_jobs));; --work.job_bits) {
+        work.jobs = 1 << work.job_bits;
+        work.weights = round_up(kWarps * key_width, 4) * 4;
         work.strands = work.weights + kWarps * kTile * 4;
         work.bytes = work.strands + round_up(work.jobs * kStrands * (2 + value_width), 4) * int64_t{4};
         if (work.jobs == 1 || work.bytes <= kAttendBytes) return work;

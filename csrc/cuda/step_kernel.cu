@@ -24,10 +24,9 @@ FASTVQ_DEVICE void wait_for(const StepArgs& args, const Wait& wait, int column, 
 }
 
 // Each wait by another thread, so that they last no longer than one.
-// Each wait by another thread, so that they last no longer than one.
 FASTVQ_DEVICE void wait_for_sources(const StepArgs& args, const BlockState& state, const Instr& instr) {
     for (int w = threadIdx.x; w < instr.num_waits; w += kThreads) {
-        wait_for(args, state.waits[instr.first_wait - state.block.first_wait + w], state.column, Site::kWaitSources);
+        wait_for(args, state.waits[instr.first_wait + w], state.column, Site::kWaitSources);
     }
 }
 
