@@ -59,7 +59,7 @@ def by_loop(x: Tensor, weight: Tensor, mask: str, form: str) -> Tensor:
 def by_torch(x: Tensor, weight: Tensor, mask: str, form: str) -> Tensor:
     """The same by PyTorch's operator with zeros for masked weights, in the type of its arguments."""
     kernel, up = weight.shape[-1], above(weight.shape[-1], form)
-    weight = torch.where(read_taps(kernel, mask, form), weight, 0)
+    weight = torch.where(read_taps(kernel, mask, form).to(weight.device), weight, 0)
     left = kernel // 2
     return F.conv2d(F.pad(x, (left, kernel - 1 - left, up, kernel - 1 - up)), weight)
 
@@ -111,17 +111,18 @@ def surround(case: Case, made: dict[str, Tensor], out: Tensor) -> Tensor:
     return out + made["residual"] if case.residual else out
 
 
-def close(name: str, got: Tensor, want: Tensor, peer: Tensor) -> None:
-    """Asserts that the largest error is at most twice the peer's, and half a unit of the largest value.
+def close(name: str, got: Tensor, want: Tensor, *peers: Tensor) -> None:
+    """Asserts that the largest error is at most twice the worst peer's, and half a unit of the largest value.
 
     Results lie on a grid of such units, which moves either error by as much, whatever the sums before.
     """
     assert got.shape == want.shape, name
-    assert got.dtype == peer.dtype, name
+    assert got.dtype == peers[0].dtype, name
     if want.numel() == 0:
         return
-    error, theirs = ((value.detach().cpu().double() - want).abs().max() for value in (got, peer))
+    error, *others = ((value.detach().cpu().double() - want).abs().max() for value in (got, *peers))
+    theirs = torch.stack(others).max()
     # Where PyTorch happens to be exact, one rounding of the result is still allowed.
-    least = want.abs().max() * torch.finfo(peer.dtype).eps / 2
+    least = want.abs().max() * torch.finfo(got.dtype).eps / 2
     allowed = 2 * torch.maximum(theirs, least) + least
     assert error <= allowed, f"{name}: {error:.2e}, PyTorch {theirs:.2e}, allowed {allowed:.2e}"

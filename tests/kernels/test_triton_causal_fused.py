@@ -32,21 +32,25 @@ def run(case: Case, made: dict[str, Tensor], grad: Tensor, backend: str = "fused
 
 
 def agrees(case: Case, device: str) -> None:
-    """Output and all gradients; peers are PyTorch's operators, one after the other, in the same type."""
+    """Output and all gradients; peers are PyTorch's operators, one after the other, in the same type, here and on
+    the device, whose library has other ways to add.
+    """
     made = case.tensors()
     channels = case.out // 2 if case.gate else case.out
     grad = normal(case.shape[0], channels, *case.shape[2:], seed=5, dtype=case.dtype)
     results = []
-    for convolve, dtype in ((by_loop, torch.float64), (by_torch, case.dtype)):
-        leaves = {name: value.to(dtype).requires_grad_() for name, value in made.items()}
-        product = convolve(activate(leaves["x"], case.activation), leaves["weight"], case.mask, case.form)
-        out = surround(case, leaves, product)
-        grads = torch.autograd.grad(out, list(leaves.values()), grad.to(dtype), materialize_grads=True)
+    places = ((by_loop, torch.float64, "cpu"), *((by_torch, case.dtype, place) for place in {"cpu", device}))
+    for convolve, dtype, place in places:
+        leaves = {name: value.to(place, dtype).requires_grad_() for name, value in made.items()}
+        with full_float32(torch.device(place)):
+            product = convolve(activate(leaves["x"], case.activation), leaves["weight"], case.mask, case.form)
+            out = surround(case, leaves, product)
+            grads = torch.autograd.grad(out, list(leaves.values()), grad.to(place, dtype), materialize_grads=True)
         results.append([out.detach(), *grads])
     found = run(case, {name: value.to(device) for name, value in made.items()}, grad.to(device))
     assert found[0].is_contiguous(memory_format=torch.channels_last)
-    for name, mine, want, peer in zip(("out", *made), found, *results, strict=True):
-        close(name, mine, want, peer)
+    for name, mine, want, *peers in zip(("out", *made), found, *results, strict=True):
+        close(name, mine, want, *peers)
     behind = ~read_taps(case.kernel, case.mask, case.form)
     assert (found[2].cpu()[:, :, behind] == 0).all()
 
