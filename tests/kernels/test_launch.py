@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from triton_helpers import needs_triton
 
 from fastvq.kernels import launch as module
 from fastvq.kernels.launch import launch
 
+pytestmark = needs_triton
 Calls = list[tuple[Any, ...]]
 
 
 class Compiled:
+    function, packed_metadata = 11, (4, 1)
+
     def __init__(self, calls: Calls) -> None:
         self.calls = calls
 
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return lambda *args: self.calls.append(("compiled", grid, args))
+    def run(self, *args: Any) -> None:
+        self.calls.append(("compiled", *args))
 
 
 class Kernel:
@@ -41,6 +46,7 @@ class Kernel:
 @pytest.fixture(autouse=True)
 def one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 5 + device, raising=False)
     monkeypatch.setattr(module, "_compiled", {})
 
 
@@ -52,11 +58,12 @@ def test_the_same_arguments_launch_what_was_compiled() -> None:
     kernel, x = Kernel(), torch.zeros(8)
     for grid in (GRID, (5, 1, 1)):
         launch(kernel, grid, GPU, (x, None), (7,), **OPTIONS)
-    (first, *given), second = kernel.calls
+    (first, *given), (second, *repeated) = kernel.calls
     assert first == "kernel"
     assert given == [GRID, (x, None, 7), OPTIONS]
-    # Constants in the order of the kernel's parameters.
-    assert second == ("compiled", (5, 1, 1), (x, None, 7, True, 64))
+    # Grid, stream, function, metadata, no hooks, and constants in the order of the kernel's parameters.
+    assert second == "compiled"
+    assert repeated == [5, 1, 1, 5, 11, (4, 1), None, None, None, x.data_ptr(), None, 7, True, 64]
 
 
 @pytest.mark.parametrize(
@@ -86,6 +93,37 @@ def test_two_kernels_and_devices_are_told_apart(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     launch(kernels[0], GRID, torch.device("cuda", 1), (None, None), (7,), **OPTIONS)
     assert [[name for name, *_ in kernel.calls] for kernel in kernels] == [["kernel", "kernel"], ["kernel"]]
+
+
+def test_a_profiler_hears_of_launches() -> None:
+    from triton import knobs
+
+    kernel = Kernel()
+
+    def hook(metadata: Any) -> None:
+        raise AssertionError("Triton calls it, and there is none")
+
+    knobs.runtime.launch_enter_hook.add(hook)
+    try:
+        for _ in range(2):
+            launch(kernel, GRID, GPU, (None, None), (7,), **OPTIONS)
+    finally:
+        knobs.runtime.launch_enter_hook.remove(hook)
+    launch(kernel, GRID, GPU, (None, None), (7,), **OPTIONS)
+    assert [name for name, *_ in kernel.calls] == ["kernel", "kernel", "compiled"]
+
+
+@pytest.mark.parametrize("place", ["run", "function", "packed_metadata", "launch_metadata"])
+def test_triton_launches_what_is_taken_from_it(place: str) -> None:
+    """Its own launch names them; another version may not."""
+    from triton.compiler.compiler import CompiledKernel
+    from triton.runtime.jit import JITFunction
+
+    source = inspect.getsource(JITFunction.run)
+    call = "kernel.run(grid_0, grid_1, grid_2, stream, kernel.function, kernel.packed_metadata, launch_metadata,"
+    assert f"kernel.{place}" in source
+    assert call in " ".join(source.split())
+    assert "packed_metadata" in inspect.getsource(CompiledKernel)
 
 
 def test_few_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
