@@ -272,5 +272,5 @@ def _rows(first: int, shape: tuple[int, int, int, int]) -> _View:
 def _empty(like: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
     """Of the same batch and grid, channels-last."""
     batch, _, height, width = like.shape
-    shape = batch, channels, height, width
-    return torch.empty(shape, dtype=dtype, device=like.device, memory_format=torch.channels_last)
+    strides = height * width * channels, 1, width * channels, channels
+    return like.new_empty_strided((batch, channels, height, width), strides, dtype=dtype)
