@@ -5,6 +5,10 @@ Memory is [B, N, heads, width] throughout, as features in channels-last memory a
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -59,32 +63,50 @@ def _pad_kernel(
         )  # fmt: skip
 
 
-@torch.no_grad()
-def padded(*tensors: tuple[Tensor, int]) -> tuple[Tensor, ...]:
-    """Tensors [B, heads, N - 1, D], one to three of one shape and dtype, with a row of zeros each: [B, heads, N, D].
+class _Sizes(NamedTuple):
+    """Blocks, their rows and columns, and what the kernel is told of sizes."""
 
-    With each comes where that row goes: 1 in front of the others, 0 behind them.
-    """
-    first = tensors[0][0]
-    batch, heads, rows, width = first.shape
-    outs = [first.new_empty((batch, rows + 1, heads, width)) for _ in tensors]
-    if outs[0].numel() == 0:
-        return tuple(out.transpose(1, 2) for out in outs)
-    if outs[0].numel() > 2**31 - _BLOCK:
-        raise ArgumentError(f"query: expected elements to number at most 2^31 - {_BLOCK}, got {outs[0].numel()}")
-    given = [(x if x.stride(3) == 1 else x.contiguous(), down) for x, down in tensors]
-    rest = 3 - len(given)
-    strides = [stride for x, _ in given for stride in x.stride()[:3]]
-    columns = heads * width
+    blocks: int
+    block_m: int
+    block_n: int
+    numbers: tuple[int, int, int]
+
+
+@functools.lru_cache(maxsize=256)
+def _sizes(shape: torch.Size) -> _Sizes:
+    batch, heads, rows, width = shape
+    length, columns = rows + 1, heads * width
+    if batch * length * columns > 2**31 - _BLOCK:
+        raise ArgumentError(f"query: expected at most 2^31 - {_BLOCK} elements, got {batch * length * columns}")
     block_n = min(512, triton.next_power_of_2(columns))
     block_m = _BLOCK // block_n
-    launch(
-        _pad_kernel, (cdiv(batch * (rows + 1), block_m) * cdiv(columns, block_n), len(given), 1), first.device,
-        (*[x for x, _ in given], *[None] * rest, *outs, *[None] * rest),
-        (
-            *strides, *[0] * 3 * rest, *[down for _, down in given], *[0] * rest,
-            rows + 1, columns, batch * (rows + 1),
-        ),
-        WIDTH=width, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=8,
-    )  # fmt: skip
-    return tuple(out.transpose(1, 2) for out in outs)
+    blocks = cdiv(batch * length, block_m) * cdiv(columns, block_n)
+    return _Sizes(blocks, block_m, block_n, (length, columns, batch * length))
+
+
+def padded(tensors: Sequence[Tensor], downs: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """Tensors [B, heads, N - 1, D], one to three of one shape and dtype, with a row of zeros each: [B, heads, N, D].
+
+    Of each ``downs`` says where that row goes: 1 in front of the others, 0 behind them.
+    """
+    first = tensors[0]
+    batch, heads, rows, width = shape = first.shape
+    strides = (rows + 1) * heads * width, width, heads * width, 1
+    outs = [first.new_empty_strided((batch, heads, rows + 1, width), strides) for _ in tensors]
+    if batch * heads * width:
+        sizes, rest = _sizes(shape), 3 - len(outs)
+        given, moved = [], []
+        for x in tensors:
+            *some, last = x.stride()
+            if last != 1:
+                x = x.contiguous()
+                some = x.stride()[:3]
+            given.append(x)
+            moved += some
+        nothing, zeros = (None,) * rest, (0,) * rest
+        launch(
+            _pad_kernel, (sizes.blocks, len(outs), 1), first.device,
+            (*given, *nothing, *outs, *nothing), (*moved, *zeros, *zeros, *zeros, *downs, *zeros, *sizes.numbers),
+            WIDTH=width, BLOCK_M=sizes.block_m, BLOCK_N=sizes.block_n, num_warps=8,
+        )  # fmt: skip
+    return tuple(outs)

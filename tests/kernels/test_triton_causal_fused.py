@@ -176,7 +176,7 @@ MADE = (
 def one_step() -> Iterator[None]:
     """Blocks take one step wherever they are."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backends, "reads_any_type", lambda *given: True)
+        patch.setattr(backends, "runs_blocks", lambda *given: True)
         yield
 
 

@@ -7,6 +7,8 @@ former, two for every gradient, and leaves the result in an order that the next 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,9 +37,7 @@ class _Shift(torch.autograd.Function):
         if torch.is_grad_enabled():
             of_query, of_key, of_value = Refusing.apply(*grads)
             return F.pad(of_query, (0, 0, 1, 0)), F.pad(of_key, (0, 0, 0, 1)), F.pad(of_value, (0, 0, 0, 1))
-        from fastvq.kernels.attention_shift import padded
-
-        return padded(*zip(grads, (1, 0, 0), strict=True))
+        return _padded()(grads, (1, 0, 0))
 
 
 class _Behind(torch.autograd.Function):
@@ -45,10 +45,16 @@ class _Behind(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        from fastvq.kernels.attention_shift import padded
-
-        return padded((x, 1))[0]
+        out: Tensor = _padded()((x,), (1,))[0]
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         return grads[0][:, :, 1:]
+
+
+@functools.cache
+def _padded() -> Callable[..., tuple[Tensor, ...]]:
+    from fastvq.kernels.attention_shift import padded
+
+    return padded

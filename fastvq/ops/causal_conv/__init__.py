@@ -133,18 +133,16 @@ def gated_block(x: Tensor, first: Step, second: Step) -> Tensor:
         As `causal_conv2d`.
     """
     given, extras = (x, first.weight, second.weight), (first.bias, first.context, second.bias, second.context)
-    if learns(*given, *extras) and runs_directly(*given, optional=extras):
+    if learns(*given, *extras) and runs_directly(*given, optional=extras) and backends.runs_blocks(*given):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         _check(x, first.weight, first.bias, first.context, None, first.options(dtype))
-        options = [step.options(dtype)._replace(backend=None) for step in (first, second)]
-        if all(backends.reads_any_type(x, *of) for of in zip((first.weight, second.weight), options, strict=True)):
-            if dtype is not None:
-                first, second = (
-                    step if step.context is None else step._replace(context=_cast(step.context, dtype))
-                    for step in (first, second)
-                )
-            return one_step(x, first, second, dtype, _check)
+        if dtype is not None:
+            first, second = (
+                step if step.context is None else step._replace(context=_cast(step.context, dtype))
+                for step in (first, second)
+            )
+        return one_step(x, first, second, dtype, _check)
     return _step(_step(x, first, None), second, x)
 
 

@@ -37,6 +37,11 @@ def reads_any_type(x: Tensor, weight: Tensor, options: Options) -> bool:
     return chosen.name == "fused"
 
 
+def runs_blocks(*tensors: Tensor) -> bool:
+    """Whether gated blocks that learn are one step of ``fused``, whatever the sizes: it takes the fewest launches."""
+    return tensors[0].is_cuda and triton_reason(*tensors) is None
+
+
 def is_left_to_compiler(x: Tensor, backend: str | None) -> bool:
     """Whether a compiler is to see PyTorch's operators in place of the registered one.
 

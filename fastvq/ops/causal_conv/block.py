@@ -55,30 +55,31 @@ class _Block(torch.autograd.Function):
         of_second: Options,
         check: Callable[..., None],
     ) -> Tensor:
-        packed = fused.pack(x, inner, of_first)
-        h, _ = fused.forward(x, inner, inner_bias, inner_context, None, of_first, packed)
+        inner_kernels = fused.pack(x, inner, of_first)
+        h, _ = fused.forward(x, inner, inner_bias, inner_context, None, of_first, inner_kernels)
         check(h, outer, outer_bias, outer_context, x, of_second)
-        outer_packed = fused.pack(h, outer, of_second)
-        out, pre_gate = fused.forward(h, outer, outer_bias, outer_context, x, of_second, outer_packed)
-        ctx.save_for_backward(x, inner, h, outer, pre_gate, packed, outer_packed)
+        outer_kernels = fused.pack(h, outer, of_second)
+        out, pre_gate = fused.forward(h, outer, outer_bias, outer_context, x, of_second, outer_kernels)
+        ctx.save_for_backward(x, inner, h, outer, pre_gate, *inner_kernels, *outer_kernels)
+        ctx.parts = len(inner_kernels)
         ctx.options = of_first, of_second
         ctx.uniform = tuple(one is not None and one.shape[2:] != x.shape[2:] for one in (inner_context, outer_context))
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, inner, h, outer, pre_gate, packed, outer_packed = ctx.saved_tensors
+        x, inner, h, outer, pre_gate, *kernels = ctx.saved_tensors
         needs = ctx.needs_input_grad
         of_first, of_second = ctx.options
         learns = needs[1] or needs[2]
         below = needs[0] or learns or needs[3]
         wanted = _wanted(of_second, below, needs[4] or needs[5])
-        known = fused.Known(outer_packed, sums_input=learns)
+        known = fused.Known(tuple(kernels[ctx.parts :]), sums_input=learns)
         (of_h, of_outer, of_outer_bias, of_result), sums = _differentiate(grads[0], h, outer, pre_gate, wanted, known)
         of_x = of_inner = of_inner_bias = None
         if below:
             wanted = _wanted(of_first, needs[0], learns)
-            known = fused.Known(packed, sums, grads[0])
+            known = fused.Known(tuple(kernels[: ctx.parts]), sums, grads[0])
             (of_x, of_inner, of_inner_bias, _), _ = _differentiate(of_h, x, inner, None, wanted, known)
         of_contexts = [
             None if not needed else one.sum((2, 3), keepdim=True) if uniform else one
