@@ -9,6 +9,7 @@
 namespace fastvq::cuda {
 
 FASTVQ_DEVICE float elu(float x) { return x > 0.0f ? x : expm1f(x); }
+FASTVQ_DEVICE float relu(float x) { return x < 0.0f ? 0.0f : x; }  // keeps NaN
 FASTVQ_DEVICE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
 struct Pair {
@@ -230,8 +231,8 @@ FASTVQ_DEVICE void compute(const StepArgs& args, const BlockState& state, const 
         case StepCode::kElu:
             each(x, two, [](float value) { return elu(value); });
             break;
-        case StepCode::kRelu:  // keeps NaN
-            each(x, two, [](float value) { return value < 0.0f ? 0.0f : value; });
+        case StepCode::kRelu:
+            each(x, two, [](float value) { return relu(value); });
             break;
         case StepCode::kAdd: {
             Pair y[kItems] = {};
