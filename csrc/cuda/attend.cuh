@@ -66,7 +66,8 @@ struct ValueLanes {
 
 // Values of every groups-th position of the tile from `first` on, `base` being the first of them.
 template <bool kWide>
-FASTVQ_DEVICE void load_values(const Head& head, const ValueLanes& split, int first, int base, float4 (&values)[kValuesAhead]) {
+FASTVQ_DEVICE void load_values(const Head& head, const ValueLanes& split, int first, int base,
+                               float4 (&values)[kValuesAhead]) {
     const int length = smaller(kTile, head.count - first), channels = head.value_width - split.channel;
     const float* place = head.values + (first + base) * head.value_stride + split.channel;
     FASTVQ_UNROLL
@@ -99,7 +100,8 @@ FASTVQ_DEVICE void load_query(const Head& head, float* query) {
 }
 
 // By a warp: the largest score of a strand, the sum of its weights exp(score - largest), and the sums of its values of
-// up to 128 channels from `first_channel` on. `query`, `weights`: of the warp alone; the query is loaded if it is `fresh`.
+// up to 128 channels from `first_channel` on. `query`, `weights`: of the warp alone; the query is loaded if it is
+// `fresh`.
 template <bool kWideKeys, bool kWideValues>
 FASTVQ_DEVICE void attend_strand(const Head& head, int strand, int first_channel, bool fresh, float* query,
                                  float* weights, float* result) {
