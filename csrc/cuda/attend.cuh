@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "cuda/block_state.cuh"
+#include "cuda/chain.cuh"
 
 namespace fastvq::cuda {
 
@@ -66,7 +66,8 @@ struct ValueLanes {
 
 // Values of every groups-th position of the tile from `first` on, `base` being the first of them.
 template <bool kWide>
-FASTVQ_DEVICE void load_values(const Head& head, const ValueLanes& split, int first, int base, float4 (&values)[kValuesAhead]) {
+FASTVQ_DEVICE void load_values(const Head& head, const ValueLanes& split, int first, int base,
+                               float4 (&values)[kValuesAhead]) {
     const int length = smaller(kTile, head.count - first), channels = head.value_width - split.channel;
     const float* place = head.values + (first + base) * head.value_stride + split.channel;
     FASTVQ_UNROLL
@@ -99,7 +100,8 @@ FASTVQ_DEVICE void load_query(const Head& head, float* query) {
 }
 
 // By a warp: the largest score of a strand, the sum of its weights exp(score - largest), and the sums of its values of
-// up to 128 channels from `first_channel` on. `query`, `weights`: of the warp alone; the query is loaded if it is `fresh`.
+// up to 128 channels from `first_channel` on. `query`, `weights`: of the warp alone; the query is loaded if it is
+// `fresh`.
 template <bool kWideKeys, bool kWideValues>
 FASTVQ_DEVICE void attend_strand(const Head& head, int strand, int first_channel, bool fresh, float* query,
                                  float* weights, float* result) {
@@ -185,6 +187,18 @@ FASTVQ_DEVICE float over_strands(const float* results, int result_size, int stra
     return sum / total;
 }
 
+// The step that follows, of one number: an activation.
+FASTVQ_DEVICE void follow(const StepArgs& args, const BlockState& state, const Instr& instr, const HeldStep& held,
+                          int sample, int channel, float x) {
+    Items<1> item{};
+    item.first_sample = sample;
+    item.c[0] = channel;
+    item.wanted[0] = true;
+    const bool rectified = held.step.code == StepCode::kRelu;
+    const Pair results[1] = {{rectified ? relu(x) : elu(x), elu(-x)}};  // the second one of a concatenated ELU alone
+    store_results(args, state, instr, held, item, results);
+}
+
 FASTVQ_DEVICE void attend(const StepArgs& args, const BlockState& state, const Instr& instr) {
     const HeldStep* held = steps_of(state, instr);
     const int count = args.row * args.width + state.column + (instr.inclusive ? 1 : 0);
@@ -236,9 +250,11 @@ FASTVQ_DEVICE void attend(const StepArgs& args, const BlockState& state, const I
             const int which = now == 1 ? 0 : item / instr.value_width, e = item - which * instr.value_width;
             const float* result = results + which * kStrands * result_size;
             const int sample = (first + which) / instr.heads, head = (first + which) - sample * instr.heads;
+            const int channel = head * instr.value_width + e;
+            const float value = count > 0 ? over_strands(result, result_size, strands, e) : 0.0f;
             const DeviceView& out = held[3].view;
-            float* place = vectors_at(out, state.column) + sample * out.batch_stride + head * instr.value_width + e;
-            store_shared_state(place, count > 0 ? over_strands(result, result_size, strands, e) : 0.0f);
+            store_shared_state(vectors_at(out, state.column) + sample * out.batch_stride + channel, value);
+            if (instr.num_steps > 4) follow(args, state, instr, held[4], sample, channel, value);
         }
     }
 }

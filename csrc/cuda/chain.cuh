@@ -9,6 +9,7 @@
 namespace fastvq::cuda {
 
 FASTVQ_DEVICE float elu(float x) { return x > 0.0f ? x : expm1f(x); }
+FASTVQ_DEVICE float relu(float x) { return x < 0.0f ? 0.0f : x; }  // keeps NaN
 FASTVQ_DEVICE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
 struct Pair {
@@ -119,7 +120,7 @@ FASTVQ_DEVICE void read_planes(const BlockState& state, const int32_t (&planes)[
 template <int kItems>
 FASTVQ_DEVICE void load_planes(const BlockState& state, const Instr& instr, int first, int last,
                                const Items<kItems>& items) {
-    constexpr int kAtOnce = kItems > 1 ? 2 : 4;  // steps whose loads are on their way together
+    constexpr int kAtOnce = kItems > 1 ? 4 : 8;  // steps whose loads are on their way together
     const HeldStep* steps = steps_of(state, instr);
     FASTVQ_ROLLED
     for (int base = first; base < last; base += kAtOnce) {
@@ -228,8 +229,8 @@ FASTVQ_DEVICE void compute(const StepArgs& args, const BlockState& state, const 
         case StepCode::kElu:
             each(x, two, [](float value) { return elu(value); });
             break;
-        case StepCode::kRelu:  // keeps NaN
-            each(x, two, [](float value) { return value < 0.0f ? 0.0f : value; });
+        case StepCode::kRelu:
+            each(x, two, [](float value) { return relu(value); });
             break;
         case StepCode::kAdd: {
             Pair y[kItems] = {};
@@ -259,7 +260,8 @@ FASTVQ_DEVICE void store_results(const StepArgs& args, const BlockState& state, 
     const bool keys = step.code == StepCode::kStoreKeys;
     if (!keys && step.stores == Stores::kRows) return;
     // Keys lie one channel after the other, so that scores of consecutive positions lie side by side.
-    const int64_t column = keys ? int64_t{args.row} * args.width + state.column : vectors_at(view, state.column) - view.data;
+    const int64_t column = keys ? int64_t{args.row} * args.width + state.column
+                                : vectors_at(view, state.column) - view.data;
     const int64_t spacing = keys ? args.key_stride : 1, half = step.half * spacing;
     const bool two = (keys ? step.sources[0][1] : step.planes[1]) >= 0;
     FASTVQ_UNROLL

@@ -96,6 +96,7 @@ class Planner {
             const int64_t index = unit.ops.front();
             const OpSpec& op = ops_[index];
             emit_jobs(Code::kAttend, index, task, {op.sources[0], op.sources[1], op.sources[2], index});
+            if (unit.ops.size() > 1) follow(unit.ops[1]);
         }
         for (std::size_t g = 0; !unit.jobs && g < unit.groups.size(); ++g) {
             emit_slice(unit.groups[g].front(), task, chains_[task.unit][g]);
@@ -123,6 +124,13 @@ class Planner {
             steps.push_back(step);
         }
         push(instr, steps);
+    }
+
+    // An activation of the result of the instruction emitted last, attention.
+    void follow(int64_t index) {
+        const Chain chain = make_chain(ops_, {index}, stores_);
+        program_.steps.push_back(chain.steps.back());
+        ++program_.instrs.back().num_steps;
     }
 
     // `index`: the product, if there is one.

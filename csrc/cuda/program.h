@@ -234,7 +234,7 @@ struct Instr {
     int32_t first_wait, num_waits;  // before it starts
     int32_t signal;                 // counter to raise when it is done, or -1
     // The first steps are the loads, and the first of these load what needs no wait. Attention: its query, keys, values
-    // and result; draw: logits.
+    // and result, and an activation of the result if one follows; draw: logits.
     int32_t first_step, num_steps, num_early, num_loads;
     // Affine.
     int32_t first_term, num_terms, depth;

@@ -45,6 +45,24 @@ TaskLists::TaskLists(const std::vector<OpSpec>& ops, const std::vector<TermSpec>
     assign();
 }
 
+std::vector<int64_t> TaskLists::activated() const {
+    std::vector<int64_t> result(num_ops(), -1);
+    std::vector<bool> followed(num_ops());
+    for (int64_t index = 0; index < num_ops(); ++index) {
+        const OpSpec& op = ops_[index];
+        if (op.kind != Kind::kElu && op.kind != Kind::kConcatElu && op.kind != Kind::kRelu) continue;
+        const int64_t source = op.sources[0];
+        const bool alone = std::none_of(ops_.begin(), ops_.end(), [&](const OpSpec& other) {
+            return other.level == op.level && std::count(other.sources, other.sources + num_sources(other), index) > 0;
+        });
+        const bool whole = op.paired == (op.kind == Kind::kConcatElu);
+        if (op.level < 0 || !alone || !whole || followed[source] || ops_[source].kind != Kind::kAttend) continue;
+        followed[source] = true;
+        result[index] = source;
+    }
+    return result;
+}
+
 void TaskLists::make_units() {
     std::vector<int64_t> leader(num_ops());
     std::iota(leader.begin(), leader.end(), 0);
@@ -52,9 +70,11 @@ void TaskLists::make_units() {
         while (leader[index] != index) index = leader[index] = leader[leader[index]];
         return index;
     };
+    const std::vector<int64_t> attention = activated();
     for (int64_t index = 0; index < num_ops(); ++index) {
         const OpSpec& op = ops_[index];
-        if (op.level < 0 || op.kind == Kind::kAttend) continue;
+        if (attention[index] >= 0) leader[index] = attention[index];
+        if (op.level < 0 || op.kind == Kind::kAttend || attention[index] >= 0) continue;
         for (int s = 0; s < num_sources(op); ++s) {
             if (ops_[op.sources[s]].level != op.level) continue;
             const int64_t a = find(index), b = find(op.sources[s]);

@@ -14,7 +14,7 @@ inline int64_t quotient_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Unit {
     int64_t level = 0;
-    std::vector<int64_t> ops;  // none: the draw
+    std::vector<int64_t> ops;  // none: the draw; attention may be followed by an activation of its result
     std::vector<std::vector<int64_t>> groups;  // the same by instruction, in the order in which they run
     bool jobs = false;         // `width` counts jobs instead of channels of a half
     int64_t width = 0;
@@ -50,6 +50,8 @@ class TaskLists {
 
     // Operations linked by reading each other's channels within a level, and last the draw.
     void make_units();
+    // By operation, the attention whose result it activates, which is all that happens to it at its level; or -1.
+    std::vector<int64_t> activated() const;
     void measure(Unit& unit);
     // What does not need the last draw comes first, and what follows from a product is computed with it.
     void group(Unit& unit, const std::vector<bool>& late) const;

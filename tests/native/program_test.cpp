@@ -39,9 +39,16 @@ class Interpreter {
     Interpreter(const PlanCase& plan, const Program& program, uint64_t seed, int64_t first = -1, int64_t last = -1)
         : plan_(plan), program_(program), random_(seed), first_(first), last_(last), width_(plan.shape.width),
           counters_(cuda::counter_place(program.num_counters, 0)), codes_(plan.shape.batch * width_, false) {
+        attention_.assign(plan.num_ops(), -1);
+        for (const Instr& instr : program.instrs) {
+            if (instr.code != Code::kAttend) continue;
+            attention_[instr.op] = instr.op;
+            if (instr.num_steps > 4) attention_[program.steps[instr.first_step + 4].op] = instr.op;
+        }
         for (int64_t index = 0; index < plan.num_ops(); ++index) {
             const OpSpec& op = plan.ops[index];
-            const int64_t parts = op.kind == Kind::kAttend ? op.heads * plan.shape.batch : op.channels;
+            const int64_t jobs = attention_[index];
+            const int64_t parts = jobs >= 0 ? plan.ops[jobs].heads * plan.shape.batch : op.channels;
             places_.push_back(is_scratch(index) ? 2 : width_);
             tags_.emplace_back(op.level < 0 ? 0 : places_.back() * parts, -1);
         }
@@ -155,13 +162,18 @@ class Interpreter {
         const int64_t parts = static_cast<int64_t>(tags_[index].size()) / places_[index];
         const int64_t* tags = tags_[index].data() + column % places_[index] * parts;
         for (int64_t c = first; c < first + count; ++c) {
-            for (int64_t sample = 0; sample < (op.kind == Kind::kAttend ? plan_.shape.batch : 1); ++sample) {
-                const int64_t part =
-                    op.kind == Kind::kAttend ? sample * op.heads + c / (op.channels / op.heads) : c;
+            for (int64_t sample = 0; sample < (attention_[index] >= 0 ? plan_.shape.batch : 1); ++sample) {
+                const int64_t part = attention_[index] >= 0 ? job_of(plan_.ops[attention_[index]], sample, c) : c;
                 expect(tags[part] == column, "channel ", c, " of operation ", index, " at column ", column, " holds ",
                        tags[part]);
             }
         }
+    }
+
+    // Of the attention whose result a channel is, or is an activation of.
+    static int64_t job_of(const OpSpec& attention, int64_t sample, int64_t channel) {
+        const int64_t width = attention.channels / attention.heads;
+        return sample * attention.heads + channel % attention.channels / width;
     }
 
     void write(int64_t index, int64_t part) {
@@ -264,6 +276,7 @@ class Interpreter {
                 read(op.sources[2], c, head * instr.value_width, instr.value_width);
             }
             write(instr.op, job);
+            if (instr.num_steps > 4) write(program_.steps[instr.first_step + 4].op, job);
         }
     }
 
@@ -275,6 +288,7 @@ class Interpreter {
     int64_t column_ = 0;
     std::vector<uint32_t> counters_;
     std::vector<bool> codes_;
+    std::vector<int64_t> attention_;  // by operation, that which computes it, or -1
     std::vector<int64_t> places_;
     std::vector<std::vector<int64_t>> tags_;  // by operation: [place][part], the column whose result lies there
     std::vector<At> at_;
@@ -296,6 +310,17 @@ void check_slices(const PlanCase& plan, const Program& program) {
         if (instr.code == Code::kDraw || instr.code == Code::kAttend) {
             std::vector<int>& seen = times[instr.code == Code::kDraw ? plan.num_ops() : instr.op];
             for (int64_t job = instr.first_job; job < instr.last_job; ++job) ++seen.at(job);
+            if (instr.code == Code::kDraw || instr.num_steps == 4) continue;
+            // Channels of what follows, for all samples of a head together.
+            const Step& step = program.steps[instr.first_step + 4];
+            const OpSpec &op = plan.ops[step.op], &attention = plan.ops[instr.op];
+            for (int64_t job = instr.first_job; job < instr.last_job; ++job) {
+                if (job / attention.heads > 0) continue;
+                for (int64_t c = 0; c < op.channels; ++c) {
+                    const int64_t head = c % attention.channels / instr.value_width;
+                    if (head == job) ++times[step.op].at(c);
+                }
+            }
             continue;
         }
         expect(instr.first % cuda::kSliceStep == 0, "a slice begins at ", instr.first);

@@ -103,7 +103,9 @@ def test_schedules(emulated: ModuleType, kind: str, record_property: Callable[[s
 
 # Large enough for every loop to go round more than once.
 RICH: dict[str, Callable[[ModuleType], Case]] = {
-    "attention": lambda m: Case(m, snail(shape=(2, 4), num_codes=70, channels=8, attention_channels=16), 2, FILTERED),
+    "attention": lambda m: Case(
+        m, snail(shape=(2, 4), num_codes=70, channels=8, attention_channels=16), 4, FILTERED, blocks=2
+    ),
     "wide": lambda m: Case(m, pixelcnn(shape=(2, 4), channels=40, num_codes=70), 9, PLAIN, blocks=2),
     "rows-below": lambda m: Case(m, snail(shape=(2, 8)), 1, PLAIN, blocks=5, plan=for_rows_below((2, 8), 5)),
     "fragments": lambda m: Case(
