@@ -6,7 +6,8 @@ operations of PyTorch and one more launch.
 
 Floor of the one launch, derived from an H200's 4.2 TB/s and not measured: x is read once, 4 N D bytes (16.8 MB and 4 us
 at N 65536, D 64, less if the search left it in L2), and N D numbers are added in L2 (4.2 million, some 3 us at a sector
-a cycle); the product that groups vectors takes 32 N D multiply-adds of float32 (134 million, 5 us). Measured: 46 us.
+a cycle); the product that groups vectors takes 32 N D multiply-adds of float32 (134 million, 5 us). It took 46 to 59 us
+with a fence around every addition and two programs on a multiprocessor instead of four.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ from fastvq.kernels.scaled_codes import FUSE, HEADER
 
 __all__ = ["assignment_statistics"]
 
-# Vectors, and columns, that a program handles at a time.
+# Vectors, and columns, that a program handles at a time; with twice the columns registers leave two programs on a
+# multiprocessor instead of four, which cannot hide each other's latency.
 _BLOCK_N = 32
-_BLOCK_D = 32
+_BLOCK_D = 16
 # Errors of programs that the last one adds at a time.
 _BLOCK_E = 2048
 
@@ -60,7 +62,9 @@ def _statistics_kernel(
     same = (found[:, None] == found[None, :]) & keep[:, None] & keep[None, :]  # [BLOCK_N, BLOCK_N]
     leader = keep & (tl.min(tl.where(same, local[None, :], BLOCK_N), axis=1) == local)  # [BLOCK_N]
     if ATOMIC:
-        tl.atomic_add(counts_ptr + head * num_codes + offs_code, tl.sum(same.to(tl.int64), axis=1), mask=leader)
+        tl.atomic_add(
+            counts_ptr + head * num_codes + offs_code, tl.sum(same.to(tl.int64), axis=1), mask=leader, sem="relaxed"
+        )
     else:
         keys_ptrs = keys_ptr + head * num_rows + offs_n  # [BLOCK_N]
         tl.store(keys_ptrs, tl.where(keep, found, num_codes).to(tl.int32), mask=mask_n)
@@ -82,7 +86,7 @@ def _statistics_kernel(
             grouped = tl.dot(same.to(tl.float32), values, input_precision="ieee")  # [BLOCK_N, BLOCK_D]
             # [BLOCK_N, BLOCK_D]
             sums_ptrs = sums_ptr + (head * num_codes + offs_code)[:, None] * width + offs_d[None, :]
-            tl.atomic_add(sums_ptrs, grouped, mask=leader[:, None] & (offs_d < width)[None, :])
+            tl.atomic_add(sums_ptrs, grouped, mask=leader[:, None] & (offs_d < width)[None, :], sem="relaxed")
     programs = tl.num_programs(0)
     errors_ptr += head * programs
     tl.store(errors_ptr + tl.program_id(0), tl.sum(error, axis=0))
@@ -174,7 +178,7 @@ def _plan(x: Form, codebook: Form, mask_strides: tuple[int, ...] | None, determi
     blocks = triton.cdiv(num_rows, _BLOCK_N)
     sizes = num_rows, num_codes, width
     options = {"BLOCK_N": _BLOCK_N, "BLOCK_D": _BLOCK_D, "num_warps": 4, **FUSE}
-    constants = {"MASKED": mask_strides is not None, "ATOMIC": not deterministic, "BLOCK_E": _BLOCK_E}
+    constants = {"MASKED": mask_strides is not None, "ATOMIC": not deterministic, "BLOCK_E": _BLOCK_E, "maxnreg": 128}
     numbers = *x.strides[:2], *codebook.strides[:2], *(mask_strides or (0, 0)), *sizes
     launch = Launcher(_statistics_kernel, (blocks, heads), numbers, {**constants, **options})
     grid = num_codes, triton.cdiv(width, _BLOCK_D), heads

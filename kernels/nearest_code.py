@@ -36,19 +36,17 @@ few u |c| (|x| + |c|), so that the distance of the code found is within 16 u (|x
 farther of the code found and the nearest, and equal codes have equal scores.
 
 An H200 (4.2 TB/s, 781 TFLOP/s of bfloat16) took 1.08 ms for the search of N 65536, K 8192, D 64 when each code had its
-own column, and vectors without decision a second pass with their whole block; 0.29 ms without any. Floors, derived and
-not measured:
+own column, and vectors without decision a second pass with their whole block; in this form it takes 0.25 ms, and 60 us
+at K 512, most of which prepares rows and compares candidates. Floors, derived and not measured:
 
-    preparation     reads and writes 4 + 2 bytes an element of the codebook, and 128 KB more a program, from L2; a few
-                    microseconds of latency at any size up to K 8192
+    preparation     reads and writes 4 + 2 bytes an element of the codebook, and 128 KB more a program, from L2; takes
+                    21 to 25 us at any size up to K 8192, some 20000 cycles of which issue the program's instructions
     search          2 N K D operations: 6 us at N 65536, K 512, D 64, 88 us at K 8192; reads x (16.8 MB, 4 us), writes
                     8 N bytes. A score takes a multiply-add and three quarters of a minimum, a group an addition, a
                     logical operation, two minima and a maximum, the last four at half rate: 3.5 cycles of the
                     multiprocessor's slower unit a score of 128 lanes, 63 us at K 8192. What is compiled for Hopper
                     issues 5.9 instructions a score, 107 us
     statistics      reads x again, from L2 (see `fastvq.kernels.code_statistics`)
-
-This form has run in the interpreter and been compiled, not run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -83,10 +81,10 @@ __all__ = ["nearest_code", "nearest_code_statistics"]
 # count at most 2^60 times in a score, where half norms are already far below their rounding.
 _LEAST_FACTOR: tl.constexpr = tl.constexpr(-20)
 _LARGEST_FACTOR: tl.constexpr = tl.constexpr(60)
-# Columns of vectors that candidates are compared by at a time; wide vectors leave fewer registers for them.
-_COMPARED, _COMPARED_IF_WIDE = 64, 16
-# Elements of codes that a crowded vector is compared with at a time.
-_TAKEN_ELEMENTS = 4096
+# Columns of vectors that candidates are compared by at a time: where registers are short, and elsewhere.
+_COMPARED_IF_SHORT, _COMPARED = 16, 32
+# Elements of codes that a crowded vector is compared with at a time, at most.
+_TAKEN_ELEMENTS, _TAKEN_WARPS = 8192, 16
 
 # Wider vectors would not leave room on chip.
 _LARGEST_WIDTH = 512
@@ -209,20 +207,25 @@ def _products(chunks, codes16_ptr, offs_k, padded, BLOCK_D: tl.constexpr, CHUNKS
 
 
 @triton.jit
+def _centred(values_ptr, offs, mean_ptr, mask, start, width, COMPARED: tl.constexpr):
+    """Columns of rows at offs [R], zeros but where ``mask`` [R], less the centre: [R, COMPARED]; 0 beyond the width."""
+    offs_d = start + tl.arange(0, COMPARED)  # [COMPARED]
+    mask_d = offs_d < width  # [COMPARED]
+    values = tl.load(values_ptr + offs[:, None] + offs_d[None, :], mask=mask[:, None] & mask_d[None, :], other=0.0)
+    return values.to(tl.float32) - tl.load(mean_ptr + offs_d, mask=mask_d, other=0.0)[None, :]  # [R, COMPARED]
+
+
+@triton.jit
 def _exact_score(
     x_ptr, offs_x, codebook_ptr, codebook_stride_k, mean_ptr, code, mask, scale, width, COMPARED: tl.constexpr
 ):  # fmt: skip
     """|c|^2 / 2 - x.c [R] in float32, centred and scaled, of rows at offs_x with codes [R], where ``mask``."""
+    offs_c = code.to(tl.int64) * codebook_stride_k  # [R]
     found = tl.zeros([offs_x.shape[0]], tl.float32)  # [R]
     for start in range(0, width, COMPARED):
-        offs_d = start + tl.arange(0, COMPARED)  # [COMPARED]
-        there = mask[:, None] & (offs_d < width)[None, :]  # [R, COMPARED]
-        x_ptrs = x_ptr + offs_x[:, None] + offs_d[None, :]  # [R, COMPARED]
-        c_ptrs = codebook_ptr + code.to(tl.int64)[:, None] * codebook_stride_k + offs_d[None, :]  # [R, COMPARED]
-        mean = tl.load(mean_ptr + offs_d, mask=offs_d < width, other=0.0)[None, :]  # [1, COMPARED]
-        x = (tl.load(x_ptrs, mask=there, other=0.0).to(tl.float32) - mean) * scale[:, None]  # [R, COMPARED]
-        c = (tl.load(c_ptrs, mask=there, other=0.0).to(tl.float32) - mean) * scale[:, None]  # [R, COMPARED]
-        found += tl.sum(tl.where(there, c * (c / 2 - x), 0.0), axis=1)  # [R]
+        x = _centred(x_ptr, offs_x, mean_ptr, mask, start, width, COMPARED)  # [R, COMPARED]
+        c = _centred(codebook_ptr, offs_c, mean_ptr, mask, start, width, COMPARED)  # [R, COMPARED]
+        found += tl.sum(c * ((c / 2 - x) * scale[:, None]), axis=1)  # [R]
     return found
 
 
@@ -380,7 +383,7 @@ def _search_kernel(
             tl.atomic_add(undecided_ptr, tl.sum(pair.to(tl.int32), axis=0))
             tl.atomic_add(undecided_ptr + 1, tl.sum(crowded.to(tl.int32), axis=0))
         tl.store(indices_ptr + offs_n, result.to(tl.int64), mask=mask_n)
-        place = tl.atomic_add(crowded_ptr + tl.zeros([BLOCK_N], tl.int32), 1, mask=crowded)
+        place = tl.atomic_add(crowded_ptr + tl.zeros([BLOCK_N], tl.int32), 1, mask=crowded, sem="relaxed")
         tl.store(crowded_ptr + HEADER + 2 * place, offs_n.to(tl.int32), mask=crowded)
         tl.store(crowded_ptr + HEADER + 2 * place + 1, wanted, mask=crowded)
 
@@ -522,7 +525,7 @@ def _plan(x: Form, codebook: Form, exact: bool, none: int, clear: bool) -> _Plan
         "BITS": (blocks - 1).bit_length(),
         "PROGRAMS": prepare.programs,
         "EXACT": exact,
-        "COMPARED": min(_COMPARED, wide) if width <= 128 else _COMPARED_IF_WIDE,
+        "COMPARED": min(_COMPARED, wide) if 90 <= capability < 100 and width <= 128 else _COMPARED_IF_SHORT,
         "num_warps": tiles.warps,
         "num_stages": tiles.stages,
         **FUSE,
@@ -536,9 +539,9 @@ def _plan(x: Form, codebook: Form, exact: bool, none: int, clear: bool) -> _Plan
     numbers = *strides, num_rows, num_codes, width, padded, blocks
     options = {
         **{name: options[name] for name in ("PROGRAMS", "BLOCK_K", "GROUP")},
-        "TAKEN": _TAKEN_ELEMENTS // wide,
+        "TAKEN": min(_TAKEN_ELEMENTS // wide, triton.next_power_of_2(blocks * tiles.group)),
         "BLOCK_D": wide,
-        "num_warps": 8,
+        "num_warps": _TAKEN_WARPS,
         **FUSE,
     }
     crowded = Launcher(_crowded_kernel, (min(num_rows, 2 * processors), heads), numbers, options)

@@ -25,16 +25,17 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvq.errors import UnavailableError
-from fastvq.kernels.launch import form, hardware, on_device
+from fastvq.kernels.launch import Form, Launcher, form, hardware, on_device
 from fastvq.kernels.scaled_codes import (
     BEYOND,
     FACTS,
     FUSE,
+    Preparation,
     power_of_two,
     preparation,
     scale_exponent,
 )
-from fastvq.kernels.tuning import tuned
+from fastvq.kernels.tuning import planned, tuned
 
 __all__ = ["CANDIDATES", "WIDEST", "Tiles", "level_tiles", "residual_codes", "residual_codes_statistics"]
 
@@ -198,9 +199,10 @@ def _nearest(
 
 @triton.jit
 def _levels_kernel(
-    x_ptr, x_stride_n, codebooks_ptr, codebooks_stride_q, codebooks_stride_k, ready_ptr, codes16_ptr, depths_ptr,
-    found_ptr, num_rows, width, num_levels, num_blocks, level_step, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr, PROGRAMS: tl.constexpr, EXACT: tl.constexpr, PARTLY: tl.constexpr,
+    x_ptr, codebooks_ptr, ready_ptr, codes16_ptr, depths_ptr, found_ptr,
+    x_stride_n, codebooks_stride_q, codebooks_stride_k, num_rows, width, num_levels, num_blocks, level_step,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PROGRAMS: tl.constexpr,
+    EXACT: tl.constexpr, PARTLY: tl.constexpr,
 ):  # fmt: skip
     """Codes [N, Q], _NONE where no score is finite; at levels that a vector takes no part in they stay as they are."""
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
@@ -233,8 +235,8 @@ def _levels_kernel(
 
 @triton.jit
 def _follow_kernel(
-    x_ptr, x_stride_n, codebooks_ptr, codebooks_stride_q, codebooks_stride_k, found_ptr, indices_ptr, quantized_ptr,
-    sums_ptr, counts_ptr, errors_ptr, keys_ptr, num_rows, num_codes, width, num_levels,
+    x_ptr, codebooks_ptr, found_ptr, indices_ptr, quantized_ptr, sums_ptr, counts_ptr, errors_ptr, keys_ptr,
+    x_stride_n, codebooks_stride_q, codebooks_stride_k, num_rows, num_codes, width, num_levels,
     STATISTICS: tl.constexpr, ATOMIC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Indices, some columns of the sum of codes, and of every level their squared error and, with ATOMIC, counts and
@@ -271,12 +273,12 @@ def _follow_kernel(
             leader = keep & (tl.min(tl.where(same, local[None, :], BLOCK_N), axis=1) == local)  # [BLOCK_N]
             if ATOMIC:
                 if tl.program_id(1) == 0:
-                    tl.atomic_add(counts_ptr + offs_code, tl.sum(same.to(tl.int64), axis=1), mask=leader)
+                    tl.atomic_add(counts_ptr + offs_code, tl.sum(same.to(tl.int64), axis=1), mask=leader, sem="relaxed")
                 # Rows that are left out may hold NaN, which a product with zero would keep.
                 kept = tl.where(keep[:, None], residual, 0.0)  # [BLOCK_N, BLOCK_D]
                 grouped = tl.dot(same.to(tl.float32), kept, input_precision="ieee")  # [BLOCK_N, BLOCK_D]
                 sums_ptrs = sums_ptr + offs_code[:, None] * width + offs_d[None, :]  # [BLOCK_N, BLOCK_D]
-                tl.atomic_add(sums_ptrs, grouped, mask=leader[:, None] & mask_d[None, :])
+                tl.atomic_add(sums_ptrs, grouped, mask=leader[:, None] & mask_d[None, :], sem="relaxed")
             elif tl.program_id(1) == 0:
                 tl.store(keys_ptr + offs_n, tl.where(keep, found, num_codes).to(tl.int32), mask=mask_n)
             errors_ptr += tl.num_programs(0) * tl.num_programs(1)
@@ -342,8 +344,7 @@ def residual_codes(x: Tensor, codebooks: Tensor, depths: Tensor | None, *, mode:
     """
     with on_device(x.device):
         x, codebooks = _unit_stride(x), _unit_stride(codebooks)
-        found = _search(x, codebooks, depths, mode == "exact")
-        return _follow(x, codebooks, found, None)
+        return _run(x, codebooks, depths, mode == "exact", None)[:2]
 
 
 @torch.no_grad()
@@ -367,8 +368,7 @@ def residual_codes_statistics(
     keys = x.new_empty((levels, rows), dtype=torch.int32) if deterministic else None
     with on_device(x.device):
         x, codebooks = _unit_stride(x), _unit_stride(codebooks)
-        found = _search(x, codebooks, depths, mode == "exact")
-        total, indices = _follow(x, codebooks, found, (sums, counts, errors, keys))
+        total, indices, found = _run(x, codebooks, depths, mode == "exact", (sums, counts, errors, keys))
         if keys is not None and rows:
             ordered, order = torch.sort(keys, dim=1, stable=True)
             codes = torch.arange(num_codes, dtype=torch.int32, device=x.device).expand(levels, -1).contiguous()
@@ -380,12 +380,18 @@ def residual_codes_statistics(
         return errors.sum((1, 2)), sums, counts, total, indices
 
 
-def _search(x: Tensor, codebooks: Tensor, depths: Tensor | None, exact: bool) -> Tensor:
-    """Codes int32 [N, Q], -1 where a vector takes no part, -2 where no code has a finite score."""
+class _Plan(NamedTuple):
+    """How codes are made ready and searched for, and what follows; codebooks that are made ready."""
+
+    prepare: Preparation
+    levels: Launcher
+    follow: Launcher
+    distinct: int
+
+
+@planned
+def _plan(x: Form, codebooks: Form, depths: torch.dtype | None, exact: bool, statistics: bool, keys: bool) -> _Plan:
     (rows, width), (levels, num_codes, _) = x.shape, codebooks.shape
-    found = x.new_full((rows, levels), _ABSENT.value, dtype=torch.int32)
-    if rows == 0:
-        return found
     if width > WIDEST:
         raise UnavailableError(f"x: expected vectors of at most {WIDEST} numbers for Triton, got {width}")
     capability, processors = hardware(x.device)
@@ -393,38 +399,63 @@ def _search(x: Tensor, codebooks: Tensor, depths: Tensor | None, exact: bool) ->
     padded = max(16, triton.next_power_of_2(width))
     padded_codes = triton.cdiv(num_codes, tiles.block_k) * tiles.block_k
     # One codebook that all levels share is made ready once.
-    shared = levels == 1 or codebooks.stride(0) == 0
-    distinct = codebooks[:1] if shared else codebooks
-    prepare = preparation(form(distinct), form(x.expand(len(distinct), -1, -1)), padded_codes, padded, processors)
-    ready, codes16 = prepare.ready(x, len(distinct)), prepare.codes16(x, len(distinct))
-    prepare.launch(distinct, x, ready, codes16, None, None, None)
-    given = found if depths is None else depths.contiguous()
-    _levels_kernel[(triton.cdiv(rows, tiles.block_n),)](
-        x, x.stride(0), codebooks, codebooks.stride(0), codebooks.stride(1), ready, codes16, given, found, rows, width,
-        levels, padded_codes // tiles.block_k, 0 if shared else 1,
-        BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, BLOCK_D=padded, PROGRAMS=prepare.programs, EXACT=exact,
-        PARTLY=depths is not None, num_warps=tiles.warps, num_stages=tiles.stages, **FUSE,
-    )  # fmt: skip
-    return found
+    shared = levels == 1 or codebooks.strides[0] == 0
+    distinct = 1 if shared else levels
+    given = codebooks._replace(shape=(distinct, num_codes, width))
+    vectors = x._replace(shape=(distinct, rows, width), strides=(0, *x.strides))
+    prepare = preparation(given, vectors, padded_codes, padded, processors)
+    strides = x.strides[0], *codebooks.strides[:2]
+    options = {
+        "BLOCK_N": tiles.block_n,
+        "BLOCK_K": tiles.block_k,
+        "BLOCK_D": padded,
+        "PROGRAMS": prepare.programs,
+        "EXACT": exact,
+        "PARTLY": depths is not None,
+        "num_warps": tiles.warps,
+        "num_stages": tiles.stages,
+        **FUSE,
+    }
+    numbers = *strides, rows, width, levels, padded_codes // tiles.block_k, 0 if shared else 1
+    search = Launcher(_levels_kernel, (triton.cdiv(rows, tiles.block_n),), numbers, options)
+    options = {
+        "STATISTICS": statistics,
+        "ATOMIC": not keys,
+        "BLOCK_N": _SUM_ROWS,
+        "BLOCK_D": _SUM_COLUMNS,
+        "num_warps": 4,
+        **FUSE,
+    }
+    grid = triton.cdiv(rows, _SUM_ROWS), triton.cdiv(width, _SUM_COLUMNS)
+    follow = Launcher(_follow_kernel, grid, (*strides, rows, num_codes, width, levels), options)
+    return _Plan(prepare, search, follow, distinct)
 
 
-def _follow(
-    x: Tensor, codebooks: Tensor, found: Tensor, statistics: tuple[Tensor, Tensor, Tensor, Tensor | None] | None
-) -> tuple[Tensor, Tensor]:
-    """The sum of codes and the indices; fills sums, counts (or keys in their place) and errors."""
-    (rows, width), (levels, num_codes, _) = x.shape, codebooks.shape
+def _run(
+    x: Tensor,
+    codebooks: Tensor,
+    depths: Tensor | None,
+    exact: bool,
+    statistics: tuple[Tensor, Tensor, Tensor, Tensor | None] | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum of codes, the indices, and codes int32 [N, Q]: -1 where a vector takes no part, -2 where no code has a
+    finite score. Fills sums, counts (or keys in their place) and errors.
+    """
+    (rows, width), levels = x.shape, codebooks.shape[0]
     total = x.new_empty((rows, width), dtype=torch.float32)
     indices = x.new_empty((rows, levels), dtype=torch.int64)
+    found = x.new_full((rows, levels), _ABSENT.value, dtype=torch.int32)
     if total.numel() == 0:
-        return total, indices.zero_()
+        return total, indices.zero_(), found
     sums, counts, errors, keys = (total, indices, total, None) if statistics is None else statistics
-    _follow_kernel[(triton.cdiv(rows, _SUM_ROWS), triton.cdiv(width, _SUM_COLUMNS))](
-        x, x.stride(0), codebooks, codebooks.stride(0), codebooks.stride(1), found, indices, total, sums, counts,
-        errors, found if keys is None else keys, rows, num_codes, width, levels,
-        STATISTICS=statistics is not None, ATOMIC=keys is None, BLOCK_N=_SUM_ROWS, BLOCK_D=_SUM_COLUMNS, num_warps=4,
-        **FUSE,
-    )  # fmt: skip
-    return total, indices
+    depths = None if depths is None else depths.contiguous()
+    kind = None if depths is None else depths.dtype
+    plan = _plan(form(x), form(codebooks), kind, exact, statistics is not None, keys is not None)
+    ready, codes16 = plan.prepare.ready(x, plan.distinct), plan.prepare.codes16(x, plan.distinct)
+    plan.prepare.launch(codebooks, x, ready, codes16, None, None, None)
+    plan.levels(x, codebooks, ready, codes16, found if depths is None else depths, found)
+    plan.follow(x, codebooks, found, indices, total, sums, counts, errors, found if keys is None else keys)
+    return total, indices, found
 
 
 def _unit_stride(value: Tensor) -> Tensor:
