@@ -50,6 +50,7 @@ def test_the_marker_chooses_tests_whether_or_not_there_is_a_gpu() -> None:
         "tests/test_gpu_check.py::test_tiny_plans_on_a_gpu",
         "tests/ops/test_causal_registered.py::test_all_backends_agree_on_a_gpu",
         "tests/ops/test_causal_registered.py::test_attention_of_the_library_agrees_on_a_gpu",
+        "tests/ops/test_causal_registered.py::test_gated_block_takes_one_step_on_a_gpu",
     }
 
 

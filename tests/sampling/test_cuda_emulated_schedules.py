@@ -86,7 +86,7 @@ CASES: dict[str, Callable[[ModuleType], Case]] = {
     "strict": lambda m: Case(m, snail(shape=(2, 3), attention_channels=2), 2, FILTERED),
     "inclusive": lambda m: Case(m, snail(shape=(2, 3), mask="inclusive", attention=False), 2, PLAIN, blocks=5),
     "pixelcnn": lambda m: Case(m, pixelcnn(shape=(2, 3)), 3, PLAIN, blocks=2),
-    "fragments": lambda m: Case(m, snail(shape=(2, 2), attention=False), 8, FILTERED, precision="bfloat16"),
+    "bfloat16": lambda m: Case(m, snail(shape=(2, 2), attention=False), 8, FILTERED, precision="bfloat16"),
 }
 
 
@@ -108,9 +108,11 @@ RICH: dict[str, Callable[[ModuleType], Case]] = {
     ),
     "wide": lambda m: Case(m, pixelcnn(shape=(2, 4), channels=40, num_codes=70), 9, PLAIN, blocks=2),
     "rows-below": lambda m: Case(m, snail(shape=(2, 8)), 1, PLAIN, blocks=5, plan=for_rows_below((2, 8), 5)),
-    "fragments": lambda m: Case(
+    "bfloat16": lambda m: Case(
         m, snail(shape=(1, 4), mask="inclusive", channels=40, attention=False), 9, PLAIN, precision="bfloat16"
     ),
+    # More samples than an instruction works on at a time.
+    "samples": lambda m: Case(m, pixelcnn(shape=(1, 2), layers=1), 66, PLAIN, blocks=2),
 }
 
 

@@ -135,8 +135,8 @@ def test_step_options() -> None:
     first, second = (made[4:] for made in extension.made)
     height, width = plan.shape
     shape = (width, height * width, plan.num_codes, padded(height * width))
-    assert first == (plan.output, 2, *shape, False, False, 0, 0, 0)
-    assert second == (plan.output, 9, *shape, True, True, 0, 5, 4096)
+    assert first == (plan.output, 2, *shape, False, 0, 0, 0)
+    assert second == (plan.output, 9, *shape, True, 0, 5, 4096)
     with refuses(ArgumentError, "shape: expected positive sizes"):
         CudaStep(plan, 0, CPU, precision="float32", extension=StandIn())
     with torch.no_grad():
