@@ -602,7 +602,7 @@ PlanCase wide_plan(int64_t layers, int64_t channels) {
 
 // The weights of a wide level are shared out evenly in few slices, and all of them stay where there is room.
 void test_balance() {
-    constexpr int64_t kLayers = 10, kChannels = 240, kBlocks = 7;
+    constexpr int64_t kLayers = 6, kChannels = 240, kBlocks = 7;
     const PlanCase plan = wide_plan(kLayers, kChannels);
     for (const bool bf16 : {false, true}) {
         const Program program = make(plan, {kBlocks, int64_t{227} << 10, bf16});
