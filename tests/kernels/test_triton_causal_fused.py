@@ -163,6 +163,14 @@ class Made(NamedTuple):
         h = fused_causal_conv2d_reference(tensors["x"], residual=None, **first._asdict())
         return fused_causal_conv2d_reference(h, residual=tensors["x"], **second._asdict())
 
+    def differentiated(self, device: str) -> tuple[dict[str, Tensor], Tensor, list[Tensor]]:
+        """Leaves, a gradient of the output, and in float64 the output and the gradients of the leaves."""
+        leaves = {name: value.requires_grad_() for name, value in self.tensors(device).items()}
+        exact = {name: value.requires_grad_() for name, value in self.tensors(device, torch.float64).items()}
+        want = self.exact(exact)
+        upstream = normal(*want.shape, seed=9).to(device)
+        return leaves, upstream, [want, *torch.autograd.grad(want, list(exact.values()), upstream.double())]
+
 
 MADE = (
     Made((3, 3), ("elu", "elu"), ("grid", "sample")),
@@ -183,17 +191,13 @@ def one_step() -> Iterator[None]:
 def blocks(device: str) -> None:
     """A whole block's output and gradients; of some tensors alone they are the same."""
     for made in MADE:
-        leaves = {name: value.requires_grad_() for name, value in made.tensors(device).items()}
-        exact = {name: value.requires_grad_() for name, value in made.tensors(device, torch.float64).items()}
-        want = made.exact(exact)
-        upstream = normal(*want.shape, seed=9).to(device)
-        grads = torch.autograd.grad(want, list(exact.values()), upstream.double())
+        leaves, upstream, want = made.differentiated(device)
         with one_step(), full_float32(torch.device(device)):
             out = gated_block(leaves["x"], *made.steps(leaves))
             assert type(out.grad_fn).__name__ == "_BlockBackward"
             found = torch.autograd.grad(out, list(leaves.values()), upstream)
         assert out.is_contiguous(memory_format=torch.channels_last)
-        for name, mine, right in zip(("out", *leaves), (out, *found), (want, *grads), strict=True):
+        for name, mine, right in zip(("out", *leaves), (out, *found), want, strict=True):
             assert (mine - right).abs().max() <= 2e-5 * right.abs().max().clamp(min=1), name
         for names in (["x"], ["weight1"], ["bias1"], ["weight2", "bias2"], [n for n in leaves if "context" in n]):
             some = {name: value.detach().requires_grad_(name in names) for name, value in leaves.items()}
@@ -207,16 +211,12 @@ def blocks(device: str) -> None:
 
 def blocks_under_autocast(device: str) -> None:
     for made in MADE:
-        leaves = {name: value.requires_grad_() for name, value in made.tensors(device).items()}
-        exact = {name: value.requires_grad_() for name, value in made.tensors(device, torch.float64).items()}
-        want = made.exact(exact)
-        upstream = normal(*want.shape, seed=9).to(device)
-        grads = torch.autograd.grad(want, list(exact.values()), upstream.double())
+        leaves, upstream, want = made.differentiated(device)
         with one_step(), torch.autocast(device, BFLOAT16):
             out = gated_block(leaves["x"], *made.steps(leaves))
         assert type(out.grad_fn).__name__ == "_BlockBackward"
         found = torch.autograd.grad(out, list(leaves.values()), upstream)
-        for name, mine, right in zip(("out", *leaves), (out, *found), (want, *grads), strict=True):
+        for name, mine, right in zip(("out", *leaves), (out, *found), want, strict=True):
             assert mine.dtype == torch.float32
             assert (mine - right).abs().max() <= 0.03 * right.abs().max(), name
 

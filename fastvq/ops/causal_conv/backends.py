@@ -65,30 +65,24 @@ def _backward(grad: Tensor, x: Tensor, weight: Tensor, pre_gate: Tensor | None, 
     return found
 
 
-def _image(like: Tensor, channels: int, dtype: torch.dtype | None = None) -> Tensor:
-    """An empty tensor of the same batch and grid, channels-last."""
-    batch, _, height, width = like.shape
-    return like.new_empty((batch, height, width, channels), dtype=dtype or like.dtype).permute(0, 3, 1, 2)
-
-
 def _fake(
     x: Tensor, weight: Tensor, bias: Tensor | None, context: Tensor | None, residual: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor]:
     channels = weight.shape[0]
     dtype = options.dtype or x.dtype
     wide = dtype if residual is None else torch.promote_types(dtype, residual.dtype)
-    out = _image(x, channels // 2 if options.gate else channels, wide)
-    return out, _image(x, channels, dtype) if options.gate and options.keep else x.new_empty(0)
+    out = library.empty_image(x, channels // 2 if options.gate else channels, wide)
+    return out, library.empty_image(x, channels, dtype) if options.gate and options.keep else x.new_empty(0)
 
 
 def _fake_backward(
     grad: Tensor, x: Tensor, weight: Tensor, pre_gate: Tensor | None, options: GradientOptions
 ) -> Gradients:
     return (
-        _image(x, x.shape[1]) if options.needs_input else x.new_empty(0),
+        library.empty_image(x, x.shape[1]) if options.needs_input else x.new_empty(0),
         weight.new_empty(weight.shape if options.needs_weight else (0,)),
         weight.new_empty(weight.shape[:1] if options.needs_weight else (0,)),
-        x.new_empty(0) if pre_gate is None else _image(x, weight.shape[0], options.dtype),
+        x.new_empty(0) if pre_gate is None else library.empty_image(x, weight.shape[0], options.dtype),
     )
 
 
@@ -114,8 +108,7 @@ def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             raise UnavailableError("keep: the gradient of a gate needs what the forward pass was told not to keep")
         gated = pre_gate if options.gate else None
         if options.gate or needs_x or needs_weight or needs_bias:
-            mask, form, activation, *_, backend, dtype = options
-            wanted = GradientOptions(mask, form, activation, needs_x, needs_weight or needs_bias, backend, dtype)
+            wanted = options.gradients(needs_x, needs_weight or needs_bias)
             # Nobody will ask for the gradient of this gradient where none is recorded.
             direct = not torch.is_grad_enabled() and runs_directly(grad, x, weight)
             of_x, of_weight, of_bias, of_result = causal_conv2d_backward(

@@ -73,12 +73,12 @@ class _Block(torch.autograd.Function):
         of_first, of_second = ctx.options
         learns = needs[1] or needs[2]
         below = needs[0] or learns or needs[3]
-        wanted = _wanted(of_second, below, needs[4] or needs[5])
+        wanted = of_second.gradients(below, needs[4] or needs[5])
         known = fused.Known(tuple(kernels[ctx.parts :]), sums_input=learns)
         (of_h, of_outer, of_outer_bias, of_result), sums = _differentiate(grads[0], h, outer, pre_gate, wanted, known)
         of_x = of_inner = of_inner_bias = None
         if below:
-            wanted = _wanted(of_first, needs[0], learns)
+            wanted = of_first.gradients(needs[0], learns)
             known = fused.Known(tuple(kernels[: ctx.parts]), sums, grads[0])
             (of_x, of_inner, of_inner_bias, _), _ = _differentiate(of_h, x, inner, None, wanted, known)
         of_contexts = [
@@ -88,11 +88,6 @@ class _Block(torch.autograd.Function):
         return (
             of_x, of_inner, of_inner_bias, of_contexts[0], of_outer, of_outer_bias, of_contexts[1], None, None, None
         )  # fmt: skip
-
-
-def _wanted(options: Options, needs_input: bool, needs_weight: bool) -> GradientOptions:
-    mask, form, activation, *_, backend, dtype = options
-    return GradientOptions(mask, form, activation, needs_input, needs_weight, backend, dtype)
 
 
 def _differentiate(

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvq.kernels.taps import CHANNEL_MULTIPLE, read_taps
-from fastvq.ops.causal_conv.library import channels_last, library_gradients
+from fastvq.ops.causal_conv.library import channels_last, empty_image, library_gradients
 from fastvq.ops.causal_conv.options import GradientOptions, Gradients, Options
 
 if TYPE_CHECKING:
@@ -106,8 +106,8 @@ def forward(
         else:
             found.append((torch.mm(image, kernel.t()), whole))
     wide = dtype if residual is None else torch.promote_types(dtype, residual.dtype)
-    out = _empty(x, channels // 2 if options.gate else channels, wide)
-    pre_gate = _empty(x, channels, dtype) if options.gate and options.keep else None
+    out = empty_image(x, channels // 2 if options.gate else channels, wide)
+    pre_gate = empty_image(x, channels, dtype) if options.gate and options.keep else None
     surroundings = around.Surroundings(
         bias=None if bias is None else bias.contiguous(),
         context=None if context is None else channels_last(context),
@@ -166,7 +166,7 @@ def differentiate(
         sums = sums if known.sums is None else known.sums
         of_weight, of_bias = taps.unpack(of_kernels, plan.segments, plan.depth, sums, weight)
     if options.needs_input:
-        of_x, kind = _empty(x, x.shape[1], x.dtype), around.ACTIVATION_KINDS[options.activation]
+        of_x, kind = empty_image(x, x.shape[1], x.dtype), around.ACTIVATION_KINDS[options.activation]
         residual = None if known.residual is None else channels_last(known.residual)
         surroundings = around.Surroundings(residual=residual, given=x if kind else None, derivative=kind)
         of_input = around.join(of_x, of_images, plan.depth, surroundings, summed=known.sums_input)
@@ -267,10 +267,3 @@ def _rows(first: int, shape: tuple[int, int, int, int]) -> _View:
     """The same as [B * rows * columns, C]."""
     batch, channels, rows, columns = shape
     return (batch * rows * columns, channels), (channels, 1), first * channels
-
-
-def _empty(like: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
-    """Of the same batch and grid, channels-last."""
-    batch, _, height, width = like.shape
-    strides = height * width * channels, 1, width * channels, channels
-    return like.new_empty_strided((batch, channels, height, width), strides, dtype=dtype)

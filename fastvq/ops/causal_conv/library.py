@@ -61,6 +61,13 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor, pre_gate: Tensor | None, o
     return channels_last(of_x) if options.needs_input else of_x, of_weight, of_bias, of_result
 
 
+def empty_image(like: Tensor, channels: int, dtype: torch.dtype | None = None) -> Tensor:
+    """An empty tensor of the same batch and grid, channels-last; of the same type unless told otherwise."""
+    batch, _, height, width = like.shape
+    strides = height * width * channels, 1, width * channels, channels
+    return like.new_empty_strided((batch, channels, height, width), strides, dtype=dtype)
+
+
 def channels_last(x: Tensor) -> Tensor:
     """The values in channels-last memory, whose strides are those of [B, H, W, C] even where sizes are 1."""
     if x.is_contiguous(memory_format=torch.channels_last):

@@ -11,6 +11,18 @@ from torch import Tensor
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
+class GradientOptions(NamedTuple):
+    """Of the gradients of input, weight and bias; that of the bias comes with the weight's."""
+
+    mask: str
+    form: str
+    activation: str | None
+    needs_input: bool
+    needs_weight: bool
+    backend: str | None
+    dtype: torch.dtype | None = None
+
+
 class Options(NamedTuple):
     """As for `fastvq.ops.fused_causal_conv2d`; ``keep`` asks for what the gate is applied to as well.
 
@@ -25,14 +37,8 @@ class Options(NamedTuple):
     backend: str | None
     dtype: torch.dtype | None = None
 
-
-class GradientOptions(NamedTuple):
-    """Of the gradients of input, weight and bias; that of the bias comes with the weight's."""
-
-    mask: str
-    form: str
-    activation: str | None
-    needs_input: bool
-    needs_weight: bool
-    backend: str | None
-    dtype: torch.dtype | None = None
+    def gradients(self, needs_input: bool, needs_weight: bool) -> GradientOptions:
+        """Of the gradients of this convolution."""
+        return GradientOptions(
+            self.mask, self.form, self.activation, needs_input, needs_weight, self.backend, self.dtype
+        )
