@@ -211,6 +211,13 @@ def replacing_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def remove_folder(folder: Path) -> None:
+    """Remove a folder: whole or not there at any time, and :func:`remove_leftovers` ends what a kill interrupted."""
+    temporary = _temporary(folder, "tmp")
+    os.replace(folder, temporary)
+    shutil.rmtree(temporary)
+
+
 def _temporary(path: Path, kind: str) -> Path:
     """A new hidden name beside a path, which says whose it is."""
     return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.{kind}")

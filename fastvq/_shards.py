@@ -215,7 +215,8 @@ def fill_shard(
         fill: what computes them; may compute rows again that it yielded before.
 
     Raises:
-        FileConflictError: another process is at it (names it), or what is there is of another model, seed or settings.
+        FileConflictError: another process is at it (names it), or what is there, other parts included, is of another
+            model, seed or settings.
         CorruptFileError: what is there is damaged.
         DiskFullError: there is no room for all tensors; found out before anything is computed.
     """
@@ -223,6 +224,7 @@ def fill_shard(
     with working_on(path) as unfinished:
         found = finished_shard(path, kind=kind, total=total, indices=indices, identity=identity)
         if found is None:
+            _require_same_whole(path, description)
             _fill(path, unfinished, specs, fill, description)
             _make_way(path)
             os.replace(unfinished / _TENSORS, path)
@@ -396,15 +398,12 @@ def read_shards(folder: Path, prefix: str) -> list[StoredShard]:
     return found
 
 
-def require_same_whole(folder: Path, prefix: str, *, kind: str, total: int, identity: Mapping[str, Any]) -> None:
-    """What is finished in a folder must be parts of the same whole as the one to come.
-
-    Raises:
-        FileConflictError: one is not; names it and what differs.
-        CorruptFileError: a description is damaged.
-    """
-    for shard in _finished(folder, prefix):
-        differing = _differences(_whole(shard), {"kind": kind, "total": total, **json.loads(json.dumps(identity))})
+def _require_same_whole(path: Path, description: Mapping[str, Any]) -> None:
+    """What is finished in the folder must be parts of the same whole as the one to come."""
+    prefix = path.name.rpartition("-of-")[0].rpartition("-")[0]
+    now = {"kind": description["kind"], "total": description["total"], **description["identity"]}
+    for shard in _finished(path.parent, prefix):
+        differing = _differences(_whole(shard), now)
         if differing:
             raise FileConflictError(
                 f"{shard.path}: is a part of another whole, which differs in\n  "

@@ -123,9 +123,10 @@ def _add_extract(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "fastvq.cli.train:extract",
         "write the codes of all images",
         "Reads RUN/vqvae, writes RUN/codes/train and RUN/codes/validation. An interrupted run goes on when it is\n"
-        "started again.",
+        "started again. With --shard one part of them goes to RUN/codes/parts; `fastvq merge RUN` puts all together.",
     )
     _add_run(parser)
+    _add_shard(parser)
     parser.add_argument("--data", help="the image folder, if it has moved since training")
     _add_skip_broken(parser)
     parser.add_argument(
@@ -208,11 +209,12 @@ def _add_merge(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "merge",
         "fastvq.cli.merge:merge",
         "put parts of samples or codes together",
-        "FOLDER holds all parts that `fastvq sample --shard` wrote; their codes (codes.safetensors) and settings\n"
-        "(samples.json) are written as one process writes them.",
+        "FOLDER holds all parts that `fastvq sample --shard` wrote: their codes (codes.safetensors) and settings\n"
+        "(samples.json) are written as one process writes them. Or it is a project with all parts that\n"
+        "`fastvq extract --shard` wrote: they become FOLDER/codes/train and FOLDER/codes/validation.",
         device=False,
     )
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="parts of samples")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="parts of samples, or a project")
     parser.add_argument("--out", type=Path, help="where merged samples go (default: FOLDER)")
     parser.add_argument("--overwrite", action="store_true", help="replace what was merged before")
 

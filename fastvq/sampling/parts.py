@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from fastvq._check import require_choice, require_positive_int, require_seed
 from fastvq._files import remove_leftovers, replacing_file, replacing_folder, write_json
-from fastvq._shards import Shard, StoredShard, description_of, fill_shard, read_shards, require_same_whole, working_on
+from fastvq._shards import Shard, StoredShard, description_of, fill_shard, read_shards, working_on
 from fastvq._tensors import Specs, new_tensors, smallest_type
 from fastvq._version import __version__
 from fastvq.data.codes import model_checksum
@@ -110,7 +110,6 @@ def sample_shard(
     indices, path = shard.range(n), shard.path(folder, PREFIX)
     pipeline.labels(range(0), label)
     identity = _identity(pipeline, levels, seed, label)
-    require_same_whole(folder, PREFIX, kind=KIND, total=n, identity=identity)
     pictures = _Pictures(folder, path, n, indices)
     levels.warn_slow(stacklevel=3)
 
@@ -129,10 +128,10 @@ def sample_shard(
                 bar.update(len(part))
                 yield rows.stop
 
+    specs = _specs(identity, len(indices))
     with working_on(path):
         if not description_of(path).is_file():
             pictures.require_none()
-        specs = _specs(identity, len(indices))
         found = fill_shard(path, specs, fill, kind=KIND, total=n, indices=indices, identity=identity)
         if images == "png":
             pictures.write_files(pipeline, found)

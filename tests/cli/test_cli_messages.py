@@ -84,7 +84,7 @@ BAD: dict[str, list[str]] = {
         "--set in_channels=0",
         "--set strides=(3,)",
     ],
-    "extract": ["--run nowhere", "--data nowhere", "--batch-size 0", "--copies 0", "--copies 2"],
+    "extract": ["--shard 1", "--run nowhere", "--data nowhere", "--batch-size 0", "--copies 0", "--copies 2"],
     "train-prior": [
         *BOTH_STAGES,
         "--run nowhere",
@@ -163,7 +163,7 @@ BAD: dict[str, list[str]] = {
 }
 WHOLE = {
     "sample": ["--checkpoint nowhere", "--checkpoint .", "--pretrained absent"],
-    "merge": ["nowhere", "my"],
+    "merge": ["nowhere", "."],
     "reconstruct": [
         "--checkpoint nowhere --data digits",
         "--pretrained absent --data digits",
