@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +27,46 @@ from fastvq.training.classifier import images_of
 _CHUNK = 512
 
 
+class JoinedArrays:
+    """Arrays one below the other, of which only those rows are read that are asked for."""
+
+    def __init__(self, arrays: Sequence[np.ndarray]) -> None:
+        self._arrays = arrays
+        self._starts = np.cumsum([0, *map(len, arrays)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, rows: np.ndarray | slice) -> np.ndarray:
+        rows = np.arange(len(self))[rows]
+        places = np.searchsorted(self._starts, rows, side="right") - 1
+        found = np.empty((len(rows), *self._arrays[0].shape[1:]), self._arrays[0].dtype)
+        for place in np.unique(places):
+            here = places == place
+            found[here] = self._arrays[place][rows[here] - self._starts[place]]
+        return found
+
+
 class DrawnSamples:
     """Samples as codes in memory-mapped files, decoded when they are asked for: memory does not grow with them.
 
     Attributes:
-        folder: where the files lie; further arrays of one row per sample may be added there.
+        folder: where the files lie.
         labels: class of each sample, int64 [n]; None for unconditional priors.
         seed: of the draws.
+        settings: of the draws: what :meth:`Pipeline.sample` was given beside label and seed.
     """
 
     labels: Tensor | None
 
     def __init__(
-        self, pipeline: Pipeline, arrays: Sequence[np.ndarray], labels: Tensor | None, seed: int, folder: Path
+        self,
+        pipeline: Pipeline,
+        arrays: Sequence[np.ndarray | JoinedArrays],
+        labels: Tensor | None,
+        seed: int,
+        folder: Path,
+        settings: Mapping[str, Any],
     ) -> None:
         scale = pipeline.vqvae.total_stride
         rows, columns = pipeline.priors[0].config.shape
@@ -48,11 +75,17 @@ class DrawnSamples:
         self.num_classes = pipeline.num_classes
         classes = range(pipeline.num_classes or 0)
         self.class_names = pipeline.class_names or tuple(str(index) for index in classes)
-        self.labels, self.seed, self.folder = labels, seed, folder
+        self.labels, self.seed, self.folder, self.settings = labels, seed, folder, dict(settings)
         self._pipeline, self._arrays = pipeline, list(arrays)
 
     def __len__(self) -> int:
         return len(self._arrays[0])
+
+    @property
+    def temperature(self) -> tuple[float, ...]:
+        """One value if all levels have the same, else one for each, top first."""
+        given = self.settings.get("temperature", 1.0)
+        return once_if_same(given if isinstance(given, (list, tuple)) else [given])
 
     def codes(self, indices: np.ndarray) -> tuple[Tensor, ...]:
         """Codes of some samples: int64 [B, h, w] for each level, top first."""
@@ -72,10 +105,14 @@ class DrawnSamples:
         digest = hashlib.sha256(model_checksum(self._pipeline.vqvae).encode())
         for array in self._arrays:
             for start in range(0, len(array), _CHUNK):
-                digest.update(np.ascontiguousarray(array[start : start + _CHUNK]).tobytes())
+                digest.update(np.asarray(array[start : start + _CHUNK], dtype=np.int64).tobytes())
         if self.labels is not None:
             digest.update(self.labels.numpy().tobytes())
         return f"samples-{len(self)}-{digest.hexdigest()}"
+
+
+def once_if_same(values: Sequence[float]) -> tuple[float, ...]:
+    return tuple(values[:1] if len(set(values)) == 1 else values)
 
 
 def draw_samples(
@@ -121,7 +158,7 @@ def draw_samples(
             for array, codes in zip(arrays, samples.codes, strict=True):
                 array[start : start + size] = codes.cpu().numpy()
             bar.update(size)
-    return DrawnSamples(pipeline, arrays, label, seed, folder)
+    return DrawnSamples(pipeline, arrays, label, seed, folder, settings)
 
 
 class Reconstructions:
