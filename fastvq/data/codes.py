@@ -21,6 +21,7 @@ from fastvq._files import new_array, read_json, reading, require_seal, reserve, 
 from fastvq._lock import locked
 from fastvq._nvtx import annotate
 from fastvq._schema import ENTRIES, FLAG, TEXT, integer, named, optional, require_entries, several
+from fastvq._tensors import smallest_type
 from fastvq._unwrap import unwrap
 from fastvq._version import __version__
 from fastvq.data.augment import Augment
@@ -305,8 +306,7 @@ def _specs(description: dict[str, Any]) -> list[tuple[tuple[int, ...], np.dtype]
     """Shape and element type of each level's array."""
     specs = []
     for shape, num_codes in zip(description["shapes"], description["num_codes"], strict=True):
-        dtype = next(np.dtype(t) for t in ("uint8", "uint16", "int32") if num_codes - 1 <= np.iinfo(t).max)
-        specs.append(((description["rows"], *shape), dtype))
+        specs.append(((description["rows"], *shape), smallest_type(num_codes)))
     return specs
 
 
