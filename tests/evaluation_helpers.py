@@ -12,9 +12,8 @@ from helpers import snail
 from torch import Tensor, nn
 
 from fastvq import Pipeline
-from fastvq._shards import Shard, write_shard
-from fastvq.data.codes import model_checksum
 from fastvq.models import VQVAE2, VQVAEConfig
+from fastvq.sampling import Shard, sample_shard
 
 
 class Images:
@@ -121,26 +120,7 @@ def gaussian(n: int, features: int = 3, *, seed: int = 0, scale: float = 1.0, sh
     return torch.randn(n, features, generator=generator) * scale + shift
 
 
-def write_samples(
-    pipeline: Pipeline, folder: Path, n: int, parts: int, *, seed: int = 0, temperature: float = 1.0
-) -> None:
+def write_samples(pipeline: Pipeline, folder: Path, n: int, parts: int, **settings: Any) -> None:
     """Samples in a folder of parts."""
-    classes = pipeline.num_classes
-    labels = None if classes is None else torch.arange(n) % classes
-    drawn = pipeline.sample(n, label=labels, seed=seed, temperature=temperature)
-    identity = {
-        "vqvae": model_checksum(pipeline.vqvae),
-        "priors": [model_checksum(prior) for prior in pipeline.priors],
-        "seed": seed,
-        "temperature": [temperature] * len(pipeline.priors),
-        "top_k": [None] * len(pipeline.priors),
-        "top_p": [None] * len(pipeline.priors),
-        "precision": "float32",
-    }
     for index in range(parts):
-        shard = Shard(index, parts)
-        indices = shard.range(n)
-        tensors = {f"level{level}": codes[indices.start : indices.stop] for level, codes in enumerate(drawn.codes)}
-        if labels is not None:
-            tensors["labels"] = labels[indices.start : indices.stop]
-        write_shard(shard.path(folder, "samples"), tensors, kind="samples", total=n, indices=indices, identity=identity)
+        sample_shard(pipeline, n, Shard(index, parts), folder, **settings)

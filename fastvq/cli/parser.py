@@ -279,9 +279,7 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     parser.add_argument(
         "--from-shards", type=Path, metavar="DIR", help="samples in parts, whose -n, --temperature and --seed count"
     )
-    parser.add_argument(
-        "--shard", metavar="I/N", help="gather the features of this part of --from-shards; 'env': as the scheduler says"
-    )
+    _add_shard(parser)
     parser.add_argument("--classifier", type=Path, metavar="FOLDER", help="scores for rejection (default: RUN's)")
     parser.add_argument("--features", type=Path, metavar="FOLDER", help="another classifier, for the features")
     parser.add_argument("--inception", type=Path, metavar="FILE", help="Inception weights for the features")

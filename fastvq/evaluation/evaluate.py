@@ -323,7 +323,9 @@ def _check_given(
             raise ArgumentError(f"{name}: the samples given have {there}, expected {asked}")
     in_turn = torch.arange(len(samples)) % (pipeline.num_classes or 1)
     if pipeline.num_classes and (samples.labels is None or not torch.equal(samples.labels, in_turn)):
-        raise ArgumentError("samples: expected all classes in turn, as the images of all are what they compare with")
+        raise ArgumentError(
+            "label: expected samples of all classes in turn, since images of all are compared with them"
+        )
     if statistics is None:
         return
     if extractor is None:

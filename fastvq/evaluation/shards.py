@@ -11,22 +11,29 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from fastvq._check import require_positive_int
 from fastvq._files import reading
 from fastvq._schema import TEXT, integer, number, optional, require_entries, several
-from fastvq._shards import Shard, StoredShard, description_of, finished_shard, read_shards, write_shard
-from fastvq._tensors import read_safetensors
+from fastvq._shards import (
+    StoredShard,
+    description_of,
+    finished_shard,
+    read_shards,
+    require_same_whole,
+    working_on,
+    write_shard,
+)
 from fastvq.data.codes import model_checksum
 from fastvq.errors import ArgumentError, FileConflictError, MissingFileError
 from fastvq.evaluation.features import FeatureExtractor, as_extractor
-from fastvq.evaluation.sources import DrawnSamples, JoinedArrays, once_if_same
+from fastvq.evaluation.sources import DrawnSamples, StoredRows, once_if_same
 from fastvq.evaluation.statistics import KEPT_VECTORS, FeatureStatistics, image_batches
-from fastvq.sampling import Pipeline
+from fastvq.sampling import Pipeline, Shard
+from fastvq.sampling.parts import LABELS, PREFIX
 
-SAMPLES, FEATURES = "samples", "features"
+FEATURES = "features"
 
 
 def shard_settings(pipeline: Pipeline, folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -44,7 +51,7 @@ def shard_settings(pipeline: Pipeline, folder: str | os.PathLike[str]) -> dict[s
 def samples_from_shards(
     pipeline: Pipeline, folder: str | os.PathLike[str], indices: range | None = None
 ) -> DrawnSamples:
-    """The samples in a folder of parts, read through memory maps: memory does not grow with them.
+    """The samples in a folder of parts, read when they are asked for: memory does not grow with them.
 
     Args:
         pipeline: what drew them.
@@ -88,7 +95,8 @@ def score_shard(
 
     Raises:
         as :func:`samples_from_shards`;
-        FileConflictError: the part is there for other samples, another extractor or other settings.
+        FileConflictError: parts are there for other samples, another extractor or other settings, or another process
+            is at this one.
     """
     folder, features = Path(folder), as_extractor(extractor)
     parts = _sample_parts(pipeline, folder)
@@ -98,7 +106,10 @@ def score_shard(
     indices = range(min(total, batches.start * batch_size), min(total, batches.stop * batch_size))
     identity = _identity(pipeline, parts, features, keep, batch_size)
     path = shard.path(folder, _prefix(features))
-    if finished_shard(path, kind=FEATURES, total=total, indices=indices, identity=identity) is None:
+    require_same_whole(folder, _prefix(features), kind=FEATURES, total=total, identity=identity)
+    with working_on(path):
+        if finished_shard(path, kind=FEATURES, total=total, indices=indices, identity=identity) is not None:
+            return path
         samples = _open(pipeline, folder, parts, indices)
         # What an empty part has no images to tell.
         found = features.extract(torch.zeros(1, samples.channels, *samples.size, dtype=torch.float32))
@@ -138,6 +149,9 @@ def statistics_from_shards(
     if not any(folder.glob(f"{prefix}-*.json")):
         return None
     parts = _sample_parts(pipeline, folder)
+    total, seed = parts[0].total, parts[0].identity["seed"]
+    identity = _identity(pipeline, parts, features, keep, batch_size)
+    require_same_whole(folder, prefix, kind=FEATURES, total=total, identity=identity)
     try:
         scored = read_shards(folder, prefix)
     except MissingFileError as error:
@@ -145,14 +159,12 @@ def statistics_from_shards(
             f"features that were gathered in parts are not used, since some are missing ({error})", stacklevel=2
         )
         return None
-    identity = _identity(pipeline, parts, features, keep, batch_size)
-    total, seed = parts[0].total, parts[0].identity["seed"]
     whole: FeatureStatistics | None = None
     for part in scored:
-        finished_shard(part.path, kind=FEATURES, total=total, indices=part.indices, identity=identity)
-        tensors, (first, count) = read_safetensors(part.path), (part.indices.start, len(part.indices))
+        part.verify()
+        first, count = part.indices.start, len(part.indices)
         with reading(f"{part.path}: no statistics of features"):
-            statistics = FeatureStatistics.from_state(tensors, count, keep=keep, seed=seed, first=first)
+            statistics = FeatureStatistics.from_state(part.tensors(), count, keep=keep, seed=seed, first=first)
         if whole is None:
             whole = statistics
         else:
@@ -162,7 +174,7 @@ def statistics_from_shards(
 
 def _sample_parts(pipeline: Pipeline, folder: Path) -> list[StoredShard]:
     """All parts of the samples, drawn by this pipeline."""
-    parts = read_shards(folder, SAMPLES)
+    parts = read_shards(folder, PREFIX)
     for part in parts:
         require_entries(description_of(part.path), part.identity, _IDENTITY)
     there = parts[0].identity
@@ -181,7 +193,7 @@ _SETTINGS = ("temperature", "top_k", "top_p", "precision")
 _IDENTITY = {
     "vqvae": TEXT,
     "priors": several(TEXT),
-    "seed": integer(),
+    "seed": integer(0, 2**64 - 1),
     "temperature": several(number(), least=1),
     "top_k": several(optional(integer())),
     "top_p": several(optional(number())),
@@ -190,35 +202,16 @@ _IDENTITY = {
 
 
 def _open(pipeline: Pipeline, folder: Path, parts: list[StoredShard], indices: range) -> DrawnSamples:
-    shapes: dict[str, tuple[int, ...]] = {f"level{i}": prior.config.shape for i, prior in enumerate(pipeline.priors)}
-    levels = [*shapes]
-    if pipeline.num_classes is not None:
-        shapes["labels"] = ()
-    arrays: dict[str, list[np.ndarray]] = {name: [] for name in shapes}
-    # Of no indices an empty stretch of the first part, which knows the types.
-    for part in [part for part in parts if _overlap(part.indices, indices)] or parts[:1]:
-        low, high = _overlap(part.indices, indices) or (0, 0)
-        if high:
+    for part in parts:
+        if range(max(part.indices.start, indices.start), min(part.indices.stop, indices.stop)):
             part.verify()
-        # Mapped, not read: what is not asked for takes no memory.
-        with reading(f"{part.path}: not a file of samples"):
-            tensors = load_file(part.path)
-            for name, shape in shapes.items():
-                tensor = tensors[name]
-                if tensor.shape != (len(part.indices), *shape) or tensor.is_floating_point():
-                    raise ValueError(f"{name} is {tensor.dtype} of shape {list(tensor.shape)}")
-                arrays[name].append(tensor.numpy()[low:high])
-    labels = torch.from_numpy(np.concatenate(arrays["labels"])).long() if "labels" in arrays else None
-    identity, none = parts[0].identity, [None] * len(levels)
+    codes = [
+        StoredRows(parts, f"level{level}", prior.config.shape, indices) for level, prior in enumerate(pipeline.priors)
+    ]
+    labels = None if pipeline.num_classes is None else torch.from_numpy(StoredRows(parts, LABELS, (), indices)[:])
+    identity, none = parts[0].identity, [None] * len(codes)
     settings = {name: identity[name] for name in _SETTINGS if identity[name] not in ("float32", none)}
-    codes = [JoinedArrays(arrays[level]) for level in levels]
     return DrawnSamples(pipeline, codes, labels, identity["seed"], folder, settings)
-
-
-def _overlap(part: range, indices: range) -> tuple[int, int] | None:
-    """Rows of a part, from and to, that are among some indices; None if there are none."""
-    low, high = max(part.start, indices.start), min(part.stop, indices.stop)
-    return (low - part.start, high - part.start) if low < high else None
 
 
 def _prefix(extractor: FeatureExtractor) -> str:

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from fastvq._check import require_positive_int
 from fastvq._evaluation import in_evaluation
 from fastvq._files import new_array
+from fastvq._shards import StoredShard
+from fastvq._tensors import smallest_type
 from fastvq._unwrap import require_model
 from fastvq.data.base import ImageDataset
 from fastvq.data.codes import model_checksum
@@ -27,28 +29,35 @@ from fastvq.training.classifier import images_of
 _CHUNK = 512
 
 
-class JoinedArrays:
-    """Arrays one below the other, of which only those rows are read that are asked for."""
+class StoredRows:
+    """A tensor of integers whose rows lie in several parts, as an array: only those rows are read that are asked for.
 
-    def __init__(self, arrays: Sequence[np.ndarray]) -> None:
-        self._arrays = arrays
-        self._starts = np.cumsum([0, *map(len, arrays)])
+    Args:
+        shape: of a row.
+        indices: rows of the whole that it has.
+    """
+
+    def __init__(self, parts: Sequence[StoredShard], name: str, shape: tuple[int, ...], indices: range) -> None:
+        self._parts, self._name, self._shape, self._indices = parts, name, shape, indices
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return len(self._indices)
 
     def __getitem__(self, rows: np.ndarray | slice) -> np.ndarray:
-        rows = np.arange(len(self))[rows]
-        places = np.searchsorted(self._starts, rows, side="right") - 1
-        found = np.empty((len(rows), *self._arrays[0].shape[1:]), self._arrays[0].dtype)
-        for place in np.unique(places):
-            here = places == place
-            found[here] = self._arrays[place][rows[here] - self._starts[place]]
+        """int64 [B, *shape]."""
+        rows = np.arange(self._indices.start, self._indices.stop)[rows]
+        found = np.empty((len(rows), *self._shape), np.int64)
+        for part in self._parts:
+            (here,) = np.nonzero((rows >= part.indices.start) & (rows < part.indices.stop))
+            for run in np.split(here, np.flatnonzero(np.diff(rows[here]) != 1) + 1):
+                if len(run):
+                    first = int(rows[run[0]]) - part.indices.start
+                    found[run] = part.rows(self._name, slice(first, first + len(run)))
         return found
 
 
 class DrawnSamples:
-    """Samples as codes in memory-mapped files, decoded when they are asked for: memory does not grow with them.
+    """Samples as codes in files, decoded when they are asked for: memory does not grow with them.
 
     Attributes:
         folder: where the files lie.
@@ -62,7 +71,7 @@ class DrawnSamples:
     def __init__(
         self,
         pipeline: Pipeline,
-        arrays: Sequence[np.ndarray | JoinedArrays],
+        arrays: Sequence[np.ndarray | StoredRows],
         labels: Tensor | None,
         seed: int,
         folder: Path,
@@ -146,7 +155,7 @@ def draw_samples(
         new_array(
             folder / f"level{level}.npy",
             (n, *prior.config.shape),
-            np.uint8 if prior.config.num_codes <= 256 else np.int32,
+            smallest_type(prior.config.num_codes),
         )
         for level, prior in enumerate(pipeline.priors)
     ]

@@ -112,7 +112,7 @@ def test_mistakes_get_one_line(
 def test_missing_parts_and_features_are_named(
     base: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_samples(Pipeline.from_pretrained("digits"), tmp_path / "parts", 20, 4)
+    write_samples(Pipeline.from_pretrained("digits"), tmp_path / "parts", 20, 4, seed=0)
     command = [*base, "--from-shards", str(tmp_path / "parts")]
     networks = [command.index(name) for name in ("--classifier", "--features")]
     bare = [word for place, word in enumerate(command) if place - 1 not in networks and place not in networks]
