@@ -104,8 +104,8 @@ class Points:
 
     num_classes = 2
 
-    def __init__(self, points: Tensor, folder: Path) -> None:
-        self.points, self.folder = points, folder
+    def __init__(self, points: Tensor) -> None:
+        self.points = points
         self.labels = torch.zeros(len(points), dtype=torch.int64)
 
     def __len__(self) -> int:

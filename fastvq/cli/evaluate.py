@@ -33,7 +33,7 @@ from fastvq.evaluation import evaluate as measure
 from fastvq.evaluation.sources import once_if_same
 from fastvq.evaluation.tables import tables
 from fastvq.models.classifier import Classifier, ClassifierConfig
-from fastvq.sampling import Pipeline
+from fastvq.sampling import Pipeline, Shard
 from fastvq.training import TrainConfig
 
 
@@ -135,6 +135,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 def _score(arguments: argparse.Namespace, device: str) -> None:
     """Gather the features of one part of the samples; no data set is needed."""
+    shard = Shard.parse(arguments.shard)
     if arguments.from_shards is None:
         raise ArgumentError("--shard: names a part of the samples in a folder; pass the folder as --from-shards")
     if arguments.out is not None:
@@ -148,7 +149,7 @@ def _score(arguments: argparse.Namespace, device: str) -> None:
         pipeline,
         arguments.from_shards,
         extractor,
-        arguments.shard,
+        shard,
         keep=arguments.vectors,
         batch_size=arguments.batch_size,
         progress=not arguments.quiet,

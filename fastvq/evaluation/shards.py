@@ -68,14 +68,14 @@ def samples_from_shards(
     indices = every if indices is None else indices
     if every[indices.start : indices.stop] != indices:
         raise ArgumentError(f"indices: expected a range within 0..{len(every)}, got {indices}")
-    return _open(pipeline, Path(folder), parts, indices)
+    return _open(pipeline, parts, indices)
 
 
 def score_shard(
     pipeline: Pipeline,
     folder: str | os.PathLike[str],
     extractor: FeatureExtractor | nn.Module,
-    shard: Shard | str,
+    shard: Shard,
     *,
     keep: int = KEPT_VECTORS,
     batch_size: int = 64,
@@ -89,7 +89,7 @@ def score_shard(
 
     Args:
         folder: with all parts of the samples.
-        shard: which part, as ``I/N``, or ``env``.
+        shard: which part, such as ``Shard(0, 8)``.
         keep: feature vectors to keep of all samples together.
         batch_size: images at a time; the same for all parts.
 
@@ -101,7 +101,6 @@ def score_shard(
     folder, features = Path(folder), as_extractor(extractor)
     parts = _sample_parts(pipeline, folder)
     total = parts[0].total
-    shard = Shard.parse(shard) if isinstance(shard, str) else shard
     batches = shard.range(-(-total // require_positive_int("batch_size", batch_size)))
     indices = range(min(total, batches.start * batch_size), min(total, batches.stop * batch_size))
     identity = _identity(pipeline, parts, features, keep, batch_size)
@@ -110,7 +109,7 @@ def score_shard(
     with working_on(path):
         if finished_shard(path, kind=FEATURES, total=total, indices=indices, identity=identity) is not None:
             return path
-        samples = _open(pipeline, folder, parts, indices)
+        samples = _open(pipeline, parts, indices)
         # What an empty part has no images to tell.
         found = features.extract(torch.zeros(1, samples.channels, *samples.size, dtype=torch.float32))
         statistics = FeatureStatistics(
@@ -201,7 +200,7 @@ _IDENTITY = {
 }
 
 
-def _open(pipeline: Pipeline, folder: Path, parts: list[StoredShard], indices: range) -> DrawnSamples:
+def _open(pipeline: Pipeline, parts: list[StoredShard], indices: range) -> DrawnSamples:
     for part in parts:
         if range(max(part.indices.start, indices.start), min(part.indices.stop, indices.stop)):
             part.verify()
@@ -211,7 +210,7 @@ def _open(pipeline: Pipeline, folder: Path, parts: list[StoredShard], indices: r
     labels = None if pipeline.num_classes is None else torch.from_numpy(StoredRows(parts, LABELS, (), indices)[:])
     identity, none = parts[0].identity, [None] * len(codes)
     settings = {name: identity[name] for name in _SETTINGS if identity[name] not in ("float32", none)}
-    return DrawnSamples(pipeline, codes, labels, identity["seed"], folder, settings)
+    return DrawnSamples(pipeline, codes, labels, identity["seed"], settings)
 
 
 def _prefix(extractor: FeatureExtractor) -> str:

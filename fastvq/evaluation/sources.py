@@ -60,7 +60,6 @@ class DrawnSamples:
     """Samples as codes in files, decoded when they are asked for: memory does not grow with them.
 
     Attributes:
-        folder: where the files lie.
         labels: class of each sample, int64 [n]; None for unconditional priors.
         seed: of the draws.
         settings: of the draws: what :meth:`Pipeline.sample` was given beside label and seed.
@@ -74,7 +73,6 @@ class DrawnSamples:
         arrays: Sequence[np.ndarray | StoredRows],
         labels: Tensor | None,
         seed: int,
-        folder: Path,
         settings: Mapping[str, Any],
     ) -> None:
         scale = pipeline.vqvae.total_stride
@@ -84,7 +82,7 @@ class DrawnSamples:
         self.num_classes = pipeline.num_classes
         classes = range(pipeline.num_classes or 0)
         self.class_names = pipeline.class_names or tuple(str(index) for index in classes)
-        self.labels, self.seed, self.folder, self.settings = labels, seed, folder, dict(settings)
+        self.labels, self.seed, self.settings = labels, seed, dict(settings)
         self._pipeline, self._arrays = pipeline, list(arrays)
 
     def __len__(self) -> int:
@@ -167,7 +165,7 @@ def draw_samples(
             for array, codes in zip(arrays, samples.codes, strict=True):
                 array[start : start + size] = codes.cpu().numpy()
             bar.update(size)
-    return DrawnSamples(pipeline, arrays, label, seed, folder, settings)
+    return DrawnSamples(pipeline, arrays, label, seed, settings)
 
 
 class Reconstructions:

@@ -194,7 +194,7 @@ def alone(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Drawn
 
 def score(pipeline: Pipeline, folder: Path, extractor: FeatureExtractor, parts: int) -> list[Path]:
     return [
-        score_shard(pipeline, folder, extractor, f"{index}/{parts}", keep=KEEP, batch_size=BATCH)
+        score_shard(pipeline, folder, extractor, Shard(index, parts), keep=KEEP, batch_size=BATCH)
         for index in range(parts)
     ]
 
@@ -298,7 +298,7 @@ def test_parts_of_another_model_are_refused(folder: Path) -> None:
         with refuses(FileConflictError, message):
             use(another_model(), folder)
     with refuses(FileConflictError, message):
-        score_shard(another_model(), folder, Judged(), "0/2")
+        score_shard(another_model(), folder, Judged(), Shard(0, 2))
     assert not [*folder.glob("features-*")]
 
 
@@ -306,7 +306,7 @@ def test_missing_samples_are_named(pipeline: Pipeline, folder: Path) -> None:
     description_of(Shard(1, 3).path(folder, "samples")).unlink()
     for use in (
         lambda: samples_from_shards(pipeline, folder),
-        lambda: score_shard(pipeline, folder, Judged(), "0/2"),
+        lambda: score_shard(pipeline, folder, Judged(), Shard(0, 2)),
     ):
         with refuses(MissingFileError, r"folder: .*parts lacks indices 67\.\.134 of 0\.\.202"):
             use()
