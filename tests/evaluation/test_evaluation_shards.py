@@ -244,6 +244,17 @@ def test_features_in_parts_are_those_of_one_process(
     assert_same(found, gathered(alone, extractor))
 
 
+def test_stretches_are_gathered_without_files(alone: DrawnSamples) -> None:
+    extractor = Judged()
+    parts = [
+        gather(image_batches(alone, rows, BATCH, "features"), extractor, keep=KEEP, seed=5, first=int(rows[0]))
+        for rows in np.split(np.arange(N), [3 * BATCH, 5 * BATCH])
+    ]
+    parts[1].merge(parts[2])
+    parts[1].merge(parts[0])
+    assert_same(parts[1], gathered(alone, extractor))
+
+
 def test_finished_parts_are_not_scored_again(pipeline: Pipeline, folder: Path) -> None:
     extractor = Judged()
     paths = score(pipeline, folder, extractor, 2)
