@@ -7,6 +7,7 @@ Whatever starts them says so in the environment: torchrun, accelerate and Ray Tr
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 import itertools
 import os
@@ -33,6 +34,7 @@ _PATIENCE = timedelta(minutes=30)
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 # SLURM_NTASKS is set in a batch script too, which is one process.
 _SLURM = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+_by_itself = contextvars.ContextVar("_by_itself", default=False)
 _ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
 
 
@@ -137,6 +139,9 @@ def join() -> Iterator[Group]:
         ArgumentError: the environment says half of it, or what is no number.
         UnavailableError: the others cannot be reached.
     """
+    if _by_itself.get():
+        yield Group()
+        return
     if dist.is_available() and dist.is_initialized():
         yield _of_torch()
         return
@@ -163,6 +168,16 @@ def join() -> Iterator[Group]:
         yield _of_torch(place.local_rank)
     finally:
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Inside the block this process belongs to no group, whatever it belongs to outside."""
+    token = _by_itself.set(True)
+    try:
+        yield
+    finally:
+        _by_itself.reset(token)
 
 
 class _Place(NamedTuple):

@@ -42,7 +42,7 @@ MODEL = VQVAEConfig(
     codebook_init="kmeans",
     revive_below=0.9,
 )
-CONFIG = train_config(steps=12, accumulate=1, learning_rate=1e-3, batch_size=6, checkpoint_every=2)
+CONFIG = train_config(steps=12, accumulate=1, learning_rate=1e-3, batch_size=6, checkpoint_every=4)
 BOUND = 5e-6
 # Seconds that a launcher gives processes which it has asked to end.
 GRACE = 20.0
@@ -89,7 +89,7 @@ def trial(root: Path, expected: Path, seconds: float, tally: collections.Counter
     run, said, faults = root / "run", root / "said", []
     for _ in range(random.choice((1, 1, 2, 3))):
         processes = start_group(random.randint(1, 4), said, training(run))
-        time.sleep(random.uniform(0, seconds * (1 + len(processes))))
+        time.sleep(random.uniform(0, seconds * len(processes)))
         number = random.choices((signal.SIGKILL, signal.SIGTERM, signal.SIGINT), (8, 1, 1))[0]
         with contextlib.suppress(ProcessLookupError):
             os.kill(random.choice(processes), number)
@@ -129,10 +129,12 @@ def main() -> int:
         began = time.monotonic()
         training(expected)(0)
         seconds = time.monotonic() - began
+        print(f"undisturbed {seconds:.1f} s", flush=True)
         while sum(tally[kind] for kind in ("SIGKILL", "SIGTERM", "SIGINT")) < arguments.kills:
             root = Path(name) / "trial"
             found = trial(root, expected, seconds, tally)
             tally["trials"] += 1
+            print(f"trial {tally['trials']}: {time.monotonic() - began:.0f} s, {dict(tally)}", flush=True)
             for fault in found:
                 print(f"FAULT in trial {tally['trials']}: {fault}", flush=True)
             faults += found

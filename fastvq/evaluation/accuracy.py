@@ -10,6 +10,7 @@ import numpy as np
 
 from fastvq.data.augment import Augment
 from fastvq.data.base import ImageDataset
+from fastvq.distributed import alone
 from fastvq.errors import ArgumentError
 from fastvq.models.classifier import ClassifierConfig
 from fastvq.training import TrainConfig
@@ -61,17 +62,18 @@ def classification_accuracy(
     results = {}
     for name, (images, rows) in sets.items():
         run = Path(folder) / name.replace(" ", "-")
-        model = train_classifier(
-            images,
-            model_config,
-            config,
-            run,
-            indices=rows,
-            # Nothing is chosen by the test images: they are looked at once, at the end.
-            validation=(dataset, nothing),
-            augment=augment,
-            progress=progress,
-            alone=True,
-        )
+        # Whichever group this process belongs to, the others do not train this one with it.
+        with alone():
+            model = train_classifier(
+                images,
+                model_config,
+                config,
+                run,
+                indices=rows,
+                # Nothing is chosen by the test images: they are looked at once, at the end.
+                validation=(dataset, nothing),
+                augment=augment,
+                progress=progress,
+            )
         results[name] = accuracies(model, dataset, indices)
     return results

@@ -44,12 +44,11 @@ def train_classifier(
     init_from: str | os.PathLike[str] | None = None,
     notes: Mapping[str, Any] | None = None,
     progress: bool = False,
-    alone: bool = False,
 ) -> Classifier:
     """Train a classifier on labelled images, minimising the cross entropy.
 
-    ``run_dir`` is laid out as in :func:`train_vqvae`. Validation, after every epoch and at the end: those of
-    :func:`accuracies`, and ``nll`` in nats per image.
+    ``run_dir`` is laid out, and several processes train together, as in :func:`train_vqvae`. Validation, after every
+    epoch and at the end: those of :func:`accuracies`, and ``nll`` in nats per image.
 
     Args:
         indices: images to train on, int [N]; by default those that ``config.validation_fraction`` does not hold out.
@@ -61,8 +60,6 @@ def train_classifier(
         init_from: start from the weights of a saved model, a run or a checkpoint (:func:`load_weights`).
         notes: anything JSON can hold, to be kept in ``config.json``.
         progress: show a progress bar on stderr.
-        alone: whether this process trains by itself though it belongs to a group; by default all of the group train
-            one classifier, as in :func:`train_vqvae`.
 
     Returns:
         The classifier with averaged weights, in evaluation mode.
@@ -71,7 +68,7 @@ def train_classifier(
         ArgumentError: data, model and settings do not fit together.
         FileConflictError, MissingFileError, CorruptFileError, DivergedError, PeerError: as in :func:`train_vqvae`.
     """
-    with contextlib.nullcontext(Group()) if alone else join() as group:
+    with join() as group:
         with group.together():
             resolve_device(config.device, group)
             task, data = _prepared(dataset, model_config, config, indices, validation, split_seed, augment)

@@ -19,6 +19,7 @@ from helpers import refuses
 from torch import Tensor
 from training_helpers import TOP_CONFIG, VQVAE_CONFIG, Noise, before, files, make_codes, metrics, stage1, train_config
 
+from fastvq import distributed
 from fastvq.data import Augment
 from fastvq.distributed import Group, join
 from fastvq.errors import ArgumentError, CorruptFileError, UnavailableError
@@ -267,7 +268,8 @@ def test_a_group_of_the_caller_stays(tmp_path: Path) -> None:
         assert everyone == 2
         # By itself, whoever else is there.
         if rank == 0:
-            train_classifier(Noise(), CLASSIFIER, short(2), tmp_path / "classifier", alone=True)
+            with distributed.alone():
+                train_classifier(Noise(), CLASSIFIER, short(2), tmp_path / "classifier")
 
     for ended in run_group(2, tmp_path / "said", work):
         assert ended.status == 0, ended.errors
