@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from group_helpers import run_group
+from group_helpers import Ended, run_group
 from helpers import refuses
 from torch import Tensor
 from training_helpers import TOP_CONFIG, VQVAE_CONFIG, Noise, before, files, make_codes, metrics, stage1, train_config
@@ -23,9 +23,11 @@ from fastvq import distributed
 from fastvq.data import Augment
 from fastvq.distributed import Group, join
 from fastvq.errors import ArgumentError, CorruptFileError, UnavailableError
+from fastvq.models import build
 from fastvq.models.classifier import ClassifierConfig
 from fastvq.training import TrainConfig, train_prior, train_vqvae
 from fastvq.training import checkpoint as checkpoint_module
+from fastvq.training import stage1 as stage1_module
 from fastvq.training.batches import StepBatches
 from fastvq.training.classifier import train_classifier
 from fastvq.training.loop import resolve_device
@@ -98,9 +100,12 @@ def together(
             codes / "train", 0, PRIOR, config, folder / "resumed", validation_folder=codes / "validation", resume=True
         )
 
-    for ended in run_group(request.param, folder / "said", work, 200):
-        assert ended.status == 0, ended.errors
+    require_ended_well(run_group(request.param, folder / "said", work, 200))
     return folder
+
+
+def require_ended_well(ended: list[Ended]) -> None:
+    assert all(one.status == 0 for one in ended), "\n\n".join(one.errors for one in ended)
 
 
 def weights(run: Path) -> dict[str, Tensor]:
@@ -222,6 +227,27 @@ def test_a_process_that_dies_leaves_none_waiting(tmp_path: Path, monkeypatch: py
     require_same_weights(tmp_path / "whole", tmp_path / "run")
 
 
+def test_models_begin_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parameters and buffers are the first process's, wherever those of the others come from."""
+    model, config = dataclasses.replace(VQVAE_CONFIG, codebook_init="normal"), short(3)
+
+    def work(rank: int) -> None:
+        def other(config: Any) -> Any:
+            model = build(config)
+            if rank:
+                with torch.no_grad():
+                    for tensor in model.state_dict().values():
+                        tensor.add_(1)
+            return model
+
+        monkeypatch.setattr(stage1_module, "build", other)
+        train_vqvae(Noise(), model, config, tmp_path / "run")
+
+    require_ended_well(run_group(2, tmp_path / "said", work))
+    train_vqvae(Noise(), model, config, tmp_path / "alone")
+    require_same_weights(tmp_path / "alone", tmp_path / "run")
+
+
 def test_dropout_differs_between_processes_and_goes_on(tmp_path: Path, codes: Path) -> None:
     """Masks of their own, and after an interruption those of a run that nothing interrupted."""
     config = short(6, checkpoint_every=3)
@@ -232,16 +258,15 @@ def test_dropout_differs_between_processes_and_goes_on(tmp_path: Path, codes: Pa
                 for resume in (False, True) if name == "resumed" else (False,):
                     run = tmp_path / name
                     train_prior(codes / "train", 0, TOP_CONFIG, config, run, resume=resume)
+                    group.agree()  # until then the other may still be reading the model
                     with group.together():
                         if group.first and name == "resumed" and not resume:
                             shutil.rmtree(run / "model")
                             shutil.rmtree(run / "checkpoints" / "step_00000006")
 
-    for ended in run_group(2, tmp_path / "said", masks):
-        assert ended.status == 0, ended.errors
-    assert (
-        files(tmp_path / "whole")["model/model.safetensors"] == files(tmp_path / "resumed")["model/model.safetensors"]
-    )
+    require_ended_well(run_group(2, tmp_path / "said", masks))
+    whole, resumed = (files(tmp_path / name)["model/model.safetensors"] for name in ("whole", "resumed"))
+    assert whole == resumed
     train_prior(codes / "train", 0, TOP_CONFIG, config, tmp_path / "alone")
     assert any((weights(tmp_path / "alone")[n] != t).any() for n, t in weights(tmp_path / "whole").items())
 
@@ -271,8 +296,7 @@ def test_a_group_of_the_caller_stays(tmp_path: Path) -> None:
             with distributed.alone():
                 train_classifier(Noise(), CLASSIFIER, short(2), tmp_path / "classifier")
 
-    for ended in run_group(2, tmp_path / "said", work):
-        assert ended.status == 0, ended.errors
+    require_ended_well(run_group(2, tmp_path / "said", work))
 
 
 def test_the_command_says_once_what_is_wrong(tmp_path: Path) -> None:
