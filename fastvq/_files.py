@@ -211,19 +211,28 @@ def replacing_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def remove_folder(folder: Path) -> None:
+    """Remove a folder: whole or not there at any time, and :func:`remove_leftovers` ends what a kill interrupted."""
+    temporary = _temporary(folder, "tmp")
+    os.replace(folder, temporary)
+    shutil.rmtree(temporary)
+
+
 def _temporary(path: Path, kind: str) -> Path:
     """A new hidden name beside a path, which says whose it is."""
     return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.{kind}")
 
 
-def remove_leftovers(path: Path) -> None:
-    """Put right what a process killed while it replaced ``path`` left beside it."""
-    if not path.parent.is_dir():
+def remove_leftovers(*paths: Path) -> None:
+    """Put right what a process killed while it replaced one of these, all in one folder, left beside it."""
+    by_name = {path.name: path for path in paths}
+    parent = paths[0].parent
+    if not parent.is_dir():
         return
-    for entry in os.scandir(path.parent):
+    for entry in os.scandir(parent):
         name = _LEFTOVER.fullmatch(entry.name)
-        if name and name["name"] == path.name and not _in_use(int(name["process"]), entry.stat().st_mtime):
-            _remove_leftover(Path(entry.path), path)
+        if name and name["name"] in by_name and not _in_use(int(name["process"]), entry.stat().st_mtime):
+            _remove_leftover(Path(entry.path), by_name[name["name"]])
 
 
 def sweep(folder: Path) -> None:

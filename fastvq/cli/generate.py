@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastvq import _engine
 from fastvq._files import remove_leftovers, replacing_folder, save_tensors, write_json
+from fastvq._shards import description_of
 from fastvq._version import __version__
 from fastvq.cli.images import open_data
 from fastvq.cli.project import Project, choose_device, load_pipeline
@@ -23,16 +24,24 @@ from fastvq.data.pictures import picture_types
 from fastvq.errors import ArgumentError, FileConflictError
 from fastvq.models import PRESETS, HierarchicalVQVAE, Prior
 from fastvq.models.pretrained import CONFIG_FILE
-from fastvq.sampling import ENGINES, Pipeline, Samples, shipped
+from fastvq.sampling import ENGINES, Pipeline, Samples, Shard, sample_shard, shipped
 from fastvq.sampling.engines.cuda import cuda_summary
+from fastvq.sampling.parts import CODES_FILE, PREFIX, SETTINGS_FILE
 from fastvq.training import load_weights
 from fastvq.training.checkpoint import DESCRIPTION as CHECKPOINT_FILE
 from fastvq.training.run import RunFolder
 
 
 def sample(arguments: argparse.Namespace) -> None:
+    if arguments.shard is not None:
+        _sample_part(arguments)
+        return
+    if arguments.images is not None:
+        raise ArgumentError(
+            "--images: for parts; without --shard a folder holds PNGs anyway. For all samples in one tar: --shard 0/1"
+        )
     picture = _is_picture(arguments.out)
-    _check_free(arguments.out, arguments.overwrite, picture)
+    check_free(arguments.out, arguments.overwrite, picture)
     if arguments.n < 1:
         raise ArgumentError(f"-n: must be at least 1, got {arguments.n}")
     pipeline = load_pipeline(
@@ -41,24 +50,12 @@ def sample(arguments: argparse.Namespace) -> None:
     if picture:
         height, width = (side * pipeline.vqvae.total_stride for side in pipeline.priors[0].config.shape)
         require_picture("--out", arguments.out, *grid_size(arguments.n, height, width)[:2])
-    labels = _labels(pipeline, arguments.label, arguments.n)
-    temperature = arguments.temperature
-    samples = pipeline.sample(
-        arguments.n,
-        label=labels,
-        temperature=temperature[0] if len(temperature) == 1 else temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        seed=arguments.seed,
-        progress=not arguments.quiet,
-        engine=arguments.engine,
-        micro_batch=arguments.micro_batch,
-        precision=arguments.precision,
-    )
+    labels = pipeline.labels(range(arguments.n), _class(pipeline, arguments.label))
+    samples = pipeline.sample(arguments.n, label=labels, **_settings(arguments))
     settings = {
         "n": arguments.n,
         "labels": None if labels is None else labels.tolist(),
-        "temperature": temperature,
+        "temperature": arguments.temperature,
         "top_k": arguments.top_k,
         "top_p": arguments.top_p,
         "seed": samples.seed,
@@ -74,9 +71,38 @@ def sample(arguments: argparse.Namespace) -> None:
     print(f"{arguments.n} samples in {arguments.out} (seed {samples.seed})")
 
 
+def _sample_part(arguments: argparse.Namespace) -> None:
+    shard = Shard.parse(arguments.shard)
+    if arguments.seed is None:
+        raise ArgumentError("--seed: --shard needs one, the same for all parts")
+    if arguments.overwrite:
+        raise ArgumentError("--overwrite: finished parts are kept; remove them, or choose another folder")
+    if _is_picture(arguments.out):
+        raise ArgumentError(f"--out: --shard writes to a folder, got {arguments.out}")
+    if arguments.n < 1:
+        raise ArgumentError(f"-n: must be at least 1, got {arguments.n}")
+    pipeline = load_pipeline(
+        arguments.checkpoint, arguments.pretrained, choose_device(arguments.device), arguments.weights
+    )
+    path = shard.path(arguments.out, PREFIX)
+    there = description_of(path).is_file()
+    sample_shard(
+        pipeline,
+        arguments.n,
+        shard,
+        arguments.out,
+        label=_class(pipeline, arguments.label),
+        images=arguments.images,
+        **_settings(arguments),
+    )
+    indices = shard.range(arguments.n)
+    what = f"samples {indices.start}..{indices.stop - 1} of {arguments.n}" if indices else "no samples"
+    print(f"part {shard}: {what} {'were finished before' if there else 'are'} in {path} (seed {arguments.seed})")
+
+
 def reconstruct(arguments: argparse.Namespace) -> None:
     require_picture("--out", arguments.out)
-    _check_free(arguments.out, arguments.overwrite, picture=True)
+    check_free(arguments.out, arguments.overwrite, picture=True)
     if arguments.n < 1:
         raise ArgumentError(f"-n: must be at least 1, got {arguments.n}")
     device = choose_device(arguments.device)
@@ -178,22 +204,35 @@ def _print_installation() -> None:
         print(f"  {name:22} {PRESETS[name][0].__name__}")
 
 
-def _labels(pipeline: Pipeline, text: str | None, n: int) -> Tensor | None:
-    """Labels of n samples: the one asked for, or all in turn."""
+def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What samples are drawn with, as sampling is told."""
+    temperature = arguments.temperature
+    return {
+        "temperature": temperature[0] if len(temperature) == 1 else temperature,
+        "top_k": arguments.top_k,
+        "top_p": arguments.top_p,
+        "seed": arguments.seed,
+        "progress": not arguments.quiet,
+        "engine": arguments.engine,
+        "micro_batch": arguments.micro_batch,
+        "precision": arguments.precision,
+    }
+
+
+def _class(pipeline: Pipeline, text: str | None) -> int | None:
+    """The class asked for, if any."""
     classes = pipeline.num_classes
-    if classes is None:
-        if text is not None:
-            raise ArgumentError(f"--label: this model knows no classes, got {text}")
-        return None
     if text is None:
-        return torch.arange(n) % classes
+        return None
+    if classes is None:
+        raise ArgumentError(f"--label: this model knows no classes, got {text}")
     names = pipeline.class_names or ()
     if text in names:
-        return torch.full((n,), names.index(text))
+        return names.index(text)
     if not text.isdecimal() or int(text) >= classes:
         known = f", or a name: {', '.join(names)}" if names else ""
         raise ArgumentError(f"--label: expected a number in 0..{classes - 1}{known}; got {text!r}")
-    return torch.full((n,), int(text))
+    return int(text)
 
 
 def _autoencoder(arguments: argparse.Namespace, device: str) -> tuple[HierarchicalVQVAE, dict[str, Any]]:
@@ -229,7 +268,7 @@ def _is_picture(out: Path) -> bool:
     return False
 
 
-def _check_free(out: Path, overwrite: bool, picture: bool) -> None:
+def check_free(out: Path, overwrite: bool, picture: bool) -> None:
     """Find out that the result cannot be written before computing it."""
     remove_leftovers(out)
     taken = out.exists() and (picture or not out.is_dir() or any(out.iterdir()))
@@ -237,7 +276,7 @@ def _check_free(out: Path, overwrite: bool, picture: bool) -> None:
         raise FileConflictError(f"--out: {out} exists already; pass --overwrite or another name")
     if out.exists() and out.is_dir() == picture:
         raise FileConflictError(f"--out: {out} is a {'folder' if picture else 'file'} and stays as it is")
-    if out.is_dir() and taken and not (out / "samples.json").is_file():
+    if out.is_dir() and taken and not (out / SETTINGS_FILE).is_file():
         raise FileConflictError(f"--out: {out} holds other things than samples and stays as it is")
 
 
@@ -246,5 +285,5 @@ def _write_folder(out: Path, samples: Samples, settings: dict[str, object], over
         for index, image in enumerate(samples.images):
             save_grid(folder / f"{index:06d}.png", image[None], padding=0)
         codes = {f"level{level}": grid.cpu().contiguous() for level, grid in enumerate(samples.codes)}
-        save_tensors(codes, folder / "codes.safetensors")
-        write_json(folder / "samples.json", settings)
+        save_tensors(codes, folder / CODES_FILE)
+        write_json(folder / SETTINGS_FILE, settings)

@@ -48,6 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_extract(commands)
     _add_train_prior(commands)
     _add_sample(commands)
+    _add_merge(commands)
     _add_reconstruct(commands)
     _add_train_classifier(commands)
     _add_evaluate(commands)
@@ -58,7 +59,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _command(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, handler: str, summary: str, text: str
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    handler: str,
+    summary: str,
+    text: str,
+    *,
+    device: bool = True,
 ) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         name,
@@ -68,7 +75,8 @@ def _command(
     )
     parser.set_defaults(handler=handler)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    if device:
+        parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     return parser
 
 
@@ -115,9 +123,10 @@ def _add_extract(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "fastvq.cli.train:extract",
         "write the codes of all images",
         "Reads RUN/vqvae, writes RUN/codes/train and RUN/codes/validation. An interrupted run goes on when it is\n"
-        "started again.",
+        "started again. With --shard one part of them goes to RUN/codes/parts; `fastvq merge RUN` puts all together.",
     )
     _add_run(parser)
+    _add_shard(parser)
     parser.add_argument("--data", help="the image folder, if it has moved since training")
     _add_skip_broken(parser)
     parser.add_argument(
@@ -156,9 +165,16 @@ def _add_sample(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "draw new images",
         "Sample i of a seed is the same whatever -n is. OUT ending in .png, .jpg, .jpeg or .webp gets one picture\n"
         "of all samples; an OUT without an ending becomes a folder with one PNG per sample, their codes\n"
-        "(codes.safetensors) and settings (samples.json).",
+        "(codes.safetensors) and settings (samples.json). With --shard OUT is a folder that gets one part of the n\n"
+        "samples, which `fastvq merge OUT` puts together; a part that was stopped goes on when it is started again.",
     )
     _add_model(parser)
+    _add_shard(parser)
+    parser.add_argument(
+        "--images",
+        choices=("png", "tar"),
+        help="with --shard: also write the images, as OUT/000123.png or as a tar of the part that webdataset reads",
+    )
     parser.add_argument("-n", type=int, default=16, help="number of images (default: 16)")
     parser.add_argument(
         "--label", help="class: its number, or its name as `fastvq info` shows it (default: all in turn)"
@@ -173,7 +189,7 @@ def _add_sample(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     parser.add_argument("--top-k", type=int, help="keep the likeliest K codes")
     parser.add_argument("--top-p", type=float, help="keep the likeliest codes of together this probability")
-    parser.add_argument("--seed", type=int, help="seed (default: a new one, printed)")
+    parser.add_argument("--seed", type=int, help="seed (default: a new one, printed); --shard needs one")
     parser.add_argument(
         "--engine", default="auto", help="cuda, cpu, torch, naive, or auto for the fastest that runs (default: auto)"
     )
@@ -185,6 +201,22 @@ def _add_sample(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     parser.add_argument("--micro-batch", type=int, help="samples computed together")
     _add_output(parser, "samples.png")
+
+
+def _add_merge(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(
+        commands,
+        "merge",
+        "fastvq.cli.merge:merge",
+        "put parts of samples or codes together",
+        "FOLDER holds all parts that `fastvq sample --shard` wrote: their codes (codes.safetensors) and settings\n"
+        "(samples.json) are written as one process writes them. Or it is a project with all parts that\n"
+        "`fastvq extract --shard` wrote: they become FOLDER/codes/train and FOLDER/codes/validation.",
+        device=False,
+    )
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="parts of samples, or a project")
+    parser.add_argument("--out", type=Path, help="where merged samples go (default: FOLDER)")
+    parser.add_argument("--overwrite", action="store_true", help="replace what was merged before")
 
 
 def _add_reconstruct(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -308,6 +340,14 @@ def _add_info(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", type=Path, required=True, help="project folder")
+
+
+def _add_shard(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--shard",
+        metavar="I/N",
+        help="do part I of N, I in 0..N-1, or 'env': as SLURM_ARRAY_TASK_ID, RANK or SLURM_PROCID say",
+    )
 
 
 def _add_resume(parser: argparse.ArgumentParser) -> None:

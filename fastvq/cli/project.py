@@ -54,6 +54,7 @@ class Project:
         self.vqvae = vqvae_run(path)
         self.codes = path / "codes" / "train"
         self.validation_codes = path / "codes" / "validation"
+        self.code_parts = path / "codes" / "parts"
 
     def prior(self, level: int) -> Path:
         return prior_run(self.path, level)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastvq._check import require_positive_int
 from fastvq._lock import locked
 from fastvq.cli.images import (
     open_new_images,
@@ -21,7 +22,8 @@ from fastvq.cli.images import (
 )
 from fastvq.cli.project import Project, augmentation, choose_device
 from fastvq.cli.resume import model_config, notes, train_config
-from fastvq.data import CodeDataset, extract_codes
+from fastvq.data import CodeDataset, Shard, extract_codes, extract_shard
+from fastvq.data.codes import DESCRIPTION
 from fastvq.errors import ArgumentError, FileConflictError
 from fastvq.models import HierarchicalVQVAE, Prior, PriorConfig, VQVAEConfig, build
 from fastvq.models.stored import outline
@@ -89,9 +91,11 @@ def train_vqvae(arguments: argparse.Namespace) -> None:
 
 def extract(arguments: argparse.Namespace) -> None:
     device = choose_device(arguments.device)
+    shard = None if arguments.shard is None else Shard.parse(arguments.shard)
     project = Project(arguments.run)
     model = project.load_vqvae(device)
     augment = augmentation(project.read_data())
+    require_positive_int("copies", arguments.copies)
     if arguments.copies > 1 and augment is None:
         raise ArgumentError(
             f"--copies: {arguments.copies} copies would all be the same; train-vqvae had neither --flip nor --shift"
@@ -108,20 +112,27 @@ def extract(arguments: argparse.Namespace) -> None:
     training, validation = split_images(project, description, dataset)
     parts = [(training, project.codes, arguments.copies)]
     if len(validation):
-        parts.append((validation, project.validation_codes, 1))
+        # First, so that where all parts of the training codes are there all of these are.
+        parts.insert(0, (validation, project.validation_codes, 1))
+    if shard is not None and (project.codes / DESCRIPTION).is_file():
+        raise FileConflictError(f"--shard: {project.codes} holds codes already; move it elsewhere to extract anew")
     for indices, folder, copies in parts:
-        extract_codes(
-            model,
-            dataset,
-            indices,
-            folder,
-            batch_size=arguments.batch_size,
-            augment=augment if copies > 1 else None,
-            copies=copies,
-            seed=description["seed"],
-            progress=not arguments.quiet,
-        )
-        print(f"codes of {len(indices)} images x {copies} in {folder}")
+        settings: dict[str, Any] = {
+            "batch_size": arguments.batch_size,
+            "augment": augment if copies > 1 else None,
+            "copies": copies,
+            "seed": description["seed"],
+            "progress": not arguments.quiet,
+        }
+        if shard is None:
+            extract_codes(model, dataset, indices, folder, **settings)
+            print(f"codes of {len(indices)} images x {copies} in {folder}")
+        else:
+            path = extract_shard(model, dataset, indices, shard, project.code_parts / folder.name, **settings)
+            print(f"part {shard} of the codes of {len(indices)} images x {copies} in {path}")
+    if shard is not None:
+        print(f"next, once all parts are there: fastvq merge {arguments.run}")
+        return
     print(f"next: fastvq train-prior --run {arguments.run} --level 0 ... {model.num_levels - 1}")
 
 

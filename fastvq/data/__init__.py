@@ -1,9 +1,11 @@
 """Images, their splits and augmentation, image grids, and codes on disk."""
 
+from fastvq._shards import Shard
 from fastvq.data.augment import Augment
 from fastvq.data.base import ImageDataset, load_images, psnr, split_indices
-from fastvq.data.codes import CodeDataset, extract_codes, model_checksum
+from fastvq.data.codes import CodeDataset, model_checksum
 from fastvq.data.digits import Digits
+from fastvq.data.extraction import extract_codes, extract_shard, merge_codes
 from fastvq.data.grid import image_grid, save_grid
 from fastvq.data.images import ImageFolder
 
@@ -13,9 +15,12 @@ __all__ = [
     "Digits",
     "ImageDataset",
     "ImageFolder",
+    "Shard",
     "extract_codes",
+    "extract_shard",
     "image_grid",
     "load_images",
+    "merge_codes",
     "model_checksum",
     "psnr",
     "save_grid",

@@ -1,14 +1,12 @@
-"""Codes of a data set, written once by a stage-1 model and read by the priors through memory maps."""
+"""Codes of a data set on disk: written once, and read by the priors through memory maps."""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import hashlib
 import json
 import os
-import sys
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastvq._check import require_positive_int, require_seed
 from fastvq._files import new_array, read_json, reading, require_seal, reserve, sealed, sha256, sweep, sync, write_json
 from fastvq._lock import locked
-from fastvq._nvtx import annotate
 from fastvq._schema import ENTRIES, FLAG, TEXT, integer, named, optional, require_entries, several
-from fastvq._unwrap import unwrap
-from fastvq._version import __version__
-from fastvq.data.augment import Augment
-from fastvq.data.base import ImageDataset
+from fastvq._tensors import smallest_type
 from fastvq.errors import ArgumentError, CorruptFileError, DiskFullError, FileConflictError, MissingFileError
 
 FORMAT = 1
 DESCRIPTION = "codes.json"
 LABELS, SOURCE = "labels.npy", "source.npy"
+# Where some rows lie, and their codes of each level, [B, h, w].
+Encoded = Iterator[tuple[slice, Sequence[np.ndarray]]]
 _LARGEST = 2**31
 _ENTRIES = {
     "rows": integer(1, 2**40),
@@ -58,153 +53,43 @@ def model_checksum(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-@annotate("extract_codes")
-def extract_codes(
-    model: Any,
-    dataset: ImageDataset,
-    indices: np.ndarray | Tensor | list[int] | None,
-    folder: str | os.PathLike[str],
+def write_codes(
+    folder: Path,
+    description: dict[str, Any],
+    vectors: Mapping[str, np.ndarray],
+    encoded: Callable[[int], Encoded],
     *,
-    batch_size: int = 64,
-    augment: Augment | None = None,
-    copies: int = 1,
-    seed: int = 0,
-    device: str | torch.device | None = None,
-    num_workers: int = 0,
-    flush_rows: int = 4096,
-    progress: bool = False,
-) -> Path:
-    """Write the codes of some images to a folder; returns its path.
-
-    The folder receives ``level0.npy`` (top), ``level1.npy``, ... ([N * copies, h, w] in the smallest integer type that
-    fits), ``source.npy`` (each row's image index), ``labels.npy`` (if the data have labels) and ``codes.json``. Rows
-    are ordered copy by copy. After an interruption at any point, the same call goes on after the last rows that
-    reached the disk; once complete, it returns at once.
+    flush_rows: int,
+) -> None:
+    """Fill a folder with codes, from the last rows on that reached the disk; returns at once if they are all there.
 
     Args:
-        model: a VQVAE or VQVAE2, also inside torch.compile, DataParallel, DistributedDataParallel or AveragedModel. It
-            is copied, so it keeps its mode and its device.
-        indices: images to encode, int [N]; None for all.
-        batch_size: images encoded at a time.
-        augment: how copies after the first differ from the image.
-        copies: rows per image; the first copy is the unchanged image.
-        seed: of the augmentation.
-        device: where to encode; by default where the model is.
-        num_workers: threads that load images; 0: none.
-        flush_rows: rows between two points from which an interrupted extraction can go on.
-        progress: show a progress bar on stderr.
+        description: what ``codes.json`` says of them.
+        vectors: its other arrays, int64 [rows], by the names of their files.
+        encoded: given how many rows are done, the next ones: where they lie, and the codes of each level.
 
     Raises:
-        ArgumentError: an index out of range, no index, copies without augmentation, channels that do not fit.
-        FileConflictError: the folder holds something else, or codes of another model, of other data or settings.
+        FileConflictError: the folder holds something else, or other codes.
         CorruptFileError: files of an earlier, interrupted call are damaged.
-        DiskFullError: there is no room for all codes; found out before anything is encoded, and nothing is left behind.
+        DiskFullError: there is no room for all codes; nothing has been encoded and nothing is left behind.
     """
-    model, folder = unwrap(model), Path(folder)
-    for name, value in (("batch_size", batch_size), ("copies", copies), ("flush_rows", flush_rows)):
-        require_positive_int(name, value)
-    require_positive_int("num_workers", num_workers, minimum=0)
-    require_seed("seed", seed)
-    rows = _checked_indices(indices, len(dataset))
-    if copies > 1 and augment is None:
-        raise ArgumentError(f"copies: {copies} copies without augmentation would all be the same")
-    if model.config.in_channels != dataset.channels:
-        raise ArgumentError(
-            f"dataset: has {dataset.channels} channels, the model takes {model.config.in_channels} (in_channels)"
-        )
-    shapes = [tuple(shape) for shape in model.code_shapes(dataset.size)]
-    arguments = {
-        "model": model_checksum(model),
-        "dataset": dataset.fingerprint(),
-        "indices": hashlib.sha256(rows.tobytes()).hexdigest(),
-        "augment": dataclasses.asdict(augment) if augment is not None else None,
-        "copies": copies,
-        "seed": seed,
-    }
-    total = len(rows) * copies
-    description = {
-        "format": FORMAT,
-        "fastvq_version": __version__,
-        "rows": total,
-        "shapes": [list(shape) for shape in shapes],
-        "num_codes": [int(model.config.num_codes)] * len(shapes),
-        "num_classes": dataset.num_classes,
-        "class_names": list(dataset.class_names),
-        "arguments": arguments,
-        "rows_done": 0,
-        "complete": False,
-    }
     if folder.exists() and not folder.is_dir():
         raise FileConflictError(f"folder: {folder} is a file; nothing was written")
     with locked(folder):
         sweep(folder)
-        _extract(
-            model, dataset, rows, folder, description, batch_size, augment, device, num_workers, flush_rows, progress
-        )
-    return folder
-
-
-def _extract(
-    model: Any,
-    dataset: ImageDataset,
-    rows: np.ndarray,
-    folder: Path,
-    description: dict[str, Any],
-    batch_size: int,
-    augment: Augment | None,
-    device: str | torch.device | None,
-    num_workers: int,
-    flush_rows: int,
-    progress: bool,
-) -> None:
-    total, seed = description["rows"], description["arguments"]["seed"]
-    done = _resume_point(folder, description)
-    if done == total:
-        CodeDataset(folder)  # the files may have been damaged since
-        return
-    arrays = _open_arrays(folder, description, dataset, rows, create=done == 0)
-    description["rows_done"] = done
-
-    encoder = copy.deepcopy(model).eval()
-    if device is not None:
-        encoder = encoder.to(device)
-    target = next(encoder.parameters()).device
-    unflushed = 0
-
-    from tqdm import tqdm
-
-    with (
-        tqdm(total=total, initial=done, desc="extracting codes", disable=not progress, file=sys.stderr) as bar,
-        ThreadPoolExecutor(max(1, num_workers)) as pool,
-        torch.inference_mode(),
-    ):
-        while done < total:
-            batch = np.arange(done, min(done + batch_size, total))
-            sources = rows[batch % len(rows)]
-            with annotate("load"):
-                load = pool.map if num_workers else map
-                images = torch.stack(list(load(dataset.image, sources.tolist())))
-                if augment is not None:
-                    images = augment.batch(images, seed=seed, indices=sources, variants=batch // len(rows))
-            with annotate("encode"):
-                for array, codes in zip(arrays, encoder.encode(images.to(target)), strict=True):
-                    array[done : done + len(batch)] = codes.cpu().numpy()
-            done += len(batch)
-            unflushed += len(batch)
-            bar.update(len(batch))
+        done, total = _resume_point(folder, description), description["rows"]
+        if done == total:
+            CodeDataset(folder)  # the files may have been damaged since
+            return
+        arrays = _open_arrays(folder, description, vectors, create=done == 0)
+        unflushed = 0
+        for rows, codes in encoded(done):
+            for array, grid in zip(arrays, codes, strict=True):
+                array[rows] = grid
+            done, unflushed = rows.stop, unflushed + rows.stop - rows.start
             if unflushed >= flush_rows or done == total:
                 _flush(folder, arrays, {**description, "rows_done": done, "complete": done == total})
                 unflushed = 0
-
-
-def _checked_indices(indices: np.ndarray | Tensor | list[int] | None, count: int) -> np.ndarray:
-    rows = np.arange(count) if indices is None else np.asarray(indices)
-    if rows.ndim != 1 or len(rows) == 0 or rows.dtype.kind not in "iu":
-        raise ArgumentError(f"indices: expected a non-empty list of integers, got {rows.dtype} of shape {rows.shape}")
-    rows = rows.astype(np.int64)
-    if rows.min() < 0 or rows.max() >= count:
-        raise ArgumentError(f"indices: must lie in 0..{count - 1}, got {rows.min()}..{rows.max()}")
-    return rows
 
 
 def _resume_point(folder: Path, description: dict[str, Any]) -> int:
@@ -244,7 +129,7 @@ def _short(value: object) -> str:
 
 
 def _open_arrays(
-    folder: Path, description: dict[str, Any], dataset: ImageDataset, rows: np.ndarray, *, create: bool
+    folder: Path, description: dict[str, Any], vectors: Mapping[str, np.ndarray], *, create: bool
 ) -> list[np.ndarray]:
     """Writable memory maps, one per level. The description is written first: it claims the folder."""
     if not create:
@@ -255,10 +140,6 @@ def _open_arrays(
             _mapped(folder / level_file(level), *spec, writable=True) for level, spec in enumerate(_specs(description))
         ]
     folder.mkdir(parents=True, exist_ok=True)
-    copies = description["arguments"]["copies"]
-    vectors = {SOURCE: np.tile(rows, copies)}
-    if dataset.labels is not None:
-        vectors[LABELS] = np.tile(dataset.labels.cpu().numpy()[rows].astype(np.int64), copies)
     try:
         write_json(folder / DESCRIPTION, sealed(description))
         for name, vector in vectors.items():
@@ -305,8 +186,7 @@ def _specs(description: dict[str, Any]) -> list[tuple[tuple[int, ...], np.dtype]
     """Shape and element type of each level's array."""
     specs = []
     for shape, num_codes in zip(description["shapes"], description["num_codes"], strict=True):
-        dtype = next(np.dtype(t) for t in ("uint8", "uint16", "int32") if num_codes - 1 <= np.iinfo(t).max)
-        specs.append(((description["rows"], *shape), dtype))
+        specs.append(((description["rows"], *shape), smallest_type(num_codes)))
     return specs
 
 
@@ -330,7 +210,7 @@ def _mapped(path: Path, shape: tuple[int, ...], dtype: np.dtype, *, writable: bo
 
 
 class CodeDataset:
-    """Codes written by :func:`extract_codes`, read through memory maps.
+    """Codes written by :func:`fastvq.data.extract_codes`, read through memory maps.
 
     Attributes:
         shapes: (h, w) of each level, top first.

@@ -93,17 +93,27 @@ def save_grid(
         ArgumentError: the name ends in something else, or the images do not fit.
         DiskFullError: there is no room; the file is as it was.
     """
-    from PIL import Image
-
     path = Path(path)
     require_picture("path", path)
     if path.is_dir() or (path.exists() and not overwrite):
         raise FileConflictError(f"path: {path} exists already; nothing was written")
-    picture = Image.fromarray(image_grid(images, columns, padding))
+    written = picture_bytes(path, image_grid(images, columns, padding))
+    with replacing_file(path) as temporary:
+        temporary.write_bytes(written)
+    return path
+
+
+def picture_bytes(path: Path, pixels: np.ndarray) -> bytes:
+    """What the file of a picture holds, as its name ends; pixels are those of :func:`image_grid`.
+
+    Raises:
+        ArgumentError: the name ends in something else, or the format does not hold so many pixels.
+    """
+    from PIL import Image
+
+    picture = Image.fromarray(pixels)
     kind, options = require_picture("path", path, picture.height, picture.width)
     # Through memory: Pillow writes JPEG past Python's file, and takes no notice when a full disk cuts it short.
     written = io.BytesIO()
     picture.save(written, format=kind, **options)
-    with replacing_file(path) as temporary:
-        temporary.write_bytes(written.getvalue())
-    return path
+    return written.getvalue()

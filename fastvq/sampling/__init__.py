@@ -2,11 +2,13 @@
 
 from typing import Any
 
+from fastvq._shards import Shard
 from fastvq.sampling.api import sample
 from fastvq.sampling.cost import Explanation, describe, explain
 from fastvq.sampling.engines import choose_engine, engine_names
 from fastvq.sampling.noise import uniforms
 from fastvq.sampling.options import EngineOptions
+from fastvq.sampling.parts import merge_samples, sample_shard
 from fastvq.sampling.pipeline import Pipeline, Samples, shipped
 
 ENGINES: tuple[str, ...]
@@ -17,10 +19,13 @@ __all__ = [
     "Explanation",
     "Pipeline",
     "Samples",
+    "Shard",
     "choose_engine",
     "describe",
     "explain",
+    "merge_samples",
     "sample",
+    "sample_shard",
     "shipped",
     "uniforms",
 ]

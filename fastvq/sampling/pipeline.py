@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import NamedTuple, Self, TypeVar
@@ -33,7 +34,7 @@ from fastvq.sampling.request import Settings, assemble, check_indices, check_lab
 PIPELINE_FILE = "pipeline.json"
 FORMAT = 1
 # Samples decoded together, whose features take more memory than the sampler's.
-_DECODED = 8
+DECODED = 8
 
 T = TypeVar("T")
 
@@ -53,6 +54,39 @@ class Samples(NamedTuple):
     codes: tuple[Tensor, ...]
     seed: int
     micro_batch: int
+
+
+@dataclass(frozen=True)
+class Levels:
+    """How the codes of all levels will be drawn, decided before anything is.
+
+    Attributes:
+        runs: of each level, top first; all with the same micro-batch.
+        settings: of each level.
+    """
+
+    runs: tuple[Run, ...]
+    settings: tuple[Settings, ...]
+
+    @property
+    def micro_batch(self) -> int:
+        return self.runs[0].micro_batch
+
+    def warn_slow(self, stacklevel: int) -> None:
+        """Say once what of it takes the naive engine; ``stacklevel`` 1 is the caller's line."""
+        warn_slow([run.slow for run in self.runs if run.slow is not None], stacklevel=stacklevel + 1)
+
+    def draw(
+        self, n: int, *, seed: int, start: int = 0, labels: Tensor | None = None, progress: bool = False
+    ) -> tuple[Tensor, ...]:
+        """Codes of samples ``start .. start + n - 1``: int64 [n, h, w] for each level, top first."""
+        codes: tuple[Tensor, ...] = ()
+        for run, given in zip(self.runs, self.settings, strict=True):
+            config = run.prior.config
+            noise = uniforms(seed, start, n, config.shape, level=config.level)
+            request = assemble(run.prior, given, noise, codes, labels)
+            codes = (*codes, run.draw(request, start, progress=progress))
+        return codes
 
 
 class Pipeline:
@@ -145,36 +179,65 @@ class Pipeline:
         with one value per level, top first.
         """
         check_indices(n, start)
+        levels = self.levels(
+            n,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            engine=engine,
+            micro_batch=micro_batch,
+            memory_limit=memory_limit,
+            options=engine_options(precision, options),
+        )
+        seed = fixed_seed(seed)
+        labels = check_labels(self.priors[0], label, n)  # all levels have the same classes
+        levels.warn_slow(stacklevel=3)  # past the decorator
+        codes = levels.draw(n, seed=seed, start=start, labels=labels, progress=progress)
+        return Samples(self.decode(codes), codes, seed, levels.micro_batch)
+
+    def levels(
+        self,
+        n: int,
+        *,
+        temperature: float | Sequence[float] = 1.0,
+        top_k: int | Sequence[int | None] | None = None,
+        top_p: float | Sequence[float | None] | None = None,
+        engine: str = "auto",
+        micro_batch: int | None = None,
+        memory_limit: int | None = None,
+        options: EngineOptions,
+    ) -> Levels:
+        """How n samples will be drawn, from the arguments of :meth:`sample`."""
         temperatures = self._per_level("temperature", temperature)
         top_ks = self._per_level("top_k", top_k)
         top_ps = self._per_level("top_p", top_p)
-        options = engine_options(precision, options)
-        settings = [Settings(*given) for given in zip(temperatures, top_ks, top_ps, strict=True)]
+        settings = tuple(Settings(*given) for given in zip(temperatures, top_ks, top_ps, strict=True))
         runs = []
         for prior, given in zip(self.priors, settings, strict=True):
             given.check(prior.config.num_codes)
             runs.append(Run.chosen(prior, n, engine, options, micro_batch, memory_limit))
-        seed = fixed_seed(seed)
-        labels = check_labels(self.priors[0], label, n)  # all levels have the same classes
-        warn_slow([run.slow for run in runs if run.slow is not None], stacklevel=3)  # past the decorator
         size = min(run.micro_batch for run in runs)  # all levels and the decoder work on the same micro-batches
-        codes: tuple[Tensor, ...] = ()
-        for run, given in zip(runs, settings, strict=True):
-            config = run.prior.config
-            noise = uniforms(seed, start, n, config.shape, level=config.level)
-            request = assemble(run.prior, given, noise, codes, labels)
-            drawn = dataclasses.replace(run, micro_batch=size).draw(request, start, progress=progress)
-            codes = (*codes, drawn)
-        return Samples(self._decode(codes), codes, seed, size)
+        return Levels(tuple(dataclasses.replace(run, micro_batch=size) for run in runs), settings)
+
+    def labels(self, indices: range, label: int | None = None) -> Tensor | None:
+        """Labels of some samples by their indices, int64 [n]: ``label``, or all classes in turn; None without classes.
+
+        Raises:
+            ArgumentError: there is no such class.
+        """
+        if label is None and self.num_classes is not None:
+            return torch.arange(indices.start, indices.stop) % self.num_classes
+        return check_labels(self.priors[0], label, len(indices))
 
     @torch.no_grad()
-    def _decode(self, codes: tuple[Tensor, ...]) -> Tensor:
+    def decode(self, codes: Sequence[Tensor]) -> Tensor:
+        """Images of codes, int64 [n, h, w] of each level, top first: float32 [n, C, H, W], clamped to [-1, 1]."""
         n, rows, columns = codes[0].shape
         scale = self.vqvae.total_stride
         size = (n, self.vqvae.config.in_channels, rows * scale, columns * scale)
         images = torch.empty(size, dtype=torch.float32, device=codes[0].device)
         vqvae = in_evaluation(self.vqvae)
-        for part in micro_batches(n, _DECODED):
+        for part in micro_batches(n, DECODED):
             images[part] = vqvae.decode([level[part] for level in codes]).float().clamp(-1, 1)
         return images
 

@@ -26,6 +26,7 @@ COMMANDS = (
     "train-prior",
     "train-classifier",
     "sample",
+    "merge",
     "reconstruct",
     "evaluate",
     "info",

@@ -16,7 +16,7 @@ from fastvq.cli.parser import build_parser
 from fastvq.data import Digits, extract_codes
 from fastvq.errors import ArgumentError
 from fastvq.models import Classifier, ClassifierConfig, PixelSNAILConfig, preset
-from fastvq.sampling import Pipeline
+from fastvq.sampling import Pipeline, Shard, sample_shard
 
 pytestmark = pytest.mark.usefixtures("steady")
 
@@ -32,6 +32,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     description = {"data": "digits", "size": [32, 32], "channels": 1, "class_names": list("0123456789")}
     description |= {"skip_broken": False, "flip": False, "shift": 0, "validation": 0.1, "seed": 0}
     (my / "data.json").write_text(json.dumps(description))
+    sample_shard(digits, 2, Shard(0, 1), root / "parts", seed=0)
     for part in ("train", "validation"):
         extract_codes(digits.vqvae, Digits(32), torch.arange(20), my / "codes" / part)
     classifier = Classifier(ClassifierConfig(in_channels=1, num_classes=10, channels=(4,), features=4))
@@ -44,6 +45,7 @@ VQVAE = "train-vqvae --run new --data digits --size 32 --preset tiny --steps 2 -
 PRIOR = "train-prior --run my --level 0 --preset digits-top --steps 2 --batch-size 4 --warmup 0"
 CLASSIFIER = "train-classifier --run my --name other --steps 2 --batch-size 4 --warmup 0"
 SAMPLE = "sample --pretrained digits --out new.png -n 1"
+PART = "--shard 0/2 --out new --seed 0"
 RECONSTRUCT = "reconstruct --pretrained digits --data digits --out new.png"
 EVALUATE = "evaluate my -n 40 --data digits --out new-report --no-curves"
 COMMANDS = {
@@ -52,6 +54,7 @@ COMMANDS = {
     "extract": "extract --run my",
     "train-prior": PRIOR,
     "sample": SAMPLE,
+    "merge": "merge parts",
     "reconstruct": RECONSTRUCT,
     "train-classifier": CLASSIFIER,
     "evaluate": EVALUATE,
@@ -81,7 +84,7 @@ BAD: dict[str, list[str]] = {
         "--set in_channels=0",
         "--set strides=(3,)",
     ],
-    "extract": ["--run nowhere", "--data nowhere", "--batch-size 0", "--copies 0", "--copies 2"],
+    "extract": ["--shard 1", "--run nowhere", "--data nowhere", "--batch-size 0", "--copies 0", "--copies 2"],
     "train-prior": [
         *BOTH_STAGES,
         "--run nowhere",
@@ -108,7 +111,18 @@ BAD: dict[str, list[str]] = {
         "--precision bfloat16 --engine torch",
         "--micro-batch 0",
         "--out my",
+        "--shard 2/2 --seed 0 --out new",
+        "--shard half --seed 0 --out new",
+        "--shard env --seed 0 --out new",
+        "--images png",
+        "--out new.png --shard 0/2 --seed 0",
+        f"--temperature 0 {PART}",
+        f"--label 10 {PART}",
+        f"-n 0 {PART}",
+        f"--seed -1 {PART.replace('--seed 0', '')}",
+        f"--micro-batch 0 {PART}",
     ],
+    "merge": ["--out file", "--out my", "--out new.png"],
     "reconstruct": ["--data nowhere", "--size 0", "--size 1 2 3", "-n 0", "--out file.gif"],
     "train-classifier": [
         *TRAINING,
@@ -149,6 +163,7 @@ BAD: dict[str, list[str]] = {
 }
 WHOLE = {
     "sample": ["--checkpoint nowhere", "--checkpoint .", "--pretrained absent"],
+    "merge": ["nowhere", "."],
     "reconstruct": [
         "--checkpoint nowhere --data digits",
         "--pretrained absent --data digits",
@@ -171,7 +186,7 @@ def blamed(line: str) -> str:
 
 CASES = [(command, f"{COMMANDS[command]} {end}", blamed(end)) for command, ends in BAD.items() for end in ends]
 CASES += [(command, f"{command} {end}", blamed(end)) for command, ends in WHOLE.items() for end in ends]
-CASES += [(command, f"{line} --device abacus", "--device") for command, line in COMMANDS.items()]
+CASES += [(command, f"{line} --device abacus", "--device") for command, line in COMMANDS.items() if command != "merge"]
 
 
 @pytest.mark.parametrize(
@@ -192,6 +207,7 @@ def test_the_option_is_named(
     found = error.removeprefix("fastvq: error: ")
     # Another option can mend these as well, and it is the one named.
     option = {"--set attention_heads": "--set attention_channels", "--channels": "--data"}.get(option, option)
+    option = "FOLDER" if command == "merge" and option == "RUN" else option
     assert found.startswith(f"{option}: "), error
     python = set(build_parser().parse_args([*COMMANDS[command].split()]).options) | {
         "ema_decay",

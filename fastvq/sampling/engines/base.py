@@ -57,6 +57,7 @@ class Engine(ABC, Generic[P]):
         row_kernels: whether there is a choice of what computes its row phase.
         tiles: whether it samples along a front, so that there is a choice of its tiles.
         micro_batch: most samples that it computes together unless told otherwise.
+        exact: whether the bits of a sample do not depend on what is computed with it, where it is not :meth:`padded`.
     """
 
     name: ClassVar[str]
@@ -66,6 +67,7 @@ class Engine(ABC, Generic[P]):
     row_kernels: ClassVar[bool] = False
     tiles: ClassVar[bool] = False
     micro_batch: ClassVar[int] = 64
+    exact: ClassVar[bool] = False
 
     def why_not(self, prior: Prior, device: torch.device) -> str | None:
         """Why it cannot run a prior that is on a device, or None."""

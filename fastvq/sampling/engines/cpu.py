@@ -179,6 +179,7 @@ class CpuEngine(Engine[_Packed]):
     name = "cpu"
     precisions = ("float32", "bfloat16")
     plans = True
+    exact = True
     tiles = True
 
     def why_not(self, prior: Prior, device: torch.device) -> str | None:

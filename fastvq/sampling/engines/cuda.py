@@ -65,6 +65,7 @@ class CudaEngine(Engine[_Packed]):
     name = "cuda"
     precisions = ("float32", "bfloat16")
     plans = True
+    exact = True
     cuda_graphs = True
     row_kernels = True
     tiles = True
