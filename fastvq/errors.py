@@ -37,6 +37,19 @@ class UnavailableError(FastvqError, RuntimeError):
     """An engine, a backend, the compiled extension or an optional dependency is not available here."""
 
 
+class PeerError(FastvqError, RuntimeError):
+    """Another process of a group has failed, so this one cannot go on.
+
+    Attributes:
+        words: what the other one said, or what has become of it.
+        rank: its number; None if it is not known.
+    """
+
+    def __init__(self, words: str, rank: int | None = None) -> None:
+        super().__init__(words if rank is None else f"process {rank}: {words}")
+        self.words, self.rank = words, rank
+
+
 class NaiveEngineWarning(UserWarning):
     """``engine="auto"`` takes the naive sampler for a prior that differs from one that a cached engine could run."""
 

@@ -13,7 +13,7 @@ from types import FrameType
 
 from fastvq.cli.names import as_typed
 from fastvq.cli.parser import build_parser
-from fastvq.errors import FastvqError, Terminated
+from fastvq.errors import FastvqError, PeerError, Terminated
 
 INTERRUPTED, TERMINATED = 130, 143
 
@@ -32,8 +32,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (FastvqError, OSError) as error:
         if arguments.debug:
             raise
-        text = as_typed(str(error), arguments.command, arguments, arguments.options)
-        print("\n".join([f"fastvq: error: {text}", *getattr(error, "__notes__", ())]), file=sys.stderr)
+        words = error.words if isinstance(error, PeerError) else str(error)
+        text = as_typed(words, arguments.command, arguments, arguments.options)
+        if isinstance(error, PeerError) and error.rank is not None:
+            text = f"process {error.rank}: {text}"
+        if not getattr(error, "said", False):  # by the first process of the group
+            print("\n".join([f"fastvq: error: {text}", *getattr(error, "__notes__", ())]), file=sys.stderr)
         return 1
     except KeyboardInterrupt as error:
         hint = "; run the same command with --resume to go on" if hasattr(arguments, "resume") else ""

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from fastvq.cli.images import described, open_described
 from fastvq.cli.names import configure
 from fastvq.cli.project import Project, augmentation, choose_device, parse_overrides
 from fastvq.cli.resume import recorded, recorded_config, starting_config, train_config
+from fastvq.data import ImageDataset
+from fastvq.distributed import join
 from fastvq.errors import ArgumentError, MissingFileError
 from fastvq.models import load_pretrained
 from fastvq.models.classifier import Classifier, ClassifierConfig
 from fastvq.models.pretrained import CONFIG_FILE, WEIGHTS_FILE
+from fastvq.training import TrainConfig
 from fastvq.training.classifier import train_classifier as train_on_images
 from fastvq.training.log import last_validation
 from fastvq.training.run import CONFIG
@@ -22,6 +27,42 @@ CLASSIFIER = "classifier"
 
 
 def train_classifier(arguments: argparse.Namespace) -> None:
+    with join() as group:
+        arguments.quiet |= not group.first
+        with group.together():
+            run, dataset, description, split, model_config, config = _prepare(arguments)
+        train_on_images(
+            dataset,
+            model_config,
+            config,
+            run,
+            indices=split[0],
+            validation=(dataset, split[1]),
+            augment=augmentation(description),
+            resume=arguments.resume,
+            init_from=arguments.init_from,
+            notes={"data": description},
+            progress=not arguments.quiet,
+        )
+        if group.first:
+            values = last_validation(run, "top1")
+            found = f"; validation top-1 accuracy {100 * values['top1']:.2f} %" if values else ""
+            print(f"classifier in {run / 'model'}{found}")
+            print(f"next: fastvq evaluate {arguments.run}")
+
+
+class _Prepared(NamedTuple):
+    """What ``train-classifier`` has made of its options, before anything is written."""
+
+    run: Path
+    dataset: ImageDataset
+    description: dict[str, Any]
+    split: tuple[np.ndarray, np.ndarray]
+    model_config: ClassifierConfig
+    config: TrainConfig
+
+
+def _prepare(arguments: argparse.Namespace) -> _Prepared:
     device = choose_device(arguments.device)
     project, run = Project(arguments.run), arguments.run / arguments.name
     record = recorded(arguments, run)
@@ -44,23 +85,7 @@ def train_classifier(arguments: argparse.Namespace) -> None:
         seed=description["seed"],
         image_every=None,
     )
-    train_on_images(
-        dataset,
-        model_config,
-        config,
-        run,
-        indices=split[0],
-        validation=(dataset, split[1]),
-        augment=augmentation(description),
-        resume=arguments.resume,
-        init_from=arguments.init_from,
-        notes={"data": description},
-        progress=not arguments.quiet,
-    )
-    values = last_validation(run, "top1")
-    found = f"; validation top-1 accuracy {100 * values['top1']:.2f} %" if values else ""
-    print(f"classifier in {run / 'model'}{found}")
-    print(f"next: fastvq evaluate {arguments.run}")
+    return _Prepared(run, dataset, description, split, model_config, config)
 
 
 def load_classifier(path: Path, device: str, name: str) -> Classifier:

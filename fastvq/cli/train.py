@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,12 +23,14 @@ from fastvq.cli.images import (
 )
 from fastvq.cli.project import Project, augmentation, choose_device
 from fastvq.cli.resume import model_config, notes, train_config
-from fastvq.data import CodeDataset, Shard, extract_codes, extract_shard
+from fastvq.data import CodeDataset, ImageDataset, Shard, extract_codes, extract_shard
 from fastvq.data.codes import DESCRIPTION
+from fastvq.distributed import join
 from fastvq.errors import ArgumentError, FileConflictError
 from fastvq.models import HierarchicalVQVAE, Prior, PriorConfig, VQVAEConfig, build
 from fastvq.models.stored import outline
 from fastvq.sampling import sample
+from fastvq.training import TrainConfig
 from fastvq.training import train_prior as train_prior_on_codes
 from fastvq.training import train_vqvae as train_vqvae_on_images
 from fastvq.training.weights import describe_start
@@ -36,6 +39,42 @@ _PICTURES = 16
 
 
 def train_vqvae(arguments: argparse.Namespace) -> None:
+    with join() as group, contextlib.ExitStack() as stack:
+        arguments.quiet |= not group.first
+        with group.together():
+            project, dataset, model, config, settings, data = _prepare_vqvae(arguments)
+        with group.together():
+            if group.first:
+                stack.enter_context(locked(project.vqvae))
+                project.require_free(resume=arguments.resume)
+                start_project(project, data, dataset, settings)
+        train_vqvae_on_images(
+            dataset,
+            model,
+            config,
+            project.vqvae,
+            augment=augmentation(settings),
+            resume=arguments.resume,
+            init_from=arguments.init_from,
+            notes=notes(arguments),
+            progress=not arguments.quiet,
+        )
+        if group.first:
+            print(f"autoencoder in {project.vqvae / 'model'}; next: fastvq extract --run {arguments.run}")
+
+
+class _Stage1(NamedTuple):
+    """What ``train-vqvae`` has made of its options, before anything is written."""
+
+    project: Project
+    dataset: ImageDataset
+    model: VQVAEConfig
+    config: TrainConfig
+    settings: dict[str, Any]
+    data: str
+
+
+def _prepare_vqvae(arguments: argparse.Namespace) -> _Stage1:
     device = choose_device(arguments.device)
     project = Project(arguments.run)
     overrides = {} if arguments.channels is None else {"in_channels": arguments.channels}
@@ -55,7 +94,7 @@ def train_vqvae(arguments: argparse.Namespace) -> None:
         for name in ("skip_broken", "flip", "shift")
     }
     settings |= {"validation": config.validation_fraction, "seed": config.seed}
-    augment = augmentation(settings)
+    augmentation(settings)  # which says what does not fit
     data = arguments.data
     if data is None:
         if not arguments.resume:
@@ -69,24 +108,10 @@ def train_vqvae(arguments: argparse.Namespace) -> None:
         skip_broken=settings["skip_broken"],
         quiet=arguments.quiet,
     )
-    if arguments.init_from is not None:  # before anything is written
+    if arguments.init_from is not None:
         kind = type(outline(lambda: build(model))).__name__
         describe_start(arguments.init_from, {"class": kind, **model.to_dict()}, resume=arguments.resume)
-    with locked(project.vqvae):
-        project.require_free(resume=arguments.resume)
-        start_project(project, data, dataset, settings)
-        train_vqvae_on_images(
-            dataset,
-            model,
-            config,
-            project.vqvae,
-            augment=augment,
-            resume=arguments.resume,
-            init_from=arguments.init_from,
-            notes=notes(arguments),
-            progress=not arguments.quiet,
-        )
-    print(f"autoencoder in {project.vqvae / 'model'}; next: fastvq extract --run {arguments.run}")
+    return _Stage1(project, dataset, model, config, settings, data)
 
 
 def extract(arguments: argparse.Namespace) -> None:
@@ -137,6 +162,40 @@ def extract(arguments: argparse.Namespace) -> None:
 
 
 def train_prior(arguments: argparse.Namespace) -> None:
+    with join() as group:
+        arguments.quiet |= not group.first
+        with group.together():
+            project, codes, fitted, config, vqvae = _prepare_prior(arguments)
+        run = project.prior(arguments.level)
+        train_prior_on_codes(
+            project.codes,
+            arguments.level,
+            fitted,
+            config,
+            run,
+            validation_folder=project.validation_codes if project.validation_codes.is_dir() else None,
+            resume=arguments.resume,
+            init_from=arguments.init_from,
+            notes=notes(arguments),
+            progress=not arguments.quiet,
+            sample_images=None if vqvae is None else preview_of(vqvae, codes, arguments.level),
+        )
+        if group.first:
+            print(f"prior in {run / 'model'}")
+            print(f"once all levels have one: fastvq sample --checkpoint {arguments.run}")
+
+
+class _Stage2(NamedTuple):
+    """What ``train-prior`` has made of its options; without an autoencoder there are no pictures."""
+
+    project: Project
+    codes: CodeDataset
+    fitted: PriorConfig
+    config: TrainConfig
+    vqvae: HierarchicalVQVAE | None
+
+
+def _prepare_prior(arguments: argparse.Namespace) -> _Stage2:
     device = choose_device(arguments.device)
     project = Project(arguments.run)
     codes = CodeDataset(project.codes)
@@ -158,21 +217,7 @@ def train_prior(arguments: argparse.Namespace) -> None:
             f"--run: the codes in {project.codes} are of the classes {', '.join(codes.class_names) or 'none'}, the "
             f"project knows {', '.join(known) or 'none'}; move {project.codes.parent} elsewhere and extract again"
         )
-    train_prior_on_codes(
-        project.codes,
-        arguments.level,
-        fitted,
-        config,
-        run,
-        validation_folder=project.validation_codes if project.validation_codes.is_dir() else None,
-        resume=arguments.resume,
-        init_from=arguments.init_from,
-        notes=notes(arguments),
-        progress=not arguments.quiet,
-        sample_images=None if vqvae is None else preview_of(vqvae, codes, arguments.level),
-    )
-    print(f"prior in {run / 'model'}")
-    print(f"once all levels have one: fastvq sample --checkpoint {arguments.run}")
+    return _Stage2(project, codes, fitted, config, vqvae)
 
 
 def fit_to_codes(template: PriorConfig, codes: CodeDataset, level: int, num_classes: int | None) -> PriorConfig:

@@ -14,7 +14,7 @@ from fastvq._check import require_positive_int, require_seed
 from fastvq.errors import ArgumentError, ArgumentTypeError
 
 # Domains of the counter-based generator: the same seed never gives the same words for two purposes.
-DOMAIN_AUGMENT, DOMAIN_ORDER, DOMAIN_SPLIT = 0, 1, 2
+DOMAIN_AUGMENT, DOMAIN_ORDER, DOMAIN_SPLIT, DOMAIN_DROPOUT = 0, 1, 2, 6
 
 
 class ImageDataset(Protocol):
@@ -47,7 +47,8 @@ class ImageDataset(Protocol):
 
 def load_images(dataset: ImageDataset, indices: Iterable[int]) -> Tensor:
     """The images of some indices: float32 [B, C, H, W] in [-1, 1]."""
-    return torch.stack([dataset.image(int(index)) for index in indices])
+    images = [dataset.image(int(index)) for index in indices]
+    return torch.stack(images) if images else torch.empty(0, dataset.channels, *dataset.size, dtype=torch.float32)
 
 
 def random_words(seed: int, stream: int, domain: int, first: int, count: int) -> np.ndarray:

@@ -71,6 +71,7 @@ def classification_accuracy(
             validation=(dataset, nothing),
             augment=augment,
             progress=progress,
+            alone=True,
         )
         results[name] = accuracies(model, dataset, indices)
     return results

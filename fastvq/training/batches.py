@@ -24,23 +24,25 @@ class StepBatches(Dataset[Any]):
 
     The data form an endless stream in which epoch e is a permutation keyed by (seed, e); step s takes the positions
     s * batch_size .. (s + 1) * batch_size - 1 of it. So every batch is full, every row comes once per epoch, and the
-    place to go on from is the step number.
+    place to go on from is the step number. ``share`` are the items of each batch that this process computes.
     """
 
-    def __init__(self, load: LoadBatch, rows: int, batch_size: int, seed: int) -> None:
-        self._load, self._rows, self._batch_size, self._seed = load, rows, batch_size, seed
+    def __init__(self, load: LoadBatch, rows: int, batch_size: int, seed: int, share: slice = slice(None)) -> None:
+        self._load, self._rows, self._batch_size, self._seed, self._share = load, rows, batch_size, seed, share
         self._orders: dict[int, np.ndarray] = {}
 
     def rows(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of a step's batch and the epoch that each belongs to, int64 [batch_size]."""
-        positions = np.arange(step * self._batch_size, (step + 1) * self._batch_size)
+        """Rows of this process's share of a step's batch, and the epoch that each belongs to: int64 [B]."""
+        positions = np.arange(step * self._batch_size, (step + 1) * self._batch_size)[self._share]
         epochs, places = positions // self._rows, positions % self._rows
-        needed = range(int(epochs[0]), int(epochs[-1]) + 1)
+        needed = np.unique(epochs).tolist()
         self._orders = {
             e: self._orders[e] if e in self._orders else permutation(self._rows, self._seed, e, DOMAIN_ORDER)
             for e in needed
         }
-        rows = np.concatenate([self._orders[e][places[epochs == e]] for e in needed])
+        rows = np.empty_like(places)
+        for e in needed:
+            rows[epochs == e] = self._orders[e][places[epochs == e]]
         return rows, epochs
 
     def __getitem__(self, step: int) -> Batch:

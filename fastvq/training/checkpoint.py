@@ -55,13 +55,17 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
 
 
+def checkpoint_path(folder: Path, step: int) -> Path:
+    return folder / f"step_{step:08d}"
+
+
 def save_checkpoint(folder: Path, state: TrainingState, *, keep: int, versions: Mapping[str, str]) -> Path:
     """Write ``step_XXXXXXXX`` into a folder, then remove all but the newest ``keep`` checkpoints there.
 
     Raises:
         DiskFullError: there is no room; the earlier checkpoints are as they were.
     """
-    path = folder / f"step_{state.step:08d}"
+    path = checkpoint_path(folder, state.step)
     if not path.exists():
         tensors, optimizer = _tensors(state)
         with replacing_folder(path) as temporary:

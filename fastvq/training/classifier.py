@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fastvq.data.augment import Augment
 from fastvq.data.base import ImageDataset, load_images, split_indices
+from fastvq.distributed import Group, join
 from fastvq.errors import ArgumentError
 from fastvq.models.classifier import Classifier, ClassifierConfig
 from fastvq.training.batches import Batch
@@ -43,6 +44,7 @@ def train_classifier(
     init_from: str | os.PathLike[str] | None = None,
     notes: Mapping[str, Any] | None = None,
     progress: bool = False,
+    alone: bool = False,
 ) -> Classifier:
     """Train a classifier on labelled images, minimising the cross entropy.
 
@@ -59,15 +61,44 @@ def train_classifier(
         init_from: start from the weights of a saved model, a run or a checkpoint (:func:`load_weights`).
         notes: anything JSON can hold, to be kept in ``config.json``.
         progress: show a progress bar on stderr.
+        alone: whether this process trains by itself though it belongs to a group; by default all of the group train
+            one classifier, as in :func:`train_vqvae`.
 
     Returns:
         The classifier with averaged weights, in evaluation mode.
 
     Raises:
         ArgumentError: data, model and settings do not fit together.
-        FileConflictError, MissingFileError, CorruptFileError, DivergedError: as in :func:`train_vqvae`.
+        FileConflictError, MissingFileError, CorruptFileError, DivergedError, PeerError: as in :func:`train_vqvae`.
     """
-    resolve_device(config.device)
+    with contextlib.nullcontext(Group()) if alone else join() as group:
+        with group.together():
+            resolve_device(config.device, group)
+            task, data = _prepared(dataset, model_config, config, indices, validation, split_seed, augment)
+            description: dict[str, Any] = {
+                "format": 1,
+                "stage": "classifier",
+                "model": {"class": Classifier.__name__, **model_config.to_dict()},
+                "train": config.to_dict(),
+                "data": data,
+            }
+            init = describe_start(init_from, description["model"], resume=resume)
+        with open_run(Path(run_dir), description, resume=resume, init=init, notes=notes, group=group) as run:
+            model = train(lambda: Classifier(model_config), task, config, run, group, progress=progress)
+    assert isinstance(model, Classifier)
+    return model
+
+
+def _prepared(
+    dataset: ImageDataset,
+    model_config: ClassifierConfig,
+    config: TrainConfig,
+    indices: np.ndarray | None,
+    validation: tuple[ImageDataset, np.ndarray] | None,
+    split_seed: int | None,
+    augment: Augment | None,
+) -> tuple[_Classification, dict[str, Any]]:
+    """What the loop needs, and what the run's description says of the data, of arguments that fit together."""
     if (indices is None) != (validation is None):
         raise ArgumentError("indices and validation: expected both or neither, got one of them")
     if indices is None or validation is None:
@@ -78,26 +109,15 @@ def train_classifier(
         _check_data(name, data, model_config)
     if len(indices) == 0:
         raise ArgumentError("indices: expected at least one image to train on, got none")
-    description: dict[str, Any] = {
-        "format": 1,
-        "stage": "classifier",
-        "model": {"class": Classifier.__name__, **model_config.to_dict()},
-        "train": config.to_dict(),
-        "data": {
-            "fingerprint": dataset.fingerprint(),
-            "images": len(indices),
-            "indices": hashlib.sha256(indices.astype(np.int64).tobytes()).hexdigest(),
-            "size": list(dataset.size),
-            "validation": None if validation[0] is dataset else validation[0].fingerprint(),
-            "augment": None if augment is None else dataclasses.asdict(augment),
-        },
+    described: dict[str, Any] = {
+        "fingerprint": dataset.fingerprint(),
+        "images": len(indices),
+        "indices": hashlib.sha256(indices.astype(np.int64).tobytes()).hexdigest(),
+        "size": list(dataset.size),
+        "validation": None if validation[0] is dataset else validation[0].fingerprint(),
+        "augment": None if augment is None else dataclasses.asdict(augment),
     }
-    task = _Classification(dataset, indices, validation, config, augment)
-    init = describe_start(init_from, description["model"], resume=resume)
-    with open_run(Path(run_dir), description, resume=resume, init=init, notes=notes) as run:
-        model = train(lambda: Classifier(model_config), task, config, run, progress=progress)
-    assert isinstance(model, Classifier)
-    return model
+    return _Classification(dataset, indices, validation, config, augment), described
 
 
 @torch.no_grad()
@@ -171,12 +191,19 @@ class _Classification:
         logits = forward(images).float()
         return F.cross_entropy(logits, labels), {"accuracy": (logits.argmax(1) == labels).float().mean()}
 
-    def accumulation(self, model: nn.Module) -> AbstractContextManager[None]:
-        return contextlib.nullcontext()
+    def accumulation(self, model: nn.Module) -> AbstractContextManager[dict[str, Tensor]]:
+        return contextlib.nullcontext({})
 
-    def validate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
+    def validate(self, model: nn.Module, device: torch.device, group: Group) -> dict[str, float]:
         dataset, indices = self._validation
-        return accuracies(model, dataset, indices, batch_size=self._part) if len(indices) else {}
+        if len(indices) == 0:
+            return {}
+        with group.together():
+            own = indices[group.share(len(indices))]
+            found = accuracies(model, dataset, own, batch_size=self._part) if len(own) else {}
+        names = ["top1", "nll", *(["top5"] if (dataset.num_classes or 0) > _TOP else [])]
+        totals = group.sum([found.get(name, 0.0) * len(own) for name in names])
+        return {name: total / len(indices) for name, total in zip(names, totals, strict=True)}
 
     def picture(self, model: nn.Module, device: torch.device, step: int) -> Picture | None:
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -16,12 +17,17 @@ class DeferredInterrupt:
 
     In any other thread than the main one, where signals do not arrive, it does nothing.
 
+    Args:
+        repeated: seconds in which a further signal is taken for the same one. A launcher of several processes passes on
+            what the system has sent to each of them already.
+
     Attributes:
         requested: what to raise after the current step, or None.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, repeated: float = 0.0) -> None:
         self.requested: type[KeyboardInterrupt] | None = None
+        self._repeated, self._at = repeated, 0.0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -33,8 +39,10 @@ class DeferredInterrupt:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         kind = Terminated if number == signal.SIGTERM else KeyboardInterrupt
         if self.requested:
+            if time.monotonic() - self._at < self._repeated:
+                return
             raise kind
-        self.requested = kind
+        self.requested, self._at = kind, time.monotonic()
         again = "another SIGTERM stops" if kind is Terminated else "press Ctrl-C again to stop"
         print(f"\nstopping after this step; {again} at once", file=sys.stderr)
 

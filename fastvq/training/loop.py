@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import math
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -14,20 +16,28 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from fastvq._evaluation import in_evaluation
 from fastvq._nvtx import annotate
+from fastvq.data.base import DOMAIN_DROPOUT, random_words
 from fastvq.data.grid import save_grid
-from fastvq.errors import ArgumentError, DiskFullError, FastvqError, UnavailableError
+from fastvq.distributed import Group
+from fastvq.errors import ArgumentError, DiskFullError, FastvqError, Terminated, UnavailableError
 from fastvq.models import PretrainedModel, load_pretrained
 from fastvq.training.batches import Batch, StepBatches
-from fastvq.training.checkpoint import TrainingState, checkpoints, load_checkpoint, save_checkpoint
+from fastvq.training.checkpoint import TrainingState, checkpoint_path, checkpoints, load_checkpoint, save_checkpoint
 from fastvq.training.config import TrainConfig, learning_rate
 from fastvq.training.ema import WeightAverage
 from fastvq.training.interrupt import DeferredInterrupt
 from fastvq.training.log import MetricLog
 from fastvq.training.run import RunFolder, versions
 from fastvq.training.weights import best_validation, recorded_start
+
+# Seconds in which a launcher passes on to each process a signal that the system has sent to all.
+_REPEATED = 5.0
+# What asks a run to stop, and how strongly.
+_STOPS: tuple[type[KeyboardInterrupt], ...] = (KeyboardInterrupt, Terminated)
 
 
 class DivergedError(FastvqError, ArithmeticError):
@@ -59,22 +69,34 @@ class Task(Protocol):
     def loss(self, forward: Callable[..., Any], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch, a mean over its items, and metrics to log (scalars)."""
 
-    def accumulation(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Wraps the passes of a step whose batch is cut into parts."""
+    def accumulation(self, model: nn.Module) -> AbstractContextManager[dict[str, Tensor]]:
+        """Wraps the passes of a step whose batch is cut into parts.
 
-    def validate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
-        """Validation metrics; empty without validation data."""
+        When it ends, its value holds the metrics that are of the whole batch, of all processes, instead of means.
+        """
+
+    def validate(self, model: nn.Module, device: torch.device, group: Group) -> dict[str, float]:
+        """Validation metrics, of all processes; empty without validation data."""
 
     def picture(self, model: nn.Module, device: torch.device, step: int) -> Picture | None: ...
 
 
 def train(
-    build: Callable[[], PretrainedModel], task: Task, config: TrainConfig, run: RunFolder, *, progress: bool = False
+    build: Callable[[], PretrainedModel],
+    task: Task,
+    config: TrainConfig,
+    run: RunFolder,
+    group: Group,
+    *,
+    progress: bool = False,
 ) -> PretrainedModel:
     """Train to the end, from the newest checkpoint in the run folder if there is one.
 
     Everything random comes from ``config.seed``; the caller's generators are left as they are. Ctrl-C or
     SIGTERM ends training after the current step with a checkpoint, and so does data that cannot be read.
+
+    The processes of a group have a share of each batch, of which the losses, gradients and codebook statistics are
+    added up, so a step is that of the whole batch up to rounding, however many they are. The first process writes.
 
     Returns:
         The averaged weights (the weights themselves if ``ema_decay`` is None), in evaluation mode.
@@ -83,63 +105,88 @@ def train(
         DivergedError: the loss is not finite; no checkpoint of that step is written.
         CorruptFileError: the newest checkpoint is damaged.
         UnavailableError: there is no such device.
+        PeerError: another process of the group has failed.
         KeyboardInterrupt: after Ctrl-C; Terminated, a kind of it, after SIGTERM.
     """
-    device = resolve_device(config.device)
+    device = resolve_device(config.device, group)
     with _own_generators(device, config.seed):
-        if run.finished:
-            return load_pretrained(run.model, device=device)
-        config = dataclasses.replace(config, steps=run.steps)
-        newest = checkpoints(run.checkpoints)[-1:]
-        start = None if newest else recorded_start(run.path, run.record())
-        model = build().to(device).train()
-        if start is not None:
-            model.load_state_dict(start)
-        state = TrainingState(
-            model=model,
-            average=None if config.ema_decay is None else WeightAverage(model, config.ema_decay),
-            optimizer=_optimizer(model, config),
-            device=device,
-            step=0,
-            totals={},
-            totals_steps=0,
+        finished, steps, newest = group.from_first(
+            (run.finished, run.steps, checkpoints(run.checkpoints)[-1:]) if group.first else (False, 0, [])
         )
-        if newest:
-            load_checkpoint(newest[0], state)
-        _steps(state, task, config, run, progress)
+        if finished:
+            return load_pretrained(run.model, device=device)
+        config = dataclasses.replace(config, steps=steps)
+        with group.together():
+            start = None if newest else recorded_start(run.path, run.record())
+            model = build().to(device).train()
+            if start is not None:
+                model.load_state_dict(start)
+            state = TrainingState(
+                model=model,
+                average=None if config.ema_decay is None else WeightAverage(model, config.ema_decay),
+                optimizer=_optimizer(model, config),
+                device=device,
+                step=0,
+                totals={},
+                totals_steps=0,
+            )
+            if newest:
+                load_checkpoint(newest[0], state)
+        for part in (model, *([] if state.average is None else [state.average.model])):
+            group.equalise(part.state_dict().values())
+        _steps(state, task, config, run, group, progress and group.first)
         averaged = model if state.average is None else state.average.model
         assert isinstance(averaged, PretrainedModel)
-        run.finish(averaged)
+        with group.together():
+            if group.first:
+                run.finish(averaged)
         return load_pretrained(run.model, device=device)
 
 
-def _steps(state: TrainingState, task: Task, config: TrainConfig, run: RunFolder, progress: bool) -> None:
+def _steps(state: TrainingState, task: Task, config: TrainConfig, run: RunFolder, group: Group, progress: bool) -> None:
     from tqdm import tqdm
 
-    forward = torch.compile(state.model) if config.compile else state.model
-    batches = StepBatches(task.load, task.rows, config.batch_size, config.seed)
+    model = _shared(state.model, group)
+    forward = torch.compile(model) if config.compile else model
+    batches = StepBatches(task.load, task.rows, config.batch_size, config.seed, group.share(config.batch_size))
     cuda = state.device.type == "cuda"
-    with (
-        DeferredInterrupt() as interrupt,
-        MetricLog(run.logs, state.step) as log,
-        tqdm(total=config.steps, initial=state.step, disable=not progress, file=sys.stderr) as bar,
-    ):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        # Of axes of length 1, whose stride means nothing.
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+        interrupt = stack.enter_context(DeferredInterrupt(_REPEATED if group.size > 1 else 0.0))
+        log = None
+        with group.together():
+            if group.first:
+                log = stack.enter_context(MetricLog(run.logs, state.step))
+        bar = stack.enter_context(tqdm(total=config.steps, initial=state.step, disable=not progress, file=sys.stderr))
 
         def checkpoint() -> Path:
-            log.sync()
-            return save_checkpoint(run.checkpoints, state, keep=config.keep_checkpoints, versions=versions())
+            with group.together():
+                if log is not None:
+                    log.sync()
+                    save_checkpoint(run.checkpoints, state, keep=config.keep_checkpoints, versions=versions())
+            return checkpoint_path(run.checkpoints, state.step)
 
-        reports = _Reports(state, task, config, run, log, batches)
+        reports = _Reports(state, task, config, run, log, batches, group)
         with _kept(state, checkpoint):
             reports.before_first_step()
         remaining = range(state.step, config.steps)
         stream = batches.iterate(remaining, num_workers=config.num_workers, pin_memory=cuda)
         while state.step < config.steps:
-            with _kept(state, checkpoint), annotate("load"):
-                batch = next(stream)
-            for group in state.optimizer.param_groups:
-                group["lr"] = learning_rate(state.step, config)
-            metrics = _gradients(state, forward, task, config, batch)
+            batch, failure = None, None
+            try:
+                with annotate("load"):
+                    batch = next(stream)
+            except Exception as error:
+                failure = error
+            with _kept(state, checkpoint):
+                group.agree(failure)
+            assert batch is not None
+            for settings in state.optimizer.param_groups:
+                settings["lr"] = learning_rate(state.step, config)
+            _seed_dropout(state, config, group)
+            metrics = _gradients(state, forward, task, config, batch, group)
             _check_finite(metrics, state.step, run)
             with annotate("step"):
                 state.optimizer.step()
@@ -151,12 +198,13 @@ def _steps(state: TrainingState, task: Task, config: TrainConfig, run: RunFolder
             last = state.step == config.steps
             with _kept(state, checkpoint):
                 reports.after_step(last=last)
-            if last or interrupt.requested or _due(state.step, config.checkpoint_every):
+            stop = group.agree(flag=0 if interrupt.requested is None else 1 + _STOPS.index(interrupt.requested))
+            if last or stop or _due(state.step, config.checkpoint_every):
                 checkpoint()
             bar.set_postfix({"loss": f"{metrics['loss']:.4f}"}, refresh=False)
             bar.update()
-            if interrupt.requested:
-                raise interrupt.requested
+            if stop:
+                raise _STOPS[stop - 1]
 
 
 class _Reports:
@@ -168,11 +216,12 @@ class _Reports:
         task: Task,
         config: TrainConfig,
         run: RunFolder,
-        log: MetricLog,
+        log: MetricLog | None,
         batches: StepBatches,
+        group: Group,
     ) -> None:
         self._state, self._task, self._config, self._run = state, task, config, run
-        self._log, self._batches = log, batches
+        self._log, self._batches, self._group = log, batches, group
         model = state.model if state.average is None else state.average.model
         assert isinstance(model, PretrainedModel)
         self._evaluated = model
@@ -183,8 +232,10 @@ class _Reports:
         if state.step == 0:
             return
         last = state.step == self._config.steps
-        unlogged = last and state.totals_steps > 0 and not self._log.has(state.step, "train")
-        unvalidated = (last or self._epoch_ends()) and not self._log.has(state.step, "validation")
+        logged = [] if self._log is None else [s for s in ("train", "validation") if self._log.has(state.step, s)]
+        logged = self._group.from_first(logged)
+        unlogged = last and state.totals_steps > 0 and "train" not in logged
+        unvalidated = (last or self._epoch_ends()) and "validation" not in logged
         if unlogged:
             self._training()
         if unvalidated:
@@ -207,27 +258,34 @@ class _Reports:
         state = self._state
         means = {name: total / state.totals_steps for name, total in state.totals.items()}
         rate = state.optimizer.param_groups[0]["lr"]
-        self._log.write(state.step, "train", {**means, "learning_rate": rate})
+        with self._group.together():
+            if self._log is not None:
+                self._log.write(state.step, "train", {**means, "learning_rate": rate})
         state.totals, state.totals_steps = {}, 0
 
     def _validation(self) -> None:
         state, criterion = self._state, self._task.criterion
         with _evaluation(self._evaluated) as model, annotate("validate"):
-            values = self._task.validate(model, state.device)
+            values = self._task.validate(model, state.device, self._group)
         if not values:
             return
-        best, value = best_validation(self._run.path), values[criterion]
-        if not math.isnan(value) and (best is None or value < best["value"]):
-            self._run.keep_best(self._evaluated, state.step, criterion, value)
-        self._log.write(state.step, "validation", {"epoch": self._batches.epoch(state.step), **values})
+        with self._group.together():
+            if self._log is not None:
+                best, value = best_validation(self._run.path), values[criterion]
+                if not math.isnan(value) and (best is None or value < best["value"]):
+                    self._run.keep_best(self._evaluated, state.step, criterion, value)
+                self._log.write(state.step, "validation", {"epoch": self._batches.epoch(state.step), **values})
 
     def _picture(self) -> None:
         state = self._state
-        with _evaluation(self._evaluated) as model:
-            picture = self._task.picture(model, state.device, state.step)
-        if picture is not None:
-            path = self._run.images / f"{picture.name}_{state.step:08d}.png"
-            save_grid(path, picture.images, picture.columns, overwrite=True)
+        with self._group.together():
+            if not self._group.first:
+                return
+            with _evaluation(self._evaluated) as model:
+                picture = self._task.picture(model, state.device, state.step)
+            if picture is not None:
+                path = self._run.images / f"{picture.name}_{state.step:08d}.png"
+                save_grid(path, picture.images, picture.columns, overwrite=True)
 
 
 @contextlib.contextmanager
@@ -241,27 +299,60 @@ def _kept(state: TrainingState, checkpoint: Callable[[], Path]) -> Iterator[None
         raise
 
 
+def _shared(model: nn.Module, group: Group) -> nn.Module:
+    """A model whose gradients become the means over processes."""
+    if group.size == 1:
+        return model
+    # Codebooks and their averages are moved by the statistics of all processes, and are the same already.
+    known = inspect.signature(DistributedDataParallel).parameters
+    option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return DistributedDataParallel(model, **{option: False})
+
+
+def _seed_dropout(state: TrainingState, config: TrainConfig, group: Group) -> None:
+    """Other masks on each process. The first one draws as a single process would, and its generator is kept."""
+    if group.first:
+        return
+    word = random_words(config.seed, state.step, DOMAIN_DROPOUT, group.rank, 1)[0, 0]
+    torch.default_generator.manual_seed(int(word >> np.uint64(1)))
+    if state.device.type == "cuda":
+        torch.cuda.manual_seed(int(word >> np.uint64(1)))
+
+
 def _gradients(
-    state: TrainingState, forward: Callable[..., Any], task: Task, config: TrainConfig, batch: Batch
+    state: TrainingState, forward: Callable[..., Any], task: Task, config: TrainConfig, batch: Batch, group: Group
 ) -> dict[str, float]:
-    """Fill the gradients of one step; returns its metrics."""
+    """Fill the gradients of one step; returns its metrics, of all processes."""
     state.optimizer.zero_grad(set_to_none=True)
     totals: dict[str, float] = {}
-    parts = zip(*(tensor.split(config.batch_size // config.accumulate) for tensor in batch), strict=True)
-    with task.accumulation(state.model) if config.accumulate > 1 else contextlib.nullcontext():
-        for part in parts:
+    parts = list(zip(*(tensor.tensor_split(config.accumulate) for tensor in batch), strict=True))
+    with task.accumulation(state.model) if config.accumulate > 1 else contextlib.nullcontext({}) as of_step:
+        for number, part in enumerate(parts, 1):
             moved = tuple(tensor.to(state.device, non_blocking=True) for tensor in part)
-            with torch.autocast(state.device.type, dtype=torch.bfloat16, enabled=config.bf16), annotate("forward"):
-                loss, metrics = task.loss(forward, moved)
-            with annotate("backward"):
-                (loss / config.accumulate).backward()
+            weight = len(part[0]) / config.batch_size
+            with contextlib.nullcontext() if number == len(parts) else _unshared(forward):
+                with torch.autocast(state.device.type, dtype=torch.bfloat16, enabled=config.bf16), annotate("forward"):
+                    loss, metrics = task.loss(forward, moved)
+                if not weight:
+                    # A mean over nothing; its gradients, of no items, are zeros.
+                    loss, metrics = loss.nan_to_num(), {name: value.nan_to_num() for name, value in metrics.items()}
+                with annotate("backward"):
+                    (loss * (weight * group.size)).backward()
             # One transfer for all of them: on a GPU each one waits for the device.
             values = torch.stack([loss.detach().float(), *(value.detach().float() for value in metrics.values())])
             for name, value in zip(["loss", *metrics], values.tolist(), strict=True):
-                totals[name] = totals.get(name, 0.0) + value / config.accumulate
+                totals[name] = totals.get(name, 0.0) + value * weight
+    totals = dict(zip(totals, group.sum(totals.values()), strict=True))
+    totals |= {name: float(value) for name, value in of_step.items()}
     if config.grad_clip is not None:
         totals["grad_norm"] = float(nn.utils.clip_grad_norm_(state.model.parameters(), config.grad_clip))
     return totals
+
+
+def _unshared(forward: Callable[..., Any]) -> AbstractContextManager[None]:
+    """Passes whose gradients stay on this process until those of the last part go with them."""
+    module = getattr(forward, "_orig_mod", forward)
+    return module.no_sync() if isinstance(module, DistributedDataParallel) else contextlib.nullcontext()
 
 
 def _check_finite(metrics: dict[str, float], step: int, run: RunFolder) -> None:
@@ -287,25 +378,34 @@ def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def resolve_device(name: str | None) -> torch.device:
-    """The device to train on.
+def resolve_device(name: str | None, group: Group | None = None) -> torch.device:
+    """The device to train on: of several processes on a machine, each takes the GPU of its own number.
 
     Raises:
-        ArgumentError: a kind of device that training does not support.
+        ArgumentError: a kind of device that training does not support, or one GPU for several processes.
         UnavailableError: there is no such device here.
     """
+    group = group or Group()
     if name is None:
-        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
     if device.type not in ("cpu", "cuda"):
         raise ArgumentError(f"device: expected 'cpu' or 'cuda', got {name!r}")
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise UnavailableError(f"device: {name!r} was asked for, but PyTorch finds no CUDA device")
-        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
-        if device.index >= torch.cuda.device_count():
-            raise UnavailableError(f"device: {name!r} was asked for, there are {torch.cuda.device_count()}")
-    return device
+    if device.type == "cpu":
+        return device
+    if not torch.cuda.is_available():
+        raise UnavailableError(f"device: {name!r} was asked for, but PyTorch finds no CUDA device")
+    count, index = torch.cuda.device_count(), device.index
+    if group.size > 1:
+        if index is not None:
+            raise ArgumentError(f"device: expected 'cuda' for {group.size} processes, each with its own, got {name!r}")
+        index = group.local_rank
+        if index >= count:
+            raise UnavailableError(f"device: process {index} of this machine needs a GPU of its own, there are {count}")
+    index = torch.cuda.current_device() if index is None else index
+    if index >= count:
+        raise UnavailableError(f"device: {name!r} was asked for, there are {count}")
+    return torch.device("cuda", index)
 
 
 def _generators_kept(device: torch.device) -> AbstractContextManager[None]:

@@ -18,6 +18,7 @@ from fastvq._files import read_json, replacing_folder, sealed, sweep, write_json
 from fastvq._lock import locked
 from fastvq._schema import ENTRIES, TEXT, integer, require_entries
 from fastvq._version import __version__
+from fastvq.distributed import Group
 from fastvq.errors import FileConflictError, MissingFileError
 from fastvq.models import PretrainedModel
 from fastvq.training.checkpoint import checkpoints
@@ -129,8 +130,11 @@ def open_run(
     resume: bool,
     init: Mapping[str, Any] | None = None,
     notes: Mapping[str, Any] | None = None,
+    group: Group | None = None,
 ) -> Iterator[RunFolder]:
     """Claim a folder for a new run, or check that the run in it is the one described; have it alone inside the block.
+
+    Of a group the first process does so for all, which must describe the same run.
 
     Args:
         description: what the run is; its entry ``train`` holds the fields of a TrainConfig.
@@ -138,9 +142,34 @@ def open_run(
         notes: kept in ``config.json``; nothing depends on them.
 
     Raises:
-        FileConflictError: the folder is not empty, or, with ``resume``, holds another run; or another process has it.
+        FileConflictError: the folder is not empty, or, with ``resume``, holds another run; or another process has it;
+            or the processes of a group describe different runs.
         MissingFileError: with ``resume``: there is no run in the folder, or no checkpoint to train it further from.
     """
+    group = group or Group()
+    of_first = group.from_first(json.loads(json.dumps(description)))
+    with group.together():
+        differences = _differences(of_first, json.loads(json.dumps(description)))
+        if differences:
+            raise FileConflictError(
+                f"run_dir: the processes of a group must train the same run in {path}; the first one has (there) and "
+                "this one has (now)\n  " + "\n  ".join(differences)
+            )
+    with contextlib.ExitStack() as stack:
+        with group.together():
+            if group.first:
+                stack.enter_context(_claimed(path, description, resume, init, notes))
+        yield RunFolder(path)
+
+
+@contextlib.contextmanager
+def _claimed(
+    path: Path,
+    description: dict[str, Any],
+    resume: bool,
+    init: Mapping[str, Any] | None,
+    notes: Mapping[str, Any] | None,
+) -> Iterator[None]:
     run = RunFolder(path)
     if path.exists() and not path.is_dir():
         raise FileConflictError(f"run_dir: {path} is a file, expected a folder")
@@ -162,7 +191,7 @@ def open_run(
             sweep(path)
             extra = {name: dict(value) for name, value in (("init", init), ("notes", notes)) if value is not None}
             write_json(run.config, {**description, **extra, "versions": versions()})
-        yield run
+        yield
 
 
 def _check_same(run: RunFolder, description: dict[str, Any], init: Mapping[str, Any] | None) -> None:

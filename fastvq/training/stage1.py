@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastvq.data.augment import Augment
 from fastvq.data.base import ImageDataset, load_images, psnr, split_indices
+from fastvq.distributed import Group, join
 from fastvq.errors import ArgumentError
 from fastvq.models import HierarchicalVQVAE, VectorQuantizer, VQVAEConfig, build
 from fastvq.models.repeated_pass import is_repetition
@@ -50,6 +51,10 @@ def train_vqvae(
     (0 = top) the ``perplexity`` of the codes of the whole validation set and their ``usage``, the share of the codebook
     that occurs.
 
+    Under torchrun, and whatever else describes a group of processes (:mod:`fastvq.distributed`), each computes its
+    share of every batch; the first writes, into a folder that all of them see. The result is that of one process up to
+    the rounding of sums, as long as the model has no dropout, whose masks differ.
+
     Args:
         augment: changes of the training images, drawn anew each epoch.
         resume: go on with the run in ``run_dir`` from its newest checkpoint, to ``config.steps``; a run that has them
@@ -67,8 +72,23 @@ def train_vqvae(
         MissingFileError: ``resume`` without a run to resume.
         CorruptFileError: the newest checkpoint is damaged.
         DivergedError: the loss is not finite.
+        PeerError: another process of the group has failed.
     """
-    resolve_device(config.device)
+    with join() as group:
+        with group.together():
+            task, description = _prepared(dataset, model_config, config, augment, group)
+            init = describe_start(init_from, description["model"], resume=resume)
+        with open_run(Path(run_dir), description, resume=resume, init=init, notes=notes, group=group) as run:
+            model = train(lambda: build(model_config), task, config, run, group, progress=progress)
+    assert isinstance(model, HierarchicalVQVAE)
+    return model
+
+
+def _prepared(
+    dataset: ImageDataset, model_config: VQVAEConfig, config: TrainConfig, augment: Augment | None, group: Group
+) -> tuple[_Reconstruction, dict[str, Any]]:
+    """What the loop needs, and the description of the run, of arguments that fit together."""
+    resolve_device(config.device, group)
     if model_config.in_channels != dataset.channels:
         raise ArgumentError(f"model_config.in_channels: {model_config.in_channels}, the data have {dataset.channels}")
     training, validation = split_indices(len(dataset), config.validation_fraction, config.seed)
@@ -87,12 +107,7 @@ def train_vqvae(
             "augment": None if augment is None else dataclasses.asdict(augment),
         },
     }
-    task = _Reconstruction(dataset, training, validation, config, augment)
-    init = describe_start(init_from, description["model"], resume=resume)
-    with open_run(Path(run_dir), description, resume=resume, init=init, notes=notes) as run:
-        model = train(lambda: build(model_config), task, config, run, progress=progress)
-    assert isinstance(model, HierarchicalVQVAE)
-    return model
+    return _Reconstruction(dataset, training, validation, config, augment), description
 
 
 class _Reconstruction:
@@ -127,12 +142,15 @@ class _Reconstruction:
         return mse + out.commitment_loss, {"mse": mse, "commitment": out.commitment_loss, **perplexity}
 
     @contextlib.contextmanager
-    def accumulation(self, model: nn.Module) -> Iterator[None]:
+    def accumulation(self, model: nn.Module) -> Iterator[dict[str, Tensor]]:
         """Codebooks move once per step, by all of its vectors, as they would if the batch were whole.
 
         Until then the quantisers stay in evaluation mode and what goes into them is set aside. Only the step that
         initialises a codebook from data differs: its passes still see the codebook from before.
+
+        Perplexities are of the whole batch: a mean over parts would depend on how it is cut.
         """
+        of_step: dict[str, Tensor] = {}
         quantizers = [module for module in model.modules() if isinstance(module, VectorQuantizer)]
         seen: list[list[Tensor]] = [[] for _ in quantizers]
 
@@ -150,30 +168,33 @@ class _Reconstruction:
         try:
             for quantizer in quantizers:
                 quantizer.eval()
-            yield
+            yield of_step
         finally:
             for hook in hooks:
                 hook.remove()
             for quantizer in quantizers:
                 quantizer.train()
         with torch.no_grad():
-            for quantizer, vectors in zip(quantizers, seen, strict=True):
-                quantizer(torch.cat(vectors))
+            for level, (quantizer, vectors) in enumerate(zip(quantizers, seen, strict=True)):
+                of_step[f"perplexity_{level}"] = quantizer(torch.cat(vectors)).perplexity
 
-    def validate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
+    def validate(self, model: nn.Module, device: torch.device, group: Group) -> dict[str, float]:
         count = len(self._validation)
         if count == 0:
             return {}
         assert isinstance(model, HierarchicalVQVAE)
         squared, commitment = 0.0, 0.0
         used = torch.zeros(model.num_levels, model.config.num_codes, dtype=torch.float64)
-        for start in range(0, count, self._part):
-            images = load_images(self._dataset, self._validation[start : start + self._part]).to(device)
-            out = model(images)
-            squared += float(F.mse_loss(out.reconstruction, images)) * len(images)
-            commitment += float(out.commitment_loss) * len(images)
-            for level, codes in enumerate(out.codes):
-                used[level] += torch.bincount(codes.flatten(), minlength=used.shape[1]).cpu()
+        with group.together():
+            for start in group.turns(range(0, count, self._part)):
+                images = load_images(self._dataset, self._validation[start : start + self._part]).to(device)
+                out = model(images)
+                squared += float(F.mse_loss(out.reconstruction, images)) * len(images)
+                commitment += float(out.commitment_loss) * len(images)
+                for level, codes in enumerate(out.codes):
+                    used[level] += torch.bincount(codes.flatten(), minlength=used.shape[1]).cpu()
+        squared, commitment, *counts = group.sum([squared, commitment, *used.flatten().tolist()])
+        used = torch.tensor(counts, dtype=torch.float64).view_as(used)
         mse = squared / count
         values = {"mse": mse, "psnr": psnr(mse), "commitment": commitment / count}
         shares = used / used.sum(1, keepdim=True)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvq.data.codes import CodeDataset
+from fastvq.distributed import Group, join
 from fastvq.errors import ArgumentError
 from fastvq.models import Prior, PriorConfig, build
 from fastvq.training.batches import Batch
@@ -43,7 +44,7 @@ def train_prior(
 
     The prior is conditioned on all levels above and, if ``model_config.num_classes`` is set, on the labels. ``run_dir``
     is laid out as in :func:`train_vqvae`. Validation, after every epoch and at the end: ``nll`` in nats per code and
-    ``bits`` per code.
+    ``bits`` per code. Several processes train together as there.
 
     Args:
         codes_folder: written by :func:`fastvq.data.extract_codes`.
@@ -63,9 +64,28 @@ def train_prior(
     Raises:
         ArgumentError: codes, model and settings do not fit together.
         MissingFileError, CorruptFileError: of the folders of codes, or as in :func:`train_vqvae`.
-        FileConflictError, DivergedError: as in :func:`train_vqvae`.
+        FileConflictError, DivergedError, PeerError: as in :func:`train_vqvae`.
     """
-    resolve_device(config.device)
+    with join() as group:
+        with group.together():
+            resolve_device(config.device, group)
+            codes, validation = _opened(codes_folder, validation_folder, level, model_config)
+            description = _described(codes, validation, level, model_config, config)
+            task = _Likelihood(codes, validation, level, model_config, config, sample_images)
+            init = describe_start(init_from, description["model"], resume=resume)
+        with open_run(Path(run_dir), description, resume=resume, init=init, notes=notes, group=group) as run:
+            prior = train(lambda: build(model_config), task, config, run, group, progress=progress)
+    assert isinstance(prior, Prior)
+    return prior
+
+
+def _opened(
+    codes_folder: str | os.PathLike[str],
+    validation_folder: str | os.PathLike[str] | None,
+    level: int,
+    model_config: PriorConfig,
+) -> tuple[CodeDataset, CodeDataset | None]:
+    """Codes to train and to validate on, which fit the model and each other, and are whole."""
     codes = CodeDataset(codes_folder)
     _check_fit("codes_folder", codes, level, model_config)
     validation = None
@@ -79,7 +99,13 @@ def train_prior(
     for stored in (codes, validation):
         if stored is not None:
             stored.verify()
-    description: dict[str, Any] = {
+    return codes, validation
+
+
+def _described(
+    codes: CodeDataset, validation: CodeDataset | None, level: int, model_config: PriorConfig, config: TrainConfig
+) -> dict[str, Any]:
+    return {
         "format": 1,
         "stage": 2,
         "level": level,
@@ -92,12 +118,6 @@ def train_prior(
             "stage1_model": codes.model,
         },
     }
-    task = _Likelihood(codes, validation, level, model_config, config, sample_images)
-    init = describe_start(init_from, description["model"], resume=resume)
-    with open_run(Path(run_dir), description, resume=resume, init=init, notes=notes) as run:
-        prior = train(lambda: build(model_config), task, config, run, progress=progress)
-    assert isinstance(prior, Prior)
-    return prior
 
 
 def _check_fit(name: str, codes: CodeDataset, level: int, config: PriorConfig) -> None:
@@ -161,17 +181,19 @@ class _Likelihood:
     def loss(self, forward: Callable[..., Any], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         return self._nll(forward, batch), {}
 
-    def accumulation(self, model: nn.Module) -> AbstractContextManager[None]:
-        return contextlib.nullcontext()
+    def accumulation(self, model: nn.Module) -> AbstractContextManager[dict[str, Tensor]]:
+        return contextlib.nullcontext({})
 
-    def validate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
+    def validate(self, model: nn.Module, device: torch.device, group: Group) -> dict[str, float]:
         if self._validation is None:
             return {}
         total, count = 0.0, len(self._validation)
-        for start in range(0, count, self._part):
-            rows = np.arange(start, min(start + self._part, count))
-            batch = tuple(tensor.to(device) for tensor in self._gather(self._validation, rows))
-            total += float(self._nll(model, batch)) * len(rows)
+        with group.together():
+            for start in group.turns(range(0, count, self._part)):
+                rows = np.arange(start, min(start + self._part, count))
+                batch = tuple(tensor.to(device) for tensor in self._gather(self._validation, rows))
+                total += float(self._nll(model, batch)) * len(rows)
+        (total,) = group.sum([total])
         return {"nll": total / count, "bits": total / count / math.log(2)}
 
     def picture(self, model: nn.Module, device: torch.device, step: int) -> Picture | None:

@@ -18,6 +18,8 @@ from fastvq.ops.ema_update.triton import triton_ema_updates
 from fastvq.ops.nearest_code import nearest_code_statistics
 
 _KMEANS_VECTORS_PER_CODE = 256
+# What random words are drawn from before they are taken modulo a number of vectors.
+_WORDS = 2**62
 # Shorter vectors have no direction worth keeping.
 LEAST_LENGTH = 1e-6
 
@@ -36,8 +38,8 @@ def start_codebook(
 ) -> None:
     """Take the codes from ``vectors`` [G, M, D] where ``mask`` [G, M], unless ``initialized`` says it was done.
 
-    With ``init = kmeans`` Lloyd's iterations run on the vectors of all processes; the codes they start from, and those
-    that ``init = data`` keeps, are the first process's.
+    The vectors of all processes count, in the order of the processes, and the first one draws: the codes are those that
+    one process would take from all of the vectors. With ``init = kmeans`` Lloyd's iterations follow.
     """
     _refuse_repetition()
     if bool(initialized):
@@ -49,16 +51,16 @@ def start_codebook(
         if cosine:
             usable &= part.norm(dim=1) > LEAST_LENGTH
         rows = part[usable].to(torch.promote_types(table.dtype, torch.float32))
-        codes = rows.new_full(table.shape[1:], torch.nan)
-        if rows.shape[0]:
-            codes = rows[_spread(rows.shape[0], codes.shape[0], rows.device)]
-        codes = _from_first_process(codes, sync)
+        first, total = (int(value) for value in _numbered(torch.tensor([len(rows)], device=rows.device), sync))
         # The same on every process, so that none is left waiting for another that has raised.
-        if not bool(codes.isfinite().all()):
+        if total == 0:
             raise ArgumentError("x: the first batch holds no finite vector to initialise the codebook from")
+        chosen = _spread(total, table.shape[1], rows.device, sync) - first
+        codes = _of_all(_picked(rows[None], chosen[None]), sync)[0]
         if init == "kmeans":
-            subset = min(rows.shape[0], codes.shape[0] * _KMEANS_VECTORS_PER_CODE)
-            codes = lloyd(rows[_spread(rows.shape[0], subset, rows.device)], codes, kmeans_iters, cosine, sync)
+            subset = _spread(total, min(total, len(codes) * _KMEANS_VECTORS_PER_CODE), rows.device, sync) - first
+            own = subset[(subset >= 0) & (subset < len(rows))]
+            codes = lloyd(rows[own], codes, kmeans_iters, cosine, sync)
         started.append(codes)
     codebook = torch.stack(started).view(embedding.shape)
     embedding.copy_(codebook)
@@ -134,7 +136,7 @@ def move_codebook(
             whole = size.sum(1, keepdim=True)
             codes = total / ((size + eps) / (whole + size.shape[1] * eps) * whole)[..., None]
     if revive_below > 0:
-        fresh = _from_first_process(_draw(vectors, mask, table.shape[1]).to(dtype), sync)
+        fresh = _draw(vectors.to(dtype), mask, table.shape[1], sync)
         # A draw may be no place for a code; the code then waits for the next batch.
         fits = fresh.isfinite().all(2)
         if cosine:
@@ -199,28 +201,48 @@ def _unit(vectors: Tensor, otherwise: Tensor) -> Tensor:
     return torch.where(length > 0, vectors / length, otherwise)
 
 
-def _spread(available: int, wanted: int, device: torch.device) -> Tensor:
-    """Random indices, each available one used before any is repeated."""
-    if wanted == 0:
-        return torch.empty(0, dtype=torch.int64, device=device)
-    return torch.cat([torch.randperm(available, device=device) for _ in range(-(-wanted // available))])[:wanted]
+def _numbered(counts: Tensor, sync: bool | None) -> tuple[Tensor, Tensor]:
+    """Where this process's items begin in a numbering process by process, and how many there are in all; of its own
+    ``counts``, int64.
+    """
+    if not _distributed(sync):
+        return torch.zeros_like(counts), counts
+    every = [torch.empty_like(counts) for _ in range(dist.get_world_size())]
+    dist.all_gather(every, counts)
+    return sum(every[: dist.get_rank()], torch.zeros_like(counts)), sum(every, torch.zeros_like(counts))
 
 
-def _draw(vectors: Tensor, mask: Tensor | None, wanted: int) -> Tensor:
-    """Random ones of vectors [G, M, D] where mask [G, M]: [G, wanted, D], NaN if there are none."""
-    groups, available, width = vectors.shape
-    if available == 0:
-        return vectors.new_full((groups, wanted, width), torch.nan)
-    if mask is None:
-        index = torch.randint(available, (groups, wanted), device=vectors.device)
-        return torch.gather(vectors, 1, index[..., None].expand(-1, -1, width))
-    # The n-th real vector is found by the running count, without waiting for a GPU to say how many there are.
-    running = mask.cumsum(1)
-    last = running[:, -1:]
-    nth = (torch.rand(groups, wanted, dtype=torch.float32, device=vectors.device) * last).long().minimum(last - 1) + 1
-    index = torch.searchsorted(running, nth).clamp(max=available - 1)
-    drawn = torch.gather(vectors, 1, index[..., None].expand(-1, -1, width))
-    return torch.where(last[..., None] > 0, drawn, torch.nan)
+def _spread(available: int, wanted: int, device: torch.device, sync: bool | None) -> Tensor:
+    """Random indices, each available one used before any is repeated; those of the first process."""
+    rounds = [torch.randperm(available, device=device) for _ in range(-(-wanted // available))]
+    return _from_first_process(torch.cat(rounds)[:wanted], sync)
+
+
+def _draw(vectors: Tensor, mask: Tensor | None, wanted: int, sync: bool | None) -> Tensor:
+    """Random ones of the vectors [G, M, D] of all processes where mask [G, M], which the first process chooses:
+    [G, wanted, D], NaN if there are none.
+    """
+    groups, own = vectors.shape[:2]
+    counts = torch.full((groups,), own, device=vectors.device) if mask is None else mask.sum(1)
+    first, total = _numbered(counts, sync)
+    # Of a fixed range, so that nobody waits for a GPU to say how many there are.
+    words = torch.randint(_WORDS, (groups, wanted), device=vectors.device)
+    index = _from_first_process(words, sync) % total.clamp(min=1)[:, None] - first[:, None]
+    if mask is not None and own:
+        # The n-th real vector is found by the running count.
+        inside = (index >= 0) & (index < counts[:, None])
+        index = torch.where(inside, torch.searchsorted(mask.cumsum(1), index + 1), -1)
+    drawn = _of_all(_picked(vectors, index), sync)
+    return torch.where(total[:, None, None] > 0, drawn, torch.nan)
+
+
+def _picked(vectors: Tensor, index: Tensor) -> Tensor:
+    """Vectors [G, M, D] of an index [G, k]: [G, k, D], 0 where it is none of them."""
+    own, width = vectors.shape[1:]
+    if own == 0:
+        return vectors.new_zeros(*index.shape, width)
+    found = torch.gather(vectors, 1, index.clamp(0, own - 1)[..., None].expand(-1, -1, width))
+    return torch.where(((index >= 0) & (index < own))[..., None], found, 0)
 
 
 def _distributed(sync: bool | None) -> bool:
@@ -232,10 +254,16 @@ def _distributed(sync: bool | None) -> bool:
 
 def _over_processes(counts: Tensor, sums: Tensor, sync: bool | None) -> tuple[Tensor, Tensor]:
     """Both added over processes, in the type of ``sums``; float32 holds counts exactly up to 2^24."""
-    together = torch.cat([counts.flatten().to(sums.dtype), sums.flatten()])
-    if _distributed(sync):
-        dist.all_reduce(together)
+    together = _of_all(torch.cat([counts.flatten().to(sums.dtype), sums.flatten()]), sync)
     return together[: counts.numel()].view_as(counts), together[counts.numel() :].view_as(sums)
+
+
+def _of_all(value: Tensor, sync: bool | None) -> Tensor:
+    """Added over processes."""
+    if _distributed(sync):
+        value = value.contiguous()
+        dist.all_reduce(value)
+    return value
 
 
 def _from_first_process(value: Tensor, sync: bool | None) -> Tensor:

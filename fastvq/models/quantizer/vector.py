@@ -411,8 +411,9 @@ class VectorQuantizer(nn.Module):
             return sums, first.vectors.searched, first.vectors.mask
         mask = None
         if any(one.vectors.mask is not None for one in found):
-            mask = torch.cat([self._grouped(one.codes >= 0) for one in found], 1)
-        return sums, torch.cat([one.vectors.searched.detach() for one in found], 1), mask
+            mask = torch.stack([self._grouped(one.codes >= 0) for one in found], 2).flatten(1)
+        # By vectors first and then by passes, so that all processes together number them as one would.
+        return sums, torch.stack([one.vectors.searched.detach() for one in found], 2).flatten(1, 2), mask
 
     def _drawing(self, operation: Callable[..., Any], *args: Any) -> Any:
         """An operation that may draw random numbers; a pass that may be repeated keeps note of them."""
