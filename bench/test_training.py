@@ -7,7 +7,7 @@ import pytest
 from bench.training import TRAINING, measure
 
 
-@pytest.mark.parametrize("name", ["train-tiny-pixelcnn-b2048"])
+@pytest.mark.parametrize("name", ["train-tiny-pixelcnn-b1024"])
 def test_memory_of_a_fresh_process(name: str) -> None:
     memory = measure(next(case for case in TRAINING if case.id == name))
     assert memory.predicted is not None

@@ -32,6 +32,7 @@ _OF_PRESETS = ("set", "size", "train", *_OF_TRAINING)
 _TEXTS = {
     "weights": "parameters and codebooks",
     "gradients": "of the parameters",
+    "buckets": "of gradients that processes exchange",
     "optimizer": "two moments of every parameter",
     "average": "averaged weights",
     "batch": "what is loaded for a step",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from fastvq._check import require_positive_int
 from fastvq._config import Config
 from fastvq.data.base import require_size
+from fastvq.distributed import Group
 from fastvq.errors import ArgumentError, ArgumentTypeError
 from fastvq.models import ClassifierConfig, HierarchicalVQVAE, PriorConfig, VectorQuantizer, VQVAEConfig, build
 from fastvq.models.stored import outline
@@ -40,6 +40,7 @@ class TrainingMemory:
         parameters: of the model, moved by the optimiser.
         weights: parameters and buffers, codebooks among them.
         gradients: of the parameters.
+        buckets: where DistributedDataParallel adds gradients of several processes up.
         optimizer: two moments of every parameter, and a number of steps for each tensor.
         average: averaged weights, parameters and buffers.
         batch: what is loaded for a step.
@@ -50,6 +51,7 @@ class TrainingMemory:
     parameters: int
     weights: int
     gradients: int
+    buckets: int
     optimizer: int
     average: int
     batch: int
@@ -70,21 +72,15 @@ def training_memory(
     Args:
         config: ``batch_size``, ``accumulate``, ``ema_decay``, ``bf16`` and ``optimizer`` count.
         image_size: (H, W) of an autoencoder's or classifier's images; priors know their grids.
-        processes: among which a batch is divided.
+        processes: that have a share of every batch; the largest share counts.
 
     Raises:
-        ArgumentError, ArgumentTypeError: a batch that cannot be divided, a size that is missing or does not fit, a
-            model that is not trained here.
+        ArgumentError, ArgumentTypeError: a size that is missing or does not fit, no process, a model that is not
+            trained here.
     """
     require_positive_int("processes", processes)
-    if config.batch_size % (processes * config.accumulate):
-        raise ArgumentError(
-            f"processes: batch_size {config.batch_size} cannot be divided among {processes} processes"
-            + (f" in {config.accumulate} parts each" if config.accumulate > 1 else "")
-        )
     _check_size(model_config, image_size)
-    rows = config.batch_size // processes
-    config = dataclasses.replace(config, batch_size=rows, device="cpu")
+    rows = -(-config.batch_size // processes)
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     live = _LiveBytes()
@@ -106,13 +102,22 @@ def training_memory(
         batch = task.load(np.arange(rows), np.zeros(rows, dtype=np.int64))
         live.peak = live.bytes
         state = TrainingState(model, None, optimizer, torch.device("cpu"), step=0, totals={}, totals_steps=0)
-        _gradients(state, model, task, config, batch)
+        _gradients(state, model, task, config, batch, Group())
         optimizer.step()
-    # A copy that is there all the time, and whose update makes nothing.
+    # Both are there all the time, and what is done to them makes nothing.
     average = 0 if config.ema_decay is None else weights
-    count = sum(parameter.numel() for parameter in parameters)
-    loaded = sum(tensor.nbytes for tensor in batch)
-    return TrainingMemory(count, weights, gradients, moments, average, loaded, task.activations, live.peak + average)
+    buckets = gradients if processes > 1 else 0
+    return TrainingMemory(
+        parameters=sum(parameter.numel() for parameter in parameters),
+        weights=weights,
+        gradients=gradients,
+        buckets=buckets,
+        optimizer=moments,
+        average=average,
+        batch=sum(tensor.nbytes for tensor in batch),
+        activations=task.activations,
+        peak=live.peak + average + buckets,
+    )
 
 
 def blank_task(model_config: Config, config: TrainConfig, rows: int, image_size: tuple[int, int] | None = None) -> Task:

@@ -65,8 +65,10 @@ def test_activations_grow_with_the_batch_alone() -> None:
     assert two.batch == 2 * one.batch
     for name in ("parameters", "weights", "gradients", "optimizer", "average"):
         assert getattr(one, name) == getattr(three, name)
-    divided = pixelcnn(32, processes=2, accumulate=2)
+    # The largest of the shares is 16.
+    divided = pixelcnn(46, processes=3, accumulate=2)
     assert (divided.activations, divided.batch) == (one.activations, two.batch)
+    assert (one.buckets, divided.buckets) == (0, one.gradients)
 
 
 def test_bf16_halves_activations_and_nothing_that_stays() -> None:
@@ -83,11 +85,9 @@ def test_bf16_halves_activations_and_nothing_that_stays() -> None:
         ("tiny", 4, {}, "image_size: this model's memory depends on the size of its images"),
         ("tiny", 4, {"size": (30, 32)}, "image_size: expected positive multiples of 8, got 30 x 32"),
         ("tiny-top", 4, {"size": (8, 8)}, r"image_size: a prior's grids are its own, \(2, 2\); got \(8, 8\)"),
-        ("tiny-top", 4, {"processes": 3}, "processes: batch_size 4 cannot be divided among 3 processes"),
-        ("tiny-top", 4, {"processes": 2, "accumulate": 4}, "cannot be divided among 2 processes in 4 parts each"),
-        ("tiny-top", 4, {"processes": 0}, "processes: "),
+        ("tiny-top", 4, {"processes": 0}, "processes: must be at least 1, got 0"),
     ],
-    ids=["no size", "size", "a prior's size", "processes", "parts", "no processes"],
+    ids=["no size", "size", "a prior's size", "no processes"],
 )
 def test_mistakes_are_named(preset: str, batch: int, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
