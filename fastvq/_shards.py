@@ -253,11 +253,10 @@ def working_on(path: Path) -> Iterator[Path]:
 def _fill(path: Path, unfinished: Path, specs: Specs, fill: Fill, description: Mapping[str, Any]) -> None:
     sweep(unfinished)
     tensors, progress = unfinished / _TENSORS, unfinished / _PROGRESS
-    if progress.is_file():
-        done = _rows_done(progress, description)
-        if not tensors.is_file() and path.is_file():  # killed before the description was written
-            os.replace(path, tensors)
-        arrays = mapped_tensors(tensors, specs)
+    if progress.is_file() and not tensors.is_file() and path.is_file():  # killed before the description was written
+        os.replace(path, tensors)
+    if progress.is_file() and tensors.is_file():
+        done, arrays = _rows_done(progress, description), mapped_tensors(tensors, specs)
     else:
         done, arrays = 0, new_tensors(tensors, specs)
         try:

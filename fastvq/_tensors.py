@@ -74,12 +74,9 @@ def mapped_tensors(path: Path, specs: Specs) -> dict[str, np.ndarray]:
     """Writable memory maps of the tensors of a file that :func:`new_tensors` made.
 
     Raises:
-        MissingFileError: no such file.
         CorruptFileError: it holds something else.
     """
     header, size = _header(specs)
-    if not path.is_file():
-        raise MissingFileError(f"{path}: no such file")
     with path.open("rb") as file:
         if file.read(len(header)) != header or path.stat().st_size != size:
             raise CorruptFileError(f"{path}: not a file of the tensors {', '.join(specs)} as they should be")

@@ -7,12 +7,14 @@ Whatever starts them says so in the environment: torchrun, accelerate and Ray Tr
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +22,9 @@ from torch import Tensor
 
 from fastvq._files import first_line
 from fastvq.errors import ArgumentError, PeerError, UnavailableError
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
 
 T = TypeVar("T")
 
@@ -139,11 +144,13 @@ def join() -> Iterator[Group]:
     if place is None:
         yield Group()
         return
+    from torch.distributed.distributed_c10d import PrefixStore
+
     nccl = torch.cuda.is_available() and dist.is_nccl_available()
     try:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if nccl else "gloo",
-            init_method=place.address,
+            store=PrefixStore(f"fastvq{next(_made)}", _meeting(place)),
             rank=place.rank,
             world_size=place.size,
             timeout=_PATIENCE,
@@ -163,6 +170,21 @@ class _Place(NamedTuple):
     size: int
     local_rank: int
     address: str
+
+
+# Groups made by this process. All processes of a group make the same ones, and each is told from those before it.
+_made = itertools.count()
+
+
+@functools.cache
+def _meeting(place: _Place) -> Store:
+    """Where processes find each other: kept for all groups, as some may meet for the next one while others still leave
+    the last.
+    """
+    from torch.distributed.rendezvous import rendezvous
+
+    store: Store = next(rendezvous(place.address, place.rank, place.size, timeout=_PATIENCE))[0]
+    return store
 
 
 def _described() -> _Place | None:

@@ -30,12 +30,13 @@ PRELOADED = (
     "fastvq.cli.demo",
     "fastvq.cli.generate",
     "fastvq.cli.classify",
+    "fastvq.cli.merge",
     "torch._dynamo",
     "torch.utils.tensorboard",
     "sklearn.datasets",
     "PIL.PngImagePlugin",
 )
-ABSENT_OR_WHOLE = ("samples", "report", "picture.png")
+ABSENT_OR_WHOLE = ("samples", "report", "picture.png", "merged")
 # Endings of runs that nothing stopped, and of those that the two polite signals did.
 ENDINGS = {signal.SIGKILL: (), signal.SIGTERM: (143,), signal.SIGINT: (130,)}
 
@@ -48,6 +49,15 @@ class Case:
     needs: tuple[str, ...] = ()
     resumes: str | None = None  # the run folder in which config.json says that there is something to resume
     weight: int = 4
+    replaces: bool = True  # whether what it wrote is replaced by --overwrite; else the same command goes on
+
+
+TRAINED = ("train-vqvae", "extract", "train-prior", "train-prior 1")
+
+
+def sample_part(text: str) -> Case:
+    options = ["-n", "300", "--seed", "0", "--out", "parts", "--images", "png"]
+    return Case(["sample", "--checkpoint", "my", *options, "--shard", text], TRAINED, replaces=False)
 
 
 CASES = {
@@ -70,13 +80,21 @@ CASES = {
     ),
     "sample": Case(
         ["sample", "--checkpoint", "my", "-n", "12", "--seed", "0", "--out", "samples"],
-        ("train-vqvae", "extract", "train-prior", "train-prior 1"),
+        TRAINED,
     ),
     "sample png": Case(
         ["sample", "--checkpoint", "my", "-n", "12", "--seed", "0", "--out", "picture.png"],
-        ("train-vqvae", "extract", "train-prior", "train-prior 1"),
+        TRAINED,
         weight=2,
     ),
+    "sample --shard 0": sample_part("0/2"),
+    "sample --shard 1": sample_part("1/2"),
+    "merge samples": Case(
+        ["merge", "parts", "--out", "merged"], (*TRAINED, "sample --shard 0", "sample --shard 1"), weight=2
+    ),
+    "extract --shard 0": Case(["extract", "--run", "my", "--shard", "0/2"], ("train-vqvae",)),
+    "extract --shard 1": Case(["extract", "--run", "my", "--shard", "1/2"], ("train-vqvae",)),
+    "merge codes": Case(["merge", "my"], ("train-vqvae", "extract --shard 0", "extract --shard 1"), weight=2),
     "evaluate": Case(
         ["evaluate", "my", "-n", "40", "--keep", "1.0", "0.5", "--no-curves", "--out", "report"],
         ("train-vqvae", "extract", "train-prior", "train-prior 1", "train-classifier"),
@@ -106,7 +124,7 @@ def start(arguments: Sequence[str], folder: Path) -> int:
         os.chdir(folder)
         for number, name in ((1, "output"), (2, "errors")):
             os.dup2(os.open(f"../{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-        status = main([*arguments, "--quiet"])
+        status = main(arguments if arguments[0] == "merge" else [*arguments, "--quiet"])
     except KeyboardInterrupt:
         status = 130
     finally:
@@ -124,7 +142,7 @@ def going_on(case: Case, folder: Path) -> list[str]:
         run = folder / case.resumes
         begun = run / "data.json" if arguments[0] == "demo" else run / "config.json"
         return [*arguments, "--resume"] if begun.is_file() else arguments
-    out = arguments[arguments.index("--out") + 1] if "--out" in arguments else None
+    out = arguments[arguments.index("--out") + 1] if "--out" in arguments and case.replaces else None
     return [*arguments, "--overwrite"] if out is not None and (folder / out).exists() else arguments
 
 
@@ -161,6 +179,7 @@ def trial(case: Case, base: Path, folder: Path, expected: dict[str, bytes], seco
     shutil.copytree(base, folder)
     random_kills = random.choice((1, 1, 2, 3))
     for _ in range(random_kills):
+        before = temporary(folder)  # what a SIGKILL left may stay until the command comes to it
         process = start(going_on(case, folder), folder)
         time.sleep(random.uniform(0, seconds))
         number = random.choices((signal.SIGKILL, signal.SIGTERM, signal.SIGINT), (8, 1, 1))[0]
@@ -173,8 +192,9 @@ def trial(case: Case, base: Path, folder: Path, expected: dict[str, bytes], seco
         if status not in (-number, *ENDINGS[number]):
             errors = (folder.parent / "errors").read_text(errors="replace")[-800:]
             tally.faults.append(f"{number.name}: status {status}: {errors}")
-        if status in ENDINGS[number] and temporary(folder):
-            tally.faults.append(f"{number.name} left {temporary(folder)}")
+        left = [name for name in temporary(folder) if name not in before]
+        if status in ENDINGS[number] and left:
+            tally.faults.append(f"{number.name} left {left}")
         for name in ABSENT_OR_WHOLE:
             there = {path: data for path, data in contents(folder).items() if path.split("/")[0] == name}
             if there and there != {path: data for path, data in expected.items() if path.split("/")[0] == name}:

@@ -276,6 +276,18 @@ def test_a_killed_part_goes_on(kill: Any, tmp_path: Path, monkeypatch: pytest.Mo
     assert [path.name for path in sorted((tmp_path / "killed").rglob("*"))] == sorted(files(whole.path.parent))
 
 
+def test_a_part_that_was_removed_is_computed_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        kill_in("read_shard", 0)(patch)
+        dies_by_sigkill(lambda: filled(tmp_path, Shard(1, 2)))
+    contents = {name: data for name, data in files(tmp_path).items() if "/" not in name}
+    assert len(contents) == 2
+    for name in contents:
+        (tmp_path / name).unlink()
+    filled(tmp_path, Shard(1, 2))
+    assert files(tmp_path) == contents
+
+
 def test_rows_that_reached_the_disk_are_kept(tmp_path: Path) -> None:
     class Stopped(Exception):
         pass

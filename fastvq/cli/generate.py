@@ -72,8 +72,6 @@ def _sample_part(arguments: argparse.Namespace) -> None:
         raise ArgumentError("--overwrite: finished parts are kept; remove them, or choose another folder")
     if _is_picture(arguments.out):
         raise ArgumentError(f"--out: --shard writes to a folder, got {arguments.out}")
-    if arguments.n < 1:
-        raise ArgumentError(f"-n: must be at least 1, got {arguments.n}")
     pipeline = load_pipeline(
         arguments.checkpoint, arguments.pretrained, choose_device(arguments.device), arguments.weights
     )

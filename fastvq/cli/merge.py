@@ -18,6 +18,8 @@ def merge(arguments: argparse.Namespace) -> None:
     if is_project(arguments.folder):
         if arguments.out is not None:
             raise ArgumentError(f"--out: codes of a project go to its folder codes, got {arguments.out}")
+        if arguments.overwrite:
+            raise ArgumentError("--overwrite: codes of a project are not replaced; move them elsewhere first")
         _merge_extraction(Project(arguments.folder))
         return
     if arguments.out is not None:

@@ -265,6 +265,7 @@ def merge_samples(
         overwrite: replace what was merged before.
 
     Raises:
+        ArgumentError: the parts lie inside ``out``, or are no samples.
         MissingFileError: there is no part, or an index is missing; names the gaps.
         FileConflictError: an index is there twice, or parts differ in model, seed or settings; or there is something in
             ``out``.
@@ -272,6 +273,8 @@ def merge_samples(
         DiskFullError: there is no room.
     """
     folder = Path(folder)
+    if out is not None and Path(out).resolve() in folder.resolve().parents:
+        raise ArgumentError(f"out: {out} holds the parts themselves in {folder}")
     shards = read_shards(folder, PREFIX)
     for shard in shards:
         if shard.kind != KIND:

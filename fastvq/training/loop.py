@@ -306,7 +306,8 @@ def _shared(model: nn.Module, group: Group) -> nn.Module:
     # Codebooks and their averages are moved by the statistics of all processes, and are the same already.
     known = inspect.signature(DistributedDataParallel).parameters
     option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    return DistributedDataParallel(model, **{option: False})
+    options: dict[str, Any] = {option: False}
+    return DistributedDataParallel(model, **options)
 
 
 def _seed_dropout(state: TrainingState, config: TrainConfig, group: Group) -> None:

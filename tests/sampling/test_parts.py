@@ -285,6 +285,16 @@ def test_damaged_and_missing_parts_are_not_merged(stored: Path, tmp_path: Path) 
     assert not (tmp_path / "out").exists()
 
 
+def test_the_parts_are_not_replaced_by_what_they_become(stored: Path, tmp_path: Path) -> None:
+    folder = gathered(stored, tmp_path / "out" / "parts", "0/1")
+    (tmp_path / "out" / "samples.json").write_text("{}")
+    contents = files(tmp_path)
+    for out in (tmp_path / "out", tmp_path):
+        with refuses(ArgumentError, "out: .* holds the parts themselves"):
+            merge_samples(folder, out, overwrite=True)
+    assert files(tmp_path) == contents
+
+
 def test_only_samples_are_merged_as_samples(tmp_path: Path) -> None:
     _shards.write_shard(
         Shard(0, 1).path(tmp_path, "samples"), {}, kind="features", total=1, indices=range(1), identity={}
@@ -375,3 +385,36 @@ def test_pictures_of_something_else_are_not_mixed_in(name: str, digits: Pipeline
 def test_names_are_wide_enough_for_all() -> None:
     pictures = parts_module._Pictures(Path("a"), Path("a/b.safetensors"), 2_000_000, range(2))
     assert pictures._name(1, "png") == "0000001.png"
+
+
+# ---- The command
+
+
+def test_a_part_by_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("SLURM_ARRAY_TASK_ID", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    out = tmp_path / "out"
+    command = ["sample", "--pretrained", "digits", "-n", "5", "--label", "3", "--out", str(out), "--quiet"]
+    given = ["--seed", "1", "--shard"]
+    assert main([*command, *given, "env"]) == 0
+    said = f"part 1/2: samples 2..4 of 5 {{}} in {out / 'samples-00001-of-00002.safetensors'} (seed 1)\n"
+    assert capsys.readouterr().out == said.format("are")
+    contents = files(out)
+    assert main([*command, *given, "1/2"]) == 0
+    assert capsys.readouterr().out == said.format("were finished before")
+    assert main(["merge", str(out)]) == 1
+    assert capsys.readouterr().err.startswith(f"fastvq: error: FOLDER: {out} lacks indices 0..1 of 0..4")
+    for mistake in (["--shard", "0/2"], [*given, "0/2", "--overwrite"], [*given, "0/2", "--top-k", "3"]):
+        assert main([*command, *mistake]) == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert errors[0] == "fastvq: error: --seed: --shard needs one, the same for all parts"
+    assert errors[1].startswith("fastvq: error: --overwrite: ")
+    assert "  --top-k: [null, null] there, [3, 3] now" in errors
+    assert files(out) == contents
+    assert main([*command, *given, "0/2"]) == main([*command, *given, "2/4"]) == 0
+    assert main(["merge", str(out)]) == 1
+    assert "twice, in" in capsys.readouterr().err
