@@ -111,6 +111,7 @@ TRAINING = [
     TrainingCase("tiny-bottom", 1024),
     TrainingCase("tiny-pixelcnn", 1024),
     TrainingCase("digits-top", 256),
+    TrainingCase("digits-top", 1024),
     TrainingCase("digits-bottom", 128),
     TrainingCase("digits-bottom", 128, None, {"bf16": True}),
     TrainingCase("digits-bottom", 256, None, {"accumulate": 4}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,7 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.run import get_args_parser
 
+from fastvq.cli.parser import build_parser
 from fastvq.sampling import Pipeline
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "several-processes.md").read_text(encoding="utf-8")
@@ -94,4 +97,15 @@ def test_the_page_says_what_was_run() -> None:
     assert len(RECIPES) == 8
     for name, (text, _) in RECIPES.items():
         assert re.search(r"\((not )?run\b", text), name
-        assert "SLURM" not in name or "(not run)" in text
+        assert "SLURM" not in name or "(not run" in text
+
+
+def test_commands_are_understood() -> None:
+    """Each is parsed, and by torchrun first where that is before it, which must take no option of ours for its own."""
+    joined, commands = PAGE.replace("\\\n", " "), set()
+    for line in re.findall(r"^torchrun (.*)$", joined, re.M):
+        given = get_args_parser().parse_args(shlex.split(line))
+        assert (given.module, given.training_script) == (True, "fastvq")
+    for line in re.findall(r"fastvq ((?:train-vqvae|train-prior|extract|sample|merge|info) [^\"`&\n]*)", joined):
+        commands.add(build_parser().parse_args(shlex.split(line)).command)
+    assert len(commands) == 6
