@@ -224,7 +224,9 @@ def fill_shard(
     with working_on(path) as unfinished:
         found = finished_shard(path, kind=kind, total=total, indices=indices, identity=identity)
         if found is None:
-            _require_same_whole(path, description)
+            prefix = path.name.rpartition("-of-")[0].rpartition("-")[0]
+            whole = {name: description[name] for name in ("kind", "total", "identity")}
+            require_same_whole(path.parent, prefix, **whole)
             _fill(path, unfinished, specs, fill, description)
             _make_way(path)
             os.replace(unfinished / _TENSORS, path)
@@ -397,12 +399,15 @@ def read_shards(folder: Path, prefix: str) -> list[StoredShard]:
     return found
 
 
-def _require_same_whole(path: Path, description: Mapping[str, Any]) -> None:
-    """What is finished in the folder must be parts of the same whole as the one to come."""
-    prefix = path.name.rpartition("-of-")[0].rpartition("-")[0]
-    now = {"kind": description["kind"], "total": description["total"], **description["identity"]}
-    for shard in _finished(path.parent, prefix):
-        differing = _differences(_whole(shard), now)
+def require_same_whole(folder: Path, prefix: str, *, kind: str, total: int, identity: Mapping[str, Any]) -> None:
+    """What is finished in a folder must be parts of the same whole as the one to come.
+
+    Raises:
+        FileConflictError: one is not; names it and what differs.
+        CorruptFileError: a description is damaged.
+    """
+    for shard in _finished(folder, prefix):
+        differing = _differences(_whole(shard), {"kind": kind, "total": total, **json.loads(json.dumps(identity))})
         if differing:
             raise FileConflictError(
                 f"{shard.path}: is a part of another whole, which differs in\n  "

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastvq import Pipeline
 from fastvq.models import VQVAE2, VQVAEConfig
+from fastvq.sampling import Shard, sample_shard
 
 
 class Images:
@@ -103,8 +104,8 @@ class Points:
 
     num_classes = 2
 
-    def __init__(self, points: Tensor, folder: Path) -> None:
-        self.points, self.folder = points, folder
+    def __init__(self, points: Tensor) -> None:
+        self.points = points
         self.labels = torch.zeros(len(points), dtype=torch.int64)
 
     def __len__(self) -> int:
@@ -117,3 +118,9 @@ class Points:
 def gaussian(n: int, features: int = 3, *, seed: int = 0, scale: float = 1.0, shift: float = 0.0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(n, features, generator=generator) * scale + shift
+
+
+def write_samples(pipeline: Pipeline, folder: Path, n: int, parts: int, **settings: Any) -> None:
+    """Samples in a folder of parts."""
+    for index in range(parts):
+        sample_shard(pipeline, n, Shard(index, parts), folder, **settings)

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -22,11 +23,17 @@ from fastvq.evaluation import (
     FeatureExtractor,
     InceptionFeatures,
     check_report,
+    samples_from_shards,
+    score_shard,
+    shard_settings,
+    statistics_from_shards,
     write_report,
 )
 from fastvq.evaluation import evaluate as measure
+from fastvq.evaluation.sources import once_if_same
 from fastvq.evaluation.tables import tables
 from fastvq.models.classifier import Classifier, ClassifierConfig
+from fastvq.sampling import Pipeline, Shard
 from fastvq.training import TrainConfig
 
 
@@ -36,20 +43,28 @@ def evaluate(arguments: argparse.Namespace) -> None:
     if arguments.run is not None and not arguments.run.is_dir():
         raise MissingFileError(f"RUN: no folder {arguments.run}")
     device = choose_device(arguments.device)
-    config = EvaluationConfig(
-        samples=arguments.n,
-        temperature=tuple(arguments.temperature),
-        neighbours=arguments.neighbours,
-        keep=arguments.vectors,
-        fractions=tuple(arguments.keep),
-        seed=arguments.seed,
-        batch_size=arguments.batch_size,
-    )
+    if arguments.shard is not None:
+        _score(arguments, device)
+        return
     if arguments.out is not None:
         require_folder_name(arguments.out)
         check_report(arguments.out, overwrite=arguments.overwrite, curves=arguments.curves)
     pipeline = load_pipeline(arguments.run, arguments.pretrained, device, arguments.weights)
+    config = EvaluationConfig(
+        **_drawn(arguments, pipeline),
+        neighbours=arguments.neighbours,
+        keep=arguments.vectors,
+        fractions=tuple(arguments.keep),
+        batch_size=arguments.batch_size,
+    )
     extractor, classifier = _networks(arguments, device)
+    samples = statistics = None
+    if arguments.from_shards is not None:
+        samples = samples_from_shards(pipeline, arguments.from_shards)
+        if extractor is not None:
+            statistics = statistics_from_shards(
+                pipeline, arguments.from_shards, extractor, keep=config.keep, batch_size=config.batch_size
+            )
     project = None if arguments.run is None else Project(arguments.run)
     scale = pipeline.vqvae.total_stride
     dataset, description, (training, validation) = open_described(
@@ -73,7 +88,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
             weight_decay=0.01,
             warmup_steps=min(50, arguments.accuracy_steps),
             ema_decay=0.99,
-            seed=arguments.seed,
+            seed=config.seed,
             image_every=None,
             checkpoint_every=None,
             device=device,
@@ -92,6 +107,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
             extractor=extractor,
             classifier=classifier,
             accuracy=plan,
+            samples=samples,
+            statistics=statistics,
             cache=cache,
             progress=not arguments.quiet,
         )
@@ -114,6 +131,48 @@ def evaluate(arguments: argparse.Namespace) -> None:
             overwrite=arguments.overwrite,
         )
         print(f"report in {arguments.out}")
+
+
+def _score(arguments: argparse.Namespace, device: str) -> None:
+    """Gather the features of one part of the samples; no data set is needed."""
+    shard = Shard.parse(arguments.shard)
+    if arguments.from_shards is None:
+        raise ArgumentError("--shard: names a part of the samples in a folder; pass the folder as --from-shards")
+    if arguments.out is not None:
+        raise ArgumentError("--out: the report is made of all parts, without --shard")
+    pipeline = load_pipeline(arguments.run, arguments.pretrained, device, arguments.weights)
+    _drawn(arguments, pipeline)
+    extractor, _ = _networks(arguments, device)
+    if extractor is None:
+        raise ArgumentError("--shard: there are no features to gather; pass --features, --classifier or --inception")
+    path = score_shard(
+        pipeline,
+        arguments.from_shards,
+        extractor,
+        shard,
+        keep=arguments.vectors,
+        batch_size=arguments.batch_size,
+        progress=not arguments.quiet,
+    )
+    print(f"features of part {path.stem} in {arguments.from_shards}")
+
+
+def _drawn(arguments: argparse.Namespace, pipeline: Pipeline) -> dict[str, Any]:
+    """Number, seed and temperature of the samples: of those to be drawn as typed, of those that are there theirs."""
+    typed = {
+        "samples": arguments.n,
+        "seed": arguments.seed,
+        "temperature": None if arguments.temperature is None else tuple(arguments.temperature),
+    }
+    if arguments.from_shards is None:
+        return {name: value for name, value in typed.items() if value is not None}
+    there = shard_settings(pipeline, arguments.from_shards)
+    for name, value in typed.items():
+        if value is not None and (once_if_same(value) if isinstance(value, tuple) else value) != there[name]:
+            raise ArgumentError(
+                f"{name}: the samples in {arguments.from_shards} have {there[name]}, got {value}; leave it out"
+            )
+    return there
 
 
 @contextlib.contextmanager

@@ -74,6 +74,8 @@ def as_typed(message: str, command: str, arguments: argparse.Namespace, options:
     model = _model_option(arguments, options)
     if model is not None:
         names |= dict.fromkeys(_MODEL_ARGUMENTS, model)
+    if getattr(arguments, "from_shards", None) is not None:
+        names["folder"] = options["from_shards"]
     found = _PREFIX.match(message)
     head, rest = ("", message) if found is None else (found[1], message[found.end() :])
     if head:

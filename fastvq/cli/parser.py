@@ -266,16 +266,22 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         "measure a trained model",
         "Likelihood of the codes, reconstruction error and codebook use on training and validation images. With a\n"
         "classifier (RUN/classifier, or --classifier) also sample metrics in its features, nearest training images,\n"
-        "the rejection curve, and the classification accuracy score. OUT receives a page, pictures and the numbers.",
+        "the rejection curve, and the classification accuracy score. OUT receives a page, pictures and the numbers.\n"
+        "Samples that `fastvq sample --shard` drew in parts are taken with --from-shards; with --shard as well, only\n"
+        "the features of that part of them are gathered, for the evaluation that follows.",
     )
     parser.add_argument("run", type=Path, nargs="?", metavar="RUN", help="a project folder or a saved pipeline")
     parser.add_argument("--pretrained", metavar="NAME", help="a model that ships with fastvq, such as digits")
     _add_weights(parser)
     _add_data(parser)
-    parser.add_argument("-n", type=int, default=10_000, help="samples for the metrics (default: 10000)")
+    parser.add_argument("-n", type=int, help="samples for the metrics (default: 10000)")
     parser.add_argument(
-        "--temperature", type=float, nargs="+", default=[1.0], metavar="T", help="one value, or one per level"
+        "--temperature", type=float, nargs="+", metavar="T", help="one value, or one per level (default: 1)"
     )
+    parser.add_argument(
+        "--from-shards", type=Path, metavar="DIR", help="samples in parts, whose -n, --temperature and --seed count"
+    )
+    _add_shard(parser)
     parser.add_argument("--classifier", type=Path, metavar="FOLDER", help="scores for rejection (default: RUN's)")
     parser.add_argument("--features", type=Path, metavar="FOLDER", help="another classifier, for the features")
     parser.add_argument("--inception", type=Path, metavar="FILE", help="Inception weights for the features")
@@ -292,7 +298,7 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     parser.add_argument(
         "--accuracy-steps", type=int, default=0, metavar="STEPS", help="train for the classification accuracy score"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of samples and random selections (default: 0)")
+    parser.add_argument("--seed", type=int, help="of samples and random selections (default: 0)")
     parser.add_argument("--batch-size", type=int, default=64, help="images at a time (default: 64)")
     parser.add_argument("--cache", type=Path, help="features of the training images (default: RUN/evaluation)")
     parser.add_argument("--out", type=Path, help="write a report to this folder")

@@ -10,6 +10,7 @@ from fastvq.evaluation.neighbours import ManifoldScores, manifold_scores, neares
 from fastvq.evaluation.rejection import CurvePoint, RejectionSamples, rejection_curve, sample_with_rejection
 from fastvq.evaluation.report import check_report, write_report
 from fastvq.evaluation.scores import InceptionScore, Score, kernel_distance
+from fastvq.evaluation.shards import samples_from_shards, score_shard, shard_settings, statistics_from_shards
 from fastvq.evaluation.sources import DrawnSamples, Reconstructions, draw_samples
 from fastvq.evaluation.statistics import FeatureStatistics, SetScores, compare, dataset_statistics, gather
 
@@ -47,5 +48,9 @@ __all__ = [
     "nearest_neighbours",
     "rejection_curve",
     "sample_with_rejection",
+    "samples_from_shards",
+    "score_shard",
+    "shard_settings",
+    "statistics_from_shards",
     "write_report",
 ]

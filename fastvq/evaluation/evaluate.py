@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from fastvq.evaluation.features import FeatureExtractor, as_extractor
 from fastvq.evaluation.likelihood import ImageMetrics, check_images, measure_images
 from fastvq.evaluation.neighbours import nearest_neighbours
 from fastvq.evaluation.rejection import CurvePoint, class_scores, rejection_curve
-from fastvq.evaluation.sources import DrawnSamples, Reconstructions, draw_samples
+from fastvq.evaluation.sources import DrawnSamples, Reconstructions, draw_samples, once_if_same
 from fastvq.evaluation.statistics import (
     KEPT_VECTORS,
     FeatureStatistics,
@@ -133,6 +133,7 @@ class Evaluation:
         classifier: title of the classifier that rejects.
         curve: scores by fraction kept.
         accuracy: of classifiers trained on samples, reconstructions and real images, on validation images.
+        draws: settings that the samples were drawn with, beside the seed.
         seconds: what each part took.
     """
 
@@ -144,6 +145,7 @@ class Evaluation:
     classifier: str | None
     curve: list[CurvePoint] | None
     accuracy: dict[str, dict[str, float]] | None
+    draws: dict[str, Any]
     pictures: Pictures
     seconds: dict[str, Duration]
 
@@ -159,6 +161,8 @@ def evaluate(
     extractor: FeatureExtractor | nn.Module | None = None,
     classifier: nn.Module | None = None,
     accuracy: AccuracyPlan | None = None,
+    samples: DrawnSamples | None = None,
+    statistics: FeatureStatistics | None = None,
     cache: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> Evaluation:
@@ -170,6 +174,10 @@ def evaluate(
         classifier: logits of the priors' classes, for rejection. Best another network than the extractor's: scores
             are flattered where both are one.
         accuracy: how the classifiers of the classification accuracy score learn; None leaves it out.
+        samples: in place of new ones, such as those of :func:`samples_from_shards`; their number, seed and temperature
+            must be those of ``config``.
+        statistics: of the features of ``samples``, such as those of :func:`statistics_from_shards`; by default they are
+            gathered from the samples.
         cache: folder for the features' statistics of the training images.
 
     Raises:
@@ -198,6 +206,7 @@ def evaluate(
     blank = torch.zeros(1, dataset.channels, *dataset.size, dtype=torch.float32)
     if features is not None:
         features.extract(blank)
+    _check_given(pipeline, config, samples, statistics, features)
     if classifier is not None:
         class_scores(classifier, blank.to(pipeline.device), None, pipeline.num_classes)
     clock = _Clock()
@@ -210,19 +219,19 @@ def evaluate(
         for name, rows in (("training", training), ("validation", validation))
     }
     temperature = config.temperature[0] if len(config.temperature) == 1 else list(config.temperature)
+    settings = {"temperature": temperature, **(samples.settings if samples is not None else {})}
     with tempfile.TemporaryDirectory(prefix="fastvq-evaluation-") as folder:
         root = Path(folder)
 
         def draw(n: int, name: str, label: Tensor | None = None, seed: int = config.seed) -> DrawnSamples:
-            return draw_samples(
-                pipeline, n, root / name, label=label, seed=seed, temperature=temperature, progress=progress
-            )
+            return draw_samples(pipeline, n, root / name, label=label, seed=seed, progress=progress, **settings)
 
-        wanted = config.samples if features is not None else _PICTURED_CLASSES * (pipeline.num_classes or 10)
-        samples = clock("sampling", lambda: draw(wanted, "samples"))
+        if samples is None:
+            wanted = config.samples if features is not None else _PICTURED_CLASSES * (pipeline.num_classes or 10)
+            samples = clock("sampling", lambda: draw(wanted, "samples"))
         sets = memorisation = curve = real = None
         if features is not None:
-            parts = (pipeline, dataset, training, validation, samples, features, config, cache, progress)
+            parts = (pipeline, dataset, training, validation, samples, statistics, features, config, cache, progress)
             real, found = clock("features", lambda: _statistics(*parts))
             sets = clock(
                 "scores",
@@ -287,9 +296,48 @@ def evaluate(
         classifier=None if classifier is None else as_extractor(classifier).title,
         curve=curve,
         accuracy=scores,
+        draws=samples.settings,
         pictures=pictures,
         seconds=clock.seconds,
     )
+
+
+def _check_given(
+    pipeline: Pipeline,
+    config: EvaluationConfig,
+    samples: DrawnSamples | None,
+    statistics: FeatureStatistics | None,
+    extractor: FeatureExtractor | None,
+) -> None:
+    """Whether samples, and statistics of them, are those that the configuration describes."""
+    if samples is None:
+        if statistics is not None:
+            raise ArgumentError("statistics: expected the samples that they are of beside them")
+        return
+    for name, there, asked in (
+        ("samples", len(samples), config.samples),
+        ("seed", samples.seed, config.seed),
+        ("temperature", samples.temperature, once_if_same(config.temperature)),
+    ):
+        if there != asked:
+            raise ArgumentError(f"{name}: the samples given have {there}, expected {asked}")
+    in_turn = torch.arange(len(samples)) % (pipeline.num_classes or 1)
+    if pipeline.num_classes and (samples.labels is None or not torch.equal(samples.labels, in_turn)):
+        raise ArgumentError(
+            "label: expected samples of all classes in turn, since images of all are compared with them"
+        )
+    if statistics is None:
+        return
+    if extractor is None:
+        raise ArgumentError("statistics: expected the extractor that their features are of beside them")
+    for name, there, asked in (
+        ("vectors", statistics.count, len(samples)),
+        ("features", statistics.gaussian.num_features, extractor.num_features),
+        ("keep", statistics.keep, config.keep),
+        ("seed", statistics.seed, config.seed),
+    ):
+        if there != asked:
+            raise ArgumentError(f"statistics: expected {name} {asked}, got {there}")
 
 
 class _Clock:
@@ -310,6 +358,7 @@ def _statistics(
     training: np.ndarray,
     validation: np.ndarray,
     samples: DrawnSamples,
+    statistics: FeatureStatistics | None,
     extractor: FeatureExtractor,
     config: EvaluationConfig,
     cache: str | os.PathLike[str] | None,
@@ -333,8 +382,10 @@ def _statistics(
         "reconstructed validation images": (reconstructions, validation),
         "validation images": (dataset, validation),
     }
-    found = {}
+    found = {} if statistics is None else {"samples": statistics}
     for name, (images, rows) in sources.items():
+        if name in found:
+            continue
         batches = image_batches(images, rows, config.batch_size, f"features of {name}", progress=progress)
         found[name] = gather(batches, extractor, keep=config.keep, seed=config.seed)
     return real, found

@@ -72,8 +72,10 @@ class GaussianStatistics:
 def frechet_distance(first: GaussianStatistics, second: GaussianStatistics) -> float:
     """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of two sets of vectors (Dowson and Landau 1982; Heusel et al. 2017).
 
-    The trace of the root is that of the symmetric (R C2 R)^(1/2) with R = C1^(1/2): real and not negative by
-    construction, where the root of C1 C2 itself has imaginary parts from rounding.
+    The trace of the root is the sum of the singular values of R1^T R2, where C = R R^T: real and not negative by
+    construction, where the root of C1 C2 itself has imaginary parts from rounding. Nor is a root taken of a product's
+    eigenvalues: one that should be 0, of features that are constant or depend on each other, is 1e-16 by rounding and
+    would add 1e-8.
 
     Raises:
         ArgumentError: different sizes of features, or no more vectors than features, whose covariance has no inverse
@@ -85,13 +87,16 @@ def frechet_distance(first: GaussianStatistics, second: GaussianStatistics) -> f
             raise ArgumentError(
                 f"{name}: expected more vectors than the {statistics.num_features} features, got {statistics.count}"
             )
-    values, vectors = torch.linalg.eigh(first.covariance)
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    product = root @ second.covariance @ root
-    overlap = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
+    overlap = torch.linalg.svdvals(_root(first.covariance).T @ _root(second.covariance)).sum()
     difference = first.mean - second.mean
     distance = difference @ difference + first.covariance.trace() + second.covariance.trace() - 2 * overlap
     return max(0.0, float(distance))
+
+
+def _root(covariance: Tensor) -> Tensor:
+    """R [F, F] with R R^T the covariance."""
+    values, vectors = torch.linalg.eigh(covariance)
+    return vectors * values.clamp(min=0).sqrt()
 
 
 def _check_sizes(first: GaussianStatistics, second: GaussianStatistics) -> None:

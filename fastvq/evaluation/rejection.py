@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import sys
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -276,7 +278,7 @@ def rejection_curve(
 ) -> list[CurvePoint]:
     """Scores against the real images as a falling fraction of the samples, those best recognised, is kept.
 
-    Each sample is decoded once; features go to a file beside its codes.
+    Each sample is decoded once; features go to a temporary file.
 
     Raises:
         ArgumentError: fractions outside (0, 1], or so few samples that the smallest leaves too few for k neighbours.
@@ -294,27 +296,28 @@ def rejection_curve(
         )
     scores = torch.empty(len(samples), dtype=torch.float64)
     size = (len(samples), real.gaussian.num_features)
-    vectors = new_array(samples.folder / "features.npy", size, np.float32)
     every = np.arange(len(samples))
-    done = 0
-    for images in image_batches(samples, every, batch_size, "scores of samples", progress=progress):
-        rows = slice(done, done + len(images))
-        label = None if samples.labels is None else samples.labels[rows]
-        scores[rows] = class_scores(classifier, images, label, samples.num_classes)
-        vectors[rows] = extractor.extract(images).vectors.cpu().float().numpy()
-        done += len(images)
     words = random_words(real.seed, 1, DOMAIN_KEPT, 0, len(samples))[:, 0]
     points = []
-    for fraction in fractions:
-        kept = _best(scores, groups, left[fraction])
-        chosen = np.sort(kept[np.argsort(words[kept], kind="stable")[:count]])
-        part = torch.from_numpy(np.asarray(vectors[chosen]))
-        gaussian = GaussianStatistics(size[1])
-        gaussian.update(part)
-        manifold = manifold_scores(real.vectors, part, neighbours=neighbours)
-        enough = min(count, real.count) > size[1]
-        frechet = frechet_distance(real.gaussian, gaussian) if enough else None
-        points.append(CurvePoint(fraction, count, float(scores[kept].min()), *manifold, frechet))
+    done = 0
+    with tempfile.TemporaryDirectory(prefix="fastvq-curve-") as folder:
+        vectors = new_array(Path(folder) / "features.npy", size, np.float32)
+        for images in image_batches(samples, every, batch_size, "scores of samples", progress=progress):
+            rows = slice(done, done + len(images))
+            label = None if samples.labels is None else samples.labels[rows]
+            scores[rows] = class_scores(classifier, images, label, samples.num_classes)
+            vectors[rows] = extractor.extract(images).vectors.cpu().float().numpy()
+            done += len(images)
+        for fraction in fractions:
+            kept = _best(scores, groups, left[fraction])
+            chosen = np.sort(kept[np.argsort(words[kept], kind="stable")[:count]])
+            part = torch.from_numpy(np.asarray(vectors[chosen]))
+            gaussian = GaussianStatistics(size[1])
+            gaussian.update(part)
+            manifold = manifold_scores(real.vectors, part, neighbours=neighbours)
+            enough = min(count, real.count) > size[1]
+            frechet = frechet_distance(real.gaussian, gaussian) if enough else None
+            points.append(CurvePoint(fraction, count, float(scores[kept].min()), *manifold, frechet))
     return points
 
 

@@ -72,27 +72,54 @@ class InceptionScore:
 
     The split of image i is drawn from its number alone, so that only sums are kept, batches of any size give the same
     score, and a stream that goes through the classes in turn still puts all of them into every split.
+
+    Args:
+        first: number of the first image to come in the stream.
+
+    Attributes:
+        seen: number of images.
     """
 
-    def __init__(self, num_classes: int, *, splits: int = 10) -> None:
+    def __init__(self, num_classes: int, *, splits: int = 10, first: int = 0) -> None:
         require_positive_int("num_classes", num_classes)
         require_positive_int("splits", splits)
         self.seen = 0
+        self._next = require_positive_int("first", first, minimum=0)
         self._counts = torch.zeros(splits, dtype=torch.int64)
         self._probabilities = torch.zeros(splits, num_classes, dtype=torch.float64)
         self._entropies = torch.zeros(splits, dtype=torch.float64)
 
+    @property
+    def num_classes(self) -> int:
+        return self._probabilities.shape[1]
+
     def update(self, logits: Tensor) -> None:
         """Add logits [B, num_classes]."""
         require_floating("logits", require_tensor("logits", logits))
-        require_shape("logits", logits, ["B", self._probabilities.shape[1]])
+        require_shape("logits", logits, ["B", self.num_classes])
         logs = logits.detach().cpu().double().log_softmax(1)
-        words = random_words(0, 0, DOMAIN_SPLITS, self.seen, len(logs))[:, 0]
+        words = random_words(0, 0, DOMAIN_SPLITS, self._next, len(logs))[:, 0]
         split = torch.from_numpy((words % np.uint64(len(self._counts))).astype(np.int64))
         self._counts += torch.bincount(split, minlength=len(self._counts))
         self._probabilities.index_add_(0, split, logs.exp())
         self._entropies.index_add_(0, split, (logs.exp() * logs).sum(1))
         self.seen += len(logs)
+        self._next += len(logs)
+
+    def merge(self, other: InceptionScore) -> None:
+        """Add the images that another object has seen of the same stream.
+
+        Raises:
+            ArgumentError: another number of classes or splits.
+        """
+        if self._probabilities.shape != other._probabilities.shape:
+            ours, theirs = (list(score._probabilities.shape) for score in (self, other))
+            raise ArgumentError(f"other: expected [splits, num_classes] {ours}, got {theirs}")
+        self._counts = self._counts + other._counts
+        self._probabilities = self._probabilities + other._probabilities
+        self._entropies = self._entropies + other._entropies
+        self.seen += other.seen
+        self._next = max(self._next, other._next)
 
     @property
     def ready(self) -> bool:
@@ -104,11 +131,11 @@ class InceptionScore:
         return {"counts": self._counts, "probabilities": self._probabilities, "entropies": self._entropies}
 
     @classmethod
-    def from_state(cls, state: dict[str, Tensor], seen: int) -> InceptionScore:
+    def from_state(cls, state: dict[str, Tensor], seen: int, *, first: int = 0) -> InceptionScore:
         splits, num_classes = state["probabilities"].shape
-        score = cls(num_classes, splits=splits)
+        score = cls(num_classes, splits=splits, first=first)
         score._counts, score._probabilities = state["counts"], state["probabilities"]
-        score._entropies, score.seen = state["entropies"], seen
+        score._entropies, score.seen, score._next = state["entropies"], seen, first + seen
         return score
 
     def compute(self) -> Score:

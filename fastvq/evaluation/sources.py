@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from fastvq._check import require_positive_int
 from fastvq._evaluation import in_evaluation
 from fastvq._files import new_array
+from fastvq._shards import StoredShard
+from fastvq._tensors import smallest_type
 from fastvq._unwrap import require_model
 from fastvq.data.base import ImageDataset
 from fastvq.data.codes import model_checksum
@@ -27,19 +29,51 @@ from fastvq.training.classifier import images_of
 _CHUNK = 512
 
 
+class StoredRows:
+    """A tensor of integers whose rows lie in several parts, as an array: only those rows are read that are asked for.
+
+    Args:
+        shape: of a row.
+        indices: rows of the whole that it has.
+    """
+
+    def __init__(self, parts: Sequence[StoredShard], name: str, shape: tuple[int, ...], indices: range) -> None:
+        self._parts, self._name, self._shape, self._indices = parts, name, shape, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, rows: np.ndarray | slice) -> np.ndarray:
+        """int64 [B, *shape]."""
+        rows = np.arange(self._indices.start, self._indices.stop)[rows]
+        found = np.empty((len(rows), *self._shape), np.int64)
+        for part in self._parts:
+            (here,) = np.nonzero((rows >= part.indices.start) & (rows < part.indices.stop))
+            for run in np.split(here, np.flatnonzero(np.diff(rows[here]) != 1) + 1):
+                if len(run):
+                    first = int(rows[run[0]]) - part.indices.start
+                    found[run] = part.rows(self._name, slice(first, first + len(run)))
+        return found
+
+
 class DrawnSamples:
-    """Samples as codes in memory-mapped files, decoded when they are asked for: memory does not grow with them.
+    """Samples as codes in files, decoded when they are asked for: memory does not grow with them.
 
     Attributes:
-        folder: where the files lie; further arrays of one row per sample may be added there.
         labels: class of each sample, int64 [n]; None for unconditional priors.
         seed: of the draws.
+        settings: of the draws: what :meth:`Pipeline.sample` was given beside label and seed.
     """
 
     labels: Tensor | None
 
     def __init__(
-        self, pipeline: Pipeline, arrays: Sequence[np.ndarray], labels: Tensor | None, seed: int, folder: Path
+        self,
+        pipeline: Pipeline,
+        arrays: Sequence[np.ndarray | StoredRows],
+        labels: Tensor | None,
+        seed: int,
+        settings: Mapping[str, Any],
     ) -> None:
         scale = pipeline.vqvae.total_stride
         rows, columns = pipeline.priors[0].config.shape
@@ -48,11 +82,17 @@ class DrawnSamples:
         self.num_classes = pipeline.num_classes
         classes = range(pipeline.num_classes or 0)
         self.class_names = pipeline.class_names or tuple(str(index) for index in classes)
-        self.labels, self.seed, self.folder = labels, seed, folder
+        self.labels, self.seed, self.settings = labels, seed, dict(settings)
         self._pipeline, self._arrays = pipeline, list(arrays)
 
     def __len__(self) -> int:
         return len(self._arrays[0])
+
+    @property
+    def temperature(self) -> tuple[float, ...]:
+        """One value if all levels have the same, else one for each, top first."""
+        given = self.settings.get("temperature", 1.0)
+        return once_if_same(given if isinstance(given, (list, tuple)) else [given])
 
     def codes(self, indices: np.ndarray) -> tuple[Tensor, ...]:
         """Codes of some samples: int64 [B, h, w] for each level, top first."""
@@ -72,10 +112,14 @@ class DrawnSamples:
         digest = hashlib.sha256(model_checksum(self._pipeline.vqvae).encode())
         for array in self._arrays:
             for start in range(0, len(array), _CHUNK):
-                digest.update(np.ascontiguousarray(array[start : start + _CHUNK]).tobytes())
+                digest.update(np.asarray(array[start : start + _CHUNK], dtype=np.int64).tobytes())
         if self.labels is not None:
             digest.update(self.labels.numpy().tobytes())
         return f"samples-{len(self)}-{digest.hexdigest()}"
+
+
+def once_if_same(values: Sequence[float]) -> tuple[float, ...]:
+    return tuple(values[:1] if len(set(values)) == 1 else values)
 
 
 def draw_samples(
@@ -109,7 +153,7 @@ def draw_samples(
         new_array(
             folder / f"level{level}.npy",
             (n, *prior.config.shape),
-            np.uint8 if prior.config.num_codes <= 256 else np.int32,
+            smallest_type(prior.config.num_codes),
         )
         for level, prior in enumerate(pipeline.priors)
     ]
@@ -121,7 +165,7 @@ def draw_samples(
             for array, codes in zip(arrays, samples.codes, strict=True):
                 array[start : start + size] = codes.cpu().numpy()
             bar.update(size)
-    return DrawnSamples(pipeline, arrays, label, seed, folder)
+    return DrawnSamples(pipeline, arrays, label, seed, settings)
 
 
 class Reconstructions:

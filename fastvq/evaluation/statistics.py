@@ -38,21 +38,31 @@ class FeatureStatistics:
     """Mean and covariance of all feature vectors, a random selection of the vectors, and the Inception score's sums.
 
     Which vectors are kept depends on (seed, number of the vector in the stream) alone: those with the smallest keyed
-    random words. So batches of any size give the same selection, and memory does not grow with the stream.
+    random words. So batches of any size give the same selection, and memory does not grow with the stream. Objects that
+    saw other parts of one stream are put together by :meth:`merge`, in any order.
 
     Args:
         num_features: F.
         num_classes: of the logits, if there are any.
         keep: number of vectors to keep, for the metrics of nearest neighbours and kernels.
         seed: of the selection.
+        first: number of the first vector to come in the stream.
     """
 
     def __init__(
-        self, num_features: int, *, num_classes: int | None = None, keep: int = KEPT_VECTORS, seed: int = 0
+        self,
+        num_features: int,
+        *,
+        num_classes: int | None = None,
+        keep: int = KEPT_VECTORS,
+        seed: int = 0,
+        first: int = 0,
     ) -> None:
         self.keep, self.seed = require_positive_int("keep", keep), require_seed("seed", seed)
         self.gaussian = GaussianStatistics(num_features)
-        self.inception = None if num_classes is None else InceptionScore(num_classes)
+        self.inception = None if num_classes is None else InceptionScore(num_classes, first=first)
+        # What of the stream has been seen: ranges in order, the last of which goes on.
+        self._spans = [range(require_positive_int("first", first, minimum=0), first)]
         self._words = np.empty(0, dtype=np.uint64)
         self._numbers = np.empty(0, dtype=np.int64)
         self._vectors = torch.empty(0, num_features, dtype=torch.float32)
@@ -73,12 +83,13 @@ class FeatureStatistics:
 
     def update(self, features: Features) -> None:
         """Add the features of a batch of images."""
-        first, size = self.count, features.vectors.shape[0]
+        first, size = self._spans[-1].stop, features.vectors.shape[0]
         self.gaussian.update(features.vectors)
         if self.inception is not None:
             if features.logits is None:
                 raise ArgumentError("features: expected logits beside the vectors, got none")
             self.inception.update(features.logits)
+        self._spans[-1] = range(self._spans[-1].start, first + size)
         words = random_words(self.seed, 0, DOMAIN_KEPT, first, size)[:, 0]
         new = np.arange(size)
         if len(self._words) == self.keep:
@@ -86,23 +97,125 @@ class FeatureStatistics:
             new = np.flatnonzero(words < self._words.max())
             if len(new) == 0:
                 return
-        words = np.concatenate([self._words, words[new]])
-        numbers = np.concatenate([self._numbers, first + new])
-        vectors = torch.cat([self._vectors, features.vectors[torch.from_numpy(new)].detach().cpu().float()])
-        chosen = np.sort(np.argsort(words, kind="stable")[: self.keep])
-        self._words, self._numbers, self._vectors = words[chosen], numbers[chosen], vectors[torch.from_numpy(chosen)]
+        self._select(words[new], first + new, features.vectors[torch.from_numpy(new)].detach().cpu().float())
+
+    def merge(self, other: FeatureStatistics) -> None:
+        """Add what another object has seen of the same stream.
+
+        The count and the vectors kept are those of one object that saw both; means, covariances and the sums of the
+        Inception score are, up to the rounding of float64 sums in another order.
+
+        Raises:
+            ArgumentError: another size of features, number of classes or selection, or a vector seen by both.
+        """
+        for name, ours, theirs in zip(_SETTINGS, self._settings(), other._settings(), strict=True):
+            if ours != theirs:
+                raise ArgumentError(f"other: expected {name} {ours}, got {theirs}")
+        self._spans = _joined([*self._spans, *other._spans])
+        self.gaussian.merge(other.gaussian)
+        if self.inception is not None and other.inception is not None:
+            self.inception.merge(other.inception)
+        self._select(other._words, other._numbers, other._vectors)
+
+    def _settings(self) -> tuple[int | None, ...]:
+        classes = None if self.inception is None else self.inception.num_classes
+        return self.gaussian.num_features, classes, self.keep, self.seed
+
+    def _select(self, words: np.ndarray, numbers: np.ndarray, vectors: Tensor) -> None:
+        """Keep of the vectors kept and some more those with the smallest words, in the order of the stream."""
+        words, numbers = np.concatenate([self._words, words]), np.concatenate([self._numbers, numbers])
+        chosen = np.lexsort((numbers, words))[: self.keep]
+        chosen = chosen[np.argsort(numbers[chosen])]
+        self._words, self._numbers = words[chosen], numbers[chosen]
+        self._vectors = torch.cat([self._vectors, vectors])[torch.from_numpy(chosen)]
+
+    def state(self) -> dict[str, Tensor]:
+        """Sums and vectors, to be stored and given to :meth:`from_state` with the settings."""
+        tensors = {
+            "mean": self.gaussian.mean,
+            "scatter": self.gaussian.scatter,
+            "words": torch.from_numpy(self._words.view(np.int64)),
+            "numbers": self.numbers,
+            "vectors": self.vectors,
+        }
+        if self.inception is not None:
+            tensors |= {f"inception/{name}": tensor for name, tensor in self.inception.state().items()}
+        return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+    @classmethod
+    def from_state(
+        cls, state: Mapping[str, Tensor], count: int, *, keep: int, seed: int, first: int = 0
+    ) -> FeatureStatistics:
+        """Statistics of the vectors ``first .. first + count - 1`` of a stream.
+
+        Raises:
+            ArgumentError: a tensor of another type or shape than :meth:`state` gives.
+            KeyError: one is missing.
+        """
+        mean, numbers, words, vectors = (state[name] for name in ("mean", "numbers", "words", "vectors"))
+        kept, features = vectors.shape
+        for name, tensor, dtype, shape in (
+            ("mean", mean, torch.float64, (features,)),
+            ("scatter", state["scatter"], torch.float64, (features, features)),
+            ("numbers", numbers, torch.int64, (kept,)),
+            ("words", words, torch.int64, (kept,)),
+            ("vectors", vectors, torch.float32, (min(count, keep), features)),
+        ):
+            if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+                raise ArgumentError(f"{name} is {tensor.dtype} of shape {list(tensor.shape)}")
+        sums = {name.removeprefix("inception/"): t for name, t in state.items() if name.startswith("inception/")}
+        statistics = cls(features, keep=keep, seed=seed, first=first)
+        statistics._spans = [range(first, first + count)]
+        statistics.gaussian.count = count
+        statistics.gaussian.mean, statistics.gaussian.scatter = mean, state["scatter"]
+        statistics._words = words.numpy().view(np.uint64)
+        statistics._numbers, statistics._vectors = numbers.numpy(), vectors
+        statistics.inception = InceptionScore.from_state(sums, count, first=first) if sums else None
+        return statistics
+
+
+_SETTINGS = ("num_features", "num_classes", "keep", "seed")
+
+
+def _joined(spans: Iterable[range]) -> list[range]:
+    """Ranges in order, neighbours as one; the last may be empty.
+
+    Raises:
+        ArgumentError: a number in two of them.
+    """
+    joined: list[range] = []
+    for span in sorted(spans, key=lambda span: (span.start, span.stop)):
+        if joined and span.start < joined[-1].stop and len(span):
+            raise ArgumentError(
+                f"other: vectors {span.start}..{min(span.stop, joined[-1].stop) - 1} of the stream are in both"
+            )
+        if joined and span.start <= joined[-1].stop:
+            joined[-1] = range(joined[-1].start, max(joined[-1].stop, span.stop))
+        else:
+            joined.append(span)
+    return joined
 
 
 def gather(
-    batches: Iterable[Tensor], extractor: FeatureExtractor, *, keep: int = KEPT_VECTORS, seed: int = 0
+    batches: Iterable[Tensor],
+    extractor: FeatureExtractor,
+    *,
+    keep: int = KEPT_VECTORS,
+    seed: int = 0,
+    first: int = 0,
 ) -> FeatureStatistics:
-    """Statistics of a stream of batches of images [B, C, H, W] in [-1, 1]."""
+    """Statistics of a stream of batches of images [B, C, H, W] in [-1, 1].
+
+    Args:
+        keep, seed, first: of :class:`FeatureStatistics`.
+    """
     statistics: FeatureStatistics | None = None
     for images in batches:
         features = extractor.extract(images)
         if statistics is None:
             classes = None if features.logits is None else features.logits.shape[1]
-            statistics = FeatureStatistics(features.vectors.shape[1], num_classes=classes, keep=keep, seed=seed)
+            size = features.vectors.shape[1]
+            statistics = FeatureStatistics(size, num_classes=classes, keep=keep, seed=seed, first=first)
         statistics.update(features)
     if statistics is None:
         raise ArgumentError("batches: expected at least one batch of images, got none")
@@ -160,25 +273,12 @@ def _key(dataset: ImageDataset, indices: np.ndarray, extractor: FeatureExtractor
 
 
 def _save(path: Path, statistics: FeatureStatistics) -> None:
-    gaussian, inception = statistics.gaussian, statistics.inception
-    tensors = {
-        "mean": gaussian.mean,
-        "scatter": gaussian.scatter,
-        "words": torch.from_numpy(statistics._words.view(np.int64)),
-        "numbers": statistics.numbers,
-        "vectors": statistics.vectors,
-    }
-    if inception is not None:
-        tensors |= {f"inception/{name}": tensor for name, tensor in inception.state().items()}
-    entries = {"format": FORMAT, "count": gaussian.count, "keep": statistics.keep, "seed": statistics.seed}
+    tensors = statistics.state()
+    entries = {"format": FORMAT, "count": statistics.count, "keep": statistics.keep, "seed": statistics.seed}
     metadata = {name: str(value) for name, value in entries.items()}
     metadata[_CHECKSUM] = _checksum(metadata, tensors)
     with replacing_file(path) as temporary:
-        save_tensors(
-            {name: tensor.contiguous() for name, tensor in tensors.items()},
-            temporary,
-            metadata=metadata,
-        )
+        save_tensors(tensors, temporary, metadata=metadata)
 
 
 def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
@@ -201,26 +301,8 @@ def _load(path: Path) -> FeatureStatistics:
         tensors = read_safetensors(path)
         if _CHECKSUM in metadata and metadata[_CHECKSUM] != _checksum(metadata, tensors):
             raise ValueError(f"its contents do not fit the {_CHECKSUM} among them")
-        entries = {name: int(value) for name, value in metadata.items() if name != _CHECKSUM}
-        mean, numbers, words, vectors = (tensors[name] for name in ("mean", "numbers", "words", "vectors"))
-        kept, features = vectors.shape
-        for name, tensor, dtype, shape in (
-            ("mean", mean, torch.float64, (features,)),
-            ("scatter", tensors["scatter"], torch.float64, (features, features)),
-            ("numbers", numbers, torch.int64, (kept,)),
-            ("words", words, torch.int64, (kept,)),
-            ("vectors", vectors, torch.float32, (min(entries["count"], entries["keep"]), features)),
-        ):
-            if tensor.dtype != dtype or tuple(tensor.shape) != shape:
-                raise ValueError(f"{name} is {tensor.dtype} of shape {list(tensor.shape)}")
-        sums = {name.removeprefix("inception/"): t for name, t in tensors.items() if name.startswith("inception/")}
-        statistics = FeatureStatistics(features, keep=entries["keep"], seed=entries["seed"])
-        statistics.gaussian.count = entries["count"]
-        statistics.gaussian.mean, statistics.gaussian.scatter = mean, tensors["scatter"]
-        statistics._words = words.numpy().view(np.uint64)
-        statistics._numbers, statistics._vectors = numbers.numpy(), vectors
-        statistics.inception = InceptionScore.from_state(sums, entries["count"]) if sums else None
-        return statistics
+        count, keep, seed = (int(metadata[name]) for name in ("count", "keep", "seed"))
+        return FeatureStatistics.from_state(tensors, count, keep=keep, seed=seed)
 
 
 class SetScores(NamedTuple):

@@ -158,6 +158,13 @@ BAD: dict[str, list[str]] = {
         "--shift -1",
         "--out file",
         "--out my",
+        "--from-shards nowhere",
+        "--shard half",
+        "--shard 0/2",
+        "--out new --shard 0/2 --from-shards parts",
+        "-n 3 --from-shards parts",
+        "--seed 1 -n 2 --from-shards parts",
+        "--temperature 0.5 -n 2 --from-shards parts",
     ],
     "info": [
         "--checkpoint nowhere",

@@ -92,6 +92,18 @@ def test_frechet_distance_against_a_matrix_root(rank: int) -> None:
     assert found == pytest.approx(expected, rel=1e-5 if rank < 9 else 1e-9)
 
 
+def test_frechet_distance_of_features_that_depend_on_each_other() -> None:
+    random = np.random.default_rng(0)
+    axes = np.linalg.qr(random.normal(size=(30, 30)))[0]
+    variances = random.uniform(0.5, 2, size=(2, 30)) * (np.arange(30) < 12)
+    first, second = (of_moments(np.zeros(30), axes @ np.diag(v) @ axes.T) for v in variances)
+    closed = ((np.sqrt(variances[0]) - np.sqrt(variances[1])) ** 2).sum()
+    assert frechet_distance(first, second) == pytest.approx(closed, rel=1e-12)
+    # What another order of the same sums changes, changes no more than that.
+    second.scatter = second.scatter * (1 + 1e-15 * torch.from_numpy(random.normal(size=(30, 30))))
+    assert frechet_distance(first, second) == pytest.approx(closed, rel=1e-12)
+
+
 def test_frechet_distance_of_samples_comes_near_that_of_their_gaussians() -> None:
     first, second = gaussian(20_000, 3), gaussian(20_000, 3, seed=1, scale=1.5, shift=0.5)
     assert frechet_distance(statistics_of(first), statistics_of(second)) == pytest.approx(3 * 0.25 + 3 * 0.25, abs=0.05)

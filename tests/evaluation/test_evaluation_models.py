@@ -245,10 +245,10 @@ class Central(nn.Module):
         return torch.stack([-radius, torch.zeros_like(radius)], 1)
 
 
-def test_rejection_trades_recall_for_precision(tmp_path: Path) -> None:
+def test_rejection_trades_recall_for_precision() -> None:
     real = gather([gaussian(500, 2, scale=0.2)[:, None, None]], FeatureExtractor(nn.Flatten()))
     # Samples spread wider than the real points; what the classifier likes lies at the centre.
-    points = Points(gaussian(4000, 2, seed=1, scale=0.5).clamp(-1, 1), tmp_path)
+    points = Points(gaussian(4000, 2, seed=1, scale=0.5).clamp(-1, 1))
     fractions = (1.0, 0.8, 0.6, 0.4, 0.1)
     extractor = FeatureExtractor(nn.Flatten())
     # Ten neighbours leave no holes in the middle of the real points, where a sample would fall out by chance.
@@ -269,10 +269,10 @@ def test_rejection_trades_recall_for_precision(tmp_path: Path) -> None:
     assert rejection_curve(points, Central(), extractor, real, fractions, **options) == curve  # type: ignore[arg-type]
 
 
-def test_curves_need_enough_samples(tmp_path: Path) -> None:
+def test_curves_need_enough_samples() -> None:
     extractor = FeatureExtractor(nn.Flatten())
     real = gather([gaussian(50, 2)[:, None, None]], extractor)
-    points: Any = Points(gaussian(20, 2), tmp_path)
+    points: Any = Points(gaussian(20, 2))
     with refuses(ArgumentError, "fractions: 0.1 of 20 samples leaves 2, expected more than 3"):
         rejection_curve(points, Central(), extractor, real, (1.0, 0.1))
     with refuses(ArgumentError, "fractions: expected at least one"):
