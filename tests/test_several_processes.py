@@ -106,6 +106,7 @@ def test_commands_are_understood() -> None:
     for line in re.findall(r"^torchrun (.*)$", joined, re.M):
         given = get_args_parser().parse_args(shlex.split(line))
         assert (given.module, given.training_script) == (True, "fastvq")
-    for line in re.findall(r"fastvq ((?:train-vqvae|train-prior|extract|sample|merge|evaluate|info) [^\"`&\n]*)", joined):
+    names = "train-vqvae|train-prior|extract|sample|merge|evaluate|info"
+    for line in re.findall(rf"fastvq ((?:{names}) [^\"`&\n]*)", joined):
         commands.add(build_parser().parse_args(shlex.split(line)).command)
     assert len(commands) == 7
