@@ -104,9 +104,10 @@ def _print_preset(arguments: argparse.Namespace) -> None:
     model = outline(lambda: build(config))
     size = None if arguments.size is None else image_size(arguments.size)
     _print_model(arguments.preset, model)
-    if isinstance(model, HierarchicalVQVAE) and size is not None:
-        grids = ", ".join(f"{height} x {width}" for height, width in model.code_shapes(size))
-        print(f"\ncodes of {size[0]} x {size[1]} images: {grids} (top first)")
+    if isinstance(model, HierarchicalVQVAE):
+        sides = size or (model.total_stride, model.total_stride)
+        grids = ", ".join(f"{height} x {width}" for height, width in model.code_shapes(sides))
+        print(f"\ncodes of {sides[0]} x {sides[1]} images: {grids} (top first)")
     elif isinstance(model, Prior) and size is not None:
         raise ArgumentError(f"--size: of an autoencoder's images, and {arguments.preset} is a prior")
     if arguments.train:
