@@ -10,10 +10,11 @@ import contextlib
 import ctypes
 import gc
 import json
+import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -250,10 +251,13 @@ def return_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def fresh_process(peer: str, *arguments: str, small: bool = False) -> Memory:
-    """What ``python -m bench.memory`` finds out about a peer."""
+def fresh_process(
+    peer: str, *arguments: str, small: bool = False, environment: Mapping[str, str] | None = None
+) -> Memory:
+    """What ``python -m bench.memory`` finds out about a peer, with more variables in its environment."""
     command = [sys.executable, "-m", "bench.memory", *arguments, *(["--small"] if small else [])]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    variables = {**os.environ, **(environment or {})}
+    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"measuring memory failed: {done.stderr}")
     return Memory(peer, **json.loads(done.stdout.splitlines()[-1]))

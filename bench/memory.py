@@ -20,6 +20,7 @@ from bench.engines import fill_rows, request_of
 from bench.harness import return_freed_memory
 from bench.nearest_code import NearestCode
 from bench.registry import contender
+from bench.training import TRAINING, TrainingCase
 from fastvq import PixelSNAIL, sample
 from fastvq.sampling import describe
 
@@ -49,6 +50,14 @@ def nearest_code_memory(case: NearestCodeCase, peer: str) -> dict[str, int | Non
     return {"measured": _resident("VmHWM") - before, "predicted": None}
 
 
+def training_memory(case: TrainingCase) -> dict[str, int]:
+    peaks: list[int] = []
+    case.warmth().train(lambda: None)
+    before = _start()
+    case.train(lambda: peaks.append(_resident("VmHWM")))
+    return {"measured": peaks[-1] - before, "predicted": case.predicted}
+
+
 def _contender(case: NearestCodeCase, peer: str) -> Any:
     return contender(NearestCode(case, tuned=False, inputs=1), peer)
 
@@ -70,6 +79,10 @@ def _resident(name: str) -> int:
 
 def main(arguments: list[str]) -> None:
     case_id, *peer = (argument for argument in arguments if argument != "--small")
+    training = next((one for one in TRAINING if one.id == case_id), None)
+    if training is not None:
+        print(json.dumps(training_memory(training)))
+        return
     case = case_of(case_id)
     case = case.small() if "--small" in arguments else case
     print(json.dumps(sampler_memory(case) if isinstance(case, SamplerCase) else nearest_code_memory(case, *peer)))

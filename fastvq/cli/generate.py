@@ -1,10 +1,8 @@
-"""The commands that use a trained model: ``sample``, ``reconstruct``, ``info``."""
+"""The commands that use a trained model: ``sample``, ``reconstruct``."""
 
 from __future__ import annotations
 
 import argparse
-import math
-import platform
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvq import _engine
 from fastvq._files import remove_leftovers, replacing_folder, save_tensors, write_json
 from fastvq._shards import description_of
 from fastvq._version import __version__
 from fastvq.cli.images import open_data
-from fastvq.cli.project import Project, choose_device, load_pipeline
+from fastvq.cli.project import Project, choose_device, is_one_model, load_pipeline
 from fastvq.data import load_images, psnr, save_grid
 from fastvq.data.grid import PICTURES, grid_size, require_picture
 from fastvq.data.pictures import picture_types
 from fastvq.errors import ArgumentError, FileConflictError
-from fastvq.models import PRESETS, HierarchicalVQVAE, Prior
-from fastvq.models.pretrained import CONFIG_FILE
-from fastvq.sampling import ENGINES, Pipeline, Samples, Shard, sample_shard, shipped
-from fastvq.sampling.engines.cuda import cuda_summary
+from fastvq.models import HierarchicalVQVAE
+from fastvq.sampling import Pipeline, Samples, Shard, sample_shard
 from fastvq.sampling.parts import CODES_FILE, PREFIX, SETTINGS_FILE
 from fastvq.training import load_weights
-from fastvq.training.checkpoint import DESCRIPTION as CHECKPOINT_FILE
-from fastvq.training.run import RunFolder
 
 
 def sample(arguments: argparse.Namespace) -> None:
@@ -132,76 +125,6 @@ def reconstruction(model: HierarchicalVQVAE, originals: Tensor) -> tuple[Tensor,
     return reconstructions, float(F.mse_loss(reconstructions, originals))
 
 
-def info(arguments: argparse.Namespace) -> None:
-    choose_device(getattr(arguments, "device", None))
-    if arguments.checkpoint is None and arguments.pretrained is None:
-        _print_installation()
-        return
-    if arguments.checkpoint is not None and _is_one_model(arguments.checkpoint):
-        if (arguments.checkpoint / "checkpoints").is_dir():
-            print(f"run         {Project(arguments.checkpoint.parent).state(arguments.checkpoint)}")
-        model = load_weights(arguments.checkpoint, weights=arguments.weights)
-        _print_model(type(model).__name__, model)
-        return
-    if arguments.checkpoint is not None and Project(arguments.checkpoint).vqvae.is_dir():
-        project = Project(arguments.checkpoint)
-        states = project.stages()
-        for name, state in states.items():
-            print(f"{name:11} {state}")
-        begun = [name for name in states if _has_weights(project.path / name)]
-        if len(begun) < len(states) or not (project.vqvae / "model").is_dir():
-            for name in begun:
-                _print_model(name, load_weights(project.path / name))
-            return
-        pipeline = load_pipeline(arguments.checkpoint, None, "cpu", arguments.weights)
-    else:
-        pipeline = load_pipeline(arguments.checkpoint, arguments.pretrained, "cpu", arguments.weights)
-    scale = pipeline.vqvae.total_stride
-    height, width = (side * scale for side in pipeline.priors[0].config.shape)
-    grids = [prior.config.shape for prior in pipeline.priors]
-    bits = sum(h * w for h, w in grids) * math.log2(pipeline.vqvae.config.num_codes)
-    pixels = height * width * pipeline.vqvae.config.in_channels
-    print(f"images      {height} x {width}, {pipeline.vqvae.config.in_channels} channel(s)")
-    print(f"codes       {', '.join(f'{h} x {w}' for h, w in grids)} (top first), {bits:.0f} bits per image")
-    print(f"compression {8 * pixels / bits:.0f}x against 8-bit pixels")
-    if pipeline.num_classes:
-        names = pipeline.class_names or [str(index) for index in range(pipeline.num_classes)]
-        print(f"classes     {', '.join(f'{index}: {name}' for index, name in enumerate(names))}")
-    _print_model("vqvae", pipeline.vqvae)
-    for level, prior in enumerate(pipeline.priors):
-        _print_model(f"prior {level}", prior)
-
-
-def _is_one_model(folder: Path) -> bool:
-    """A saved model, a run or a checkpoint."""
-    return any((folder / name).is_file() for name in (CONFIG_FILE, CHECKPOINT_FILE))
-
-
-def _has_weights(run: Path) -> bool:
-    return (run / CONFIG_FILE).is_file() and RunFolder(run).done > 0
-
-
-def _print_model(title: str, model: HierarchicalVQVAE | Prior | torch.nn.Module) -> None:
-    count = sum(parameter.numel() for parameter in model.parameters())
-    print(f"\n{title}: {type(model).__name__}, {count / 1e6:.2f} million parameters")
-    for name, value in getattr(model, "config").to_dict().items():  # noqa: B009
-        print(f"  {name} = {value!r}")
-
-
-def _print_installation() -> None:
-    reason = _engine.why_unavailable()
-    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    print(f"fastvq      {__version__}, Python {platform.python_version()}, PyTorch {torch.__version__}")
-    print(f"extension   {'available' if reason is None else reason}")
-    print(f"cuda        {cuda_summary()}")
-    print(f"devices     cpu ({torch.get_num_threads()} threads){''.join(', ' + name for name in devices)}")
-    print(f"engines     {', '.join(ENGINES)}")
-    print(f"pretrained  {', '.join(shipped()) or 'none'}")
-    print("presets")
-    for name in sorted(PRESETS):
-        print(f"  {name:22} {PRESETS[name][0].__name__}")
-
-
 def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """What samples are drawn with, as sampling is told."""
     temperature = arguments.temperature
@@ -236,7 +159,7 @@ def _class(pipeline: Pipeline, text: str | None) -> int | None:
 def _autoencoder(arguments: argparse.Namespace, device: str) -> tuple[HierarchicalVQVAE, dict[str, Any]]:
     """The model, and what is known of the images it was trained on: ``size`` (perhaps None) and ``skip_broken``."""
     checkpoint = arguments.checkpoint
-    if checkpoint is not None and _is_one_model(checkpoint):
+    if checkpoint is not None and is_one_model(checkpoint):
         model = load_weights(checkpoint, weights=arguments.weights, device=device)
         if not isinstance(model, HierarchicalVQVAE):
             raise ArgumentError(f"--checkpoint: {checkpoint} holds a {type(model).__name__}, expected an autoencoder")

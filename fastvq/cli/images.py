@@ -39,6 +39,13 @@ _DEFAULTS: dict[str, Any] = {
 _DESCRIPTION = {name: DATA.get(name, FLAG) for name in _DEFAULTS}
 
 
+def image_size(sides: Sequence[int]) -> tuple[int, int]:
+    """(H, W) of what ``--size`` was given."""
+    if len(sides) > 2:
+        raise ArgumentError(f"--size: expected one side, or height and width, got {len(sides)} numbers")
+    return sides[0], sides[-1]
+
+
 def open_data(
     data: str,
     size: Sequence[int] | None,
@@ -55,9 +62,7 @@ def open_data(
     Args:
         leave_out_empty: class folders without an image are left out instead of refused.
     """
-    if size is not None and len(size) > 2:
-        raise ArgumentError(f"--size: expected one side, or height and width, got {len(size)} numbers")
-    pair = None if size is None else (size[0], size[-1])
+    pair = None if size is None else image_size(size)
     if data == DIGITS:
         if channels != 1:
             raise ArgumentError(f"--data: the digits have 1 channel, the model takes {channels}")

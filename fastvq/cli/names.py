@@ -34,6 +34,7 @@ _BY_COMMAND = {
     "reconstruct": {"image_size": "--size", "images": "--size"},
     "demo": {"--run": "--out", "run_dir": "--out", "folder": "--out", "steps": "--effort"},
     "train-vqvae": {"name": "--preset"},
+    "info": {"image_size": "--size"},
     "train-prior": {"name": "--preset", "codes_folder": "--run", "validation_folder": "--run"},
     "evaluate": {
         "samples": "-n",
@@ -98,8 +99,9 @@ def _model_option(arguments: argparse.Namespace, options: Mapping[str, str]) -> 
     """The option that named the model, in commands that use one."""
     if "pretrained" not in options:
         return None
-    if arguments.pretrained is not None:
-        return options["pretrained"]
+    for given in ("pretrained", "preset"):
+        if getattr(arguments, given, None) is not None:
+            return options[given]
     return options.get("checkpoint") or options["run"]
 
 

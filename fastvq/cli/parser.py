@@ -337,11 +337,25 @@ def _add_info(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser = _command(
         commands,
         "info",
-        "fastvq.cli.generate:info",
-        "describe a model, or this installation",
-        "Without a model: versions, compiled extension, devices, presets and shipped models.",
+        "fastvq.cli.describe:info",
+        "describe a model, a preset, or this installation",
+        "Without a model: versions, compiled extension, devices, presets and shipped models. Of a preset, which is\n"
+        "never built: parameters, grids of codes, and the memory of sampling it or, with --train, of training it.",
     )
-    _add_model(parser, required=False)
+    group = _add_model(parser, required=False)
+    group.add_argument("--preset", metavar="NAME", help="an architecture")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", help="change a field of the preset; repeatable"
+    )
+    parser.add_argument("--size", type=int, nargs="+", metavar="N", help="size of an autoencoder's images")
+    parser.add_argument(
+        "--train", action="store_true", default=None, help="the memory that each process takes in training"
+    )
+    parser.add_argument("--batch-size", type=int, help="images per step, of all processes")
+    parser.add_argument("--accumulate", type=int, metavar="PARTS", help="parts in which each step is computed")
+    parser.add_argument("--bf16", action="store_true", default=None, help="bfloat16 autocast")
+    parser.add_argument("--ema", type=float, metavar="DECAY", help="weight averaging; 0: off (default: on)")
+    parser.add_argument("--processes", type=int, metavar="N", help="processes that train together (default: 1)")
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
@@ -365,7 +379,7 @@ def _add_resume(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
-def _add_model(parser: argparse.ArgumentParser, required: bool = True) -> None:
+def _add_model(parser: argparse.ArgumentParser, required: bool = True) -> argparse._MutuallyExclusiveGroup:
     group = parser.add_mutually_exclusive_group(required=required)
     group.add_argument(
         "--checkpoint",
@@ -375,6 +389,7 @@ def _add_model(parser: argparse.ArgumentParser, required: bool = True) -> None:
     )
     group.add_argument("--pretrained", metavar="NAME", help="a model that ships with fastvq, such as digits")
     _add_weights(parser)
+    return group
 
 
 def _add_weights(parser: argparse.ArgumentParser) -> None:

@@ -17,8 +17,10 @@ from fastvq.data.pictures import picture_types
 from fastvq.errors import ArgumentError, FileConflictError, MissingFileError
 from fastvq.models import HierarchicalVQVAE
 from fastvq.models.limits import MOST_LEVELS
+from fastvq.models.pretrained import CONFIG_FILE
 from fastvq.sampling import Pipeline
 from fastvq.sampling.project import DATA_FILE, is_project, load_vqvae, other_autoencoder, prior_run, vqvae_run
+from fastvq.training.checkpoint import DESCRIPTION as CHECKPOINT_FILE
 from fastvq.training.run import CONFIG, RunFolder
 from fastvq.training.weights import best_validation
 
@@ -119,6 +121,11 @@ class Project:
         if folder.finished:
             return f"finished, {folder.steps} steps{found}"
         return f"unfinished, step {folder.done} of {folder.steps}{found}"
+
+
+def is_one_model(folder: Path) -> bool:
+    """A saved model, a run or a checkpoint."""
+    return any((folder / name).is_file() for name in (CONFIG_FILE, CHECKPOINT_FILE))
 
 
 def load_pipeline(checkpoint: Path | None, pretrained: str | None, device: str, weights: str = "last") -> Pipeline:

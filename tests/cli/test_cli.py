@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from fastvq import Pipeline
+from fastvq import Pipeline, PixelSNAIL
 from fastvq.cli import main
 from fastvq.cli.parser import build_parser
 
@@ -148,6 +149,33 @@ def test_info_of_a_project_a_model_and_the_installation(project: Path, capsys: p
     assert "PixelSNAIL" in capsys.readouterr().out
     assert main(["info"]) == 0
     assert "imagenet256-top" in capsys.readouterr().out
+
+
+def test_info_of_a_preset(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--preset", "imagenet256", "--size", "256"]) == 0
+    text = capsys.readouterr().out
+    assert "imagenet256: VQVAE2, " in text
+    assert "codes of 256 x 256 images: 32 x 32, 64 x 64 (top first)" in text
+    assert main(["info", "--preset", "imagenet256-top", "--set", "dropout=0.5"]) == 0
+    text = capsys.readouterr().out
+    assert "1666.10 million parameters" in text
+    assert "dropout = 0.5" in text
+    assert "for 1 at a time" in text
+
+
+def test_info_of_training_a_preset(capsys: pytest.CaptureFixture[str]) -> None:
+    batch = ["--batch-size", "32", "--processes", "2", "--accumulate", "2", "--bf16", "--ema", "0"]
+    assert main(["info", "--preset", "digits-top", "--train", *batch]) == 0
+    text = capsys.readouterr().out
+    found = dict(re.findall(r"^  (\w+) +([\d.]+) MB", text, re.MULTILINE))
+    parameters = sum(parameter.numel() for parameter in PixelSNAIL.from_preset("digits-top").parameters())
+    assert "batches of 32, of each of 2 processes" in text
+    assert found["gradients"] == f"{4 * parameters / 1e6:.2f}"
+    assert found["average"] == "0.00"
+    kept = [float(found[name]) for name in ("weights", "optimizer", "batch", "activations")]
+    assert float(found["peak"]) > sum(kept)
+    assert main(["info", "--preset", "tiny", "--train", "--batch-size", "4"]) == 1
+    assert "fastvq: error: --size: this model's memory depends" in capsys.readouterr().err
 
 
 def test_saved_pipeline_is_a_checkpoint(project: Path, tmp_path: Path) -> None:

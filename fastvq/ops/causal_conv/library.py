@@ -14,6 +14,7 @@ import functools
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fastvq.kernels.taps import Taps, read_taps
 from fastvq.ops.causal_conv.options import GradientOptions, Gradients, Options
@@ -120,8 +121,8 @@ def _sources(height: int, width: int, taps: Taps) -> Tensor:
 
     Of the taps those above the whole grid are left out.
     """
-    # A tensor of inference mode could not be used outside it later.
-    with torch.inference_mode(False):
+    # A tensor of inference mode, or one without values, could not be used outside it later.
+    with torch.inference_mode(False), _disable_current_modes():
         kernel = taps.kernel
         tap = torch.arange(kernel * max(0, taps.above + 1 - height), taps.count, device="cpu")
         row = torch.arange(height, device="cpu")[:, None, None] + tap // kernel - taps.above

@@ -1,0 +1,155 @@
+"""The command that describes: ``info``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastvq import _engine
+from fastvq._config import Config
+from fastvq._version import __version__
+from fastvq.cli.images import image_size
+from fastvq.cli.names import configure
+from fastvq.cli.project import Project, choose_device, is_one_model, load_pipeline, parse_overrides
+from fastvq.errors import ArgumentError
+from fastvq.models import PRESETS, HierarchicalVQVAE, Prior, build, preset
+from fastvq.models.pretrained import CONFIG_FILE
+from fastvq.models.stored import outline
+from fastvq.sampling import ENGINES, describe, shipped
+from fastvq.sampling.engines.cuda import cuda_summary
+from fastvq.training import TrainConfig, load_weights, training_memory
+from fastvq.training.run import RunFolder
+
+# Options that say something of a preset, and of these the ones that say something of its training.
+_OF_TRAINING = ("batch_size", "accumulate", "bf16", "ema", "processes")
+_OF_PRESETS = ("set", "size", "train", *_OF_TRAINING)
+_TEXTS = {
+    "weights": "parameters and codebooks",
+    "gradients": "of the parameters",
+    "buckets": "of gradients that processes exchange",
+    "optimizer": "two moments of every parameter",
+    "average": "averaged weights",
+    "batch": "what is loaded for a step",
+    "activations": "kept by a forward pass for the backward pass",
+    "peak": "the most at a time, in a step",
+}
+
+
+def info(arguments: argparse.Namespace) -> None:
+    choose_device(getattr(arguments, "device", None))
+    if arguments.preset is not None:
+        _print_preset(arguments)
+        return
+    _refuse(arguments, _OF_PRESETS, "of a preset, which --preset names")
+    if arguments.checkpoint is None and arguments.pretrained is None:
+        _print_installation()
+        return
+    if arguments.checkpoint is not None and is_one_model(arguments.checkpoint):
+        if (arguments.checkpoint / "checkpoints").is_dir():
+            print(f"run         {Project(arguments.checkpoint.parent).state(arguments.checkpoint)}")
+        model = load_weights(arguments.checkpoint, weights=arguments.weights)
+        _print_model(type(model).__name__, model)
+        return
+    if arguments.checkpoint is not None and Project(arguments.checkpoint).vqvae.is_dir():
+        project = Project(arguments.checkpoint)
+        states = project.stages()
+        for name, state in states.items():
+            print(f"{name:11} {state}")
+        begun = [name for name in states if _has_weights(project.path / name)]
+        if len(begun) < len(states) or not (project.vqvae / "model").is_dir():
+            for name in begun:
+                _print_model(name, load_weights(project.path / name))
+            return
+        pipeline = load_pipeline(arguments.checkpoint, None, "cpu", arguments.weights)
+    else:
+        pipeline = load_pipeline(arguments.checkpoint, arguments.pretrained, "cpu", arguments.weights)
+    scale = pipeline.vqvae.total_stride
+    height, width = (side * scale for side in pipeline.priors[0].config.shape)
+    grids = [prior.config.shape for prior in pipeline.priors]
+    bits = sum(h * w for h, w in grids) * math.log2(pipeline.vqvae.config.num_codes)
+    pixels = height * width * pipeline.vqvae.config.in_channels
+    print(f"images      {height} x {width}, {pipeline.vqvae.config.in_channels} channel(s)")
+    print(f"codes       {', '.join(f'{h} x {w}' for h, w in grids)} (top first), {bits:.0f} bits per image")
+    print(f"compression {8 * pixels / bits:.0f}x against 8-bit pixels")
+    if pipeline.num_classes:
+        names = pipeline.class_names or [str(index) for index in range(pipeline.num_classes)]
+        print(f"classes     {', '.join(f'{index}: {name}' for index, name in enumerate(names))}")
+    _print_model("vqvae", pipeline.vqvae)
+    for level, prior in enumerate(pipeline.priors):
+        _print_model(f"prior {level}", prior)
+
+
+def _has_weights(run: Path) -> bool:
+    return (run / CONFIG_FILE).is_file() and RunFolder(run).done > 0
+
+
+def _print_model(title: str, model: HierarchicalVQVAE | Prior | torch.nn.Module) -> None:
+    count = sum(parameter.numel() for parameter in model.parameters())
+    print(f"\n{title}: {type(model).__name__}, {count / 1e6:.2f} million parameters")
+    for name, value in getattr(model, "config").to_dict().items():  # noqa: B009
+        print(f"  {name} = {value!r}")
+
+
+def _print_preset(arguments: argparse.Namespace) -> None:
+    """A preset that is never built: parameters, grids of codes, and the memory of sampling or training it."""
+    if not arguments.train:
+        _refuse(arguments, _OF_TRAINING, "of training, which --train asks about")
+    config = configure(preset(arguments.preset)[1], parse_overrides(arguments.set))
+    model = outline(lambda: build(config))
+    size = None if arguments.size is None else image_size(arguments.size)
+    _print_model(arguments.preset, model)
+    if isinstance(model, HierarchicalVQVAE):
+        sides = size or (model.total_stride, model.total_stride)
+        grids = ", ".join(f"{height} x {width}" for height, width in model.code_shapes(sides))
+        print(f"\ncodes of {sides[0]} x {sides[1]} images: {grids} (top first)")
+    elif isinstance(model, Prior) and size is not None:
+        raise ArgumentError(f"--size: of an autoencoder's images, and {arguments.preset} is a prior")
+    if arguments.train:
+        _print_training(arguments, config, size)
+    elif isinstance(model, Prior):
+        print(f"\nsampling: {describe(model)}")
+
+
+def _refuse(arguments: argparse.Namespace, names: tuple[str, ...], why: str) -> None:
+    """Options that would count for nothing are a mistake."""
+    for name in names:
+        if getattr(arguments, name) not in (None, []):
+            raise ArgumentError(f"{arguments.options[name]}: {why}")
+
+
+def _print_training(arguments: argparse.Namespace, model: Config, size: tuple[int, int] | None) -> None:
+    if arguments.batch_size is None:
+        raise ArgumentError("--batch-size: the memory of training depends on it")
+    processes = 1 if arguments.processes is None else arguments.processes
+    given: dict[str, Any] = {name: getattr(arguments, name) for name in ("accumulate", "bf16")}
+    given["ema_decay"] = arguments.ema
+    given = {name: value for name, value in given.items() if value is not None}
+    if arguments.ema == 0:
+        given["ema_decay"] = None
+    config = TrainConfig(steps=1, batch_size=arguments.batch_size, **given)
+    found = training_memory(model, config, image_size=size, processes=processes)
+    of = "" if processes == 1 else f", of each of {processes} processes"
+    print(f"\ntraining with batches of {config.batch_size}{of}:")
+    for name, value in dataclasses.asdict(found).items():
+        if name in _TEXTS:
+            print(f"  {name:12} {value / 1e6:12.2f} MB  {_TEXTS[name]}")
+
+
+def _print_installation() -> None:
+    reason = _engine.why_unavailable()
+    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    print(f"fastvq      {__version__}, Python {platform.python_version()}, PyTorch {torch.__version__}")
+    print(f"extension   {'available' if reason is None else reason}")
+    print(f"cuda        {cuda_summary()}")
+    print(f"devices     cpu ({torch.get_num_threads()} threads){''.join(', ' + name for name in devices)}")
+    print(f"engines     {', '.join(ENGINES)}")
+    print(f"pretrained  {', '.join(shipped()) or 'none'}")
+    print("presets")
+    for name in sorted(PRESETS):
+        print(f"  {name:22} {PRESETS[name][0].__name__}")
