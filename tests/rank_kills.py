@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import dataclasses
 import os
 import random
 import shutil
@@ -25,23 +26,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 from group_helpers import start_group
 from safetensors.torch import load_file
-from training_helpers import Noise, metrics, train_config
+from training_helpers import VQVAE_CONFIG, Noise, metrics, train_config
 
 from fastvq.data import Augment
-from fastvq.models import VQVAEConfig
 from fastvq.training import train_vqvae
 
-MODEL = VQVAEConfig(
-    in_channels=1,
-    channels=8,
-    residual_channels=4,
-    residual_layers=1,
-    num_codes=8,
-    code_dim=4,
-    strides=(2, 2),
-    codebook_init="kmeans",
-    revive_below=0.9,
-)
+MODEL = dataclasses.replace(VQVAE_CONFIG, codebook_init="kmeans", revive_below=0.9)
 CONFIG = train_config(steps=12, accumulate=1, learning_rate=1e-3, batch_size=6, checkpoint_every=4)
 BOUND = 5e-6
 # Seconds that a launcher gives processes which it has asked to end.
