@@ -6,10 +6,8 @@ kernels are compiled in this one (`compile_kernel`), where the interpreter must 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib.util
-import inspect
 import json
 import os
 import re
@@ -22,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import pytest
+from quick_interpreter import quicken
 from torch import Tensor
 
 # A check raises AssertionError, or returns a line worth reading.
@@ -99,34 +98,9 @@ def _interpreted(file: str, group: str) -> dict[str, dict[str, str | None]]:
         return found
 
 
-def _quicken_interpreter() -> None:
-    """Triton's interpreter looks through its whole language whenever one kernel function calls another, which takes a
-    fifth of its time; the names of what it looks for are always the same. A third goes into looking for whole numbers
-    that overflow, which those of grids this small do not."""
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    patch_attr, known = getattr(interpreter, "_patch_attr", None), {}
-    if patch_attr is None or not hasattr(interpreter, "_patch_builtin"):
-        return
-
-    def patch_builtin(package: Any, *rest: Any) -> None:
-        if id(package) not in known:
-            members = inspect.getmembers(package)
-            known[id(package)] = [name for name, member in members if tl.core.is_builtin(member)]
-        for name in known[id(package)]:
-            member = getattr(package, name)
-            if tl.core.is_builtin(member):
-                patch_attr(package, name, member, *rest)
-
-    interpreter._patch_builtin = patch_builtin
-    builder = interpreter.interpreter_builder
-    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
-
-
 def serve(groups: Groups) -> None:
     """What a test file does when run as a script: the checks of one group, results to a file."""
-    _quicken_interpreter()
+    quicken()
     group, path = sys.argv[1:]
     results = {}
     for name, check in groups[group].items():
