@@ -1,7 +1,7 @@
 """Running Triton kernels without a GPU: in the interpreter, and through the compiler to machine code.
 
-Triton decides at import whether kernels are interpreted, so checks run in a process of their own (`interpreted`), while
-kernels are compiled in this one (`compile_kernel`), where the interpreter must be off.
+Triton decides at import whether kernels are interpreted, so checks run in processes of their own
+(`assert_interpreted`), while kernels are compiled in this one (`compile_kernel`), where the interpreter must be off.
 """
 
 from __future__ import annotations
@@ -9,13 +9,17 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
+import multiprocessing
 import os
 import re
+import runpy
 import subprocess
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Mapping
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -86,16 +90,41 @@ def checked_in_both(file: str, groups: Groups) -> tuple[Callable[[str, str], Non
 
 @functools.cache
 def _interpreted(file: str, group: str) -> dict[str, dict[str, str | None]]:
-    # One thread: products this small only wait for each other.
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = str(Path(__file__).parent)  # a script finds what lies beside it, not above
     with tempfile.TemporaryDirectory(prefix="fastvq-interpreted-") as folder:
-        results = Path(folder) / "results.json"
-        command = [sys.executable, file, group, str(results)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stderr
+        results, said = Path(folder) / "results.json", Path(folder) / "said"
+        process = _forks().Process(target=_run_script, args=(file, [group, str(results)], str(said)))
+        process.start()
+        process.join(600)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+        assert process.exitcode == 0, f"{process.exitcode}: {said.read_text() if said.exists() else ''}"
         found: dict[str, dict[str, str | None]] = json.loads(results.read_text())
         return found
+
+
+@functools.cache
+def _forks() -> ForkServerContext:
+    """Processes that interpret kernels, forked from one that has imported what all of them need: that takes longer than
+    many checks."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["triton.language", "fastvq.models", "fastvq.sampling"])
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("TRITON_INTERPRET", "1")
+        # One thread: products this small only wait for each other.
+        environment.setenv("OMP_NUM_THREADS", "1")
+        environment.setenv("OPENBLAS_NUM_THREADS", "1")
+        forkserver.ensure_running()
+    return context
+
+
+def _run_script(file: str, arguments: list[str], said: str) -> None:
+    with open(said, "w") as output:
+        os.dup2(output.fileno(), sys.stdout.fileno())
+        os.dup2(output.fileno(), sys.stderr.fileno())
+    sys.argv = [file, *arguments]
+    sys.path.insert(0, str(Path(file).parent))
+    runpy.run_path(file, run_name="__main__")
 
 
 def serve(groups: Groups) -> None:

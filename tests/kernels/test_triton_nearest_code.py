@@ -470,8 +470,8 @@ def check_launches(device: str) -> str:
                 seen.append(str(func))
             return func(*args, **(kwargs or {}))
 
-    x, codes = (value.to(device) for value in random_data(200, 512, 64))
-    cluster_size, embedding_sum = torch.ones(1, 512, device=device), codes.clone()
+    x, codes = (value.to(device) for value in random_data(70, 40, 20))
+    cluster_size, embedding_sum = torch.ones(1, 40, device=device), codes.clone()
     said = {}
     for deterministic in (False, True):
         seen.clear()
