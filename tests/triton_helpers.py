@@ -1,27 +1,30 @@
 """Running Triton kernels without a GPU: in the interpreter, and through the compiler to machine code.
 
-Triton decides at import whether kernels are interpreted, so checks run in a process of their own (`interpreted`), while
-kernels are compiled in this one (`compile_kernel`), where the interpreter must be off.
+Triton decides at import whether kernels are interpreted, so checks run in processes of their own
+(`assert_interpreted`), while kernels are compiled in this one (`compile_kernel`), where the interpreter must be off.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib.util
-import inspect
 import json
+import multiprocessing
 import os
 import re
+import runpy
 import subprocess
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Mapping
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import pytest
+from quick_interpreter import quicken
 from torch import Tensor
 
 # A check raises AssertionError, or returns a line worth reading.
@@ -87,46 +90,46 @@ def checked_in_both(file: str, groups: Groups) -> tuple[Callable[[str, str], Non
 
 @functools.cache
 def _interpreted(file: str, group: str) -> dict[str, dict[str, str | None]]:
-    # One thread: products this small only wait for each other.
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = str(Path(__file__).parent)  # a script finds what lies beside it, not above
     with tempfile.TemporaryDirectory(prefix="fastvq-interpreted-") as folder:
-        results = Path(folder) / "results.json"
-        command = [sys.executable, file, group, str(results)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stderr
+        results, said = Path(folder) / "results.json", Path(folder) / "said"
+        process = _forks().Process(target=_run_script, args=(file, [group, str(results)], str(said)))
+        process.start()
+        process.join(600)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+        assert process.exitcode == 0, f"{process.exitcode}: {said.read_text() if said.exists() else ''}"
         found: dict[str, dict[str, str | None]] = json.loads(results.read_text())
         return found
 
 
-def _quicken_interpreter() -> None:
-    """Triton's interpreter looks through its whole language whenever one kernel function calls another, which takes a
-    fifth of its time; the names of what it looks for are always the same. A third goes into looking for whole numbers
-    that overflow, which those of grids this small do not."""
-    import triton.language as tl
-    from triton.runtime import interpreter
+@functools.cache
+def _forks() -> ForkServerContext:
+    """Processes that interpret kernels, forked from one that has imported what all of them need: that takes longer than
+    many checks."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["triton.language", "fastvq.models", "fastvq.sampling"])
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("TRITON_INTERPRET", "1")
+        # One thread: products this small only wait for each other.
+        environment.setenv("OMP_NUM_THREADS", "1")
+        environment.setenv("OPENBLAS_NUM_THREADS", "1")
+        forkserver.ensure_running()
+    return context
 
-    patch_attr, known = getattr(interpreter, "_patch_attr", None), {}
-    if patch_attr is None or not hasattr(interpreter, "_patch_builtin"):
-        return
 
-    def patch_builtin(package: Any, *rest: Any) -> None:
-        if id(package) not in known:
-            members = inspect.getmembers(package)
-            known[id(package)] = [name for name, member in members if tl.core.is_builtin(member)]
-        for name in known[id(package)]:
-            member = getattr(package, name)
-            if tl.core.is_builtin(member):
-                patch_attr(package, name, member, *rest)
-
-    interpreter._patch_builtin = patch_builtin
-    builder = interpreter.interpreter_builder
-    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+def _run_script(file: str, arguments: list[str], said: str) -> None:
+    with open(said, "w") as output:
+        os.dup2(output.fileno(), sys.stdout.fileno())
+        os.dup2(output.fileno(), sys.stderr.fileno())
+    sys.argv = [file, *arguments]
+    sys.path.insert(0, str(Path(file).parent))
+    runpy.run_path(file, run_name="__main__")
 
 
 def serve(groups: Groups) -> None:
     """What a test file does when run as a script: the checks of one group, results to a file."""
-    _quicken_interpreter()
+    quicken()
     group, path = sys.argv[1:]
     results = {}
     for name, check in groups[group].items():
