@@ -92,7 +92,9 @@ class Group:
         if self.size > 1:
             with _peers_alive():
                 for tensor in tensors:
-                    dist.broadcast(tensor.detach(), src=0)
+                    dense = tensor.detach().contiguous()
+                    dist.broadcast(dense, src=0)
+                    tensor.detach().copy_(dense)
 
     def agree(self, error: Exception | None = None, *, flag: int = 0) -> int:
         """Wait for all processes; returns the largest flag.

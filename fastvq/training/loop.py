@@ -187,7 +187,7 @@ def _steps(state: TrainingState, task: Task, config: TrainConfig, run: RunFolder
                 settings["lr"] = learning_rate(state.step, config)
             _seed_dropout(state, config, group)
             metrics = _gradients(state, forward, task, config, batch, group)
-            _check_finite(metrics, state.step, run)
+            _check_finite(metrics, state.step, run, group)
             with annotate("step"):
                 state.optimizer.step()
                 if state.average is not None:
@@ -356,16 +356,17 @@ def _unshared(forward: Callable[..., Any]) -> AbstractContextManager[None]:
     return module.no_sync() if isinstance(module, DistributedDataParallel) else contextlib.nullcontext()
 
 
-def _check_finite(metrics: dict[str, float], step: int, run: RunFolder) -> None:
+def _check_finite(metrics: dict[str, float], step: int, run: RunFolder, group: Group) -> None:
     for name in ("loss", "grad_norm"):
         value = metrics.get(name, 0.0)
         if not math.isfinite(value):
             kept = checkpoints(run.checkpoints)
             where = f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
-            raise DivergedError(
+            error = DivergedError(
                 f"step {step + 1}: {name} is {value}; {where}. A lower learning_rate, a longer warm-up or a smaller "
                 "grad_clip may help, in a new run."
             )
+            group.agree(error)  # metrics, and so the error, are those of all processes
 
 
 def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
