@@ -12,6 +12,7 @@ import functools
 import itertools
 import os
 import re
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -31,6 +32,7 @@ T = TypeVar("T")
 
 # For one process to wait for another, which may be writing a picture or a checkpoint.
 _PATIENCE = timedelta(minutes=30)
+_UNTIL_IDLE = 0.2
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 # SLURM_NTASKS is set in a batch script too, which is one process.
 _SLURM = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
@@ -169,6 +171,9 @@ def join() -> Iterator[Group]:
     try:
         yield _of_torch(place.local_rank)
     finally:
+        # Threads of gloo let go of a collective's tensors after it has returned, for which they need Python's lock, and
+        # who destroys the group waits for the threads with that lock in hand.
+        time.sleep(_UNTIL_IDLE)
         dist.destroy_process_group()
 
 
