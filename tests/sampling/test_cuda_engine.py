@@ -31,7 +31,7 @@ from torch import Tensor
 from triton_helpers import needs_gpu
 
 from fastvq import _engine
-from fastvq.cli import describe
+from fastvq.cli.describe import info
 from fastvq.cli.parser import build_parser
 from fastvq.errors import ArgumentError, UnavailableError
 from fastvq.models import Prior
@@ -332,7 +332,7 @@ def test_info_says_what_the_extension_was_built_for(
     capsys: pytest.CaptureFixture[str], extension: types.SimpleNamespace
 ) -> None:
     extension.info["error"] = "no driver"
-    describe.info(build_parser().parse_args(["info"]))
+    info(build_parser().parse_args(["info"]))
     lines = capsys.readouterr().out.splitlines()
     assert "cuda        13.0 for 80 90a 100 + PTX; no driver" in lines
     assert any(line.endswith(" threads), GPU 0, GPU 1") for line in lines)
