@@ -6,7 +6,7 @@ import dataclasses
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +69,16 @@ def scenarios(codes: Path) -> dict[str, Callable[[Path], Any]]:
 
 
 @pytest.fixture(scope="module")
-def codes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def forkable() -> Iterator[None]:
+    """One thread, as forked processes have, for what is made once for all tests."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def codes(forkable: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_codes(tmp_path_factory.mktemp("codes"))
 
 
