@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastvq._files import first_line
+from fastvq._shards import Shard
 from fastvq.errors import ArgumentError, PeerError, UnavailableError
 
 if TYPE_CHECKING:
@@ -36,8 +37,8 @@ _UNTIL_IDLE = 0.2
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 # SLURM_NTASKS is set in a batch script too, which is one process.
 _SLURM = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
-_by_itself = contextvars.ContextVar("_by_itself", default=False)
 _ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
+_by_itself = contextvars.ContextVar("_by_itself", default=False)
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,8 @@ class Group:
 
     def share(self, count: int) -> slice:
         """This process's part of ``count`` items; the parts of all of them, in order, are all items."""
-        return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+        part = Shard(self.rank, self.size).range(count)
+        return slice(part.start, part.stop)
 
     def turns(self, items: Sequence[T]) -> Sequence[T]:
         """Those of some items, dealt one by one, that are this process's."""
@@ -73,10 +75,11 @@ class Group:
 
     def sum(self, values: Iterable[float]) -> list[float]:
         """Numbers added over processes, in float64; the same on each of them."""
+        if self.size == 1:
+            return list(values)
         total = torch.tensor(list(values), dtype=torch.float64)
-        if self.size > 1:
-            with _peers_alive():
-                dist.all_reduce(total, group=self._control)
+        with _peers_alive():
+            dist.all_reduce(total, group=self._control)
         found: list[float] = total.tolist()
         return found
 

@@ -23,7 +23,7 @@ from fastvq.cli.images import (
 )
 from fastvq.cli.project import Project, augmentation, choose_device
 from fastvq.cli.resume import model_config, notes, train_config
-from fastvq.data import CodeDataset, ImageDataset, Shard, extract_codes, extract_shard
+from fastvq.data import Augment, CodeDataset, ImageDataset, Shard, extract_codes, extract_shard
 from fastvq.data.codes import DESCRIPTION
 from fastvq.distributed import join
 from fastvq.errors import ArgumentError, FileConflictError
@@ -42,7 +42,7 @@ def train_vqvae(arguments: argparse.Namespace) -> None:
     with join() as group, contextlib.ExitStack() as stack:
         arguments.quiet |= not group.first
         with group.together():
-            project, dataset, model, config, settings, data = _prepare_vqvae(arguments)
+            project, dataset, model, config, settings, augment, data = _prepare_vqvae(arguments)
         with group.together():
             if group.first:
                 stack.enter_context(locked(project.vqvae))
@@ -53,7 +53,7 @@ def train_vqvae(arguments: argparse.Namespace) -> None:
             model,
             config,
             project.vqvae,
-            augment=augmentation(settings),
+            augment=augment,
             resume=arguments.resume,
             init_from=arguments.init_from,
             notes=notes(arguments),
@@ -71,6 +71,7 @@ class _Stage1(NamedTuple):
     model: VQVAEConfig
     config: TrainConfig
     settings: dict[str, Any]
+    augment: Augment | None
     data: str
 
 
@@ -94,7 +95,7 @@ def _prepare_vqvae(arguments: argparse.Namespace) -> _Stage1:
         for name in ("skip_broken", "flip", "shift")
     }
     settings |= {"validation": config.validation_fraction, "seed": config.seed}
-    augmentation(settings)  # which says what does not fit
+    augment = augmentation(settings)
     data = arguments.data
     if data is None:
         if not arguments.resume:
@@ -111,7 +112,7 @@ def _prepare_vqvae(arguments: argparse.Namespace) -> _Stage1:
     if arguments.init_from is not None:
         kind = type(outline(lambda: build(model))).__name__
         describe_start(arguments.init_from, {"class": kind, **model.to_dict()}, resume=arguments.resume)
-    return _Stage1(project, dataset, model, config, settings, data)
+    return _Stage1(project, dataset, model, config, settings, augment, data)
 
 
 def extract(arguments: argparse.Namespace) -> None:

@@ -103,7 +103,7 @@ def score_shard(
     total = parts[0].total
     batches = shard.range(-(-total // require_positive_int("batch_size", batch_size)))
     indices = range(min(total, batches.start * batch_size), min(total, batches.stop * batch_size))
-    identity = _identity(pipeline, parts, features, keep, batch_size)
+    identity = _identity(parts, features, keep, batch_size)
     path = shard.path(folder, _prefix(features))
     require_same_whole(folder, _prefix(features), kind=FEATURES, total=total, identity=identity)
     with working_on(path):
@@ -149,7 +149,7 @@ def statistics_from_shards(
         return None
     parts = _sample_parts(pipeline, folder)
     total, seed = parts[0].total, parts[0].identity["seed"]
-    identity = _identity(pipeline, parts, features, keep, batch_size)
+    identity = _identity(parts, features, keep, batch_size)
     require_same_whole(folder, prefix, kind=FEATURES, total=total, identity=identity)
     try:
         scored = read_shards(folder, prefix)
@@ -217,14 +217,12 @@ def _prefix(extractor: FeatureExtractor) -> str:
     return f"{FEATURES}-{extractor.digest[:12]}"
 
 
-def _identity(
-    pipeline: Pipeline, parts: list[StoredShard], extractor: FeatureExtractor, keep: int, batch_size: int
-) -> dict[str, Any]:
+def _identity(parts: list[StoredShard], extractor: FeatureExtractor, keep: int, batch_size: int) -> dict[str, Any]:
     """What the statistics of all parts have in common."""
     files = [[part.indices.start, part.indices.stop, part.checksum] for part in parts]
     return {
         "extractor": extractor.digest,
-        "vqvae": model_checksum(pipeline.vqvae),
+        "vqvae": parts[0].identity["vqvae"],
         "samples": hashlib.sha256(json.dumps(files).encode()).hexdigest(),
         "seed": parts[0].identity["seed"],
         "keep": keep,

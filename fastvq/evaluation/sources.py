@@ -142,9 +142,8 @@ def draw_samples(
     from tqdm import tqdm
 
     require_positive_int("n", n)
-    classes = pipeline.num_classes
-    if label is None and classes is not None:
-        label = torch.arange(n) % classes
+    if label is None:
+        label = pipeline.labels(range(n))
     if label is not None and label.shape != (n,):
         raise ArgumentError(f"label: expected shape [{n}], got {list(label.shape)}")
     folder = Path(folder)

@@ -101,7 +101,7 @@ def read_description(path: Path) -> dict[str, Any]:
     require_entries(path / DESCRIPTION, description, _ENTRIES)
     require_entries(path / DESCRIPTION, description["optimizer"], {"param_groups": several(ENTRIES, least=1)})
     require_seal(path / DESCRIPTION, description)
-    if path.name != f"step_{description['step']:08d}":
+    if path != checkpoint_path(path.parent, description["step"]):
         raise CorruptFileError(f"{path / DESCRIPTION}: step {description['step']}, but the folder is {path.name}")
     if not (path / TENSORS).is_file():
         raise CorruptFileError(f"{path / TENSORS}: no such file")

@@ -8,7 +8,6 @@ import hashlib
 import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,14 +17,12 @@ from torch import Tensor, nn
 
 from fastvq.data.augment import Augment
 from fastvq.data.base import ImageDataset, load_images, split_indices
-from fastvq.distributed import Group, join
+from fastvq.distributed import Group
 from fastvq.errors import ArgumentError
 from fastvq.models.classifier import Classifier, ClassifierConfig
 from fastvq.training.batches import Batch
 from fastvq.training.config import TrainConfig
-from fastvq.training.loop import Picture, resolve_device, train
-from fastvq.training.run import open_run
-from fastvq.training.weights import describe_start
+from fastvq.training.loop import Picture, train_in
 
 _TOP = 5
 
@@ -68,20 +65,16 @@ def train_classifier(
         ArgumentError: data, model and settings do not fit together.
         FileConflictError, MissingFileError, CorruptFileError, DivergedError, PeerError: as in :func:`train_vqvae`.
     """
-    with join() as group:
-        with group.together():
-            resolve_device(config.device, group)
-            task, data = _prepared(dataset, model_config, config, indices, validation, split_seed, augment)
-            description: dict[str, Any] = {
-                "format": 1,
-                "stage": "classifier",
-                "model": {"class": Classifier.__name__, **model_config.to_dict()},
-                "train": config.to_dict(),
-                "data": data,
-            }
-            init = describe_start(init_from, description["model"], resume=resume)
-        with open_run(Path(run_dir), description, resume=resume, init=init, notes=notes, group=group) as run:
-            model = train(lambda: Classifier(model_config), task, config, run, group, progress=progress)
+    model = train_in(
+        run_dir,
+        lambda: _prepared(dataset, model_config, config, indices, validation, split_seed, augment),
+        lambda: Classifier(model_config),
+        config,
+        resume=resume,
+        init_from=init_from,
+        notes=notes,
+        progress=progress,
+    )
     assert isinstance(model, Classifier)
     return model
 
@@ -95,7 +88,7 @@ def _prepared(
     split_seed: int | None,
     augment: Augment | None,
 ) -> tuple[_Classification, dict[str, Any]]:
-    """What the loop needs, and what the run's description says of the data, of arguments that fit together."""
+    """What the loop needs, and the description of the run, of arguments that fit together."""
     if (indices is None) != (validation is None):
         raise ArgumentError("indices and validation: expected both or neither, got one of them")
     if indices is None or validation is None:
@@ -106,15 +99,21 @@ def _prepared(
         _check_data(name, data, model_config)
     if len(indices) == 0:
         raise ArgumentError("indices: expected at least one image to train on, got none")
-    described: dict[str, Any] = {
-        "fingerprint": dataset.fingerprint(),
-        "images": len(indices),
-        "indices": hashlib.sha256(indices.astype(np.int64).tobytes()).hexdigest(),
-        "size": list(dataset.size),
-        "validation": None if validation[0] is dataset else validation[0].fingerprint(),
-        "augment": None if augment is None else dataclasses.asdict(augment),
+    description: dict[str, Any] = {
+        "format": 1,
+        "stage": "classifier",
+        "model": {"class": Classifier.__name__, **model_config.to_dict()},
+        "train": config.to_dict(),
+        "data": {
+            "fingerprint": dataset.fingerprint(),
+            "images": len(indices),
+            "indices": hashlib.sha256(indices.astype(np.int64).tobytes()).hexdigest(),
+            "size": list(dataset.size),
+            "validation": None if validation[0] is dataset else validation[0].fingerprint(),
+            "augment": None if augment is None else dataclasses.asdict(augment),
+        },
     }
-    return _Classification(dataset, indices, validation, config, augment), described
+    return _Classification(dataset, indices, validation, config, augment), description
 
 
 @torch.no_grad()

@@ -6,9 +6,10 @@ import contextlib
 import dataclasses
 import inspect
 import math
+import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -22,7 +23,7 @@ from fastvq._evaluation import in_evaluation
 from fastvq._nvtx import annotate
 from fastvq.data.base import DOMAIN_DROPOUT, random_words
 from fastvq.data.grid import save_grid
-from fastvq.distributed import Group
+from fastvq.distributed import Group, join
 from fastvq.errors import ArgumentError, DiskFullError, FastvqError, Terminated, UnavailableError
 from fastvq.models import PretrainedModel, load_pretrained
 from fastvq.training.batches import Batch, StepBatches
@@ -31,8 +32,8 @@ from fastvq.training.config import TrainConfig, learning_rate
 from fastvq.training.ema import WeightAverage
 from fastvq.training.interrupt import DeferredInterrupt
 from fastvq.training.log import MetricLog
-from fastvq.training.run import RunFolder, versions
-from fastvq.training.weights import best_validation, recorded_start
+from fastvq.training.run import RunFolder, open_run, versions
+from fastvq.training.weights import best_validation, describe_start, recorded_start
 
 # Seconds in which a launcher passes on to each process a signal that the system has sent to all.
 _REPEATED = 5.0
@@ -79,6 +80,34 @@ class Task(Protocol):
         """Validation metrics, of all processes; empty without validation data."""
 
     def picture(self, model: nn.Module, device: torch.device, step: int) -> Picture | None: ...
+
+
+def train_in(
+    run_dir: str | os.PathLike[str],
+    prepare: Callable[[], tuple[Task, dict[str, Any]]],
+    build: Callable[[], PretrainedModel],
+    config: TrainConfig,
+    *,
+    resume: bool,
+    init_from: str | os.PathLike[str] | None,
+    notes: Mapping[str, Any] | None,
+    progress: bool,
+) -> PretrainedModel:
+    """:func:`train` in a folder, by all processes of the group that this one belongs to.
+
+    Args:
+        prepare: the task and the description of the run, of arguments that fit together; called once there is a device.
+
+    Raises:
+        as :func:`train`, :func:`open_run` and :func:`describe_start`.
+    """
+    with join() as group:
+        with group.together():
+            resolve_device(config.device, group)
+            task, description = prepare()
+            init = describe_start(init_from, description["model"], resume=resume)
+        with open_run(Path(run_dir), description, resume=resume, init=init, notes=notes, group=group) as run:
+            return train(build, task, config, run, group, progress=progress)
 
 
 def train(

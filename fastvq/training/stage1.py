@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,16 +15,14 @@ from torch import Tensor, nn
 
 from fastvq.data.augment import Augment
 from fastvq.data.base import ImageDataset, load_images, psnr, split_indices
-from fastvq.distributed import Group, join
+from fastvq.distributed import Group
 from fastvq.errors import ArgumentError
 from fastvq.models import HierarchicalVQVAE, VectorQuantizer, VQVAEConfig, build
 from fastvq.models.repeated_pass import is_repetition
 from fastvq.models.stored import outline
 from fastvq.training.batches import Batch
 from fastvq.training.config import TrainConfig
-from fastvq.training.loop import Picture, resolve_device, train
-from fastvq.training.run import open_run
-from fastvq.training.weights import describe_start
+from fastvq.training.loop import Picture, train_in
 
 _PICTURES = 8
 
@@ -74,21 +71,24 @@ def train_vqvae(
         DivergedError: the loss is not finite.
         PeerError: another process of the group has failed.
     """
-    with join() as group:
-        with group.together():
-            task, description = _prepared(dataset, model_config, config, augment, group)
-            init = describe_start(init_from, description["model"], resume=resume)
-        with open_run(Path(run_dir), description, resume=resume, init=init, notes=notes, group=group) as run:
-            model = train(lambda: build(model_config), task, config, run, group, progress=progress)
+    model = train_in(
+        run_dir,
+        lambda: _prepared(dataset, model_config, config, augment),
+        lambda: build(model_config),
+        config,
+        resume=resume,
+        init_from=init_from,
+        notes=notes,
+        progress=progress,
+    )
     assert isinstance(model, HierarchicalVQVAE)
     return model
 
 
 def _prepared(
-    dataset: ImageDataset, model_config: VQVAEConfig, config: TrainConfig, augment: Augment | None, group: Group
+    dataset: ImageDataset, model_config: VQVAEConfig, config: TrainConfig, augment: Augment | None
 ) -> tuple[_Reconstruction, dict[str, Any]]:
     """What the loop needs, and the description of the run, of arguments that fit together."""
-    resolve_device(config.device, group)
     if model_config.in_channels != dataset.channels:
         raise ArgumentError(f"model_config.in_channels: {model_config.in_channels}, the data have {dataset.channels}")
     training, validation = split_indices(len(dataset), config.validation_fraction, config.seed)

@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,14 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvq.data.codes import CodeDataset
-from fastvq.distributed import Group, join
+from fastvq.distributed import Group
 from fastvq.errors import ArgumentError
 from fastvq.models import Prior, PriorConfig, build
 from fastvq.training.batches import Batch
 from fastvq.training.config import TrainConfig
-from fastvq.training.loop import Picture, resolve_device, train
-from fastvq.training.run import open_run
-from fastvq.training.weights import describe_start
+from fastvq.training.loop import Picture, train_in
 
 
 def train_prior(
@@ -66,15 +63,22 @@ def train_prior(
         MissingFileError, CorruptFileError: of the folders of codes, or as in :func:`train_vqvae`.
         FileConflictError, DivergedError, PeerError: as in :func:`train_vqvae`.
     """
-    with join() as group:
-        with group.together():
-            resolve_device(config.device, group)
-            codes, validation = _opened(codes_folder, validation_folder, level, model_config)
-            description = _described(codes, validation, level, model_config, config)
-            task = _Likelihood(codes, validation, level, model_config, config, sample_images)
-            init = describe_start(init_from, description["model"], resume=resume)
-        with open_run(Path(run_dir), description, resume=resume, init=init, notes=notes, group=group) as run:
-            prior = train(lambda: build(model_config), task, config, run, group, progress=progress)
+
+    def prepare() -> tuple[_Likelihood, dict[str, Any]]:
+        codes, validation = _opened(codes_folder, validation_folder, level, model_config)
+        description = _described(codes, validation, level, model_config, config)
+        return _Likelihood(codes, validation, level, model_config, config, sample_images), description
+
+    prior = train_in(
+        run_dir,
+        prepare,
+        lambda: build(model_config),
+        config,
+        resume=resume,
+        init_from=init_from,
+        notes=notes,
+        progress=progress,
+    )
     assert isinstance(prior, Prior)
     return prior
 
