@@ -12,6 +12,7 @@ from fastvq.cli.images import described, open_described
 from fastvq.cli.names import configure
 from fastvq.cli.project import Project, augmentation, choose_device, parse_overrides
 from fastvq.cli.resume import recorded, recorded_config, starting_config, train_config
+from fastvq.cli.summary import Start, announce, of_images
 from fastvq.data import ImageDataset
 from fastvq.distributed import join
 from fastvq.errors import ArgumentError, MissingFileError
@@ -31,6 +32,17 @@ def train_classifier(arguments: argparse.Namespace) -> None:
         arguments.quiet |= not group.first
         with group.together():
             run, dataset, description, split, model_config, config = _prepare(arguments)
+            start = Start(
+                run=run,
+                model=model_config,
+                config=config,
+                data=of_images(dataset, *map(len, split)),
+                rows=len(split[0]),
+                size=dataset.size,
+                processes=group.size,
+            )
+            if not announce(arguments, start):
+                return
         train_on_images(
             dataset,
             model_config,

@@ -22,8 +22,9 @@ from fastvq.cli.images import (
     start_project,
 )
 from fastvq.cli.project import Project, augmentation, choose_device
-from fastvq.cli.resume import model_config, notes, train_config
-from fastvq.data import Augment, CodeDataset, ImageDataset, Shard, extract_codes, extract_shard
+from fastvq.cli.resume import follow_recipe, model_config, notes, preset_for_codes, preset_name, train_config
+from fastvq.cli.summary import Start, announce, of_codes, of_images
+from fastvq.data import Augment, CodeDataset, ImageDataset, Shard, extract_codes, extract_shard, split_indices
 from fastvq.data.codes import DESCRIPTION
 from fastvq.distributed import join
 from fastvq.errors import ArgumentError, FileConflictError
@@ -42,7 +43,21 @@ def train_vqvae(arguments: argparse.Namespace) -> None:
     with join() as group, contextlib.ExitStack() as stack:
         arguments.quiet |= not group.first
         with group.together():
-            project, dataset, model, config, settings, augment, data = _prepare_vqvae(arguments)
+            project, dataset, model, config, settings, augment, data, taken = _prepare_vqvae(arguments)
+            split = split_indices(len(dataset), config.validation_fraction, config.seed)
+            start = Start(
+                run=project.vqvae,
+                model=model,
+                config=config,
+                data=of_images(dataset, *map(len, split)),
+                rows=len(split[0]),
+                preset=preset_name(arguments, project.vqvae),
+                size=dataset.size,
+                taken=taken,
+                processes=group.size,
+            )
+            if not announce(arguments, start):
+                return
         with group.together():
             if group.first:
                 stack.enter_context(locked(project.vqvae))
@@ -73,11 +88,13 @@ class _Stage1(NamedTuple):
     settings: dict[str, Any]
     augment: Augment | None
     data: str
+    taken: dict[str, Any]
 
 
 def _prepare_vqvae(arguments: argparse.Namespace) -> _Stage1:
     device = choose_device(arguments.device)
     project = Project(arguments.run)
+    taken = follow_recipe(arguments)
     overrides = {} if arguments.channels is None else {"in_channels": arguments.channels}
     model = model_config(arguments, project.vqvae, VQVAEConfig, **overrides)
     config = train_config(arguments, project.vqvae, device, validation_fraction=0.1)
@@ -112,7 +129,7 @@ def _prepare_vqvae(arguments: argparse.Namespace) -> _Stage1:
     if arguments.init_from is not None:
         kind = type(outline(lambda: build(model))).__name__
         describe_start(arguments.init_from, {"class": kind, **model.to_dict()}, resume=arguments.resume)
-    return _Stage1(project, dataset, model, config, settings, augment, data)
+    return _Stage1(project, dataset, model, config, settings, augment, data, taken)
 
 
 def extract(arguments: argparse.Namespace) -> None:
@@ -166,8 +183,21 @@ def train_prior(arguments: argparse.Namespace) -> None:
     with join() as group:
         arguments.quiet |= not group.first
         with group.together():
-            project, codes, fitted, config, vqvae = _prepare_prior(arguments)
-        run = project.prior(arguments.level)
+            project, codes, fitted, config, vqvae, taken = _prepare_prior(arguments)
+            run = project.prior(arguments.level)
+            held_out = len(CodeDataset(project.validation_codes)) if project.validation_codes.is_dir() else 0
+            start = Start(
+                run=run,
+                model=fitted,
+                config=config,
+                data=of_codes(codes, arguments.level, held_out),
+                rows=len(codes),
+                preset=preset_name(arguments, run),
+                taken=taken,
+                processes=group.size,
+            )
+            if not announce(arguments, start):
+                return
         train_prior_on_codes(
             project.codes,
             arguments.level,
@@ -194,6 +224,7 @@ class _Stage2(NamedTuple):
     fitted: PriorConfig
     config: TrainConfig
     vqvae: HierarchicalVQVAE | None
+    taken: dict[str, Any]
 
 
 def _prepare_prior(arguments: argparse.Namespace) -> _Stage2:
@@ -203,6 +234,9 @@ def _prepare_prior(arguments: argparse.Namespace) -> _Stage2:
     if not 0 <= arguments.level < codes.num_levels:
         raise ArgumentError(f"--level: {project.codes} holds levels 0..{codes.num_levels - 1}, got {arguments.level}")
     run = project.prior(arguments.level)
+    if arguments.preset is None and not arguments.resume and arguments.init_from is None:
+        arguments.preset = preset_for_codes(project.vqvae, arguments.level)
+    taken = follow_recipe(arguments)
     template = model_config(arguments, run, PriorConfig)
     classes = template.num_classes is not None if arguments.resume else not arguments.unconditional
     if classes and arguments.unconditional:
@@ -218,7 +252,7 @@ def _prepare_prior(arguments: argparse.Namespace) -> _Stage2:
             f"--run: the codes in {project.codes} are of the classes {', '.join(codes.class_names) or 'none'}, the "
             f"project knows {', '.join(known) or 'none'}; move {project.codes.parent} elsewhere and extract again"
         )
-    return _Stage2(project, codes, fitted, config, vqvae)
+    return _Stage2(project, codes, fitted, config, vqvae, taken)
 
 
 def fit_to_codes(template: PriorConfig, codes: CodeDataset, level: int, num_classes: int | None) -> PriorConfig:
