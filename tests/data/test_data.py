@@ -16,6 +16,7 @@ from PIL import Image
 
 from fastvq.data import Augment, Digits, ImageFolder, image_grid, load_images, psnr, save_grid, split_indices
 from fastvq.data.base import permutation
+from fastvq.data.grid import grid_size
 from fastvq.data.images import ImageFolderWarning
 from fastvq.errors import (
     ArgumentError,
@@ -454,6 +455,24 @@ def test_grid_layout() -> None:
     assert image_grid(torch.full((1, 1, 1, 1), float("nan")), padding=0).tolist() == [[128]]
 
 
+def test_captions_stand_under_their_columns() -> None:
+    images = torch.zeros(4, 3, 20, 30)
+    plain = image_grid(images, columns=2)
+    grid = image_grid(images, columns=2, captions=["ab", "c"])
+    assert grid.shape[:2] == grid_size(4, 20, 30, 2, captions=["ab", "c"])[:2]
+    assert np.array_equal(grid[: len(plain)], plain)
+    below = grid[len(plain) :] < 128
+    assert below[:, 2:32].any()
+    assert below[:, 34:64].any()
+    assert not below[:, :2].any()
+    assert not below[:, 32:34].any()
+    # Both are turned where one is too wide, and nothing of them is lost.
+    upright = image_grid(images, columns=2, captions=["a" * 30, "c"])
+    assert upright.shape[0] - len(plain) > 100
+    assert (upright[len(plain) :, 2:32] < 128).any(1).sum() > 100
+    assert image_grid(images[:, :1], columns=2, captions=["", "c"]).shape == grid.shape[:2]
+
+
 def test_grid_file_is_not_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save_grid(tmp_path / "new" / "grid.png", torch.zeros(1, 3, 4, 4), padding=0)
     assert np.array(Image.open(path)).shape == (4, 4, 3)
@@ -485,6 +504,7 @@ def test_grid_file_is_not_overwritten(tmp_path: Path, monkeypatch: pytest.Monkey
         (torch.zeros(1, 2, 4, 4), {}, ArgumentError, "1 or 3 channels"),
         (torch.zeros(1, 3, 4, 4, dtype=torch.uint8), {}, ArgumentTypeError, "floating-point"),
         (torch.zeros(1, 3, 4, 4), {"columns": 0}, ArgumentError, "columns: must be at least 1"),
+        (torch.zeros(2, 3, 4, 4), {"captions": ["a"]}, ArgumentError, "captions: expected 2, one per column, got 1"),
         ("picture", {}, ArgumentTypeError, r"images: expected a torch.Tensor"),
     ],
 )
