@@ -170,38 +170,41 @@ def _ends_well(path: Path, kind: str | None) -> bool:
 
 
 def _convert(image: Image.Image, size: tuple[int, int], channels: int, draft: bool) -> np.ndarray:
-    reduced = _reduced(image, size) if draft else None
+    height, width = size
+    mode = "L" if channels == 1 else "RGB"
+    small = _reduced(image, (width, height), mode) if draft and image.format == "JPEG" else None
+    if small is None:
+        small = ImageOps.fit(_whole(image).convert(mode), (width, height), Image.Resampling.BICUBIC)
+    return np.array(small).reshape(height, width, channels)
+
+
+def _whole(image: Image.Image) -> Image.Image:
+    """A picture decoded, upright, opaque and of 8 bits."""
     _scale_transparent_value(image)
     image.load()
-    image = _upright(image)
+    image = _upright(image, _orientation(image))
     if image.mode == "F" or (image.mode == "I" and image.format not in (None, "PNG", "PPM")):
         raise ValueError(f"pixels of mode {image.mode}, whose range is not known; expected 8 or 16 bits")
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow opens as I;16 or, in some formats and versions, as I
-        image = _eight_bits(image)
-    elif image.has_transparency_data:
+        return _eight_bits(image)
+    if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    image = image.convert("L" if channels == 1 else "RGB")
-    height, width = size
-    if reduced is None:
-        image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
-    else:
-        image = image.resize((width, height), Image.Resampling.BICUBIC, box=_centre(reduced, (width, height)))
-    return np.array(image).reshape(height, width, channels)
+        return Image.alpha_composite(white, image)
+    return image
 
 
-def _reduced(image: Image.Image, size: tuple[int, int]) -> tuple[float, float] | None:
-    """Have a large JPEG decoded at a reduced size: its upright (W, H) then, before they are rounded up; or None."""
-    if image.format != "JPEG":
-        return None
-    whole, (height, width) = image.size, size
-    turned = _orientation(image) in _SIDEWAYS
-    drafted = image.draft(None, (_GAP * height, _GAP * width) if turned else (_GAP * width, _GAP * height))
+def _reduced(image: Image.Image, size: tuple[int, int], mode: str) -> Image.Image | None:
+    """A JPEG decoded at a part of its size, cropped and resized to (W, H); None if it is not large enough."""
+    orientation = _orientation(image)
+    across, down = size[::-1] if orientation in _SIDEWAYS else size
+    whole = image.size
+    drafted = image.draft(None, (_GAP * across, _GAP * down))
     if drafted is None or image.size == whole:
         return None
-    _, (_, _, across, down) = drafted
-    return (down, across) if turned else (across, down)
+    # Sides are rounded up to whole pixels of which the last shows less than the others, so turning comes last.
+    box = _centre(drafted[1][2:], (across, down))
+    return _upright(image.convert(mode).resize((across, down), Image.Resampling.BICUBIC, box=box), orientation)
 
 
 def _centre(whole: tuple[float, float], size: tuple[int, int]) -> tuple[float, float, float, float]:
@@ -233,8 +236,8 @@ def _orientation(image: Image.Image) -> int | None:
     return found if found in _TRANSPOSE else None
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    method = _TRANSPOSE.get(_orientation(image) or 1)
+def _upright(image: Image.Image, orientation: int | None) -> Image.Image:
+    method = _TRANSPOSE.get(orientation or 1)
     if method is None:
         return image
     turned = image.transpose(method)
