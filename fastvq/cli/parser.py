@@ -471,6 +471,13 @@ def _add_schedule(
     parser.add_argument("--weight-decay", type=float, help=f"(default: {weight_decay:g})")
     parser.add_argument("--warmup", type=int, metavar="STEPS", help="linear warm-up, then cosine decay (default: 0)")
     parser.add_argument("--ema", type=float, metavar="DECAY", help=f"weight averaging; 0: off (default: {ema})")
+    parser.add_argument(
+        "--no-cuda-graph",
+        dest="cuda_graph",
+        action="store_false",
+        default=None,
+        help="on a GPU, launch the work of every step anew instead of replaying a recording",
+    )
     parser.add_argument("--workers", type=int, help="processes that load data (default: 0)")
     parser.add_argument("--log-every", type=int, metavar="STEPS", help="(default: 50)")
     parser.add_argument("--checkpoint-every", type=int, metavar="STEPS", help="(default: 1000)")

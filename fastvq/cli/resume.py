@@ -34,6 +34,7 @@ _FIELDS = {
     "ema": "ema_decay",
     "bf16": "bf16",
     "compile": "compile",
+    "cuda_graph": "cuda_graph",
     "accumulate": "accumulate",
     "validation": "validation_fraction",
     "seed": "seed",

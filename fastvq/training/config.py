@@ -14,7 +14,7 @@ from fastvq.errors import ArgumentError, ArgumentTypeError
 
 # A run may go on with other values of these: they change neither the weights nor the values in the log.
 NEUTRAL_FIELDS = frozenset(
-    {"log_every", "image_every", "checkpoint_every", "keep_checkpoints", "num_workers", "device"}
+    {"cuda_graph", "log_every", "image_every", "checkpoint_every", "keep_checkpoints", "num_workers", "device"}
 )
 
 
@@ -36,6 +36,9 @@ class TrainConfig(Config):
             weights themselves.
         bf16: forward pass under bfloat16 autocast.
         compile: compile the forward pass with ``torch.compile``.
+        cuda_graph: on a GPU, record the passes of a step as a CUDA graph after some steps and replay it, which spares
+            small models most of their time; not with ``compile``, ``accumulate``, several processes, or attention
+            dropout.
         accumulate: equal parts a batch is cut into, one forward and backward pass each, to save memory. The step is
             that of the whole batch up to rounding (and up to dropout, whose mask is drawn part by part).
         seed: of the initial weights, dropout, the order of the data, the augmentation and the validation split.
@@ -63,6 +66,7 @@ class TrainConfig(Config):
     ema_decay: float | None = 0.999
     bf16: bool = False
     compile: bool = False
+    cuda_graph: bool = True
     accumulate: int = 1
     seed: int = 0
     validation_fraction: float = 0.1
@@ -80,7 +84,7 @@ class TrainConfig(Config):
         self._require(require_positive_int, "warmup_steps", "num_workers", minimum=0)
         self._require(require_seed, "seed")
         self._require(require_choice, "optimizer", choices=("adamw", "adam"))
-        self._require(require_bool, "bf16", "compile")
+        self._require(require_bool, "bf16", "compile", "cuda_graph")
         self._require(require_number, "learning_rate", above=0)
         self._require(require_number, "weight_decay", least=0)
         self._require(require_number, "final_lr_fraction", least=0, most=1)

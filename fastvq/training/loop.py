@@ -9,7 +9,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -32,6 +32,7 @@ from fastvq.training.config import TrainConfig, learning_rate
 from fastvq.training.ema import WeightAverage
 from fastvq.training.interrupt import DeferredInterrupt
 from fastvq.training.log import MetricLog
+from fastvq.training.recorded import Recorded
 from fastvq.training.run import RunFolder, open_run, versions
 from fastvq.training.weights import best_validation, describe_start, recorded_start
 
@@ -197,6 +198,7 @@ def _steps(state: TrainingState, task: Task, config: TrainConfig, run: RunFolder
                     save_checkpoint(run.checkpoints, state, keep=config.keep_checkpoints, versions=versions())
             return checkpoint_path(run.checkpoints, state.step)
 
+        gradients = _RecordedGradients(state, forward, task, config) if _recorded(state, config, group) else None
         reports = _Reports(state, task, config, run, log, batches, group)
         with _kept(state, checkpoint):
             reports.before_first_step()
@@ -215,7 +217,7 @@ def _steps(state: TrainingState, task: Task, config: TrainConfig, run: RunFolder
             for settings in state.optimizer.param_groups:
                 settings["lr"] = learning_rate(state.step, config)
             _seed_dropout(state, config, group)
-            metrics = _gradients(state, forward, task, config, batch, group)
+            metrics = gradients(batch) if gradients else _gradients(state, forward, task, config, batch, group)
             _check_finite(metrics, state.step, run, group)
             with annotate("step"):
                 state.optimizer.step()
@@ -377,6 +379,39 @@ def _gradients(
     if config.grad_clip is not None:
         totals["grad_norm"] = float(nn.utils.clip_grad_norm_(state.model.parameters(), config.grad_clip))
     return totals
+
+
+def _recorded(state: TrainingState, config: TrainConfig, group: Group) -> bool:
+    """Whether the passes of steps may be recorded as a CUDA graph."""
+    plain = group.size == 1 and config.accumulate == 1 and not config.compile
+    return config.cuda_graph and plain and state.device.type == "cuda"
+
+
+class _RecordedGradients:
+    """:func:`_gradients` of one process and one part, recorded as a CUDA graph."""
+
+    def __init__(self, state: TrainingState, forward: Callable[..., Any], task: Task, config: TrainConfig) -> None:
+        self._state, self._forward, self._task, self._config = state, forward, task, config
+        self._names: list[str] = []
+        self._passes = Recorded(self._run, state.device)
+
+    def __call__(self, batch: Batch) -> dict[str, float]:
+        values = self._passes(batch)
+        return dict(zip(self._names, values.tolist(), strict=True))
+
+    def _run(self, batch: Sequence[Tensor]) -> Tensor:
+        """Metrics [M]."""
+        config = self._config
+        self._state.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(self._state.device.type, dtype=torch.bfloat16, enabled=config.bf16), annotate("forward"):
+            loss, metrics = self._task.loss(self._forward, tuple(batch))
+        with annotate("backward"):
+            loss.backward()
+        found = {"loss": loss, **metrics}
+        if config.grad_clip is not None:
+            found["grad_norm"] = nn.utils.clip_grad_norm_(self._state.model.parameters(), config.grad_clip)
+        self._names = list(found)
+        return torch.stack([value.detach().float() for value in found.values()])
 
 
 def _unshared(forward: Callable[..., Any]) -> AbstractContextManager[None]:

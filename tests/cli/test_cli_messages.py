@@ -197,7 +197,7 @@ WHOLE = {
 }
 # Options of which every value is one, or whose values argparse checks.
 FREE = {"help", "debug", "quiet", "overwrite", "resume", "skip_broken", "flip", "unconditional", "bf16", "compile"}
-FREE |= {"curves", "optimizer", "name", "cache", "changed_data", "weights"}
+FREE |= {"cuda_graph", "curves", "optimizer", "name", "cache", "changed_data", "weights"}
 
 
 def blamed(line: str) -> str:
