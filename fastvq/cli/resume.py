@@ -45,6 +45,9 @@ _FIELDS = {
 }
 
 
+_OPTIONS = {field: option for option, field in _FIELDS.items()}
+
+
 def recorded(arguments: argparse.Namespace, run: Path) -> dict[str, Any] | None:
     """The record of the run to go on with, or None for a new one.
 
@@ -80,10 +83,8 @@ def follow_recipe(arguments: argparse.Namespace) -> dict[str, Any]:
     recipe = None if arguments.resume else RECIPES.get(_preset(arguments) or "")
     if recipe is None or recipe.schedule is None:
         return {}
-    schedule = recipe.schedule
-    values = {"batch_size": schedule.batch_size, "lr": schedule.learning_rate, "steps": schedule.steps}
-    if "size" in arguments.options:
-        values = {"size": list(recipe.size), **values}
+    values: dict[str, Any] = {"size": list(recipe.size)} if "size" in arguments.options else {}
+    values |= {_OPTIONS[field]: value for field, value in recipe.schedule.settings.items()}
     taken = {option: value for option, value in values.items() if getattr(arguments, option) is None}
     for option, value in taken.items():
         setattr(arguments, option, value)

@@ -19,7 +19,7 @@ from fastvq.models import PRESETS, HierarchicalVQVAE, PriorConfig, build
 from fastvq.models.stored import outline
 from fastvq.training import TrainConfig, training_memory
 from fastvq.training.machine import device_title, free_memory
-from fastvq.training.recipes import RECIPES
+from fastvq.training.recipes import MEASURED, RECIPES
 from fastvq.training.run import RunFolder
 
 # Of parameters: with more a CPU takes seconds for a step of a few images.
@@ -181,7 +181,7 @@ def _duration(arguments: argparse.Namespace, start: Start, device: str) -> list[
     left = start.config.steps - (run.done if run.config.is_file() else 0)
     return [
         ("duration", f"about {time_text(one.seconds * left / 1000)}: {one.seconds:.3g} s per 1000 steps on {one.device}")
-        for one in recipe.measured
+        for one in MEASURED.get(start.preset or "", ())
         if one.device in title
     ][:1]
 
