@@ -43,8 +43,6 @@ _FIELDS = {
     "checkpoint_every": "checkpoint_every",
     "workers": "num_workers",
 }
-
-
 _OPTIONS = {field: option for option, field in _FIELDS.items()}
 
 

@@ -180,7 +180,7 @@ def _duration(arguments: argparse.Namespace, start: Start, device: str) -> list[
     run = RunFolder(start.run)
     left = start.config.steps - (run.done if run.config.is_file() else 0)
     return [
-        ("duration", f"about {time_text(one.seconds * left / 1000)}: {one.seconds:.3g} s per 1000 steps on {one.device}")
+        ("duration", f"about {time_text(one.seconds * left / 1000)}: {one.seconds:.4g} s per 1000 steps on {one.device}")
         for one in MEASURED.get(start.preset or "", ())
         if one.device in title
     ][:1]
