@@ -11,7 +11,7 @@ import numpy as np
 from fastvq.cli.images import described, open_described
 from fastvq.cli.names import configure
 from fastvq.cli.project import Project, augmentation, choose_device, parse_overrides
-from fastvq.cli.resume import recorded, recorded_config, starting_config, train_config
+from fastvq.cli.resume import recorded, recorded_config, shown, starting_config, train_config
 from fastvq.data import ImageDataset
 from fastvq.distributed import join
 from fastvq.errors import ArgumentError, MissingFileError
@@ -42,7 +42,7 @@ def train_classifier(arguments: argparse.Namespace) -> None:
             resume=arguments.resume,
             init_from=arguments.init_from,
             notes={"data": description},
-            progress=not arguments.quiet,
+            progress=shown(arguments),
         )
         if group.first:
             values = last_validation(run, "top1")

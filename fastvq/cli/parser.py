@@ -470,6 +470,12 @@ def _add_schedule(
     )
     parser.add_argument("--workers", type=int, help="processes that load data (default: 0)")
     parser.add_argument("--log-every", type=int, metavar="STEPS", help="(default: 50)")
+    parser.add_argument("--validate-every", type=int, metavar="STEPS", help="(default: after every epoch)")
+    parser.add_argument(
+        "--plain",
+        action="store_true",
+        help="instead of a progress bar a line every --log-every steps, as where stderr is no terminal",
+    )
     parser.add_argument("--checkpoint-every", type=int, metavar="STEPS", help="(default: 1000)")
     parser.add_argument(
         "--init-from",

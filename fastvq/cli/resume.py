@@ -16,6 +16,7 @@ from fastvq.errors import ArgumentError, FileConflictError, MissingFileError
 from fastvq.models import PriorConfig, preset
 from fastvq.training import TrainConfig
 from fastvq.training.config import NEUTRAL_FIELDS
+from fastvq.training.progress import Show
 from fastvq.training.run import CONFIG, RunFolder
 from fastvq.training.weights import called, described_model, load_weights
 
@@ -38,6 +39,7 @@ _FIELDS = {
     "validation": "validation_fraction",
     "seed": "seed",
     "log_every": "log_every",
+    "validate_every": "validate_every",
     "image_every": "image_every",
     "checkpoint_every": "checkpoint_every",
     "workers": "num_workers",
@@ -160,6 +162,11 @@ def model_config(arguments: argparse.Namespace, run: Path, kind: type[C], **over
     return config
 
 
+def shown(arguments: argparse.Namespace) -> Show:
+    """How ``--quiet`` and ``--plain`` want progress to be shown."""
+    return False if arguments.quiet else "plain" if arguments.plain else True
+
+
 def notes(arguments: argparse.Namespace, **more: Any) -> dict[str, Any]:
     """What of the command line a run's record keeps beside its settings."""
     return {"preset": arguments.preset or arguments.default_preset, "set": arguments.set, **more}
@@ -172,5 +179,5 @@ def _plain(value: Any) -> Any:
 def _refuse(option: str, run: Path, there: object, now: object) -> NoReturn:
     raise FileConflictError(
         f"{option}: the run in {run} has {there!r}, got {now!r}; --resume needs no settings, and can change --steps, "
-        "--device, --workers and how often something is written"
+        "--device, --workers and how often something is validated or written"
     )

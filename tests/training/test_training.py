@@ -74,7 +74,7 @@ def test_codebooks_move_once_per_step(monkeypatch: pytest.MonkeyPatch, tmp_path:
     parts = VQVAE2(whole.config).train()
     parts.load_state_dict(whole.state_dict())
     images = Noise().pixels[:8]
-    task = _Reconstruction(Noise(), np.arange(20), np.arange(20, 22), train_config(), None)
+    task = _Reconstruction(Noise(), np.arange(20), np.arange(20, 22), VQVAE_CONFIG, train_config(), None)
     with torch.no_grad():
         whole(images)
         with task.accumulation(parts):
