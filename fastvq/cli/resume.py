@@ -105,7 +105,7 @@ def train_config(arguments: argparse.Namespace, run: Path, device: str, **defaul
     may_change = NEUTRAL_FIELDS | {"steps"}
     for option, field in _FIELDS.items():
         if field in typed and field not in may_change and typed[field] != there.get(field):
-            _refuse(f"--{option.replace('_', '-')}", run, there.get(field), typed[field])
+            refuse(f"--{option.replace('_', '-')}", run, there.get(field), typed[field])
     with reading(f"{run / CONFIG}: its settings of training do not fit"):
         config = TrainConfig.from_dict({**there, "device": device})
     return dataclasses.replace(config, **typed)
@@ -138,14 +138,14 @@ def model_config(arguments: argparse.Namespace, run: Path, kind: type[C], **over
             ignored = fitted if isinstance(other, PriorConfig) else ()
             overrides = {name: value for name, value in wanted.items() if name not in ignored}
             if type(other) is not type(config):
-                _refuse("--preset", run, type(config).__name__, type(other).__name__)
+                refuse("--preset", run, type(config).__name__, type(other).__name__)
         stored = config.to_dict()
         for name, value in overrides.items():
             if name not in stored:
                 configure(config, {name: value})  # which says what fields there are
             if _plain(stored[name]) != _plain(value):
                 option = "--channels" if name == "in_channels" and arguments.channels else f"--set {name}"
-                _refuse(option if arguments.preset in (None, noted) else f"--preset ({name})", run, stored[name], value)
+                refuse(option if arguments.preset in (None, noted) else f"--preset ({name})", run, stored[name], value)
     elif arguments.init_from is not None and arguments.preset is None:
         source = starting_config(arguments.init_from)
         config = configure(source, overrides, typed)
@@ -176,7 +176,8 @@ def _plain(value: Any) -> Any:
     return list(map(_plain, value)) if isinstance(value, (list, tuple)) else value
 
 
-def _refuse(option: str, run: Path, there: object, now: object) -> NoReturn:
+def refuse(option: str, run: Path, there: object, now: object) -> NoReturn:
+    """A run that goes on does not take an option that its record says otherwise."""
     raise FileConflictError(
         f"{option}: the run in {run} has {there!r}, got {now!r}; --resume needs no settings, and can change --steps, "
         "--device, --workers and how often something is validated or written"

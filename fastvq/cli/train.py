@@ -16,12 +16,16 @@ from fastvq._check import require_positive_int
 from fastvq._lock import locked
 from fastvq.cli.codebook import say_use_of_codes, say_use_of_run
 from fastvq.cli.images import (
+    image_size,
     open_new_images,
     open_project_images,
     recorded_folder,
+    require_same_settings,
+    require_shift,
     split_images,
     start_project,
 )
+from fastvq.cli.loading import keep_images, loading_threads, remember, require_cache_place, with_workers
 from fastvq.cli.project import Project, augmentation, choose_device
 from fastvq.cli.resume import model_config, notes, shown, train_config
 from fastvq.data import Augment, CodeDataset, ImageDataset, Shard, extract_codes, extract_shard
@@ -50,6 +54,9 @@ def train_vqvae(arguments: argparse.Namespace) -> None:
                 stack.enter_context(locked(project.vqvae))
                 project.require_free(resume=arguments.resume)
                 start_project(project, data, dataset, settings)
+                remember(dataset)
+        keep_images(arguments, project, dataset, group)
+        config = with_workers(arguments, config, dataset, group)
         train_vqvae_on_images(
             dataset,
             model,
@@ -91,12 +98,12 @@ def _prepare_vqvae(arguments: argparse.Namespace) -> _Stage1:
             f"--size: expected positive multiples of {stride}, got {' '.join(map(str, arguments.size))}"
         )
     project.require_free(resume=arguments.resume)
-    there: dict[str, Any] = {"size": None, "skip_broken": False, "flip": False, "shift": 0}
+    there: dict[str, Any] = {"size": None, "skip_broken": False, "flip": False, "shift": 0, "draft": True}
     if arguments.resume:
-        there = project.read_data()
+        there = {"draft": False, **project.read_data()}
     settings = {
         name: there[name] if getattr(arguments, name) is None else getattr(arguments, name)
-        for name in ("skip_broken", "flip", "shift")
+        for name in ("skip_broken", "flip", "shift", "draft")
     }
     settings |= {"validation": config.validation_fraction, "seed": config.seed}
     augment = augmentation(settings)
@@ -105,17 +112,26 @@ def _prepare_vqvae(arguments: argparse.Namespace) -> _Stage1:
         if not arguments.resume:
             raise ArgumentError("--data: a new run needs a folder of images, or 'digits'")
         data = recorded_folder(project, there)
-    dataset = open_new_images(
-        project,
-        data,
-        arguments.size or there["size"],
-        model.in_channels,
-        skip_broken=settings["skip_broken"],
-        quiet=arguments.quiet,
-    )
+    require_cache_place(arguments, data)
+    size = arguments.size or there["size"]
+    pair = None if size is None else image_size(size)
+    if pair is not None:
+        require_shift(settings["shift"], pair)
+    if arguments.resume:
+        known = {"channels": model.in_channels} if pair is None else {"channels": model.in_channels, "size": list(pair)}
+        require_same_settings(project, {**known, **settings})
     if arguments.init_from is not None:
         kind = type(outline(lambda: build(model))).__name__
         describe_start(arguments.init_from, {"class": kind, **model.to_dict()}, resume=arguments.resume)
+    dataset = open_new_images(
+        project,
+        data,
+        size,
+        model.in_channels,
+        skip_broken=settings["skip_broken"],
+        draft=settings["draft"],
+        quiet=arguments.quiet,
+    )
     return _Stage1(project, dataset, model, config, settings, augment, data)
 
 
@@ -125,7 +141,13 @@ def extract(arguments: argparse.Namespace) -> None:
     project = Project(arguments.run)
     model = project.load_vqvae(device)
     augment = augmentation(project.read_data())
-    require_positive_int("copies", arguments.copies)
+    for name in ("copies", "batch_size"):
+        require_positive_int(name, getattr(arguments, name))
+    if arguments.workers is not None:
+        require_positive_int("num_workers", arguments.workers, minimum=0)
+    require_cache_place(arguments, arguments.data or project.read_data()["data"])
+    if shard is not None and (project.codes / DESCRIPTION).is_file():
+        raise FileConflictError(f"--shard: {project.codes} holds codes already; move it elsewhere to extract anew")
     if arguments.copies > 1 and augment is None:
         raise ArgumentError(
             f"--copies: {arguments.copies} copies would all be the same; train-vqvae had neither --flip nor --shift"
@@ -144,14 +166,16 @@ def extract(arguments: argparse.Namespace) -> None:
     if len(validation):
         # First, so that where all parts of the training codes are there all of these are.
         parts.insert(0, (validation, project.validation_codes, 1))
-    if shard is not None and (project.codes / DESCRIPTION).is_file():
-        raise FileConflictError(f"--shard: {project.codes} holds codes already; move it elsewhere to extract anew")
+    remember(dataset)
+    keep_images(arguments, project, dataset)
+    threads = loading_threads(arguments, device, dataset)
     for indices, folder, copies in parts:
         settings: dict[str, Any] = {
             "batch_size": arguments.batch_size,
             "augment": augment if copies > 1 else None,
             "copies": copies,
             "seed": description["seed"],
+            "num_workers": threads,
             "progress": not arguments.quiet,
         }
         if shard is None:

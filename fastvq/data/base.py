@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastvq._check import require_positive_int, require_seed
+from fastvq._check import require_number, require_positive_int, require_seed
 from fastvq.errors import ArgumentError, ArgumentTypeError
 
 # Domains of the counter-based generator: the same seed never gives the same words for two purposes.
@@ -79,8 +79,7 @@ def split_indices(n: int, fraction: float, seed: int) -> tuple[np.ndarray, np.nd
     """
     require_positive_int("n", n)
     require_seed("seed", seed)
-    if not 0 <= fraction < 1:
-        raise ArgumentError(f"fraction: must lie in [0, 1), got {fraction!r}")
+    require_number("fraction", fraction, least=0, below=1)
     count = held_out(n, fraction)
     if count >= n:
         raise ArgumentError(f"fraction: {fraction} of {n} items leaves nothing to train on")

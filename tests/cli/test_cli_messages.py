@@ -83,8 +83,18 @@ BAD: dict[str, list[str]] = {
         "--set channels=0",
         "--set in_channels=0",
         "--set strides=(3,)",
+        "--cache-images file",
     ],
-    "extract": ["--shard 1", "--run nowhere", "--data nowhere", "--batch-size 0", "--copies 0", "--copies 2"],
+    "extract": [
+        "--shard 1",
+        "--run nowhere",
+        "--data nowhere",
+        "--batch-size 0",
+        "--copies 0",
+        "--copies 2",
+        "--workers -1",
+        "--cache-images file",
+    ],
     "train-prior": [
         *BOTH_STAGES,
         "--run nowhere",
@@ -135,6 +145,7 @@ BAD: dict[str, list[str]] = {
         "--set channels=0",
         "--set dropout=1",
         "--set width=3",
+        "--cache-images file",
     ],
     "evaluate": [
         "-n 0",
@@ -197,7 +208,7 @@ WHOLE = {
 }
 # Options of which every value is one, or whose values argparse checks.
 FREE = {"help", "debug", "quiet", "overwrite", "resume", "skip_broken", "flip", "unconditional", "bf16", "compile"}
-FREE |= {"cuda_graph", "curves", "optimizer", "name", "cache", "changed_data", "weights"}
+FREE |= {"cuda_graph", "curves", "optimizer", "name", "cache", "changed_data", "weights", "draft", "plain"}
 
 
 def blamed(line: str) -> str:
