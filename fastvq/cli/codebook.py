@@ -9,7 +9,7 @@ from fastvq.data import CodeDataset
 from fastvq.data.codes import DESCRIPTION
 from fastvq.data.usage import CodeUse
 from fastvq.training.codebook import CodebookTraining, few_codes
-from fastvq.training.log import METRICS, last_validation
+from fastvq.training.log import last_validation, metrics_path
 from fastvq.training.run import RunFolder
 
 # Rows of codes that are read where a command is not about them.
@@ -23,7 +23,7 @@ def say_use_of_run(project: Project, *, warn: bool) -> bool:
         warn: say on stderr what to do where these are few.
     """
     training = _training(project)
-    if training is None or not (project.vqvae / "logs" / METRICS).is_file():
+    if training is None or not metrics_path(project.vqvae).is_file():
         return False
     levels = range(len(training.grids))
     values = last_validation(project.vqvae, *(f"{name}_{n}" for name in ("perplexity", "usage") for n in levels))
@@ -48,7 +48,7 @@ def say_use_of_codes(project: Project, *, whole: bool) -> None:
 
 def _say(uses: list[CodeUse], training: CodebookTraining | None, where: str, *, warn: bool) -> None:
     for use in uses:
-        print(f"{where} {use}")
+        print(f"{where:11} {use}")
     concern = few_codes(uses, training, where) if warn else None
     if concern is not None:
         sys.stdout.flush()

@@ -52,6 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_reconstruct(commands)
     _add_train_classifier(commands)
     _add_evaluate(commands)
+    _add_plot(commands)
     _add_info(commands)
     for name, command in commands.choices.items():
         command.set_defaults(command=name, options=options_of(command))
@@ -331,6 +332,22 @@ def _add_cache_images(parser: argparse.ArgumentParser) -> None:
         help="store all images decoded and resized (H x W x channels bytes each) and take them from there, in DIR or, "
         "for all commands that follow, in RUN/cache",
     )
+
+
+def _add_plot(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(
+        commands,
+        "plot",
+        "fastvq.cli.plot:plot",
+        "draw curves of training",
+        "Of each run in a project, or of one run, whether or not it has finished: loss, error or likelihood in\n"
+        "training and validation, perplexity of each level, and learning rate. Needs matplotlib (pip install\n"
+        '"fastvq[eval]").',
+        device=False,
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="a project, or one run of it")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="a PNG (default: RUN/curves.png)")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:

@@ -80,33 +80,45 @@ class CodebookTraining:
         """Of each level, from the metrics of a batch or a validation with so many images."""
         return CodeUse.of_metrics(values, self.model.num_codes, [images * grid for grid in self.grids])
 
-    def advice(self, use: CodeUse) -> list[str]:
-        """What to change in a new run so that a level uses more of its codes, with images as they are."""
-        model, train, codes, grid = self.model, self.train, self.model.num_codes, self.grids[use.level]
+    def advice(self, few: Sequence[CodeUse]) -> list[str]:
+        """What to change in a new run so that these levels use more of their codes, the best first."""
+        model, train, codes = self.model, self.train, self.model.num_codes
         found: list[str] = []
-        changes = []
+        options: list[str] = []
+        now: list[str] = []
         if model.codebook_init != "kmeans":
-            changes.append(f"--set codebook_init=kmeans (now {model.codebook_init})")
+            options.append("--set codebook_init=kmeans")
+            now.append(model.codebook_init)
         if model.revive_below < _REVIVE:
-            changes.append(f"--set revive_below=1 (now {model.revive_below:g})")
-        if changes:
-            found.append(f"{' '.join(changes)}: codes start among the vectors, and unused ones are moved there")
-        vectors = train.batch_size * grid
-        if vectors < _PER_BATCH * codes:
-            enough = math.ceil(_PER_BATCH * codes / grid)
+            options.append("--set revive_below=1")
+            now.append(f"{model.revive_below:g}")
+        if options:
             found.append(
-                f"--batch-size {enough} (now {train.batch_size}), or fewer codes (--set num_codes=...): a batch has "
-                f"{vectors} vectors of this level for {codes} codes"
+                f"{' '.join(options)} (now {', '.join(now)}): codes begin among the vectors, and those that fall out "
+                f"of use return there; batch size {train.batch_size} and learning rate {train.learning_rate:g} can stay"
             )
-        vectors = (self.images - self.validated) * grid
-        if vectors < _PER_CODE * codes:
-            found.append(
-                f"more images, or fewer codes (--set num_codes=...): all training images together have {vectors} "
-                f"vectors of this level for {codes} codes"
-            )
-        if not changes or train.learning_rate > _RATE:
+        if not options or train.learning_rate > _RATE:
             found.append(f"--lr {train.learning_rate / 3:.1g} (now {train.learning_rate:g})")
+        for use in few:
+            grid = self.grids[use.level]
+            batch, everything = train.batch_size * grid, (self.images - self.validated) * grid
+            if batch < _PER_BATCH * codes:
+                enough = math.ceil(_PER_BATCH * codes / grid)
+                found.append(
+                    f"--batch-size {enough} or --set num_codes={_below(batch / _PER_BATCH)}: a batch of "
+                    f"{train.batch_size} has {batch} vectors of {use.name} for {codes} codes"
+                )
+            if everything < _PER_CODE * codes:
+                found.append(
+                    f"more images or --set num_codes={_below(everything / _PER_CODE)}: {self.images - self.validated} "
+                    f"training images have {everything} vectors of {use.name} for {codes} codes"
+                )
         return found
+
+
+def _below(count: float) -> int:
+    """The power of two next to a number from below, at least 2."""
+    return 2 ** max(1, math.floor(math.log2(max(1.0, count))))
 
 
 def few_codes(uses: Sequence[CodeUse], training: CodebookTraining | None, where: str) -> str | None:
@@ -119,9 +131,11 @@ def few_codes(uses: Sequence[CodeUse], training: CodebookTraining | None, where:
     few = [use for use in uses if use.few]
     if not few:
         return None
-    lines = [f"few codes in use ({where}): what is not in the codes is lost, and a prior learns nothing from these"]
-    for use in few:
-        lines.append(f"  {use}")
-        lines += [f"    try {advice}" for advice in ([] if training is None else training.advice(use))]
-    lines.append("  It takes a new run. Only where images are all alike are so few codes enough.")
+    advice = [] if training is None else training.advice(few)
+    lines = [
+        f"few codes in use in {where}; what codes cannot say is lost, and a prior over them learns nothing:",
+        *(f"    {use}" for use in few),
+        *(["  in a new run, unless the images are all alike:"] if advice else []),
+        *(f"    {one}" for one in advice),
+    ]
     return "\n".join(lines)

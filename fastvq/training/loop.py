@@ -257,6 +257,7 @@ class _Reports:
         model = state.model if state.average is None else state.average.model
         assert isinstance(model, PretrainedModel)
         self._evaluated = model
+        self._means: dict[str, float] = {}
 
     def before_first_step(self) -> None:
         """Make up for what an error or a shorter run left out after the step that the checkpoint is of."""
@@ -296,13 +297,14 @@ class _Reports:
             if self._log is not None:
                 self._log.write(state.step, "train", {**means, "learning_rate": rate})
                 self._progress.line(state.step, means)
-        state.totals, state.totals_steps = {}, 0
+        state.totals, state.totals_steps, self._means = {}, 0, means
 
     def _validation(self) -> None:
         state, criterion = self._state, self._task.criterion
         with _evaluation(self._evaluated) as model, annotate("validate"):
             values = self._task.validate(model, state.device, self._group)
         if not values:
+            self._progress.judge(state.step, self._means)
             return
         with self._group.together():
             if self._log is not None:

@@ -32,7 +32,11 @@ class Words(Protocol):
         """Validation metrics as a sentence."""
 
     def concern(self, values: Mapping[str, float]) -> str | None:
-        """What is wrong and what to do about it, by validation metrics; before the first ones (none) or after them."""
+        """What is wrong and what to do about it.
+
+        Args:
+            values: validation metrics; without validation data those of training; none before the first ones.
+        """
 
 
 class Progress:
@@ -84,7 +88,7 @@ class Progress:
     def step(self, metrics: Mapping[str, float]) -> None:
         self._seconds.append(self._clock() - self._step_began)
         if not self._bar.disable:
-            self._bar.set_postfix_str(f"{self._words.brief(metrics)}, {self._rate()}", refresh=False)
+            self._bar.set_postfix_str(f"{self._rate()}, {self._words.brief(metrics)}", refresh=False)
             self._bar.update()
 
     def line(self, step: int, means: Mapping[str, float]) -> None:

@@ -217,8 +217,8 @@ class _Reconstruction:
     def brief(self, metrics: Mapping[str, float]) -> str:
         uses = self._codebooks.use(metrics, self._codebooks.train.batch_size)
         perplexity = "/".join(f"{use.perplexity:.3g}" for use in uses)
-        used = "/".join(f"{100 * use.share:.0f}" for use in uses)
-        return f"loss {metrics['loss']:.4f}, perplexity {perplexity}, used {used} %"
+        used = "/".join(str(use.used) for use in uses)
+        return f"loss {metrics['loss']:.4f}, perplexity {perplexity}, in use {used} of {uses[0].num_codes}"
 
     def summary(self, values: Mapping[str, float]) -> str:
         uses = self._codebooks.use(values, len(self._validation))
@@ -227,7 +227,9 @@ class _Reconstruction:
     def concern(self, values: Mapping[str, float]) -> str | None:
         if not values:
             return None
-        return few_codes(self._codebooks.use(values, len(self._validation)), self._codebooks, "validation")
+        held_out = len(self._validation)
+        uses = self._codebooks.use(values, held_out or self._codebooks.train.batch_size)
+        return few_codes(uses, self._codebooks, "validation" if held_out else "the last steps")
 
     def picture(self, model: nn.Module, device: torch.device, step: int) -> Picture:
         source = self._validation if len(self._validation) else self._training

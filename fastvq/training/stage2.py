@@ -223,11 +223,10 @@ class _Likelihood:
     def concern(self, values: Mapping[str, float]) -> str | None:
         if not self._use.few:
             return None
-        found = f"validation NLL {values['nll']:.4f} nats; " if values else ""
         return (
-            f"{found}the codes of this level hardly vary, and an NLL near 0 says nothing of the samples. In "
-            f"{self._codes.folder} {self._use}. Train the autoencoder anew, for instance with "
-            "--set codebook_init=kmeans --set revive_below=1, and extract its codes"
+            f"the codes hardly vary; in {self._codes.folder}\n    {self._use}\n"
+            "  an NLL near 0 is no merit then: samples have as little in them as these codes. Before any prior the\n"
+            "  autoencoder needs a new run, in general with --set codebook_init=kmeans --set revive_below=1"
         )
 
     def picture(self, model: nn.Module, device: torch.device, step: int) -> Picture | None:

@@ -367,6 +367,7 @@ def test_bottom_prior_sees_the_level_above(tmp_path: Path, codes: Path) -> None:
         ("validation_fraction", 1.0, ArgumentError),
         ("log_every", 0, ArgumentError),
         ("image_every", 0, ArgumentError),
+        ("validate_every", 0, ArgumentError),
         ("checkpoint_every", 0, ArgumentError),
         ("keep_checkpoints", 0, ArgumentError),
         ("num_workers", -1, ArgumentError),
