@@ -16,6 +16,7 @@ from fastvq.errors import ArgumentError, FileConflictError, MissingFileError
 from fastvq.models import PriorConfig, preset
 from fastvq.training import TrainConfig
 from fastvq.training.config import NEUTRAL_FIELDS
+from fastvq.training.progress import Show
 from fastvq.training.recipes import RECIPES, prior_preset
 from fastvq.training.run import CONFIG, RunFolder
 from fastvq.training.weights import called, described_model, load_weights
@@ -39,6 +40,7 @@ _FIELDS = {
     "validation": "validation_fraction",
     "seed": "seed",
     "log_every": "log_every",
+    "validate_every": "validate_every",
     "image_every": "image_every",
     "checkpoint_every": "checkpoint_every",
     "workers": "num_workers",
@@ -76,13 +78,19 @@ def recorded_config(record: dict[str, Any], run: Path) -> Config:
         return described_model(record["model"])[1]
 
 
-def follow_recipe(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Fill in from the preset's recipe what is not typed, of a new run; returns that, by option."""
-    recipe = None if arguments.resume else RECIPES.get(_preset(arguments) or "")
-    if recipe is None or recipe.schedule is None:
+def follow_recipe(arguments: argparse.Namespace, preset: str | None = None) -> dict[str, Any]:
+    """Fill in from the preset's recipe what is not typed, of a new run; returns that, by option.
+
+    Args:
+        preset: to be taken where none is typed.
+    """
+    if arguments.resume:
         return {}
-    values: dict[str, Any] = {"size": list(recipe.size)} if "size" in arguments.options else {}
-    values |= {_OPTIONS[field]: value for field, value in recipe.schedule.settings.items()}
+    values: dict[str, Any] = {} if preset is None or arguments.init_from else {"preset": preset}
+    recipe = RECIPES.get(_preset(arguments) or values.get("preset", ""))
+    if recipe is not None and recipe.schedule is not None:
+        values |= {"size": list(recipe.size)} if "size" in arguments.options else {}
+        values |= {_OPTIONS[field]: value for field, value in recipe.schedule.settings.items()}
     taken = {option: value for option, value in values.items() if getattr(arguments, option) is None}
     for option, value in taken.items():
         setattr(arguments, option, value)
@@ -139,7 +147,7 @@ def train_config(arguments: argparse.Namespace, run: Path, device: str, **defaul
     may_change = NEUTRAL_FIELDS | {"steps"}
     for option, field in _FIELDS.items():
         if field in typed and field not in may_change and typed[field] != there.get(field):
-            _refuse(f"--{option.replace('_', '-')}", run, there.get(field), typed[field])
+            refuse(f"--{option.replace('_', '-')}", run, there.get(field), typed[field])
     with reading(f"{run / CONFIG}: its settings of training do not fit"):
         config = TrainConfig.from_dict({**there, "device": device})
     return dataclasses.replace(config, **typed)
@@ -172,28 +180,33 @@ def model_config(arguments: argparse.Namespace, run: Path, kind: type[C], **over
             ignored = fitted if isinstance(other, PriorConfig) else ()
             overrides = {name: value for name, value in wanted.items() if name not in ignored}
             if type(other) is not type(config):
-                _refuse("--preset", run, type(config).__name__, type(other).__name__)
+                refuse("--preset", run, type(config).__name__, type(other).__name__)
         stored = config.to_dict()
         for name, value in overrides.items():
             if name not in stored:
                 configure(config, {name: value})  # which says what fields there are
             if _plain(stored[name]) != _plain(value):
                 option = "--channels" if name == "in_channels" and arguments.channels else f"--set {name}"
-                _refuse(option if arguments.preset in (None, noted) else f"--preset ({name})", run, stored[name], value)
+                refuse(option if arguments.preset in (None, noted) else f"--preset ({name})", run, stored[name], value)
     elif arguments.init_from is not None and arguments.preset is None:
         source = starting_config(arguments.init_from)
         config = configure(source, overrides, typed)
     else:
-        name = _preset(arguments)
-        if name is None:
+        named = _preset(arguments)
+        if named is None:
             raise ArgumentError("--preset: a new run needs an architecture; `fastvq info` lists them")
-        _, config = preset(name)
+        _, config = preset(named)
         if isinstance(config, kind):
             config = configure(config, overrides, typed)
     if not isinstance(config, kind):
         expected, got = ("a prior", "an autoencoder") if kind is PriorConfig else ("an autoencoder", "a prior")
         raise ArgumentError(f"--preset: {arguments.preset or config} is {got}, expected {expected}")
     return config
+
+
+def shown(arguments: argparse.Namespace) -> Show:
+    """How ``--quiet`` and ``--plain`` want progress to be shown."""
+    return False if arguments.quiet else "plain" if arguments.plain else True
 
 
 def notes(arguments: argparse.Namespace, **more: Any) -> dict[str, Any]:
@@ -205,8 +218,9 @@ def _plain(value: Any) -> Any:
     return list(map(_plain, value)) if isinstance(value, (list, tuple)) else value
 
 
-def _refuse(option: str, run: Path, there: object, now: object) -> NoReturn:
+def refuse(option: str, run: Path, there: object, now: object) -> NoReturn:
+    """A run that goes on does not take an option that its record says otherwise."""
     raise FileConflictError(
         f"{option}: the run in {run} has {there!r}, got {now!r}; --resume needs no settings, and can change --steps, "
-        "--device, --workers and how often something is written"
+        "--device, --workers and how often something is validated or written"
     )

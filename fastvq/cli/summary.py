@@ -60,7 +60,7 @@ def announce(arguments: argparse.Namespace, start: Start) -> bool:
         lines = [
             *start.data,
             ("model", _model(start, model, parameters)),
-            *([("its recipe", _recipe(arguments, start.taken))] if start.taken else []),
+            *([("from recipe", _recipe(arguments, start.taken))] if start.taken else []),
             ("training", _training(start)),
             ("device", _device(device, start.processes)),
             ("memory", f"about {bytes_text(needed)}{'' if free is None else f' of {bytes_text(free)} that are free'}"),
@@ -180,7 +180,10 @@ def _duration(arguments: argparse.Namespace, start: Start, device: str) -> list[
     run = RunFolder(start.run)
     left = start.config.steps - (run.done if run.config.is_file() else 0)
     return [
-        ("duration", f"about {time_text(one.seconds * left / 1000)}: {one.seconds:.4g} s per 1000 steps on {one.device}")
+        (
+            "duration",
+            f"about {time_text(one.seconds * left / 1000)}: {one.seconds:.4g} s per 1000 steps on {one.device}",
+        )
         for one in MEASURED.get(start.preset or "", ())
         if one.device in title
     ][:1]
@@ -189,7 +192,9 @@ def _duration(arguments: argparse.Namespace, start: Start, device: str) -> list[
 def _warnings(start: Start, parameters: int, device: str, needed: int, free: int | None) -> list[str]:
     found = []
     if parameters > TOO_MANY_FOR_A_CPU and torch.device(device).type == "cpu":
-        found.append(f"{number_text(parameters)} parameters are too many for a CPU; `fastvq info` lists smaller presets")
+        found.append(
+            f"{number_text(parameters)} parameters are too many for a CPU; `fastvq info` lists smaller presets"
+        )
     if free is not None and needed > free:
         found.append(f"the memory does not suffice; {_advice(start, free)}")
     recipe = RECIPES.get(start.preset or "")
@@ -219,7 +224,7 @@ def _advice(start: Start, free: int) -> str:
         # The whole step is counted only where the parts alone leave room for it.
         if batch % count == 0 and least + row * (rows - 1) <= free and (peak := _peak(start, count)) <= free:
             return f"--accumulate {count}, or --batch-size {batch * parts // count}, takes about {bytes_text(peak)}"
-    return "not even a row at a time fits: take a smaller model (`fastvq info` lists presets)"
+    return "not even a row at a time fits: take a smaller model (`fastvq info` lists them)"
 
 
 def _peak(start: Start, accumulate: int | None = None) -> int:

@@ -289,6 +289,11 @@ class ImageFolder:
                 error.add_note(_DAMAGED_LATE)
             raise
 
+    @property
+    def decodes(self) -> bool:
+        """Whether an image is decoded from its file when it is asked for."""
+        return self._pixels is None
+
     def pixels_folder(self, folder: str | os.PathLike[str]) -> Path:
         """Where in a folder of such folders :meth:`keep_pixels` stores these images at this size."""
         return Path(folder) / f"pixels-{self._identity()['files'][:16]}"

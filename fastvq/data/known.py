@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def write_known(
     arrays = dict(zip(_TENSORS, (np.frombuffer(_joined(names), np.uint8), sizes, times, flags), strict=True))
     with replacing_file(path) as temporary:
         tensors = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
-        save_tensors(tensors, temporary, metadata={**_described(rules), "checksum": _checksum(arrays)})
+        save_tensors(tensors, temporary, metadata=_described(rules, arrays))
 
 
 def _read(path: Path, rules: Mapping[str, str]) -> dict[str, np.ndarray] | None:
@@ -66,25 +67,21 @@ def _read(path: Path, rules: Mapping[str, str]) -> dict[str, np.ndarray] | None:
 
     try:
         with safe_open(path, framework="np") as file:
-            metadata = dict(file.metadata() or {})
             found = {name: file.get_tensor(name) for name in _TENSORS}
+            described = file.metadata() == _described(rules, found)
     # It saves time and decides nothing, whatever may have happened to it.
     except Exception:
         return None
-    checksum = metadata.pop("checksum", None)
-    return found if metadata == _described(rules) and checksum == _checksum(found) else None
+    return found if described else None
 
 
-def _described(rules: Mapping[str, str]) -> dict[str, str]:
-    return {"format": str(FORMAT), **rules}
-
-
-def _checksum(arrays: Mapping[str, np.ndarray]) -> str:
+def _described(rules: Mapping[str, str], arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
     digest = hashlib.sha256()
     for name in _TENSORS:
         digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
         digest.update(arrays[name].tobytes())
-    return digest.hexdigest()
+    # One entry: safetensors writes several in any order.
+    return {"fastvq": json.dumps({"format": FORMAT, **rules, "checksum": digest.hexdigest()})}
 
 
 def _joined(names: Sequence[str]) -> bytes:

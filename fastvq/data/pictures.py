@@ -229,11 +229,10 @@ def _scale_transparent_value(image: Image.Image) -> None:
 
 
 def _orientation(image: Image.Image) -> int | None:
-    try:
+    with contextlib.suppress(Exception):  # damaged EXIF makes Pillow raise nearly anything
         found: int = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # damaged EXIF makes Pillow raise nearly anything
-        return None
-    return found if found in _TRANSPOSE else None
+        return found if found in _TRANSPOSE else None
+    return None
 
 
 def _upright(image: Image.Image, orientation: int | None) -> Image.Image:

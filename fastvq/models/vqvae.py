@@ -112,12 +112,14 @@ class VQVAEOutput(NamedTuple):
         codes: int64 [B, h, w] for each level, top first.
         commitment_loss: scalar, weighted by beta and added over levels.
         perplexity: [levels], top first.
+        dead_codes: int64 [levels], how many codes no vector of this batch has.
     """
 
     reconstruction: Tensor
     codes: tuple[Tensor, ...]
     commitment_loss: Tensor
     perplexity: Tensor
+    dead_codes: Tensor
 
 
 class ResidualBlock(nn.Module):
@@ -241,6 +243,7 @@ class HierarchicalVQVAE(PretrainedModel):
             tuple(out.codes for out in outputs),
             torch.stack([out.commitment_loss for out in outputs]).sum(),
             torch.stack([out.perplexity for out in outputs]),
+            torch.stack([out.dead_codes for out in outputs]),
         )
 
     @torch.no_grad()

@@ -12,9 +12,18 @@ from fastvq._check import require_bool, require_choice, require_number, require_
 from fastvq._config import Config
 from fastvq.errors import ArgumentError, ArgumentTypeError
 
-# A run may go on with other values of these: they change neither the weights nor the values in the log.
+# A run may go on with other values of these: they change neither the weights nor what is measured of them, only when.
 NEUTRAL_FIELDS = frozenset(
-    {"cuda_graph", "log_every", "image_every", "checkpoint_every", "keep_checkpoints", "num_workers", "device"}
+    {
+        "cuda_graph",
+        "log_every",
+        "validate_every",
+        "image_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "num_workers",
+        "device",
+    }
 )
 
 
@@ -44,6 +53,8 @@ class TrainConfig(Config):
         seed: of the initial weights, dropout, the order of the data, the augmentation and the validation split.
         validation_fraction: share of the images held out in stage 1; 0: no validation.
         log_every: steps between two lines of training metrics, each the mean over these steps.
+        validate_every: steps between two validations; None: one after every epoch. There is one at the end in any case.
+            The weights in ``best/`` are the best of those that were validated.
         image_every: steps between two image grids; None: none but the last.
         checkpoint_every: steps between two checkpoints; None: none but the last.
         keep_checkpoints: how many of the newest checkpoints stay.
@@ -71,6 +82,7 @@ class TrainConfig(Config):
     seed: int = 0
     validation_fraction: float = 0.1
     log_every: int = 50
+    validate_every: int | None = None
     image_every: int | None = 1000
     checkpoint_every: int | None = 1000
     keep_checkpoints: int = 2
@@ -80,7 +92,7 @@ class TrainConfig(Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require(require_positive_int, "steps", "batch_size", "accumulate", "log_every", "keep_checkpoints")
-        self._require(require_positive_int, "image_every", "checkpoint_every", optional=True)
+        self._require(require_positive_int, "validate_every", "image_every", "checkpoint_every", optional=True)
         self._require(require_positive_int, "warmup_steps", "num_workers", minimum=0)
         self._require(require_seed, "seed")
         self._require(require_choice, "optimizer", choices=("adamw", "adam"))

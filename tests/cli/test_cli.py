@@ -30,6 +30,7 @@ COMMANDS = (
     "merge",
     "reconstruct",
     "evaluate",
+    "plot",
     "info",
 )
 TINY = ["--steps", "4", "--batch-size", "4", "--quiet", "--image-every", "2", "--checkpoint-every", "2"]
