@@ -211,7 +211,7 @@ WHOLE = {
 }
 # Options of which every value is one, or whose values argparse checks.
 FREE = {"help", "debug", "quiet", "overwrite", "resume", "skip_broken", "flip", "unconditional", "bf16", "compile"}
-FREE |= {"cuda_graph", "curves", "optimizer", "name", "cache", "changed_data", "weights", "draft", "plain"}
+FREE |= {"cuda_graph", "curves", "optimizer", "name", "cache", "changed_data", "weights", "draft", "plain", "dry_run"}
 
 
 def blamed(line: str) -> str:
