@@ -54,9 +54,9 @@ def listed(text: str) -> Iterator[Emoji]:
 def readable(name: str) -> str:
     """A name for a file or a folder: lower-case words of ASCII letters and digits with _ between them.
 
-    "flag: Côte d’Ivoire" becomes flag_cote_d_ivoire, "keycap: #" keycap_number_sign.
+    "flag: Côte d'Ivoire" becomes flag_cote_d_ivoire, "keycap: #" keycap_number_sign.
     """
-    name = name.replace("#", "number sign").replace("*", "asterisk").replace("&", "")
+    name = name.replace("#", "number sign").replace("*", "asterisk")
     plain = (letter for letter in unicodedata.normalize("NFKD", name) if not unicodedata.combining(letter))
     return "_".join(re.findall(r"[a-z0-9]+", "".join(plain).lower()))
 
