@@ -25,6 +25,7 @@ examples:
   fastvq demo                                          train on handwritten digits and look (minutes, on a CPU)
   fastvq sample --pretrained digits --label 7          sample a model that ships with fastvq
   fastvq train-vqvae --data photos --size 256 --run my --preset imagenet256 --steps 100000
+  fastvq plot my                                       curves of training, in my/curves.png
   fastvq extract --run my
   fastvq train-prior --run my --level 0 --preset imagenet256-top --steps 100000 --batch-size 32
   fastvq train-prior --run my --level 1 --preset imagenet256-bottom --steps 100000 --batch-size 16
