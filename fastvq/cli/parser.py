@@ -420,7 +420,7 @@ def _add_resume(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="go on exactly where an earlier run was stopped; its record has all other settings",
     )
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.add_argument("--quiet", action="store_true", help="no progress, only results and what is wrong")
 
 
 def _add_model(parser: argparse.ArgumentParser, required: bool = True) -> argparse._MutuallyExclusiveGroup:
