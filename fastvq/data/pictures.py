@@ -57,7 +57,13 @@ def formats_of(suffixes: Iterable[str]) -> tuple[str, ...]:
 
 
 def read_picture(
-    path: Path, size: tuple[int, int], channels: int, *, limit: int, formats: tuple[str, ...], decode: bool = True
+    path: Path,
+    size: tuple[int, int] | None,
+    channels: int,
+    *,
+    limit: int,
+    formats: tuple[str, ...],
+    decode: bool = True,
 ) -> tuple[np.ndarray, bool]:
     """Pixels of a picture (of its first frame, if it has several), upright, cropped and resized.
 
@@ -65,7 +71,7 @@ def read_picture(
     ignored, damaged or not.
 
     Args:
-        size: (H, W).
+        size: (H, W); None: as large as it is, and whole.
         limit: largest width * height of the file.
         decode: False: read the header only; the pixels are empty then.
 
@@ -93,7 +99,7 @@ def read_picture(
 
 def _read(
     source: Path | io.BytesIO,
-    size: tuple[int, int],
+    size: tuple[int, int] | None,
     channels: int,
     limit: int,
     formats: tuple[str, ...],
@@ -114,7 +120,7 @@ def _read(
         return converted, several
 
 
-def _convert(image: Image.Image, size: tuple[int, int], channels: int) -> np.ndarray:
+def _convert(image: Image.Image, size: tuple[int, int] | None, channels: int) -> np.ndarray:
     _scale_transparent_value(image)
     image.load()
     image = _upright(image)
@@ -127,9 +133,9 @@ def _convert(image: Image.Image, size: tuple[int, int], channels: int) -> np.nda
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
     image = image.convert("L" if channels == 1 else "RGB")
-    height, width = size
-    image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
-    return np.array(image).reshape(height, width, channels)
+    if size is not None:
+        image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BICUBIC)
+    return np.array(image).reshape(image.height, image.width, channels)
 
 
 def _scale_transparent_value(image: Image.Image) -> None:
