@@ -33,11 +33,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.debug:
             raise
         words = error.words if isinstance(error, PeerError) else str(error)
-        text = as_typed(words, arguments.command, arguments, arguments.options)
+        options = arguments.options
+        text = as_typed(words, arguments.command, arguments, options)
         if isinstance(error, PeerError) and error.rank is not None:
             text = f"process {error.rank}: {text}"
         if not getattr(error, "said", False):  # by the first process of the group
-            print("\n".join([f"fastvq: error: {text}", *getattr(error, "__notes__", ())]), file=sys.stderr)
+            notes = [as_typed(note, arguments.command, arguments, options) for note in getattr(error, "__notes__", ())]
+            print("\n".join([f"fastvq: error: {text}", *notes]), file=sys.stderr)
         return 1
     except KeyboardInterrupt as error:
         hint = "; run the same command with --resume to go on" if hasattr(arguments, "resume") else ""

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastvq.cli.images import described, open_described
+from fastvq.cli.described import DescribedImages, described
+from fastvq.cli.loading import keep_images, remember, require_cache_place, with_workers
 from fastvq.cli.names import configure
 from fastvq.cli.project import Project, augmentation, choose_device, parse_overrides
-from fastvq.cli.resume import recorded, recorded_config, starting_config, train_config
+from fastvq.cli.resume import recorded, recorded_config, refuse, shown, starting_config, train_config
 from fastvq.data import ImageDataset
 from fastvq.distributed import join
 from fastvq.errors import ArgumentError, MissingFileError
@@ -21,7 +23,7 @@ from fastvq.models.pretrained import CONFIG_FILE, WEIGHTS_FILE
 from fastvq.training import TrainConfig
 from fastvq.training.classifier import train_classifier as train_on_images
 from fastvq.training.log import last_validation
-from fastvq.training.run import CONFIG
+from fastvq.training.run import CONFIG, require_new
 
 CLASSIFIER = "classifier"
 
@@ -31,6 +33,10 @@ def train_classifier(arguments: argparse.Namespace) -> None:
         arguments.quiet |= not group.first
         with group.together():
             run, dataset, description, split, model_config, config = _prepare(arguments)
+            if group.first:
+                remember(dataset)
+        keep_images(arguments, Project(arguments.run), dataset, group)
+        config = with_workers(arguments, config, dataset, group)
         train_on_images(
             dataset,
             model_config,
@@ -42,7 +48,7 @@ def train_classifier(arguments: argparse.Namespace) -> None:
             resume=arguments.resume,
             init_from=arguments.init_from,
             notes={"data": description},
-            progress=not arguments.quiet,
+            progress=shown(arguments),
         )
         if group.first:
             values = last_validation(run, "top1")
@@ -67,15 +73,24 @@ def _prepare(arguments: argparse.Namespace) -> _Prepared:
     project, run = Project(arguments.run), arguments.run / arguments.name
     record = recorded(arguments, run)
     there = None if record is None else described(record, run / CONFIG)
-    dataset, description, split = open_described(arguments, project, there=there)
-    if dataset.num_classes is None:
-        raise ArgumentError("--data: a classifier learns from labels; put the images of each class in a sub-folder")
-    fields: dict[str, Any] = {"in_channels": dataset.channels, "num_classes": dataset.num_classes}
+    images = DescribedImages(arguments, project, there=there)
+    description = images.description
+    require_cache_place(arguments, description["data"])
+    if record is None:
+        require_new(run)
+
+    overrides = parse_overrides(arguments.set)
+    # How many classes there are is known once the images are open.
+    fields: dict[str, Any] = {"in_channels": description["channels"], "num_classes": 1}
     if record is not None:
         fields = recorded_config(record, run).to_dict()
     elif arguments.init_from is not None:
         fields = starting_config(arguments.init_from).to_dict() | fields
-    model_config = configure(ClassifierConfig.from_dict(fields), parse_overrides(arguments.set))
+    model_config = configure(ClassifierConfig.from_dict(fields), overrides)
+    if record is not None:
+        for name in overrides:
+            if getattr(model_config, name) != getattr(recorded_config(record, run), name):
+                refuse(f"--set {name}", run, fields[name], overrides[name])
     # The images held out of the autoencoder are those held out here.
     config = train_config(
         arguments,
@@ -85,6 +100,11 @@ def _prepare(arguments: argparse.Namespace) -> _Prepared:
         seed=description["seed"],
         image_every=None,
     )
+    dataset, description, split = images.open()
+    if dataset.num_classes is None:
+        raise ArgumentError("--data: a classifier learns from labels; put the images of each class in a sub-folder")
+    if record is None and "num_classes" not in overrides:
+        model_config = dataclasses.replace(model_config, num_classes=dataset.num_classes)
     return _Prepared(run, dataset, description, split, model_config, config)
 
 

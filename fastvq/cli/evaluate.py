@@ -13,7 +13,8 @@ from torch import nn
 from fastvq._files import sweep
 from fastvq._lock import locked
 from fastvq.cli.classify import CLASSIFIER, load_classifier
-from fastvq.cli.images import open_described
+from fastvq.cli.described import DescribedImages
+from fastvq.cli.loading import remember
 from fastvq.cli.project import Project, augmentation, choose_device, load_pipeline, require_folder_name
 from fastvq.errors import ArgumentError, MissingFileError
 from fastvq.evaluation import (
@@ -30,6 +31,7 @@ from fastvq.evaluation import (
     write_report,
 )
 from fastvq.evaluation import evaluate as measure
+from fastvq.evaluation.evaluate import check_evaluation
 from fastvq.evaluation.sources import once_if_same
 from fastvq.evaluation.tables import tables
 from fastvq.models.classifier import Classifier, ClassifierConfig
@@ -58,6 +60,13 @@ def evaluate(arguments: argparse.Namespace) -> None:
         batch_size=arguments.batch_size,
     )
     extractor, classifier = _networks(arguments, device)
+    check_evaluation(
+        pipeline,
+        config,
+        extractor=extractor is not None,
+        classifier=classifier is not None,
+        accuracy=arguments.accuracy_steps != 0,
+    )
     samples = statistics = None
     if arguments.from_shards is not None:
         samples = samples_from_shards(pipeline, arguments.from_shards)
@@ -67,20 +76,15 @@ def evaluate(arguments: argparse.Namespace) -> None:
             )
     project = None if arguments.run is None else Project(arguments.run)
     scale = pipeline.vqvae.total_stride
-    dataset, description, (training, validation) = open_described(
+    images = DescribedImages(
         arguments,
         project,
         size=[side * scale for side in pipeline.priors[0].config.shape],
         channels=pipeline.vqvae.config.in_channels,
     )
-    augment = augmentation(description)
-    plan = None
+    augment = augmentation(images.description)
+    training_config = None
     if arguments.accuracy_steps:
-        model = (
-            classifier.config
-            if isinstance(classifier, Classifier)
-            else ClassifierConfig(in_channels=dataset.channels, num_classes=dataset.num_classes or 1)
-        )
         training_config = TrainConfig(
             steps=arguments.accuracy_steps,
             batch_size=64,
@@ -92,6 +96,15 @@ def evaluate(arguments: argparse.Namespace) -> None:
             image_every=None,
             checkpoint_every=None,
             device=device,
+        )
+    dataset, _, (training, validation) = images.open()
+    remember(dataset)
+    plan = None
+    if training_config is not None:
+        model = (
+            classifier.config
+            if isinstance(classifier, Classifier)
+            else ClassifierConfig(in_channels=dataset.channels, num_classes=dataset.num_classes or 1)
         )
         plan = AccuracyPlan(model, training_config, augment)
     cache = arguments.cache

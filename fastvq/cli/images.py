@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import sys
@@ -13,9 +12,10 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from fastvq._check import require_positive_int
 from fastvq._files import read_json
-from fastvq._schema import ENTRIES, FLAG, TEXT, integer, named, optional, require_entries, several
-from fastvq.cli.project import DATA, Project
+from fastvq._schema import TEXT, integer, named, optional, require_entries, several
+from fastvq.cli.project import Project
 from fastvq.data import Digits, ImageDataset, ImageFolder, split_indices
 from fastvq.data.images import ImageFolderWarning
 from fastvq.errors import ArgumentError, FileConflictError, MissingFileError
@@ -25,18 +25,6 @@ DIGITS = "digits"
 _FIRST_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _NAMED = 3
 _FILES = {"fingerprint": TEXT, "held_out": optional(several(TEXT)), "files": named(integer())}
-_DEFAULTS: dict[str, Any] = {
-    "data": None,
-    "size": None,
-    "channels": 3,
-    "skip_broken": False,
-    "flip": False,
-    "shift": 0,
-    "validation": 0.1,
-    "seed": 0,
-    "changed_data": False,
-}
-_DESCRIPTION = {name: DATA.get(name, FLAG) for name in _DEFAULTS}
 
 
 def image_size(sides: Sequence[int]) -> tuple[int, int]:
@@ -44,6 +32,13 @@ def image_size(sides: Sequence[int]) -> tuple[int, int]:
     if len(sides) > 2:
         raise ArgumentError(f"--size: expected one side, or height and width, got {len(sides)} numbers")
     return sides[0], sides[-1]
+
+
+def require_shift(shift: int, size: tuple[int, int]) -> None:
+    """Images must not be shifted out of sight."""
+    require_positive_int("max_shift", shift, minimum=0)
+    if shift >= min(size):
+        raise ArgumentError(f"--shift: {shift} is not smaller than the image, {size[0]} x {size[1]}")
 
 
 def open_data(
@@ -55,11 +50,16 @@ def open_data(
     suffixes: Sequence[str] | None = None,
     exclude: Sequence[Path] = (),
     leave_out_empty: bool = False,
+    draft: bool = False,
+    known: Path | None = None,
     quiet: bool = False,
 ) -> ImageDataset:
     """The data set that ``--data`` names; what it warns of is printed as a line of its own.
 
+    Of a folder's files the headers are checked; all of each only where damaged ones are to be left out.
+
     Args:
+        draft, known: see :class:`ImageFolder`.
         leave_out_empty: class folders without an image are left out instead of refused.
     """
     pair = None if size is None else image_size(size)
@@ -75,15 +75,30 @@ def open_data(
             pair,
             channels=channels,
             skip_broken=skip_broken,
+            check="decode" if skip_broken else "header",
             suffixes=suffixes,
             exclude=exclude,
             empty_classes="leave out" if leave_out_empty else "refuse",
+            known=known,
+            draft=draft,
             progress=not quiet,
         )
 
 
+def known_files(project: Project) -> Path:
+    """Where a project keeps what is known of its images' files."""
+    return project.cache / "files"
+
+
 def open_new_images(
-    project: Project, data: str, size: Sequence[int] | None, channels: int, *, skip_broken: bool, quiet: bool
+    project: Project,
+    data: str,
+    size: Sequence[int] | None,
+    channels: int,
+    *,
+    skip_broken: bool,
+    draft: bool,
+    quiet: bool,
 ) -> ImageDataset:
     """The images that a run of stage 1 starts with, or goes on with."""
     there = data != DIGITS and project.path.is_dir() and Path(data).is_dir()
@@ -98,15 +113,33 @@ def open_new_images(
         suffixes=None if recorded is None else recorded.get("suffixes", _FIRST_SUFFIXES),
         exclude=[project.path],
         leave_out_empty=recorded is not None,
+        draft=draft,
+        known=known_files(project),
         quiet=quiet,
     )
+
+
+def require_same_settings(project: Project, settings: dict[str, Any]) -> None:
+    """A run of stage 1 that goes on must do so with the settings that the project was started with.
+
+    Raises:
+        FileConflictError: some are others; says which.
+    """
+    there = {"draft": False, **project.read_data()}
+    changed = [
+        f"{name}: {there.get(name)!r} there, {now!r} now" for name, now in settings.items() if there.get(name) != now
+    ]
+    if changed:
+        raise FileConflictError(
+            f"--run: the run in {project.vqvae} was started with other settings ({', '.join(changed)})"
+        )
 
 
 def start_project(project: Project, data: str, dataset: ImageDataset, settings: dict[str, Any]) -> None:
     """Record images and settings of a new run of stage 1; one that is there must have been started with the same.
 
     Args:
-        settings: skip_broken, flip, shift, validation and seed.
+        settings: skip_broken, flip, shift, draft, validation and seed.
 
     Raises:
         FileConflictError: other images or settings than those of the run; says what differs.
@@ -116,14 +149,8 @@ def start_project(project: Project, data: str, dataset: ImageDataset, settings: 
     if not project.started:
         _record(project, settings, data, dataset)
         return
+    require_same_settings(project, settings)
     there = project.read_data()
-    changed = [
-        f"{name}: {there.get(name)!r} there, {now!r} now" for name, now in settings.items() if there.get(name) != now
-    ]
-    if changed:
-        raise FileConflictError(
-            f"--run: the run in {project.vqvae} was started with other settings ({', '.join(changed)})"
-        )
     trained_on = _trained_on(project)
     if not _same_images(trained_on.get("fingerprint"), dataset.fingerprint()):
         raise FileConflictError(
@@ -171,6 +198,8 @@ def open_project_images(
         suffixes=None if changed else description.get("suffixes", _FIRST_SUFFIXES),
         exclude=[project.path],
         leave_out_empty=not changed,
+        draft=description.get("draft", False),
+        known=None if changed and not adopt else known_files(project),
         quiet=quiet,
     )
     if _is_recorded(project, description, dataset):
@@ -199,62 +228,6 @@ def open_project_images(
         )
     print(f"fastvq: {difference}", file=sys.stderr)
     return dataset
-
-
-def open_described(
-    arguments: argparse.Namespace,
-    project: Project | None,
-    *,
-    there: dict[str, Any] | None = None,
-    size: Sequence[int] | None = None,
-    channels: int | None = None,
-) -> tuple[ImageDataset, dict[str, Any], tuple[np.ndarray, np.ndarray]]:
-    """Images, their description and their split: the project's, unless the command line says otherwise.
-
-    Args:
-        there: the description that a run which goes on was started with; it comes before the project's.
-        size, channels: those of a model, which count before any others.
-    """
-    recorded = project.read_data() if project is not None and project.data.is_file() else None
-    if recorded is None and there is None and arguments.data is None:
-        where = "a shipped model" if project is None else project.path
-        raise MissingFileError(f"--data: {where} holds no data.json that says where the images are; pass --data")
-    description = {name: (recorded or {}).get(name, value) for name, value in _DEFAULTS.items()} | (there or {})
-    for name in ("data", "size", "channels", "flip", "shift", "validation"):
-        value = getattr(arguments, name, None)
-        if value is not None:
-            description[name] = value
-    for name in ("skip_broken", "changed_data"):
-        description[name] = description[name] or bool(getattr(arguments, name))
-    if description["data"] == DIGITS and getattr(arguments, "channels", None) is None:
-        description["channels"] = 1
-    size, channels = size or description["size"], channels or description["channels"]
-    options = {"skip_broken": description["skip_broken"], "quiet": arguments.quiet}
-    if project is not None and recorded is not None:
-        # Where its images lie now the project knows better than a run that took them from it.
-        data = there["data"] if arguments.data is None and there and there["changed_data"] else arguments.data
-        dataset = open_project_images(
-            project, data, size=size, channels=channels, changed=description["changed_data"], **options
-        )
-    else:
-        exclude = [] if project is None else [project.path]
-        dataset = open_data(description["data"], size, channels, exclude=exclude, **options)
-        project = None
-    if description["data"] != DIGITS:
-        description["data"] = os.path.abspath(description["data"])
-    description |= {"size": list(dataset.size), "channels": dataset.channels}
-    if project is not None and recorded is not None and description["validation"] == recorded["validation"]:
-        return dataset, description, split_images(project, recorded, dataset)
-    return dataset, description, split_indices(len(dataset), description["validation"], description["seed"])
-
-
-def described(record: dict[str, Any], path: Path) -> dict[str, Any] | None:
-    """The description that a run kept of what it was started with, if it did; ``path`` is its file's."""
-    found: dict[str, Any] | None = record.get("notes", {}).get("data")
-    if found is not None:
-        require_entries(path, {"data": found}, {"data": ENTRIES})
-        require_entries(path, found, _DESCRIPTION)
-    return found
 
 
 def split_images(project: Project, description: dict[str, Any], dataset: ImageDataset) -> tuple[np.ndarray, np.ndarray]:

@@ -54,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_reconstruct(commands)
     _add_train_classifier(commands)
     _add_evaluate(commands)
+    _add_plot(commands)
     _add_info(commands)
     for name, command in commands.choices.items():
         command.set_defaults(command=name, options=options_of(command))
@@ -114,6 +115,15 @@ def _add_train_vqvae(commands: argparse._SubParsersAction[argparse.ArgumentParse
     _add_skip_broken(parser)
     parser.add_argument("--flip", action="store_true", default=None, help="augmentation: mirror images at random")
     parser.add_argument("--shift", type=int, metavar="PIXELS", help="augmentation: shift images at random")
+    parser.add_argument(
+        "--no-draft",
+        dest="draft",
+        action="store_false",
+        default=None,
+        help="decode JPEG files of at least 4 times the image size in full; a new project decodes them at a part of "
+        "their size, several times faster, with differences of a few of 255 levels (a project remembers it)",
+    )
+    _add_cache_images(parser)
     _add_training(parser, preset="imagenet256", kind="autoencoder", learning_rate=3e-4, batch_size=128)
     parser.add_argument("--validation", type=float, metavar="FRACTION", help="share held out (default: 0.1)")
 
@@ -140,6 +150,10 @@ def _add_extract(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--batch-size", type=int, default=64, help="images at a time (default: 64)")
     parser.add_argument(
         "--copies", type=int, default=1, help="augmented variants of each training image (default: 1, as it is)"
+    )
+    _add_cache_images(parser)
+    parser.add_argument(
+        "--workers", type=int, help="threads that load images (default: 0 on a CPU, else by its number of cores)"
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
@@ -319,6 +333,7 @@ def _add_train_classifier(commands: argparse._SubParsersAction[argparse.Argument
     parser.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="channels=(32,64,128), features=64, dropout=0"
     )
+    _add_cache_images(parser)
     _add_schedule(parser, learning_rate=2e-3, batch_size=64, weight_decay=0.01, ema=0.99)
     parser.add_argument("--seed", type=int, help="(default: the project's)")
     _add_resume(parser)
@@ -371,6 +386,34 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     parser.add_argument("--no-curves", dest="curves", action="store_false", help="no picture of the rejection curve")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier report")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def _add_cache_images(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--cache-images",
+        type=Path,
+        nargs="?",
+        const=True,
+        metavar="DIR",
+        help="store all images decoded and resized (H x W x channels bytes each) and take them from there, in DIR or, "
+        "for all commands that follow, in RUN/cache",
+    )
+
+
+def _add_plot(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(
+        commands,
+        "plot",
+        "fastvq.cli.plot:plot",
+        "draw curves of training",
+        "Of each run in a project, or of one run, whether or not it has finished: loss, error or likelihood in\n"
+        "training and validation, perplexity of each level, and learning rate. Needs matplotlib (pip install\n"
+        '"fastvq[eval]").',
+        device=False,
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="a project, or one run of it")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="a PNG (default: RUN/curves.png)")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
@@ -527,8 +570,23 @@ def _add_schedule(
     parser.add_argument("--weight-decay", type=float, help=f"(default: {weight_decay:g})")
     parser.add_argument("--warmup", type=int, metavar="STEPS", help="linear warm-up, then cosine decay (default: 0)")
     parser.add_argument("--ema", type=float, metavar="DECAY", help=f"weight averaging; 0: off (default: {ema})")
-    parser.add_argument("--workers", type=int, help="processes that load data (default: 0)")
+    parser.add_argument(
+        "--no-cuda-graph",
+        dest="cuda_graph",
+        action="store_false",
+        default=None,
+        help="on a GPU, launch the work of every step anew instead of replaying a recording",
+    )
+    parser.add_argument(
+        "--workers", type=int, help="processes that load data (default: 0, but some for image files beside a GPU)"
+    )
     parser.add_argument("--log-every", type=int, metavar="STEPS", help="(default: 50)")
+    parser.add_argument("--validate-every", type=int, metavar="STEPS", help="(default: after every epoch)")
+    parser.add_argument(
+        "--plain",
+        action="store_true",
+        help="instead of a progress bar a line every --log-every steps, as where stderr is no terminal",
+    )
     parser.add_argument("--checkpoint-every", type=int, metavar="STEPS", help="(default: 1000)")
     parser.add_argument(
         "--init-from",

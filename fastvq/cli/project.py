@@ -39,6 +39,7 @@ DATA = {
 _LATER = {
     "data_from_run": TEXT,
     "suffixes": several(TEXT),
+    "draft": FLAG,
     "images": optional(integer()),
     "fingerprint": optional(TEXT),
 }
@@ -53,6 +54,7 @@ class Project:
         self.path = path
         self.data = path / DATA_FILE
         self.files = path / "files.json"
+        self.cache = path / "cache"
         self.vqvae = vqvae_run(path)
         self.codes = path / "codes" / "train"
         self.validation_codes = path / "codes" / "validation"

@@ -16,6 +16,7 @@ from fastvq.errors import ArgumentError, FileConflictError, MissingFileError
 from fastvq.models import PriorConfig, preset
 from fastvq.training import TrainConfig
 from fastvq.training.config import NEUTRAL_FIELDS
+from fastvq.training.progress import Show
 from fastvq.training.run import CONFIG, RunFolder
 from fastvq.training.weights import called, described_model, load_weights
 
@@ -33,10 +34,12 @@ _FIELDS = {
     "ema": "ema_decay",
     "bf16": "bf16",
     "compile": "compile",
+    "cuda_graph": "cuda_graph",
     "accumulate": "accumulate",
     "validation": "validation_fraction",
     "seed": "seed",
     "log_every": "log_every",
+    "validate_every": "validate_every",
     "image_every": "image_every",
     "checkpoint_every": "checkpoint_every",
     "workers": "num_workers",
@@ -102,7 +105,7 @@ def train_config(arguments: argparse.Namespace, run: Path, device: str, **defaul
     may_change = NEUTRAL_FIELDS | {"steps"}
     for option, field in _FIELDS.items():
         if field in typed and field not in may_change and typed[field] != there.get(field):
-            _refuse(f"--{option.replace('_', '-')}", run, there.get(field), typed[field])
+            refuse(f"--{option.replace('_', '-')}", run, there.get(field), typed[field])
     with reading(f"{run / CONFIG}: its settings of training do not fit"):
         config = TrainConfig.from_dict({**there, "device": device})
     return dataclasses.replace(config, **typed)
@@ -135,14 +138,14 @@ def model_config(arguments: argparse.Namespace, run: Path, kind: type[C], **over
             ignored = fitted if isinstance(other, PriorConfig) else ()
             overrides = {name: value for name, value in wanted.items() if name not in ignored}
             if type(other) is not type(config):
-                _refuse("--preset", run, type(config).__name__, type(other).__name__)
+                refuse("--preset", run, type(config).__name__, type(other).__name__)
         stored = config.to_dict()
         for name, value in overrides.items():
             if name not in stored:
                 configure(config, {name: value})  # which says what fields there are
             if _plain(stored[name]) != _plain(value):
                 option = "--channels" if name == "in_channels" and arguments.channels else f"--set {name}"
-                _refuse(option if arguments.preset in (None, noted) else f"--preset ({name})", run, stored[name], value)
+                refuse(option if arguments.preset in (None, noted) else f"--preset ({name})", run, stored[name], value)
     elif arguments.init_from is not None and arguments.preset is None:
         source = starting_config(arguments.init_from)
         config = configure(source, overrides, typed)
@@ -159,6 +162,11 @@ def model_config(arguments: argparse.Namespace, run: Path, kind: type[C], **over
     return config
 
 
+def shown(arguments: argparse.Namespace) -> Show:
+    """How ``--quiet`` and ``--plain`` want progress to be shown."""
+    return False if arguments.quiet else "plain" if arguments.plain else True
+
+
 def notes(arguments: argparse.Namespace, **more: Any) -> dict[str, Any]:
     """What of the command line a run's record keeps beside its settings."""
     return {"preset": arguments.preset or arguments.default_preset, "set": arguments.set, **more}
@@ -168,8 +176,9 @@ def _plain(value: Any) -> Any:
     return list(map(_plain, value)) if isinstance(value, (list, tuple)) else value
 
 
-def _refuse(option: str, run: Path, there: object, now: object) -> NoReturn:
+def refuse(option: str, run: Path, there: object, now: object) -> NoReturn:
+    """A run that goes on does not take an option that its record says otherwise."""
     raise FileConflictError(
         f"{option}: the run in {run} has {there!r}, got {now!r}; --resume needs no settings, and can change --steps, "
-        "--device, --workers and how often something is written"
+        "--device, --workers and how often something is validated or written"
     )

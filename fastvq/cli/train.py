@@ -14,28 +14,34 @@ from torch import Tensor
 
 from fastvq._check import require_positive_int
 from fastvq._lock import locked
+from fastvq.cli.codebook import say_use_of_codes, say_use_of_run
 from fastvq.cli.images import (
+    image_size,
     open_new_images,
     open_project_images,
     recorded_folder,
+    require_same_settings,
+    require_shift,
     split_images,
     start_project,
 )
+from fastvq.cli.loading import keep_images, loading_threads, remember, require_cache_place, with_workers
 from fastvq.cli.project import Project, augmentation, choose_device
-from fastvq.cli.resume import model_config, notes, train_config
+from fastvq.cli.resume import model_config, notes, shown, train_config
 from fastvq.data import Augment, CodeDataset, ImageDataset, Shard, extract_codes, extract_shard
+from fastvq.data.base import spread_over_classes
 from fastvq.data.codes import DESCRIPTION
 from fastvq.distributed import join
 from fastvq.errors import ArgumentError, FileConflictError
 from fastvq.models import HierarchicalVQVAE, Prior, PriorConfig, VQVAEConfig, build
 from fastvq.models.stored import outline
 from fastvq.sampling import sample
-from fastvq.training import TrainConfig
+from fastvq.training import Picture, TrainConfig
 from fastvq.training import train_prior as train_prior_on_codes
 from fastvq.training import train_vqvae as train_vqvae_on_images
 from fastvq.training.weights import describe_start
 
-_PICTURES = 16
+_PICTURES, _COLUMNS = 16, 10
 
 
 def train_vqvae(arguments: argparse.Namespace) -> None:
@@ -48,6 +54,9 @@ def train_vqvae(arguments: argparse.Namespace) -> None:
                 stack.enter_context(locked(project.vqvae))
                 project.require_free(resume=arguments.resume)
                 start_project(project, data, dataset, settings)
+                remember(dataset)
+        keep_images(arguments, project, dataset, group)
+        config = with_workers(arguments, config, dataset, group)
         train_vqvae_on_images(
             dataset,
             model,
@@ -57,9 +66,11 @@ def train_vqvae(arguments: argparse.Namespace) -> None:
             resume=arguments.resume,
             init_from=arguments.init_from,
             notes=notes(arguments),
-            progress=not arguments.quiet,
+            progress=shown(arguments),
         )
         if group.first:
+            # What is wrong has been said already where progress is shown.
+            say_use_of_run(project, warn=arguments.quiet)
             print(f"autoencoder in {project.vqvae / 'model'}; next: fastvq extract --run {arguments.run}")
 
 
@@ -87,12 +98,12 @@ def _prepare_vqvae(arguments: argparse.Namespace) -> _Stage1:
             f"--size: expected positive multiples of {stride}, got {' '.join(map(str, arguments.size))}"
         )
     project.require_free(resume=arguments.resume)
-    there: dict[str, Any] = {"size": None, "skip_broken": False, "flip": False, "shift": 0}
+    there: dict[str, Any] = {"size": None, "skip_broken": False, "flip": False, "shift": 0, "draft": True}
     if arguments.resume:
-        there = project.read_data()
+        there = {"draft": False, **project.read_data()}
     settings = {
         name: there[name] if getattr(arguments, name) is None else getattr(arguments, name)
-        for name in ("skip_broken", "flip", "shift")
+        for name in ("skip_broken", "flip", "shift", "draft")
     }
     settings |= {"validation": config.validation_fraction, "seed": config.seed}
     augment = augmentation(settings)
@@ -101,17 +112,26 @@ def _prepare_vqvae(arguments: argparse.Namespace) -> _Stage1:
         if not arguments.resume:
             raise ArgumentError("--data: a new run needs a folder of images, or 'digits'")
         data = recorded_folder(project, there)
-    dataset = open_new_images(
-        project,
-        data,
-        arguments.size or there["size"],
-        model.in_channels,
-        skip_broken=settings["skip_broken"],
-        quiet=arguments.quiet,
-    )
+    require_cache_place(arguments, data)
+    size = arguments.size or there["size"]
+    pair = None if size is None else image_size(size)
+    if pair is not None:
+        require_shift(settings["shift"], pair)
+    if arguments.resume:
+        known = {"channels": model.in_channels} if pair is None else {"channels": model.in_channels, "size": list(pair)}
+        require_same_settings(project, {**known, **settings})
     if arguments.init_from is not None:
         kind = type(outline(lambda: build(model))).__name__
         describe_start(arguments.init_from, {"class": kind, **model.to_dict()}, resume=arguments.resume)
+    dataset = open_new_images(
+        project,
+        data,
+        size,
+        model.in_channels,
+        skip_broken=settings["skip_broken"],
+        draft=settings["draft"],
+        quiet=arguments.quiet,
+    )
     return _Stage1(project, dataset, model, config, settings, augment, data)
 
 
@@ -121,7 +141,13 @@ def extract(arguments: argparse.Namespace) -> None:
     project = Project(arguments.run)
     model = project.load_vqvae(device)
     augment = augmentation(project.read_data())
-    require_positive_int("copies", arguments.copies)
+    for name in ("copies", "batch_size"):
+        require_positive_int(name, getattr(arguments, name))
+    if arguments.workers is not None:
+        require_positive_int("num_workers", arguments.workers, minimum=0)
+    require_cache_place(arguments, arguments.data or project.read_data()["data"])
+    if shard is not None and (project.codes / DESCRIPTION).is_file():
+        raise FileConflictError(f"--shard: {project.codes} holds codes already; move it elsewhere to extract anew")
     if arguments.copies > 1 and augment is None:
         raise ArgumentError(
             f"--copies: {arguments.copies} copies would all be the same; train-vqvae had neither --flip nor --shift"
@@ -140,14 +166,16 @@ def extract(arguments: argparse.Namespace) -> None:
     if len(validation):
         # First, so that where all parts of the training codes are there all of these are.
         parts.insert(0, (validation, project.validation_codes, 1))
-    if shard is not None and (project.codes / DESCRIPTION).is_file():
-        raise FileConflictError(f"--shard: {project.codes} holds codes already; move it elsewhere to extract anew")
+    remember(dataset)
+    keep_images(arguments, project, dataset)
+    threads = loading_threads(arguments, device, dataset)
     for indices, folder, copies in parts:
         settings: dict[str, Any] = {
             "batch_size": arguments.batch_size,
             "augment": augment if copies > 1 else None,
             "copies": copies,
             "seed": description["seed"],
+            "num_workers": threads,
             "progress": not arguments.quiet,
         }
         if shard is None:
@@ -159,6 +187,7 @@ def extract(arguments: argparse.Namespace) -> None:
     if shard is not None:
         print(f"next, once all parts are there: fastvq merge {arguments.run}")
         return
+    say_use_of_codes(project, whole=True)
     print(f"next: fastvq train-prior --run {arguments.run} --level 0 ... {model.num_levels - 1}")
 
 
@@ -166,7 +195,7 @@ def train_prior(arguments: argparse.Namespace) -> None:
     with join() as group:
         arguments.quiet |= not group.first
         with group.together():
-            project, codes, fitted, config, vqvae = _prepare_prior(arguments)
+            project, codes, held_out, fitted, config, vqvae = _prepare_prior(arguments)
         run = project.prior(arguments.level)
         train_prior_on_codes(
             project.codes,
@@ -174,12 +203,12 @@ def train_prior(arguments: argparse.Namespace) -> None:
             fitted,
             config,
             run,
-            validation_folder=project.validation_codes if project.validation_codes.is_dir() else None,
+            validation_folder=None if held_out is None else held_out.folder,
             resume=arguments.resume,
             init_from=arguments.init_from,
             notes=notes(arguments),
-            progress=not arguments.quiet,
-            sample_images=None if vqvae is None else preview_of(vqvae, codes, arguments.level),
+            progress=shown(arguments),
+            sample_images=None if vqvae is None else preview_of(vqvae, held_out or codes, arguments.level),
         )
         if group.first:
             print(f"prior in {run / 'model'}")
@@ -191,6 +220,7 @@ class _Stage2(NamedTuple):
 
     project: Project
     codes: CodeDataset
+    held_out: CodeDataset | None
     fitted: PriorConfig
     config: TrainConfig
     vqvae: HierarchicalVQVAE | None
@@ -218,7 +248,8 @@ def _prepare_prior(arguments: argparse.Namespace) -> _Stage2:
             f"--run: the codes in {project.codes} are of the classes {', '.join(codes.class_names) or 'none'}, the "
             f"project knows {', '.join(known) or 'none'}; move {project.codes.parent} elsewhere and extract again"
         )
-    return _Stage2(project, codes, fitted, config, vqvae)
+    held_out = CodeDataset(project.validation_codes) if project.validation_codes.is_dir() else None
+    return _Stage2(project, codes, held_out, fitted, config, vqvae)
 
 
 def fit_to_codes(template: PriorConfig, codes: CodeDataset, level: int, num_classes: int | None) -> PriorConfig:
@@ -234,16 +265,31 @@ def fit_to_codes(template: PriorConfig, codes: CodeDataset, level: int, num_clas
     )
 
 
-def preview_of(vqvae: HierarchicalVQVAE, codes: CodeDataset, level: int) -> Callable[[Prior, int], Tensor]:
-    """Pictures of a prior in training: its samples under real codes of the levels above, finer levels left out."""
-    # Rows are spread over the data so that the picture shows several classes.
-    count = min(_PICTURES, len(codes))
-    rows = torch.arange(count) * len(codes) // count
+def preview_of(vqvae: HierarchicalVQVAE, codes: CodeDataset, level: int) -> Callable[[Prior, int], Picture]:
+    """Pictures of a prior in training: its samples under real codes of the levels above, finer levels left out.
+
+    Each column is of one class, whose name is below it, as far as classes are known and count for something.
+    """
+    rows, columns = _rows_by_class(codes)
     above = tuple(codes.codes(upper, rows) for upper in range(level))
 
-    def draw(prior: Prior, step: int) -> Tensor:
+    def draw(prior: Prior, step: int) -> Picture:
         label = codes.labels[rows] if prior.config.num_classes and codes.labels is not None else None
-        drawn = sample(prior, count, condition=above, label=label, seed=0)
-        return vqvae.preview([*(upper.to(drawn.device) for upper in above), drawn])
+        drawn = sample(prior, len(rows), condition=above, label=label, seed=0)
+        images = vqvae.preview([*(upper.to(drawn.device) for upper in above), drawn])
+        if codes.labels is None or (label is None and not above):
+            return Picture("samples", images)
+        captions = [codes.class_names[int(one)] for one in codes.labels[rows[:columns]]]
+        return Picture("samples", images, columns, captions)
 
     return draw
+
+
+def _rows_by_class(codes: CodeDataset) -> tuple[Tensor, int]:
+    """Rows of codes for a grid of pictures, row by row, and its columns: one for each class, or for some of many."""
+    if codes.labels is None:
+        return torch.from_numpy(spread_over_classes(None, len(codes), _PICTURES)), min(_PICTURES, len(codes))
+    shown = codes.labels[spread_over_classes(codes.labels, len(codes), _COLUMNS)].unique()
+    each = torch.arange(max(1, round(_PICTURES / len(shown))))
+    members = [(codes.labels == one).nonzero().flatten() for one in shown]
+    return torch.stack([found[each * len(found) // len(each)] for found in members], 1).flatten(), len(shown)

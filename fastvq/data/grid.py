@@ -72,7 +72,7 @@ def image_grid(
         images: float [N, C, H, W] in [-1, 1] (values outside are clipped), C = 1 or 3.
         columns: images per row; by default as square as it gets.
         padding: white pixels between images and around them.
-        captions: names under the columns, one for each; turned upright, bottom to top, where one is wider than a column.
+        captions: names under the columns, one for each; turned upright where one is wider than a column.
 
     Returns:
         uint8 [rows * (H + padding) + padding, columns * (W + padding) + padding, 3], or without the last axis if C = 1;

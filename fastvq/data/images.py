@@ -2,37 +2,44 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import hashlib
+import math
 import os
 import sys
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
+import PIL
 import torch
 from torch import Tensor
 
-from fastvq._check import require_choice, require_positive_int
+from fastvq._check import require_bool, require_choice, require_positive_int
 from fastvq.data.base import require_size
-from fastvq.data.pictures import formats_of, picture_types, read_picture
-from fastvq.errors import ArgumentError, ArgumentTypeError, CorruptFileError, MissingFileError
+from fastvq.data.known import DECODED, OPENED, SEVERAL, read_known, write_known
+from fastvq.data.pictures import PictureRules, check_picture, formats_of, picture_types, read_picture
+from fastvq.data.pixels import StoredPixels, store_pixels, stored_pixels
+from fastvq.data.search import EMPTY, HIDDEN, TYPE, Search
+from fastvq.errors import ArgumentError, ArgumentTypeError, CorruptFileError, FastvqError, MissingFileError
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit against decompression bombs
 _LISTED = 20
 _NAMED = 3
 _THREADS = 8
-# Why a name is left out.
-_HIDDEN, _WRITTEN, _EXCLUDED, _TYPE, _EMPTY = (
-    "a hidden name",
-    "a folder that fastvq wrote",
-    "excluded",
-    "not a type of picture that is read",
-    "a class folder without an image",
+# Files that a thread looks at in one go.
+_CHUNK = 64
+_COMPARED = 16
+_DAMAGED_LATE = (
+    "Its header was in order when the folder was checked. If the file cannot be mended, leave it out "
+    "(skip_broken=True), in a new run, which can start from the weights of this one (init_from)."
 )
 # Files that nobody takes for pictures are counted without naming them.
 _NO_PICTURES = frozenset(
@@ -62,14 +69,18 @@ class ImageFolder:
         channels: 3 (RGB) or 1 (grey).
         skip_broken: go on without images that cannot be read; they are listed in ``skipped`` and in one warning.
         max_pixels: largest width * height of a file. Pillow's own limit holds besides.
-        check: ``decode`` reads every image once now, ``header`` only its size and format, so that damage further into
-            a file is found when the image is used.
+        check: ``decode`` reads every image once now; ``header`` only its format, size and frames, and whether a JPEG,
+            PNG, GIF or WebP file is cut off, so that other damage is found when the image is used.
         cache: keep all images decoded in memory (C * H * W bytes each); needs ``check="decode"``.
         suffixes: endings of image files, such as ``.png``, in any case; by default those of all still pictures that
             Pillow opens here.
         exclude: folders below ``root`` to leave out.
         empty_classes: ``refuse`` class folders that hold no image, because leaving them out moves the labels after
             them; or ``leave out``.
+        known: a file with what earlier checks found out. Files whose path below ``root``, size and time of modification
+            are as they were then are not looked at again. :meth:`remember` writes it.
+        draft: decode JPEG files of at least 4 times ``size`` at a half, a quarter or an eighth of their own size first,
+            which is several times faster; pixels differ by a few of 255 levels.
         progress: show a progress bar on stderr during the check.
 
     Attributes:
@@ -98,26 +109,29 @@ class ImageFolder:
         suffixes: Sequence[str] | None = None,
         exclude: Sequence[str | os.PathLike[str]] = (),
         empty_classes: Literal["refuse", "leave out"] = "refuse",
+        known: str | os.PathLike[str] | None = None,
+        draft: bool = False,
         progress: bool = False,
     ) -> None:
         self.size = require_size("size", size)
         if channels not in (1, 3):
             raise ArgumentError(f"channels: expected 1 or 3, got {channels!r}")
         self.channels = channels
-        self._max_pixels = require_positive_int("max_pixels", max_pixels)
+        require_bool("draft", draft)
+        self.draft = draft
         require_choice("check", check, ("decode", "header"))
         if cache and check != "decode":
             raise ArgumentError('cache: needs check="decode", which is what fills the cache')
         require_choice("empty_classes", empty_classes, ("refuse", "leave out"))
         self.suffixes = tuple(picture_types()) if suffixes is None else _require_suffixes(suffixes)
-        self._formats = formats_of(self.suffixes)
+        self._rules = PictureRules(formats_of(self.suffixes), require_positive_int("max_pixels", max_pixels))
         self.root = Path(root)
         if not self.root.exists():
             raise MissingFileError(f"root: {self.root} does not exist")
         if not self.root.is_dir():
             raise MissingFileError(f"root: {self.root} is a file, expected a folder of images")
-        search = _Search(self.suffixes, exclude)
-        found = sorted(search.images(self.root, ()), key=self._name)
+        search = Search(self.suffixes, exclude)
+        found = dict(sorted(search.images(self.root, ())))
         self.left_out = sorted(search.left_out)
         if not found:
             aside = f" (left out: {self._left_out_text()})" if self.left_out else ""
@@ -126,25 +140,37 @@ class ImageFolder:
         if self.left_out:
             warnings.warn(f"left out of {self.root}: {self._left_out_text()}", ImageFolderWarning, stacklevel=2)
 
-        self._cache = np.empty((len(found), *self.size, channels), dtype=np.uint8) if cache else None
-        reasons, several = self._check_all(found, check, progress)
-        bad = [(path, reason) for path, reason in zip(found, reasons, strict=True) if reason is not None]
-        good = [index for index, reason in enumerate(reasons) if reason is None]
-        if bad and (not skip_broken or not good):
+        names_of_files, files = list(found), list(found.values())
+        self._pixels: np.ndarray | StoredPixels | None = None
+        if cache:
+            self._pixels = np.empty((len(found), *self.size, channels), dtype=np.uint8)
+        sizes, times = _sizes_and_times(files)
+        self._known = None if known is None else Path(known)
+        before = np.zeros(len(files), np.uint8)
+        if self._known is not None and not cache:
+            before = read_known(self._known, self._described(), names_of_files, sizes, times)
+        reasons, flags = self._check(files, before, check, progress)
+        self._findings = None if np.array_equal(flags, before) else (names_of_files, sizes, times, flags)
+        bad = [(path, reason) for path, reason in zip(files, reasons, strict=True) if reason is not None]
+        good = np.array([index for index, reason in enumerate(reasons) if reason is None], np.int64)
+        if bad and (not skip_broken or not len(good)):
             outcome = "nothing else is left" if skip_broken else "skip_broken=True goes on without them"
             raise CorruptFileError(_report(bad, len(found), outcome))
         if bad:
             warnings.warn(_report(bad, len(found), "going on without them"), ImageFolderWarning, stacklevel=2)
+        several = [names_of_files[index] for index in np.flatnonzero(flags & SEVERAL)]
         if several:
-            which = _some([self._name(path) for path in several])
-            text = f"{len(several)} files hold several frames, of which the first is read: {which}"
+            text = f"{len(several)} files hold several frames, of which the first is read: {_some(several)}"
             warnings.warn(text, ImageFolderWarning, stacklevel=2)
         self.skipped = bad
-        self.paths = [found[index] for index in good]
-        if self._cache is not None and bad:
-            self._cache = self._cache[good]
+        self.paths = [files[index] for index in good]
+        self._decoded = flags[good] & DECODED > 0
+        self._times = times[good]
+        self.files: Mapping[str, int] = {names_of_files[index]: int(sizes[index]) for index in good}
+        if bad and isinstance(self._pixels, np.ndarray):
+            self._pixels = self._pixels[good]
         numbers = {name: number for number, name in enumerate(names)}
-        labels = [numbers[self._name(path).split("/")[0]] for path in self.paths] if names else []
+        labels = [numbers[name.split("/")[0]] for name in self.files] if names else []
         # Class names come from all files found, so that they do not depend on which ones are broken.
         self.class_names = names
         self.labels = torch.tensor(labels, dtype=torch.int64) if names else None
@@ -152,32 +178,48 @@ class ImageFolder:
     def _name(self, path: Path) -> str:
         return path.relative_to(self.root).as_posix()
 
-    def _check_all(self, paths: list[Path], check: str, progress: bool) -> tuple[list[str | None], list[Path]]:
-        """Why each file cannot be read, or None; and the files of several frames."""
-        from tqdm import tqdm
+    def _described(self) -> dict[str, str]:
+        """What the findings of a check depend on beside the files."""
+        rules = self._rules
+        return {"pillow": PIL.__version__, "formats": " ".join(rules.formats), "max_pixels": str(rules.limit)}
 
-        several = []
+    def _check(
+        self, files: list[Path], known: np.ndarray, check: str, progress: bool
+    ) -> tuple[list[str | None], np.ndarray]:
+        """Why each file cannot be read, or None, and the flags of all of them, given those that are known."""
+        reasons: list[str | None] = [None] * len(files)
+        flags = known.copy()
+        wanted = DECODED if check == "decode" else OPENED
 
-        def reason(job: tuple[int, Path]) -> str | None:
-            index, path = job
+        def look(index: int) -> None:
+            path = files[index]
             try:
-                pixels, more = self._read(path, decode=check == "decode")
+                if check == "header":
+                    more = check_picture(path, self._rules)
+                else:
+                    pixels, more = self._read(path)
+                    if isinstance(self._pixels, np.ndarray):
+                        self._pixels[index] = pixels
             except CorruptFileError as error:
-                return str(error).removeprefix(f"{path}: ")
-            if self._cache is not None:
-                self._cache[index] = pixels
-            if more:
-                several.append(path)
-            return None
+                reasons[index] = str(error).removeprefix(f"{path}: ")
+                flags[index] = 0
+            else:
+                flags[index] = wanted | OPENED | (SEVERAL if more else 0)
 
-        with ThreadPoolExecutor(_THREADS) as pool:
-            reasons = pool.map(reason, enumerate(paths))
-            bar = tqdm(reasons, "checking images", len(paths), disable=not progress, file=sys.stderr)
-            return list(bar), sorted(several)
+        new = np.flatnonzero(known & wanted == 0).tolist()
+        _in_threads(look, new, "checking images" if progress and new else None)
+        return reasons, flags
 
-    def _class_folders(self, found: list[Path], first_level: list[Path], empty_classes: str) -> tuple[str, ...]:
+    def remember(self) -> None:
+        """Write what the check found out to ``known``, for the next one. Nothing depends on whether that works."""
+        if self._known is not None and self._findings is not None:
+            with contextlib.suppress(OSError, FastvqError):
+                write_known(self._known, self._described(), *self._findings)
+                self._findings = None
+
+    def _class_folders(self, found: Mapping[str, Path], first_level: list[Path], empty_classes: str) -> tuple[str, ...]:
         """Names of the classes; empty if images lie in the root itself."""
-        parts = [self._name(path).split("/") for path in found]
+        parts = [name.split("/") for name in found]
         loose = sum(len(p) == 1 for p in parts)
         if loose:
             if loose < len(parts):
@@ -196,7 +238,7 @@ class ImageFolder:
                 f"the classes{aside}. Leaving a class out would move the labels after it: add its images, or move the "
                 "folder elsewhere."
             )
-        self.left_out = sorted([*self.left_out, *((folder, _EMPTY) for folder in empty)])
+        self.left_out = sorted([*self.left_out, *((folder, EMPTY) for folder in empty)])
         return tuple(sorted(names))
 
     def _left_out_text(self) -> str:
@@ -206,15 +248,15 @@ class ImageFolder:
         hidden, other = 0, Counter[str]()
         for path, reason in self.left_out:
             suffix = path.suffix.lower()
-            if reason == _HIDDEN:
+            if reason == HIDDEN:
                 hidden += 1
-            elif reason != _TYPE:
+            elif reason != TYPE:
                 folders[reason].append(self._name(path))
             elif suffix in _NO_PICTURES:
                 other[suffix or "no ending"] += 1
             else:
                 types[suffix].append(self._name(path))
-        texts = [f"{len(names)} {suffix} ({_some(names)}), {_TYPE}" for suffix, names in types.items()]
+        texts = [f"{len(names)} {suffix} ({_some(names)}), {TYPE}" for suffix, names in types.items()]
         texts += [f"{_some(names)}, {reason}" for reason, names in folders.items()]
         if hidden:
             texts.append(f"{hidden} hidden")
@@ -236,82 +278,120 @@ class ImageFolder:
         Raises:
             CorruptFileError: the file cannot be read (any more).
         """
-        pixels = self._read(self.paths[index])[0] if self._cache is None else self._cache[index]
+        pixels = self._fresh(index) if self._pixels is None else self._pixels[index]
         return torch.from_numpy(pixels).permute(2, 0, 1).float().div(127.5).sub(1).contiguous()
 
-    @functools.cached_property
-    def files(self) -> Mapping[str, int]:
-        """Size in bytes of each image's file, by its path below ``root``, in the order of the images."""
-        return {self._name(path): path.stat().st_size for path in self.paths}
+    def _fresh(self, index: int) -> np.ndarray:
+        try:
+            return self._read(self.paths[index])[0]
+        except CorruptFileError as error:
+            if not self._decoded[index]:
+                error.add_note(_DAMAGED_LATE)
+            raise
+
+    @property
+    def decodes(self) -> bool:
+        """Whether an image is decoded from its file when it is asked for."""
+        return self._pixels is None
+
+    def pixels_folder(self, folder: str | os.PathLike[str]) -> Path:
+        """Where in a folder of such folders :meth:`keep_pixels` stores these images at this size."""
+        return Path(folder) / f"pixels-{self._identity()['files'][:16]}"
+
+    @property
+    def pixels_bytes(self) -> int:
+        """Bytes that all images take decoded."""
+        return math.prod(self._shape())
+
+    def keep_pixels(
+        self, folder: str | os.PathLike[str], *, progress: bool = False, every: Callable[[], object] = lambda: None
+    ) -> None:
+        """Store all images, decoded and resized, in a sub-folder, or find them there, and take them from there.
+
+        Interrupted, the next call goes on after the last image that reached the disk.
+
+        Args:
+            every: called every few seconds in between.
+
+        Raises:
+            CorruptFileError: an image cannot be read.
+            DiskFullError: there is no room for all of them; found out before any is read.
+            FileConflictError: another process is at it.
+        """
+        if self.use_pixels(folder):
+            return
+        from tqdm import tqdm
+
+        with tqdm(total=len(self), desc="storing images", disable=not progress, file=sys.stderr) as bar:
+
+            def done(rows: int) -> None:
+                bar.update(rows)
+                every()
+
+            place = self.pixels_folder(folder)
+            self._pixels = store_pixels(place, self._shape(), self._identity(), self._fresh, done=done)
+
+    def use_pixels(self, folder: str | os.PathLike[str]) -> bool:
+        """Take the images from where :meth:`keep_pixels` stored them; False if they are not there, or others are."""
+        found = stored_pixels(self.pixels_folder(folder), self._shape(), self._identity())
+        # Times do not tell files apart that were unpacked with the same one.
+        spread = {len(self) * place // _COMPARED for place in range(_COMPARED)}
+        if found is None or any(not np.array_equal(found[index], self._fresh(index)) for index in spread):
+            return False
+        self._pixels = found
+        return True
+
+    def _shape(self) -> tuple[int, int, int, int]:
+        return len(self), *self.size, self.channels
+
+    def _identity(self) -> dict[str, Any]:
+        """Of the images as they lie now, more strictly than :meth:`fingerprint`, and the version that decodes them."""
+        digest = hashlib.sha256(f"{self.fingerprint()} {PIL.__version__}".encode())
+        digest.update(self._times.tobytes())
+        return {"files": digest.hexdigest(), "fingerprint": self.fingerprint()}
 
     def fingerprint(self) -> str:
         """Hash of the relative paths, the files' sizes in bytes and the settings (not of the pixels: that is slow)."""
         digest = hashlib.sha256()
         for name, size in self.files.items():
             digest.update(f"{name}\0{size}\0".encode(errors="surrogateescape"))
-        return f"folder-{self.channels}x{self.size[0]}x{self.size[1]}-{len(self)}-{digest.hexdigest()}"
+        draft = "-draft" if self.draft else ""
+        return f"folder-{self.channels}x{self.size[0]}x{self.size[1]}{draft}-{len(self)}-{digest.hexdigest()}"
 
-    def _read(self, path: Path, *, decode: bool = True) -> tuple[np.ndarray, bool]:
-        limit = self._max_pixels
-        return read_picture(path, self.size, self.channels, limit=limit, formats=self._formats, decode=decode)
+    def _read(self, path: Path) -> tuple[np.ndarray, bool]:
+        return read_picture(path, self.size, self.channels, self._rules, draft=self.draft)
 
 
-class _Search:
-    """The image files below a folder, and what else lies there."""
+def _in_threads(look: Callable[[T], R], items: Sequence[T], title: str | None = None) -> list[R]:
+    """Results for all items; with a progress bar of that title on stderr."""
+    from tqdm import tqdm
 
-    def __init__(self, suffixes: tuple[str, ...], exclude: Sequence[str | os.PathLike[str]]) -> None:
-        self.left_out: list[tuple[Path, str]] = []
-        self.first_level: list[Path] = []
-        self._suffixes = suffixes
-        self._exclude = [_identity(Path(path)) for path in exclude if Path(path).is_dir()]
+    def some(start: int) -> list[R]:
+        return [look(item) for item in items[start : start + _CHUNK]]
 
-    def images(self, folder: Path, above: tuple[tuple[int, int], ...]) -> Iterator[Path]:
-        """``above`` identifies the folders on the way here, so that links form no loop."""
+    found: list[R] = []
+    with (
+        ThreadPoolExecutor(_THREADS) as pool,
+        tqdm(total=len(items), desc=title, disable=title is None, file=sys.stderr) as bar,
+    ):
+        for part in pool.map(some, range(0, len(items), _CHUNK)):
+            found += part
+            bar.update(len(part))
+    return found
+
+
+def _sizes_and_times(files: Sequence[Path]) -> tuple[np.ndarray, np.ndarray]:
+    """Bytes, and nanoseconds of the last modification: int64 [N]; -1 where there is no file, as the check will say."""
+
+    def look(path: Path) -> tuple[int, int]:
         try:
-            here = (*above, _identity(folder))
-            entries = list(os.scandir(folder))
-        except OSError as error:
-            raise MissingFileError(f"root: cannot read the folder {folder} ({error.strerror})") from error
-        for entry in entries:
-            path = Path(entry.path)
-            if entry.name.startswith("."):
-                self.left_out.append((path, _HIDDEN))
-            elif entry.is_dir():
-                if _identity(path) in here:
-                    continue
-                reason = self._reason(path)
-                if reason is not None:
-                    self.left_out.append((path, reason))
-                    continue
-                if not above:
-                    self.first_level.append(path)
-                yield from self.images(path, here)
-            elif entry.name.lower().endswith(self._suffixes):
-                yield path
-            else:
-                self.left_out.append((path, _TYPE))
+            status = os.stat(path)
+        except OSError:
+            return -1, -1
+        return status.st_size, status.st_mtime_ns
 
-    def _reason(self, folder: Path) -> str | None:
-        """Why a folder is left out, or None."""
-        try:
-            if _identity(folder) in self._exclude:
-                return _EXCLUDED
-            names = set(os.listdir(folder))
-        except OSError as error:
-            raise MissingFileError(f"root: cannot read the folder {folder} ({error.strerror})") from error
-        written = (
-            {"data.json", "vqvae"} <= names  # a project
-            or ("config.json" in names and not names.isdisjoint({"checkpoints", "logs", "model.safetensors"}))
-            or "pipeline.json" in names
-            or {"samples.json", "codes.safetensors"} <= names
-            or {"evaluation.json", "README.md"} <= names
-        )
-        return _WRITTEN if written else None
-
-
-def _identity(folder: Path) -> tuple[int, int]:
-    status = folder.stat()
-    return status.st_dev, status.st_ino
+    pairs = np.array(_in_threads(look, files), np.int64).reshape(-1, 2)
+    return pairs[:, 0].copy(), pairs[:, 1].copy()
 
 
 def _require_suffixes(suffixes: Sequence[str]) -> tuple[str, ...]:

@@ -5,16 +5,21 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import os
 import stat
 import struct
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from fastvq.errors import CorruptFileError
+
+T = TypeVar("T")
 
 # Formats that Pillow opens and that are no still pictures, or whose endings mostly belong to other things: EPS runs
 # another program, MPEG is film, FITS holds measurements, .pcd point clouds, .gbr circuit boards, .iim bare metadata.
@@ -31,6 +36,10 @@ _TRANSPOSE = {
     8: Image.Transpose.ROTATE_90,
 }
 _ORIENTATION = 0x0112
+_SIDEWAYS = frozenset({5, 6, 7, 8})
+# Pixels that a reduced JPEG keeps on each side, for one of the picture.
+_GAP = 2
+_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"\0\0\0\0IEND\xaeB`\x82", "GIF": b";"}
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_PIXELS = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"})
 
@@ -56,14 +65,26 @@ def formats_of(suffixes: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(set(types.values()) if None in names else {name for name in names if name is not None}))
 
 
+@dataclass(frozen=True)
+class PictureRules:
+    """Which files are read.
+
+    Attributes:
+        formats: those of Pillow that count, see :func:`formats_of`.
+        max_pixels: largest width * height of a file. Pillow's own limit holds besides.
+    """
+
+    formats: tuple[str, ...]
+    max_pixels: int
+
+    @property
+    def limit(self) -> int:
+        # Pillow only warns at its limit and raises at twice that; here the limit is the limit.
+        return min(self.max_pixels, Image.MAX_IMAGE_PIXELS or self.max_pixels)
+
+
 def read_picture(
-    path: Path,
-    size: tuple[int, int] | None,
-    channels: int,
-    *,
-    limit: int,
-    formats: tuple[str, ...],
-    decode: bool = True,
+    path: Path, size: tuple[int, int], channels: int, rules: PictureRules, *, draft: bool = False
 ) -> tuple[np.ndarray, bool]:
     """Pixels of a picture (of its first frame, if it has several), upright, cropped and resized.
 
@@ -71,71 +92,136 @@ def read_picture(
     ignored, damaged or not.
 
     Args:
-        size: (H, W); None: as large as it is, and whole.
-        limit: largest width * height of the file.
-        decode: False: read the header only; the pixels are empty then.
+        size: (H, W).
+        draft: decode a JPEG file of at least 4 times that size at a half, a quarter or an eighth of its own, but no
+            less than twice ``size``. Pixels differ by a few of 255 levels from those of the whole picture.
 
     Returns:
-        uint8 [H, W, C], and whether there are further frames (False without ``decode``).
+        uint8 [H, W, C], and whether there are further frames.
 
     Raises:
         CorruptFileError: the file cannot be read.
     """
+
+    def read(image: Image.Image) -> tuple[np.ndarray, bool]:
+        return _convert(image, size, channels, draft), _has_frames(image)
+
+    return _opened(path, rules, read)
+
+
+def read_whole(path: Path, rules: PictureRules) -> np.ndarray:
+    """Grey values of a picture as large as it is, upright: uint8 [H, W].
+
+    Raises:
+        CorruptFileError: the file cannot be read.
+    """
+    return _opened(path, rules, lambda image: np.array(_whole(image).convert("L")))
+
+
+def check_picture(path: Path, rules: PictureRules) -> bool:
+    """Whether a picture has several frames, from its header.
+
+    Finds out what a file is, its size in pixels, and of JPEG, PNG, GIF and WebP whether it is cut off: one that does
+    not end as it should is decoded. Other damage after the header is not found.
+
+    Raises:
+        CorruptFileError: the file cannot be read.
+    """
+    several, kind = _opened(path, rules, lambda image: (_has_frames(image), image.format))
+    if not _ends_well(path, kind):
+        read_picture(path, (1, 1), 1, rules)
+    return several
+
+
+def _opened(path: Path, rules: PictureRules, use: Callable[[Image.Image], T]) -> T:
+    """What ``use`` makes of a picture that is as ``rules`` say; whatever fails is a CorruptFileError."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise ValueError("not a regular file")
         try:
-            return _read(path, size, channels, limit, formats, decode)
+            return _within_limit(path, rules, use)
         except Exception:
             # Pillow gives up on a PNG for a damaged or large chunk that has nothing to do with its pixels.
             stripped = _png_without_metadata(path)
             if stripped is None:
                 raise
-            return _read(stripped, size, channels, limit, formats, decode)
+            return _within_limit(stripped, rules, use)
     # Damaged files make Pillow's decoders raise nearly anything, from OSError to IndexError.
     except Exception as error:
         raise CorruptFileError(f"{path}: {_reason(error)}") from error
 
 
-def _read(
-    source: Path | io.BytesIO,
-    size: tuple[int, int] | None,
-    channels: int,
-    limit: int,
-    formats: tuple[str, ...],
-    decode: bool,
-) -> tuple[np.ndarray, bool]:
-    with Image.open(source, formats=formats) as image:
+def _within_limit(source: Path | io.BytesIO, rules: PictureRules, use: Callable[[Image.Image], T]) -> T:
+    with Image.open(source, formats=rules.formats) as image:
         pixels = image.width * image.height
-        # Pillow only warns at its limit and raises at twice that; here the limit is the limit.
-        limit = min(limit, Image.MAX_IMAGE_PIXELS or limit)
-        if pixels > limit:
-            raise ValueError(f"{image.width} x {image.height} = {pixels} pixels, more than the limit {limit}")
-        if not decode:
-            return np.empty(0, np.uint8), False
-        converted = _convert(image, size, channels)
-        several = False
-        with contextlib.suppress(Exception):  # damage in a later frame
-            several = image.format in _FILMS and bool(getattr(image, "is_animated", False))
-        return converted, several
+        if pixels > rules.limit:
+            raise ValueError(f"{image.width} x {image.height} = {pixels} pixels, more than the limit {rules.limit}")
+        return use(image)
 
 
-def _convert(image: Image.Image, size: tuple[int, int] | None, channels: int) -> np.ndarray:
+def _has_frames(image: Image.Image) -> bool:
+    with contextlib.suppress(Exception):  # damage in a later frame
+        return image.format in _FILMS and bool(getattr(image, "is_animated", False))
+    return False
+
+
+def _ends_well(path: Path, kind: str | None) -> bool:
+    """Whether the last bytes of a file are those of a whole one, where that can be told from them."""
+    with path.open("rb") as file:
+        if kind == "WEBP":
+            head = file.read(8)
+            return int.from_bytes(head[4:], "little") + 8 <= os.fstat(file.fileno()).st_size
+        end = _ENDS.get(kind or "")
+        if end is None:
+            return True
+        file.seek(-min(len(end), os.fstat(file.fileno()).st_size), io.SEEK_END)
+        return file.read() == end
+
+
+def _convert(image: Image.Image, size: tuple[int, int], channels: int, draft: bool) -> np.ndarray:
+    height, width = size
+    mode = "L" if channels == 1 else "RGB"
+    small = _reduced(image, (width, height), mode) if draft and image.format == "JPEG" else None
+    if small is None:
+        small = ImageOps.fit(_whole(image).convert(mode), (width, height), Image.Resampling.BICUBIC)
+    return np.array(small).reshape(height, width, channels)
+
+
+def _whole(image: Image.Image) -> Image.Image:
+    """A picture decoded, upright, opaque and of 8 bits."""
     _scale_transparent_value(image)
     image.load()
-    image = _upright(image)
+    image = _upright(image, _orientation(image))
     if image.mode == "F" or (image.mode == "I" and image.format not in (None, "PNG", "PPM")):
         raise ValueError(f"pixels of mode {image.mode}, whose range is not known; expected 8 or 16 bits")
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow opens as I;16 or, in some formats and versions, as I
-        image = _eight_bits(image)
-    elif image.has_transparency_data:
+        return _eight_bits(image)
+    if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    image = image.convert("L" if channels == 1 else "RGB")
-    if size is not None:
-        image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BICUBIC)
-    return np.array(image).reshape(image.height, image.width, channels)
+        return Image.alpha_composite(white, image)
+    return image
+
+
+def _reduced(image: Image.Image, size: tuple[int, int], mode: str) -> Image.Image | None:
+    """A JPEG decoded at a part of its size, cropped and resized to (W, H); None if it is not large enough."""
+    orientation = _orientation(image)
+    across, down = size[::-1] if orientation in _SIDEWAYS else size
+    whole = image.size
+    drafted = image.draft(None, (_GAP * across, _GAP * down))
+    if drafted is None or image.size == whole:
+        return None
+    # Sides are rounded up to whole pixels of which the last shows less than the others, so turning comes last.
+    box = _centre(drafted[1][2:], (across, down))
+    return _upright(image.convert(mode).resize((across, down), Image.Resampling.BICUBIC, box=box), orientation)
+
+
+def _centre(whole: tuple[float, float], size: tuple[int, int]) -> tuple[float, float, float, float]:
+    """The box of a picture that ImageOps.fit would take; sizes are (W, H)."""
+    share = min(whole[0] / size[0], whole[1] / size[1])
+    width, height = share * size[0], share * size[1]
+    left, top = (whole[0] - width) / 2, (whole[1] - height) / 2
+    return left, top, left + width, top + height
 
 
 def _scale_transparent_value(image: Image.Image) -> None:
@@ -151,11 +237,15 @@ def _scale_transparent_value(image: Image.Image) -> None:
         image.info["transparency"] = tuple(part >> 8 for part in value)
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        method = _TRANSPOSE.get(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # damaged EXIF makes Pillow raise nearly anything
-        method = None
+def _orientation(image: Image.Image) -> int | None:
+    with contextlib.suppress(Exception):  # damaged EXIF makes Pillow raise nearly anything
+        found: int = image.getexif().get(_ORIENTATION, 1)
+        return found if found in _TRANSPOSE else None
+    return None
+
+
+def _upright(image: Image.Image, orientation: int | None) -> Image.Image:
+    method = _TRANSPOSE.get(orientation or 1)
     if method is None:
         return image
     turned = image.transpose(method)

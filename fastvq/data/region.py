@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from fastvq.data.images import MAX_PIXELS
-from fastvq.data.pictures import formats_of, picture_types, read_picture
+from fastvq.data.pictures import PictureRules, formats_of, picture_types, read_picture, read_whole
 from fastvq.errors import ArgumentError, MissingFileError
 
 # Of a mask picture's grey values.
@@ -26,8 +26,8 @@ def load_picture(path: str | os.PathLike[str], size: tuple[int, int], *, channel
         MissingFileError: there is no such file.
         CorruptFileError: it cannot be read.
     """
-    pixels = torch.from_numpy(_pixels(Path(path), size, channels))
-    return pixels.permute(2, 0, 1).float().div(127.5).sub(1)[None].contiguous()
+    pixels, _ = read_picture(_file("image", path), size, channels, _rules())
+    return torch.from_numpy(pixels).permute(2, 0, 1).float().div(127.5).sub(1)[None].contiguous()
 
 
 def box_region(path: str | os.PathLike[str], box: Sequence[int], size: tuple[int, int]) -> Tensor:
@@ -40,7 +40,7 @@ def box_region(path: str | os.PathLike[str], box: Sequence[int], size: tuple[int
     Raises:
         ArgumentError: the box does not lie in the picture, or where all of it is cropped away.
     """
-    height, width = _pixels(Path(path), None, 1).shape[:2]
+    height, width = read_whole(_file("image", path), _rules()).shape
     x, y, w, h = box
     if min(x, y) < 0 or min(w, h) < 1 or x + w > width or y + h > height:
         raise ArgumentError(
@@ -64,20 +64,24 @@ def mask_region(path: str | os.PathLike[str], mask: str | os.PathLike[str], size
         ArgumentError: the mask has another size, or no white, or all of it is cropped away.
         MissingFileError, CorruptFileError: there is no mask, or it cannot be read.
     """
-    there, region = _pixels(Path(path), None, 1), _pixels(Path(mask), None, 1, "mask")
+    there = read_whole(_file("image", path), _rules())
+    region = read_whole(_file("mask", mask), _rules())
     if there.shape != region.shape:
         sizes = [f"{pixels.shape[1]} x {pixels.shape[0]}" for pixels in (there, region)]
         raise ArgumentError(f"mask: expected {sizes[0]} pixels as {path} has, got {sizes[1]}")
     if region.max() < _WHITE:
         raise ArgumentError(f"mask: {mask} is black all over; white says what to paint")
-    return _fitted("mask", region[..., 0] >= _WHITE, size)
+    return _fitted("mask", region >= _WHITE, size)
 
 
-def _pixels(path: Path, size: tuple[int, int] | None, channels: int, name: str = "image") -> np.ndarray:
-    if not path.is_file():
+def _file(name: str, path: str | os.PathLike[str]) -> Path:
+    if not Path(path).is_file():
         raise MissingFileError(f"{name}: no file {path}")
-    formats = formats_of(picture_types())
-    return read_picture(path, size, channels, limit=MAX_PIXELS, formats=formats)[0]
+    return Path(path)
+
+
+def _rules() -> PictureRules:
+    return PictureRules(formats_of(picture_types()), MAX_PIXELS)
 
 
 def _fitted(name: str, region: np.ndarray, size: tuple[int, int]) -> Tensor:

@@ -37,6 +37,7 @@ from fastvq.evaluation.statistics import (
     image_batches,
 )
 from fastvq.models.classifier import ClassifierConfig
+from fastvq.ops.draw import check_options
 from fastvq.sampling import Pipeline
 from fastvq.training import TrainConfig
 
@@ -150,6 +151,35 @@ class Evaluation:
     seconds: dict[str, Duration]
 
 
+def check_evaluation(
+    pipeline: Pipeline, config: EvaluationConfig, *, extractor: bool, classifier: bool, accuracy: bool
+) -> None:
+    """What of an evaluation does not depend on the images must fit together.
+
+    Args:
+        extractor, classifier, accuracy: whether there is one, as of :func:`evaluate`.
+
+    Raises:
+        ArgumentError: it does not.
+    """
+    if classifier and not extractor:
+        raise ArgumentError("extractor: the rejection curve needs features; pass an extractor beside the classifier")
+    least = math.ceil(min(config.fractions) * config.samples - 1e-9)
+    if classifier and least <= config.neighbours:
+        raise ArgumentError(
+            f"fractions: {min(config.fractions)} of {config.samples} samples leaves {least}, expected more than "
+            f"{config.neighbours} (neighbours)"
+        )
+    levels = len(pipeline.priors)
+    if len(config.temperature) not in (1, levels):
+        raise ArgumentError(f"temperature: expected one value or {levels}, got {len(config.temperature)}")
+    if accuracy and pipeline.num_classes is None:
+        raise ArgumentError("accuracy: the priors are unconditional, so their samples have no labels to learn from")
+    for temperature in config.temperature:
+        for prior in pipeline.priors:
+            check_options(prior.config.num_codes, temperature, None, None)
+
+
 @annotate("evaluate")
 def evaluate(
     pipeline: Pipeline,
@@ -184,22 +214,16 @@ def evaluate(
         ArgumentError: parts that do not fit each other, before any work.
     """
     config = config or EvaluationConfig()
+    check_evaluation(
+        pipeline,
+        config,
+        extractor=extractor is not None,
+        classifier=classifier is not None,
+        accuracy=accuracy is not None,
+    )
     check_images(pipeline, dataset)
     if len(training) == 0 or len(validation) == 0:
         raise ArgumentError(f"training and validation: expected images in both, got {len(training)}, {len(validation)}")
-    if classifier is not None and extractor is None:
-        raise ArgumentError("extractor: the rejection curve needs features; pass an extractor beside the classifier")
-    least = math.ceil(min(config.fractions) * config.samples - 1e-9)
-    if classifier is not None and least <= config.neighbours:
-        raise ArgumentError(
-            f"fractions: {min(config.fractions)} of {config.samples} samples leaves {least}, expected more than "
-            f"{config.neighbours} (neighbours)"
-        )
-    levels = len(pipeline.priors)
-    if len(config.temperature) not in (1, levels):
-        raise ArgumentError(f"temperature: expected one value or {levels}, got {len(config.temperature)}")
-    if accuracy is not None and pipeline.num_classes is None:
-        raise ArgumentError("accuracy: the priors are unconditional, so their samples have no labels to learn from")
     features = None if extractor is None else as_extractor(extractor)
     if features is not None and features.num_channels not in (None, dataset.channels):
         raise ArgumentError(f"extractor: takes {features.num_channels} channel(s), the images have {dataset.channels}")

@@ -108,6 +108,25 @@ _TINY: dict[str, Any] = {
 }
 
 
+def _pair(name: str, side: int, channels: int, **fields: Any) -> dict[str, PixelSNAILConfig]:
+    """Both priors of pictures of that many pixels a side, whose bottom codes are made of 4 x 4 of them."""
+    top, bottom = (side // 8, side // 8), (side // 4, side // 4)
+    fields |= {"num_codes": 512, "channels": channels, "residual_channels": channels, "condition_channels": channels}
+    fields |= {"kernel_size": 3, "output_blocks": 2, "attention_heads": 4}
+    return {
+        f"{name}-top": PixelSNAILConfig(shape=top, **fields),
+        f"{name}-bottom": PixelSNAILConfig(
+            shape=bottom,
+            level=1,
+            attention=False,
+            condition_shapes=(top,),
+            condition_num_codes=(512,),
+            condition_blocks=4,
+            **fields,
+        ),
+    }
+
+
 class PixelSNAIL(Prior):
     """Chen et al. 2017, in the form used by Razavi et al. 2019, section 3.2 and appendix.
 
@@ -188,6 +207,11 @@ class PixelSNAIL(Prior):
             condition_blocks=8,
             dropout=0.25,
         ),
+        # Under the autoencoders of these names.
+        **_pair("photos64", 64, 128, blocks=2),
+        **_pair("photos128", 128, 192, blocks=3),
+        **_pair("photos256", 256, 256, blocks=4),
+        **_pair("emoji", 64, 80, blocks=2, num_classes=9, dropout=0.3),
         "digits-top": PixelSNAILConfig(
             shape=(2, 2),
             num_codes=128,

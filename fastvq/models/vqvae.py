@@ -92,6 +92,8 @@ class VQVAEConfig(Config):
         return len(self.strides) * self.residual_layers
 
 
+# Random codes far from the data are never chosen and stay where they are: docs/codebooks.md compares.
+_LIVE: dict[str, Any] = {"codebook_init": "kmeans", "revive_below": 1.0}
 _TINY: dict[str, Any] = {
     "in_channels": 1,
     "channels": 16,
@@ -111,12 +113,14 @@ class VQVAEOutput(NamedTuple):
         codes: int64 [B, h, w] for each level, top first.
         commitment_loss: scalar, weighted by beta and added over levels.
         perplexity: [levels], top first.
+        dead_codes: int64 [levels], how many codes no vector of this batch has.
     """
 
     reconstruction: Tensor
     codes: tuple[Tensor, ...]
     commitment_loss: Tensor
     perplexity: Tensor
+    dead_codes: Tensor
 
 
 class ResidualBlock(nn.Module):
@@ -240,6 +244,7 @@ class HierarchicalVQVAE(PretrainedModel):
             tuple(out.codes for out in outputs),
             torch.stack([out.commitment_loss for out in outputs]).sum(),
             torch.stack([out.perplexity for out in outputs]),
+            torch.stack([out.dead_codes for out in outputs]),
         )
 
     @torch.no_grad()
@@ -339,7 +344,7 @@ class VQVAE(HierarchicalVQVAE):
 
     presets: ClassVar[Mapping[str, VQVAEConfig]] = {
         # Section 4.1 there: 128 x 128 images in 32 x 32 codes, 256 hidden units.
-        "imagenet128": VQVAEConfig(strides=(4,), channels=256, residual_channels=256),
+        "imagenet128": VQVAEConfig(strides=(4,), channels=256, residual_channels=256, **_LIVE),
         "tiny-single": VQVAEConfig(strides=(4,), **_TINY),
     }
 
@@ -353,9 +358,14 @@ class VQVAE2(HierarchicalVQVAE):
     """The hierarchical autoencoder (Razavi et al. 2019); ``config.strides`` has two entries or more."""
 
     presets: ClassVar[Mapping[str, VQVAEConfig]] = {
-        # The first two follow the appendix there.
-        "imagenet256": VQVAEConfig(strides=(4, 2)),
-        "ffhq1024": VQVAEConfig(strides=(8, 2, 2)),
+        # The first two follow the appendix there, except that their codebooks start from data and stay in use.
+        "imagenet256": VQVAEConfig(strides=(4, 2), **_LIVE),
+        "ffhq1024": VQVAEConfig(strides=(8, 2, 2), **_LIVE),
+        # For one GPU, the first one for a patient CPU as well; the number is the side of the images.
+        "photos64": VQVAEConfig(strides=(4, 2), **_LIVE),
+        "photos128": VQVAEConfig(strides=(4, 2), **_LIVE),
+        "photos256": VQVAEConfig(strides=(4, 2), **_LIVE),
+        "emoji": VQVAEConfig(strides=(4, 2), channels=96, residual_channels=48, **_LIVE),
         "digits": VQVAEConfig(
             in_channels=1,
             channels=64,

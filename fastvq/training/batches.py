@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +20,41 @@ from fastvq.errors import FastvqError
 Batch = tuple[Tensor, ...]
 # (rows, epoch of each row) -> tensors of the batch
 LoadBatch = Callable[[np.ndarray, np.ndarray], Batch]
+
+
+_MOST_WORKERS = 8
+_SHARED_MEMORY = Path("/dev/shm")
+# Batches that PyTorch has each of its loading processes hold ready, and one that it makes.
+_AHEAD = 3
+
+
+def suggested_workers(device: str | torch.device, batch_bytes: int, *, decodes: bool) -> int:
+    """How many processes should load batches of images where nobody has said it; no result depends on it.
+
+    None where images are decoded already, and none on a CPU, where training keeps all cores busy. Beside a GPU the
+    cores that this process may use, divided by the processes of its group on this machine, less one for training, at
+    most 8, and no more than have room for their batches in shared memory, which containers often have little of.
+
+    Args:
+        batch_bytes: size of a batch of this process.
+        decodes: whether images are decoded from their files.
+    """
+    if not decodes or torch.device(device).type == "cpu":
+        return 0
+    count = _usable_cores() // max(1, _processes_here()) - 1
+    if _SHARED_MEMORY.is_dir():
+        count = min(count, shutil.disk_usage(_SHARED_MEMORY).free // 2 // (_AHEAD * max(1, batch_bytes)))
+    return max(0, min(count, _MOST_WORKERS))
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _processes_here() -> int:
+    """As torchrun says; other launchers give each process cores of its own."""
+    text = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return int(text) if text.isdecimal() else 1
 
 
 class StepBatches(Dataset[Any]):

@@ -122,6 +122,18 @@ class RunFolder:
             write_json(folder / BEST, sealed({"step": step, "metric": metric, "value": value}))
 
 
+def require_new(path: Path) -> None:
+    """A folder for a new run must be empty, or not there yet.
+
+    Raises:
+        FileConflictError: something is in it.
+    """
+    # An interruption of the very first write leaves nothing but a temporary file, whose name begins with a dot.
+    if path.is_dir() and any(not entry.name.startswith(".") for entry in path.iterdir()):
+        hint = "resume it, or choose another folder" if RunFolder(path).config.is_file() else "choose another folder"
+        raise FileConflictError(f"run_dir: {path} is not empty; {hint}. Nothing was changed.")
+
+
 @contextlib.contextmanager
 def open_run(
     path: Path,
@@ -184,10 +196,7 @@ def _claimed(
                     shutil.rmtree(leftover, ignore_errors=True)
             run.set_steps(int(description["train"][_LENGTH]))
         else:
-            # An interruption of the very first write leaves nothing but a temporary file, whose name begins with a dot.
-            if any(not entry.name.startswith(".") for entry in path.iterdir()):
-                hint = "resume it, or choose another folder" if run.config.is_file() else "choose another folder"
-                raise FileConflictError(f"run_dir: {path} is not empty; {hint}. Nothing was changed.")
+            require_new(path)
             sweep(path)
             extra = {name: dict(value) for name, value in (("init", init), ("notes", notes)) if value is not None}
             write_json(run.config, {**description, **extra, "versions": versions()})

@@ -32,6 +32,7 @@ COMMANDS = (
     "merge",
     "reconstruct",
     "evaluate",
+    "plot",
     "info",
 )
 TINY = ["--steps", "4", "--batch-size", "4", "--quiet", "--image-every", "2", "--checkpoint-every", "2"]
@@ -268,7 +269,7 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit) as stop:
         build_parser().parse_args([command, "--help"])
     assert stop.value.code == 0
-    assert ("--device" in capsys.readouterr().out) == (command != "merge")  # which computes nothing
+    assert ("--device" in capsys.readouterr().out) == (command not in ("merge", "plot"))  # which compute nothing
 
 
 @pytest.mark.parametrize(

@@ -62,10 +62,11 @@ COMMANDS = {
     "reconstruct": RECONSTRUCT,
     "train-classifier": CLASSIFIER,
     "evaluate": EVALUATE,
+    "plot": "plot my",
     "info": "info",
 }
 TRAINING = ["--steps 0", "--batch-size 0", "--batch-size -3", "--lr 0", "--lr nan", "--weight-decay -1", "--warmup -1"]
-TRAINING += ["--warmup 3", "--ema 1", "--ema -0.5", "--workers -1", "--seed -1", "--log-every 0"]
+TRAINING += ["--warmup 3", "--ema 1", "--ema -0.5", "--workers -1", "--seed -1", "--log-every 0", "--validate-every 0"]
 TRAINING += ["--init-from nowhere", "--checkpoint-every 0", "--seed 9223372036854775808"]
 BOTH_STAGES = [*TRAINING, "--grad-clip 0", "--accumulate 0", "--accumulate 3", "--image-every 0", "--preset absent"]
 BOTH_STAGES += ["--set num_codes=0", "--set dropout", "--set chanels=3"]
@@ -90,8 +91,18 @@ BAD: dict[str, list[str]] = {
         "--set channels=0",
         "--set in_channels=0",
         "--set strides=(3,)",
+        "--cache-images file",
     ],
-    "extract": ["--shard 1", "--run nowhere", "--data nowhere", "--batch-size 0", "--copies 0", "--copies 2"],
+    "extract": [
+        "--shard 1",
+        "--run nowhere",
+        "--data nowhere",
+        "--batch-size 0",
+        "--copies 0",
+        "--copies 2",
+        "--workers -1",
+        "--cache-images file",
+    ],
     "train-prior": [
         *BOTH_STAGES,
         "--run nowhere",
@@ -152,6 +163,7 @@ BAD: dict[str, list[str]] = {
         "--set channels=0",
         "--set dropout=1",
         "--set width=3",
+        "--cache-images file",
     ],
     "evaluate": [
         "-n 0",
@@ -183,6 +195,7 @@ BAD: dict[str, list[str]] = {
         "--seed 1 -n 2 --from-shards parts",
         "--temperature 0.5 -n 2 --from-shards parts",
     ],
+    "plot": ["--out file", "--out my", "--out new.jpg"],
     "info": [
         "--checkpoint nowhere",
         "--pretrained absent",
@@ -218,10 +231,11 @@ WHOLE = {
         "--checkpoint my/prior0/model --data digits",
     ],
     "evaluate": ["nowhere", "--pretrained absent --data digits", "my --pretrained digits"],
+    "plot": ["nowhere", "file", "."],
 }
 # Options of which every value is one, or whose values argparse checks.
 FREE = {"help", "debug", "quiet", "overwrite", "resume", "skip_broken", "flip", "unconditional", "bf16", "compile"}
-FREE |= {"paste", "curves", "optimizer", "name", "cache", "changed_data", "weights"}
+FREE |= {"cuda_graph", "curves", "optimizer", "name", "cache", "changed_data", "weights", "draft", "plain", "paste"}
 
 
 def blamed(line: str) -> str:
@@ -234,7 +248,11 @@ def blamed(line: str) -> str:
 
 CASES = [(command, f"{COMMANDS[command]} {end}", blamed(end)) for command, ends in BAD.items() for end in ends]
 CASES += [(command, f"{command} {end}", blamed(end)) for command, ends in WHOLE.items() for end in ends]
-CASES += [(command, f"{line} --device abacus", "--device") for command, line in COMMANDS.items() if command != "merge"]
+CASES += [
+    (command, f"{line} --device abacus", "--device")
+    for command, line in COMMANDS.items()
+    if command not in ("merge", "plot")
+]
 
 
 @pytest.mark.parametrize(

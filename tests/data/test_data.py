@@ -16,6 +16,7 @@ from PIL import Image
 
 from fastvq.data import Augment, Digits, ImageFolder, image_grid, load_images, psnr, save_grid, split_indices
 from fastvq.data.base import permutation
+from fastvq.data.grid import grid_size
 from fastvq.data.images import ImageFolderWarning
 from fastvq.errors import (
     ArgumentError,
@@ -240,12 +241,24 @@ def test_skipping_bad_files(broken: Path) -> None:
     assert data.labels.tolist() == [1, 1]
 
 
+def damage_inside(path: Path) -> None:
+    """Change bytes of a PNG's pixels, and neither its header nor its end."""
+    whole = bytearray(path.read_bytes())
+    middle = len(whole) // 2
+    whole[middle : middle + 4] = bytes(255 - value for value in whole[middle : middle + 4])
+    path.write_bytes(whole)
+
+
 def test_header_check_leaves_damage_inside_for_later(broken: Path) -> None:
-    with pytest.warns(UserWarning, match="6 of 9"):
+    damage_inside(save(picture(64, 64), broken / "bad" / "inside.png"))
+    with pytest.warns(UserWarning, match="7 of 10"):
         data = ImageFolder(broken, 8, skip_broken=True, max_pixels=10000, check="header")
-    index = [path.name for path in data.paths].index("truncated.jpg")
-    with pytest.raises(CorruptFileError, match=r"truncated.jpg: .*truncated"):
-        data.image(index)
+    assert [path.name for path in data.paths] == ["inside.png", "1.png", "2.jpg"]
+    with pytest.raises(CorruptFileError, match=r"inside.png: ") as caught:
+        data.image(0)
+    assert "leave it out (skip_broken=True), in a new run" in caught.value.__notes__[0]
+    with pytest.warns(UserWarning, match="8 of 10"):
+        ImageFolder(broken, 8, skip_broken=True, max_pixels=10000)
 
 
 def test_image_that_breaks_later_is_named(tmp_path: Path) -> None:
@@ -454,6 +467,24 @@ def test_grid_layout() -> None:
     assert image_grid(torch.full((1, 1, 1, 1), float("nan")), padding=0).tolist() == [[128]]
 
 
+def test_captions_stand_under_their_columns() -> None:
+    images = torch.zeros(4, 3, 20, 30)
+    plain = image_grid(images, columns=2)
+    grid = image_grid(images, columns=2, captions=["ab", "c"])
+    assert grid.shape[:2] == grid_size(4, 20, 30, 2, captions=["ab", "c"])[:2]
+    assert np.array_equal(grid[: len(plain)], plain)
+    below = grid[len(plain) :] < 128
+    assert below[:, 2:32].any()
+    assert below[:, 34:64].any()
+    assert not below[:, :2].any()
+    assert not below[:, 32:34].any()
+    # Both are turned where one is too wide, and nothing of them is lost.
+    upright = image_grid(images, columns=2, captions=["a" * 30, "c"])
+    assert upright.shape[0] - len(plain) > 100
+    assert (upright[len(plain) :, 2:32] < 128).any(1).sum() > 100
+    assert image_grid(images[:, :1], columns=2, captions=["", "c"]).shape == grid.shape[:2]
+
+
 def test_grid_file_is_not_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save_grid(tmp_path / "new" / "grid.png", torch.zeros(1, 3, 4, 4), padding=0)
     assert np.array(Image.open(path)).shape == (4, 4, 3)
@@ -485,6 +516,7 @@ def test_grid_file_is_not_overwritten(tmp_path: Path, monkeypatch: pytest.Monkey
         (torch.zeros(1, 2, 4, 4), {}, ArgumentError, "1 or 3 channels"),
         (torch.zeros(1, 3, 4, 4, dtype=torch.uint8), {}, ArgumentTypeError, "floating-point"),
         (torch.zeros(1, 3, 4, 4), {"columns": 0}, ArgumentError, "columns: must be at least 1"),
+        (torch.zeros(2, 3, 4, 4), {"captions": ["a"]}, ArgumentError, "captions: expected 2, one per column, got 1"),
         ("picture", {}, ArgumentTypeError, r"images: expected a torch.Tensor"),
     ],
 )

@@ -1,0 +1,90 @@
+"""How images get to a command: decoded ones kept in a file, and who loads them."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import sys
+from pathlib import Path
+
+from fastvq.cli.project import Project
+from fastvq.data import ImageDataset, ImageFolder
+from fastvq.distributed import Group
+from fastvq.errors import ArgumentError, FileConflictError
+from fastvq.training import TrainConfig
+from fastvq.training.batches import suggested_workers
+
+
+def require_cache_place(arguments: argparse.Namespace, data: str) -> None:
+    """Find out that ``--cache-images`` names no folder for it, before opening any image."""
+    place = arguments.cache_images
+    if not isinstance(place, Path):
+        return
+    if place.exists() and not place.is_dir():
+        raise FileConflictError(f"--cache-images: {place} is a file, expected a folder")
+    inside = Path(data).resolve()
+    if Path(data).is_dir() and inside in (place.resolve(), *place.resolve().parents):
+        raise ArgumentError(f"--cache-images: {place} lies in the folder of images, {data}; choose another")
+
+
+def keep_images(
+    arguments: argparse.Namespace, project: Project, dataset: ImageDataset, group: Group | None = None
+) -> None:
+    """Take images from where they are stored decoded, and store them there first if ``--cache-images`` says so.
+
+    The first process of a group stores them for all, which see the same folder.
+    """
+    if not isinstance(dataset, ImageFolder):
+        return
+    group = group or Group()
+    wanted = arguments.cache_images
+    place = wanted if isinstance(wanted, Path) else project.cache
+    if wanted is not None and group.first:
+        try:
+            # The others wait for a word every now and then, as they would give up on one that takes long.
+            dataset.keep_pixels(place, progress=not arguments.quiet, every=lambda: group.agree(flag=1))
+        except Exception as error:
+            group.agree(error)
+        group.agree()
+    elif wanted is not None:
+        while group.agree():
+            pass
+    with group.together():
+        if not dataset.decodes or dataset.use_pixels(place):
+            if not arguments.quiet:
+                size = dataset.pixels_bytes / 2**20
+                print(f"fastvq: images decoded in {dataset.pixels_folder(place)} ({size:.1f} MB)", file=sys.stderr)
+        elif wanted is not None:
+            raise FileConflictError(f"--cache-images: process {group.rank} does not find the images in {place}")
+
+
+def with_workers(
+    arguments: argparse.Namespace, config: TrainConfig, dataset: ImageDataset, group: Group
+) -> TrainConfig:
+    """The settings with a number of loading processes, where neither the command line nor a run's record has one."""
+    if arguments.workers is not None or arguments.resume:
+        return config
+    batch = math.ceil(config.batch_size / group.size)
+    return dataclasses.replace(config, num_workers=_chosen(arguments, config.device or "cpu", batch, dataset))
+
+
+def loading_threads(arguments: argparse.Namespace, device: str, dataset: ImageDataset) -> int:
+    """The threads of ``extract``."""
+    if arguments.workers is not None:
+        return int(arguments.workers)
+    return _chosen(arguments, device, arguments.batch_size, dataset)
+
+
+def _chosen(arguments: argparse.Namespace, device: str, batch: int, dataset: ImageDataset) -> int:
+    size = 4 * batch * dataset.channels * math.prod(dataset.size)
+    count = suggested_workers(device, size, decodes=isinstance(dataset, ImageFolder) and dataset.decodes)
+    if count and not arguments.quiet:
+        print(f"fastvq: {count} load images beside the one that computes (--workers)", file=sys.stderr)
+    return count
+
+
+def remember(dataset: ImageDataset) -> None:
+    """Keep what was found out about the files, for the next start."""
+    if isinstance(dataset, ImageFolder):
+        dataset.remember()
