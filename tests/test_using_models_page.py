@@ -31,6 +31,8 @@ def pictures(path: Path) -> list[np.ndarray]:
 def work(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """The folder in which everything was run, and the names that the Python leaves."""
     folder, names = tmp_path_factory.mktemp("work"), dict[str, Any]()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for kind, code in BLOCKS:
@@ -41,6 +43,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
                 program, *arguments = shlex.split(line)
                 assert program == "fastvq"
                 assert main(arguments) == 0, line
+    torch.set_num_threads(threads)
     return folder, names
 
 
