@@ -216,12 +216,8 @@ def columns_by_class(pipeline: Pipeline, n: int, classes: Sequence[int] | None) 
     """A column for each of the classes that take turns, and their names; None where there is one class, or too many."""
     if classes is None or not len(classes) > 1 or min(n, len(classes)) > _MOST_COLUMNS:
         return None, None
-    shown = classes[:n]
-    return len(shown), [class_name(pipeline, number) for number in shown]
-
-
-def class_name(pipeline: Pipeline, number: int) -> str:
-    return str(number) if pipeline.class_names is None else pipeline.class_names[number]
+    shown, names = classes[:n], pipeline.class_names
+    return len(shown), [str(number) if names is None else names[number] for number in shown]
 
 
 def _autoencoder(arguments: argparse.Namespace, device: str) -> tuple[HierarchicalVQVAE, dict[str, Any]]:

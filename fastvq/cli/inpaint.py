@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from fastvq.cli.generate import (
-    class_name,
     classes_asked,
     columns_by_class,
     draw_settings,
@@ -72,10 +71,7 @@ def inpaint(arguments: argparse.Namespace) -> None:
 def _captions(pipeline: Pipeline, n: int, classes: Sequence[int] | None) -> list[str]:
     """Of the columns: the image, what is kept, and the results, by class if several take turns."""
     _, names = columns_by_class(pipeline, n, classes)
-    if names is None:
-        name = class_name(pipeline, classes[0]) if classes is not None and len(classes) == 1 else "painted"
-        names = [name] * min(n, _COLUMNS)
-    return ["image", "kept", *names]
+    return ["image", "kept", *(names or ["painted"] * min(n, _COLUMNS))]
 
 
 def _beside(image: Tensor, mask: Tensor, results: Tensor, columns: int) -> Tensor:

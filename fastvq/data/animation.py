@@ -10,8 +10,8 @@ from pathlib import Path
 from torch import Tensor
 
 from fastvq._files import replacing_file
-from fastvq.data.grid import image_grid
-from fastvq.errors import ArgumentError, FileConflictError
+from fastvq.data.grid import image_grid, require_free
+from fastvq.errors import ArgumentError
 
 # How animated pictures are written, by the ending of their name: Pillow's format and its options.
 ANIMATIONS: dict[str, tuple[str, dict[str, object]]] = {
@@ -67,8 +67,7 @@ def save_animation(
 
     path = Path(path)
     require_animation("path", path)
-    if path.is_dir() or (path.exists() and not overwrite):
-        raise FileConflictError(f"path: {path} exists already; nothing was written")
+    require_free(path, overwrite)
     pictures = []
     for frame in frames:
         pixels = image_grid(frame, columns, padding, captions)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fastvq._check import require_positive_int
+from fastvq._check import require_floating, require_positive_int, require_tensor
 from fastvq._evaluation import in_evaluation
 from fastvq.models.vqvae import HierarchicalVQVAE
 from fastvq.sampling.request import micro_batches
@@ -19,9 +19,10 @@ DECODED = 8
 @torch.no_grad()
 def encode(vqvae: HierarchicalVQVAE, images: Tensor) -> tuple[Tensor, ...]:
     """Codes of images [n, C, H, W] in [-1, 1]: int64 [n, h, w] for each level, top first, on the model's device."""
-    device, vqvae = next(vqvae.parameters()).device, in_evaluation(vqvae)
+    require_floating("images", require_tensor("images", images))
+    weight, vqvae = next(vqvae.parameters()), in_evaluation(vqvae)
     parts = [images[part] for part in micro_batches(len(images), DECODED)] or [images]
-    codes = [vqvae.encode(part.to(device)) for part in parts]
+    codes = [vqvae.encode(part.to(weight.device, weight.dtype)) for part in parts]
     return tuple(torch.cat(level) for level in zip(*codes, strict=True))
 
 

@@ -106,13 +106,12 @@ class Levels:
         codes: tuple[Tensor, ...] = ()
         for level, (run, given) in enumerate(zip(self.runs, self.settings, strict=True)):
             config = run.prior.config
-            there = known[level] if level < len(known) else None
-            if there is not None and there.where is None:
-                codes = (*codes, there.codes.to(next(run.prior.parameters()).device))
+            there, where = (known[level].codes, known[level].where) if level < len(known) else (None, None)
+            if there is not None and where is None:
+                codes = (*codes, there.to(next(run.prior.parameters()).device))
                 continue
             noise = uniforms(seed, start, n, config.shape, level=config.level)
-            kept = () if there is None else (there.codes, there.where)
-            request = assemble(run.prior, given, noise, codes, labels, *kept)
+            request = assemble(run.prior, given, noise, codes, labels, there, where)
             codes = (*codes, run.draw(request, start, progress=progress))
         return codes
 

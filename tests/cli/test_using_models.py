@@ -50,7 +50,7 @@ def test_a_box_is_painted(digits: Pipeline, seven: Path, tmp_path: Path) -> None
     assert not mask[:16].any()
     found = digits.inpaint(image, mask, 3, label=7, seed=3, temperature=[0.9, 0.5])
     shown = torch.cat([image, image.masked_fill(mask, 0), found.images])
-    assert np.array_equal(written(out), image_grid(shown, 5, captions=["image", "kept", "7", "7", "7"]))
+    assert np.array_equal(written(out), image_grid(shown, 5, captions=["image", "kept", *["painted"] * 3]))
     kept = out.read_bytes()
     assert main([*command, "--label", "7"]) == 1
     assert out.read_bytes() == kept
@@ -61,8 +61,8 @@ def test_a_box_is_painted(digits: Pipeline, seven: Path, tmp_path: Path) -> None
     [
         (["-n", "12"], 12, 2, [*"0123456789"]),
         (["-n", "4", "--label", "3", "8"], 4, 2, ["3", "8"]),
-        (["-n", "9", "--label", "3"], 10, 2, ["3"] * 8),
-        (["--label", "3"], 10, 1, ["3"] * 8),
+        (["-n", "9", "--label", "3"], 10, 2, ["painted"] * 8),
+        (["--label", "3"], 10, 1, ["painted"] * 8),
     ],
     ids=["all", "two", "one", "default"],
 )
