@@ -180,9 +180,10 @@ def _add_sample(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "fastvq.cli.generate:sample",
         "draw new images",
         "Sample i of a seed is the same whatever -n is. OUT ending in .png, .jpg, .jpeg or .webp gets one picture\n"
-        "of all samples; an OUT without an ending becomes a folder with one PNG per sample, their codes\n"
-        "(codes.safetensors) and settings (samples.json). With --shard OUT is a folder that gets one part of the n\n"
-        "samples, which `fastvq merge OUT` puts together; a part that was stopped goes on when it is started again.",
+        "of all samples, with a column for each class; an OUT without an ending becomes a folder with one PNG per\n"
+        "sample, their codes (codes.safetensors) and settings (samples.json). With --shard OUT is a folder that gets\n"
+        "one part of the n samples, which `fastvq merge OUT` puts together; a part that was stopped goes on when it\n"
+        "is started again. Samples that vary the details of an image: --like.",
     )
     _add_model(parser)
     _add_shard(parser)

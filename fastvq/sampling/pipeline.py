@@ -84,9 +84,9 @@ class Levels:
     def micro_batch(self) -> int:
         return self.runs[0].micro_batch
 
-    def warn_slow(self, stacklevel: int) -> None:
-        """Say once what of it takes the naive engine; ``stacklevel`` 1 is the caller's line."""
-        warn_slow([run.slow for run in self.runs if run.slow is not None], stacklevel=stacklevel + 1)
+    def warn_slow(self, stacklevel: int, *, first: int = 0) -> None:
+        """Say once what takes the naive engine from level ``first`` on; ``stacklevel`` 1 is the caller's line."""
+        warn_slow([run.slow for run in self.runs[first:] if run.slow is not None], stacklevel=stacklevel + 1)
 
     def draw(
         self,
@@ -233,7 +233,7 @@ class Pipeline:
         seed = fixed_seed(seed)
         labels = self._labels_of(n, start, label)
         known = check_upper_codes(self.priors, codes, n)
-        levels.warn_slow(stacklevel=3)  # past the decorator
+        levels.warn_slow(stacklevel=3, first=len(known))  # past the decorator
         drawn = levels.draw(n, seed=seed, start=start, labels=labels, known=known, progress=progress)
         return Samples(self.decode(drawn), drawn, seed, levels.micro_batch)
 
