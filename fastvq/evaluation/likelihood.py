@@ -144,12 +144,10 @@ def check_images(pipeline: Pipeline, dataset: ImageDataset) -> None:
     Raises:
         ArgumentError: channels, size, number or names of classes, or missing labels.
     """
-    channels = pipeline.vqvae.config.in_channels
+    channels, *size = pipeline.image_shape
     if dataset.channels != channels:
         raise ArgumentError(f"dataset: has {dataset.channels} channel(s), the model takes {channels}")
-    scale = pipeline.vqvae.total_stride
-    size = tuple(side * scale for side in pipeline.priors[0].config.shape)
-    if tuple(dataset.size) != size:
+    if list(dataset.size) != size:
         raise ArgumentError(
             f"dataset: expected images of {size[0]} x {size[1]}, got {' x '.join(map(str, dataset.size))}"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ class CodebookTraining:
                 (height, width),
             )
 
-    @property
+    @functools.cached_property
     def grids(self) -> list[int]:
         """Vectors of one image, of each level."""
         model = outline(lambda: build(self.model))
