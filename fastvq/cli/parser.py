@@ -90,8 +90,8 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "demo",
         "fastvq.cli.demo:demo",
         "train on handwritten digits, sample every class and write pictures",
-        "Trains a 2-level VQVAE2 and both priors on scikit-learn's digits in a few minutes on two CPU cores, then\n"
-        "writes reconstructions.png and samples.png.",
+        "Trains a 2-level VQVAE2 and both priors on scikit-learn's digits in a few minutes on two CPU cores, writes\n"
+        "reconstructions.png and samples.png, and compares sampling as it is with sampling by its definition.",
     )
     parser.add_argument("--out", type=Path, default=Path("fastvq-demo"), help="project folder (default: fastvq-demo)")
     parser.add_argument("--label", type=int, help="sample only this digit (default: a row of each)")
