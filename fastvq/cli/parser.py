@@ -94,7 +94,7 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "reconstructions.png and samples.png, and compares sampling as it is with sampling by its definition.",
     )
     parser.add_argument("--out", type=Path, default=Path("fastvq-demo"), help="project folder (default: fastvq-demo)")
-    parser.add_argument("--label", type=int, help="sample only this digit (default: a row of each)")
+    parser.add_argument("--label", type=int, help="sample only this digit (default: a column of each)")
     parser.add_argument("--seed", type=int, help="seed of training and sampling (default: 0)")
     parser.add_argument("--effort", type=float, help="multiplies the number of training steps (default: 1)")
     _add_resume(parser)
