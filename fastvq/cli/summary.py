@@ -132,8 +132,8 @@ def _classes(labels: Tensor | None, names: Sequence[str]) -> str:
         return "none"
     counts = torch.bincount(labels, minlength=len(names))
     least, most = int(counts.argmin()), int(counts.argmax())
-    if len(names) == 1:
-        return f"1, {names[0]}"
+    if counts[least] == counts[most]:
+        return f"{len(counts)}, of {counts[least]}{' each' if len(counts) > 1 else ''}"
     return f"{len(counts)}, of {counts[least]} ({_name(names, least)}) to {counts[most]} ({_name(names, most)})"
 
 
@@ -157,7 +157,9 @@ def _recipe(arguments: argparse.Namespace, taken: Mapping[str, Any]) -> str:
 def _training(start: Start) -> str:
     config = start.config
     epochs = config.steps * config.batch_size / start.rows
-    text = f"{config.steps} steps of {config.batch_size}, {epochs:.3g} epochs"
+    text = (
+        f"{config.steps} steps of {config.batch_size}, {f'{epochs:.0f}' if epochs >= 100 else f'{epochs:.3g}'} epochs"
+    )
     run = RunFolder(start.run)
     if run.config.is_file():
         text += f"; {run.done} steps are done"

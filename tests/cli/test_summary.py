@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from fastvq.cli import main, summary
@@ -52,6 +53,21 @@ def lines(text: str) -> dict[str, str]:
 
 def contents(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("labels", "text"),
+    [
+        (None, "none"),
+        ([0, 0, 0], "1, of 3"),
+        ([0, 1, 1, 0], "2, of 2 each"),
+        ([0, 1, 1, 1, 2, 2], "3, of 1 (a) to 3 (b)"),
+        ([0, 0, 2], "3, of 0 (b) to 2 (a)"),
+    ],
+)
+def test_classes_are_counted(labels: list[int] | None, text: str) -> None:
+    names = ["a", "b", "c"][: 0 if labels is None else max(labels) + 1]
+    assert summary._classes(None if labels is None else torch.tensor(labels), names) == text
 
 
 def test_a_dry_run_says_all_and_writes_nothing(

@@ -275,7 +275,7 @@ def test_options_that_agree_are_fine(options: list[str], copy: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["train-vqvae", "--data", "digits", "--preset", "digits"], "--steps: a new run needs"),
+        (["train-vqvae", "--data", "digits", "--preset", "tiny"], "--steps: a new run needs"),
         (["train-vqvae", "--preset", "digits", "--steps", "1"], "--data: a new run needs"),
         (["train-vqvae", "--resume"], "--resume: nothing to resume"),
         (["train-classifier", "--data", "digits"], "--steps: a new run needs"),
