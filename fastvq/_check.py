@@ -126,6 +126,15 @@ def require_codes(name: str, codes: object, shape: Sequence[int | str | None], n
     return tensor
 
 
+def require_mask(name: str, value: object, shape: Sequence[int | str | None], meaning: str = "") -> Tensor:
+    """A mask; ``meaning``, what True says, is for the message."""
+    mask = require_tensor(name, value)
+    if mask.dtype != torch.bool:
+        raise ArgumentTypeError(f"{name}: expected bool{meaning and f' (True {meaning})'}, got {mask.dtype}")
+    require_shape(name, mask, shape)
+    return mask
+
+
 def require_positive_int(name: str, value: object, minimum: int = 1, maximum: int | None = None) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise ArgumentTypeError(f"{name}: expected an int, got {type(value).__name__} {value!r}")

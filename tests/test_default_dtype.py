@@ -162,6 +162,21 @@ def test_pipelines(engine: str, switch: Callable[[], None]) -> None:
     assert_same(pipeline.sample(3, label=1, seed=0, engine=engine), wanted)
 
 
+def test_what_is_known(switch: Callable[[], None]) -> None:
+    pipeline, mask = Pipeline.from_pretrained("digits"), torch.zeros(32, 32, dtype=torch.bool)
+    mask[20:] = True
+
+    def work() -> Result:
+        image = pipeline.sample(1, label=[3], seed=0).images
+        painted = pipeline.inpaint(image, mask, 2, label=[3, 7], seed=0)
+        top = pipeline.encode(image)[:1]
+        return painted, pipeline.sample(2, label=3, codes=top, seed=0), [*pipeline.frames(painted.codes)]
+
+    wanted = work()
+    switch()
+    assert_same(work(), wanted)
+
+
 @torch.no_grad()
 def test_autoencoders(switch: Callable[[], None]) -> None:
     torch.manual_seed(0)

@@ -10,7 +10,7 @@ import torch
 from helpers import refuses
 from torch import Tensor
 
-from fastvq import VQVAE2, PixelSNAIL, ResidualVQ, VectorQuantizer, sample
+from fastvq import VQVAE2, Pipeline, PixelSNAIL, ResidualVQ, VectorQuantizer, sample
 from fastvq._check import INTEGER_DTYPES
 from fastvq.errors import ArgumentError, ArgumentTypeError
 from fastvq.ops import code_conv2d
@@ -39,6 +39,8 @@ def calls(count: int) -> dict[str, Callable[[Callable[[Tensor], Tensor]], Tensor
     bottom, label = top.repeat(1, 2, 2), torch.tensor([count - 1]).clamp(max=299)
     quantizer, heads = VectorQuantizer(count, 4), VectorQuantizer(count, 4, heads=2)
     residual, decoder, model = ResidualVQ(2, count, 4), vqvae(count), prior(count)
+    above = PixelSNAIL.from_preset("tiny-top", num_codes=count, num_classes=300).eval()
+    pipeline = Pipeline(decoder, [above, model])
     known: dict[str, Any] = {"seed": 0, "mask": torch.eye(4, dtype=torch.bool)}
     table = torch.randn(2, count, 3)
     logits, uniforms = torch.randn(4, count), torch.full((4,), 0.5)
@@ -51,6 +53,7 @@ def calls(count: int) -> dict[str, Callable[[Callable[[Tensor], Tensor]], Tensor
         "logits": lambda to: model(to(bottom), to(top), to(label)),
         "nll": lambda to: model.nll(to(bottom), condition=to(top), label=to(label)),
         "sample": lambda to: sample(model, 1, condition=to(top), init_codes=to(bottom), label=to(label), **known),
+        "upper-codes": lambda to: pipeline.sample(1, codes=[to(top)], label=to(label), seed=0).images,
         "code_conv2d": lambda to: code_conv2d(to(top), table, [(0, -1), (-1, 0)]),
         "draw_margin": lambda to: draw_margin(logits, uniforms, to(top).flatten()),
     }

@@ -13,7 +13,7 @@ from fastvq.cli.described import DescribedImages, described
 from fastvq.cli.loading import keep_images, remember, require_cache_place, with_workers
 from fastvq.cli.names import configure
 from fastvq.cli.project import Project, augmentation, choose_device, parse_overrides
-from fastvq.cli.resume import recorded, recorded_config, refuse, starting_config, train_config
+from fastvq.cli.resume import recorded, recorded_config, refuse, shown, starting_config, train_config
 from fastvq.data import ImageDataset
 from fastvq.distributed import join
 from fastvq.errors import ArgumentError, MissingFileError
@@ -48,7 +48,7 @@ def train_classifier(arguments: argparse.Namespace) -> None:
             resume=arguments.resume,
             init_from=arguments.init_from,
             notes={"data": description},
-            progress=not arguments.quiet,
+            progress=shown(arguments),
         )
         if group.first:
             values = last_validation(run, "top1")

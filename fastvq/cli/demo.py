@@ -99,7 +99,7 @@ def demo(arguments: argparse.Namespace) -> None:
             validation_folder=project.validation_codes,
             resume=arguments.resume and (run / CONFIG).is_file(),
             progress=progress,
-            sample_images=preview_of(vqvae, codes, level),
+            sample_images=preview_of(vqvae, CodeDataset(project.validation_codes), level),
         )
         bits = _validation_metrics(run, "bits")["bits"]
         uniform = math.log2(codes.num_codes[level])

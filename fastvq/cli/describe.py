@@ -14,6 +14,7 @@ import torch
 from fastvq import _engine
 from fastvq._config import Config
 from fastvq._version import __version__
+from fastvq.cli.codebook import say_use_of_codes, say_use_of_run
 from fastvq.cli.images import image_size
 from fastvq.cli.names import configure
 from fastvq.cli.project import Project, choose_device, is_one_model, load_pipeline, parse_overrides
@@ -61,6 +62,8 @@ def info(arguments: argparse.Namespace) -> None:
         states = project.stages()
         for name, state in states.items():
             print(f"{name:11} {state}")
+        if not say_use_of_run(project, warn=True):
+            say_use_of_codes(project, whole=False)
         begun = [name for name in states if _has_weights(project.path / name)]
         if len(begun) < len(states) or not (project.vqvae / "model").is_dir():
             for name in begun:

@@ -75,13 +75,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
                 pipeline, arguments.from_shards, extractor, keep=config.keep, batch_size=config.batch_size
             )
     project = None if arguments.run is None else Project(arguments.run)
-    scale = pipeline.vqvae.total_stride
-    images = DescribedImages(
-        arguments,
-        project,
-        size=[side * scale for side in pipeline.priors[0].config.shape],
-        channels=pipeline.vqvae.config.in_channels,
-    )
+    channels, *size = pipeline.image_shape
+    images = DescribedImages(arguments, project, size=size, channels=channels)
     augment = augmentation(images.description)
     training_config = None
     if arguments.accuracy_steps:

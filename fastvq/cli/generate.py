@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 from fastvq._files import remove_leftovers, replacing_folder, save_tensors, write_json
 from fastvq._shards import description_of
 from fastvq._version import __version__
 from fastvq.cli.images import open_data
 from fastvq.cli.project import Project, choose_device, is_one_model, load_pipeline
-from fastvq.data import load_images, psnr, save_grid
+from fastvq.data import load_images, load_picture, psnr, save_animation, save_grid
+from fastvq.data.animation import require_animation
 from fastvq.data.grid import PICTURES, grid_size, require_picture
 from fastvq.data.pictures import picture_types
 from fastvq.errors import ArgumentError, FileConflictError
 from fastvq.models import HierarchicalVQVAE
 from fastvq.sampling import Pipeline, Samples, Shard, sample_shard
+from fastvq.sampling.coding import reconstruct as reconstruct_images
 from fastvq.sampling.parts import CODES_FILE, PREFIX, SETTINGS_FILE
 from fastvq.training import load_weights
+
+# Of samples by class.
+_MOST_COLUMNS = 32
 
 
 def sample(arguments: argparse.Namespace) -> None:
@@ -33,35 +41,64 @@ def sample(arguments: argparse.Namespace) -> None:
         raise ArgumentError(
             "--images: for parts; without --shard a folder holds PNGs anyway. For all samples in one tar: --shard 0/1"
         )
-    picture = _is_picture(arguments.out)
-    check_free(arguments.out, arguments.overwrite, picture)
-    if arguments.n < 1:
-        raise ArgumentError(f"-n: must be at least 1, got {arguments.n}")
+    if arguments.keep_levels is not None and arguments.like is None:
+        raise ArgumentError("--keep-levels: says what to keep of --like IMAGE, which is missing")
+    picture = require_free_outputs(arguments)
     pipeline = load_pipeline(
         arguments.checkpoint, arguments.pretrained, choose_device(arguments.device), arguments.weights
     )
+    classes = classes_asked(pipeline, arguments.label)
+    columns, captions = columns_by_class(pipeline, arguments.n, classes)
+    height, width = grid_size(arguments.n, *pipeline.image_shape[1:], columns, captions=captions)[:2]
     if picture:
-        height, width = (side * pipeline.vqvae.total_stride for side in pipeline.priors[0].config.shape)
-        require_picture("--out", arguments.out, *grid_size(arguments.n, height, width)[:2])
-    labels = pipeline.labels(range(arguments.n), _class(pipeline, arguments.label))
-    samples = pipeline.sample(arguments.n, label=labels, **_settings(arguments))
-    settings = {
-        "n": arguments.n,
-        "labels": None if labels is None else labels.tolist(),
-        "temperature": arguments.temperature,
-        "top_k": arguments.top_k,
-        "top_p": arguments.top_p,
-        "seed": samples.seed,
-        "micro_batch": samples.micro_batch,
-        "engine": arguments.engine,
-        "precision": arguments.precision,
-        "fastvq_version": __version__,
-    }
+        require_picture("--out", arguments.out, height, width)
+    if arguments.animate is not None:
+        require_animation("--animate", arguments.animate, height, width)
+    kept = _upper_codes(pipeline, arguments)
+    labels = pipeline.labels(range(arguments.n), classes)
+    samples = pipeline.sample(arguments.n, label=labels, codes=kept, **draw_settings(arguments))
     if picture:
-        save_grid(arguments.out, samples.images, overwrite=arguments.overwrite)
+        save_grid(arguments.out, samples.images, columns, captions=captions, overwrite=arguments.overwrite)
     else:
-        _write_folder(arguments.out, samples, settings, arguments.overwrite)
+        settings = record(arguments, pipeline, samples, labels)
+        if kept:
+            settings |= {"like": str(arguments.like), "keep_levels": len(kept)}
+        write_folder(arguments.out, samples, settings, arguments.overwrite)
     print(f"{arguments.n} samples in {arguments.out} (seed {samples.seed})")
+    if arguments.animate is not None:
+        known = [torch.full_like(grid, level < len(kept), dtype=torch.bool) for level, grid in enumerate(samples.codes)]
+        frames = pipeline.frames(samples.codes, known=known)
+        shown = tqdm(frames, "frames", disable=arguments.quiet, file=sys.stderr)
+        save_animation(arguments.animate, shown, columns, captions=captions, overwrite=arguments.overwrite)
+        print(f"the grids being filled in {arguments.animate}")
+
+
+def require_free_outputs(arguments: argparse.Namespace) -> bool:
+    """Find out what cannot be written before anything is loaded; returns whether ``--out`` is a picture."""
+    picture = _is_picture(arguments.out)
+    check_free(arguments.out, arguments.overwrite, picture)
+    if getattr(arguments, "animate", None) is not None:
+        require_animation("--animate", arguments.animate)
+        if arguments.animate.resolve() == arguments.out.resolve():
+            raise ArgumentError(f"--animate: {arguments.animate} is --out as well; choose another name")
+        check_free(arguments.animate, arguments.overwrite, picture=True, option="--animate")
+    if arguments.n < 1:
+        raise ArgumentError(f"-n: must be at least 1, got {arguments.n}")
+    return picture
+
+
+def _upper_codes(pipeline: Pipeline, arguments: argparse.Namespace) -> tuple[Tensor, ...]:
+    """Codes that ``--like`` and ``--keep-levels`` give."""
+    if arguments.like is None:
+        return ()
+    levels = pipeline.vqvae.num_levels
+    count = 1 if arguments.keep_levels is None else arguments.keep_levels
+    if levels == 1:
+        raise ArgumentError("--like: this model has a single level, so nothing would be left to draw")
+    if not 1 <= count < levels:
+        raise ArgumentError(f"--keep-levels: expected 1..{levels - 1} of this model's {levels}, got {count}")
+    channels, height, width = pipeline.image_shape
+    return pipeline.encode(load_picture(arguments.like, (height, width), channels=channels))[:count]
 
 
 def _sample_part(arguments: argparse.Namespace) -> None:
@@ -70,6 +107,9 @@ def _sample_part(arguments: argparse.Namespace) -> None:
         raise ArgumentError("--seed: --shard needs one, the same for all parts")
     if arguments.overwrite:
         raise ArgumentError("--overwrite: finished parts are kept; remove them, or choose another folder")
+    for option in ("like", "keep_levels", "animate"):
+        if getattr(arguments, option) is not None:
+            raise ArgumentError(f"--{option.replace('_', '-')}: not for parts; leave out --shard")
     if _is_picture(arguments.out):
         raise ArgumentError(f"--out: --shard writes to a folder, got {arguments.out}")
     pipeline = load_pipeline(
@@ -82,9 +122,9 @@ def _sample_part(arguments: argparse.Namespace) -> None:
         arguments.n,
         shard,
         arguments.out,
-        label=_class(pipeline, arguments.label),
+        label=classes_asked(pipeline, arguments.label),
         images=arguments.images,
-        **_settings(arguments),
+        **draw_settings(arguments),
     )
     indices = shard.range(arguments.n)
     what = f"samples {indices.start}..{indices.stop - 1} of {arguments.n}" if indices else "no samples"
@@ -118,14 +158,11 @@ def reconstruct(arguments: argparse.Namespace) -> None:
 
 def reconstruction(model: HierarchicalVQVAE, originals: Tensor) -> tuple[Tensor, float]:
     """Decoded codes of images, on the CPU, and the mean squared error."""
-    device = next(model.parameters()).device
-    with torch.inference_mode():
-        parts = [model.decode(model.encode(part.to(device))).cpu() for part in originals.split(16)]
-    reconstructions = torch.cat(parts)
+    reconstructions = reconstruct_images(model, originals).cpu()
     return reconstructions, float(F.mse_loss(reconstructions, originals))
 
 
-def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
+def draw_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """What samples are drawn with, as sampling is told."""
     temperature = arguments.temperature
     return {
@@ -140,20 +177,47 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _class(pipeline: Pipeline, text: str | None) -> int | None:
-    """The class asked for, if any."""
-    classes = pipeline.num_classes
-    if text is None:
-        return None
+def record(
+    arguments: argparse.Namespace, pipeline: Pipeline, samples: Samples, labels: Tensor | None
+) -> dict[str, object]:
+    """What a folder of samples says of them."""
+    return {
+        "n": arguments.n,
+        "labels": None if labels is None else labels.tolist(),
+        "class_names": pipeline.class_names,
+        "temperature": arguments.temperature,
+        "top_k": arguments.top_k,
+        "top_p": arguments.top_p,
+        "seed": samples.seed,
+        "micro_batch": samples.micro_batch,
+        "engine": arguments.engine,
+        "precision": arguments.precision,
+        "fastvq_version": __version__,
+    }
+
+
+def classes_asked(pipeline: Pipeline, label: Sequence[str] | None) -> tuple[int, ...] | None:
+    """The classes that take turns: those of ``--label``, or all; None without classes."""
+    classes, names = pipeline.num_classes, pipeline.class_names or ()
+    if label is None:
+        return pipeline.classes()
     if classes is None:
-        raise ArgumentError(f"--label: this model knows no classes, got {text}")
-    names = pipeline.class_names or ()
-    if text in names:
-        return names.index(text)
-    if not text.isdecimal() or int(text) >= classes:
-        known = f", or a name: {', '.join(names)}" if names else ""
-        raise ArgumentError(f"--label: expected a number in 0..{classes - 1}{known}; got {text!r}")
-    return int(text)
+        raise ArgumentError(f"--label: this model knows no classes, got {' '.join(label)}")
+    numbers = []
+    for text in label:
+        if text not in names and (not text.isdecimal() or int(text) >= classes):
+            known = f", or a name: {', '.join(names)}" if names else ""
+            raise ArgumentError(f"--label: expected a number in 0..{classes - 1}{known}; got {text!r}")
+        numbers.append(names.index(text) if text in names else int(text))
+    return tuple(numbers)
+
+
+def columns_by_class(pipeline: Pipeline, n: int, classes: Sequence[int] | None) -> tuple[int | None, list[str] | None]:
+    """A column for each of the classes that take turns, and their names; None where there is one class, or too many."""
+    if classes is None or not len(classes) > 1 or min(n, len(classes)) > _MOST_COLUMNS:
+        return None, None
+    shown, names = classes[:n], pipeline.class_names
+    return len(shown), [str(number) if names is None else names[number] for number in shown]
 
 
 def _autoencoder(arguments: argparse.Namespace, device: str) -> tuple[HierarchicalVQVAE, dict[str, Any]]:
@@ -168,8 +232,7 @@ def _autoencoder(arguments: argparse.Namespace, device: str) -> tuple[Hierarchic
         project = Project(checkpoint)
         return project.load_vqvae(device), project.read_data()
     pipeline = load_pipeline(checkpoint, arguments.pretrained, device, arguments.weights)
-    size = [side * pipeline.vqvae.total_stride for side in pipeline.priors[0].config.shape]
-    return pipeline.vqvae, {"size": size, "skip_broken": False}
+    return pipeline.vqvae, {"size": pipeline.image_shape[1:], "skip_broken": False}
 
 
 def _is_picture(out: Path) -> bool:
@@ -189,19 +252,19 @@ def _is_picture(out: Path) -> bool:
     return False
 
 
-def check_free(out: Path, overwrite: bool, picture: bool) -> None:
+def check_free(out: Path, overwrite: bool, picture: bool, option: str = "--out") -> None:
     """Find out that the result cannot be written before computing it."""
     remove_leftovers(out)
     taken = out.exists() and (picture or not out.is_dir() or any(out.iterdir()))
     if taken and not overwrite:
-        raise FileConflictError(f"--out: {out} exists already; pass --overwrite or another name")
+        raise FileConflictError(f"{option}: {out} exists already; pass --overwrite or another name")
     if out.exists() and out.is_dir() == picture:
-        raise FileConflictError(f"--out: {out} is a {'folder' if picture else 'file'} and stays as it is")
+        raise FileConflictError(f"{option}: {out} is a {'folder' if picture else 'file'} and stays as it is")
     if out.is_dir() and taken and not (out / SETTINGS_FILE).is_file():
-        raise FileConflictError(f"--out: {out} holds other things than samples and stays as it is")
+        raise FileConflictError(f"{option}: {out} holds other things than samples and stays as it is")
 
 
-def _write_folder(out: Path, samples: Samples, settings: dict[str, object], overwrite: bool) -> None:
+def write_folder(out: Path, samples: Samples, settings: dict[str, object], overwrite: bool) -> None:
     with replacing_folder(out, overwrite=overwrite) as folder:
         for index, image in enumerate(samples.images):
             save_grid(folder / f"{index:06d}.png", image[None], padding=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from fastvq._files import remove_folder, remove_leftovers
+from fastvq.cli.codebook import say_use_of_codes
 from fastvq.cli.generate import check_free
 from fastvq.cli.project import Project, require_folder_name
 from fastvq.data import CodeDataset, merge_codes
@@ -39,4 +40,5 @@ def _merge_extraction(project: Project) -> None:
                 merge_codes(parts / folder.name, folder)
         remove_folder(parts)
     print(f"codes of {len(CodeDataset(project.codes))} rows in {project.codes}")
+    say_use_of_codes(project, whole=True)
     print(f"next: fastvq train-prior --run {project.path} --level 0 ...")

@@ -31,6 +31,7 @@ _ALIASES = {
     "overrides": "--set",
 }
 _BY_COMMAND = {
+    "sample": {"image": "--like"},
     "reconstruct": {"image_size": "--size", "images": "--size"},
     "demo": {"--run": "--out", "run_dir": "--out", "folder": "--out", "steps": "--effort"},
     "train-vqvae": {"name": "--preset"},

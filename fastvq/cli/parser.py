@@ -24,7 +24,9 @@ _EXAMPLES = """\
 examples:
   fastvq demo                                          train on handwritten digits and look (minutes, on a CPU)
   fastvq sample --pretrained digits --label 7          sample a model that ships with fastvq
+  fastvq inpaint --pretrained digits --image 7.png --box 0 16 32 16 --label 7
   fastvq train-vqvae --data photos --size 256 --run my --preset imagenet256 --steps 100000
+  fastvq plot my                                       curves of training, in my/curves.png
   fastvq extract --run my
   fastvq train-prior --run my --level 0 --preset imagenet256-top --steps 100000 --batch-size 32
   fastvq train-prior --run my --level 1 --preset imagenet256-bottom --steps 100000 --batch-size 16
@@ -48,10 +50,12 @@ def build_parser() -> argparse.ArgumentParser:
     _add_extract(commands)
     _add_train_prior(commands)
     _add_sample(commands)
+    _add_inpaint(commands)
     _add_merge(commands)
     _add_reconstruct(commands)
     _add_train_classifier(commands)
     _add_evaluate(commands)
+    _add_plot(commands)
     _add_info(commands)
     for name, command in commands.choices.items():
         command.set_defaults(command=name, options=options_of(command))
@@ -177,9 +181,10 @@ def _add_sample(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "fastvq.cli.generate:sample",
         "draw new images",
         "Sample i of a seed is the same whatever -n is. OUT ending in .png, .jpg, .jpeg or .webp gets one picture\n"
-        "of all samples; an OUT without an ending becomes a folder with one PNG per sample, their codes\n"
-        "(codes.safetensors) and settings (samples.json). With --shard OUT is a folder that gets one part of the n\n"
-        "samples, which `fastvq merge OUT` puts together; a part that was stopped goes on when it is started again.",
+        "of all samples, with a column for each class; an OUT without an ending becomes a folder with one PNG per\n"
+        "sample, their codes (codes.safetensors) and settings (samples.json). With --shard OUT is a folder that gets\n"
+        "one part of the n samples, which `fastvq merge OUT` puts together; a part that was stopped goes on when it\n"
+        "is started again. Samples that vary the details of an image: --like.",
     )
     _add_model(parser)
     _add_shard(parser)
@@ -189,8 +194,31 @@ def _add_sample(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="with --shard: also write the images, as OUT/000123.png or as a tar of the part that webdataset reads",
     )
     parser.add_argument("-n", type=int, default=16, help="number of images (default: 16)")
+    _add_drawing(parser, seed_note="; --shard needs one")
     parser.add_argument(
-        "--label", help="class: its number, or its name as `fastvq info` shows it (default: all in turn)"
+        "--like",
+        type=Path,
+        metavar="IMAGE",
+        help="keep this image's codes of upper levels, and draw the others",
+    )
+    parser.add_argument(
+        "--keep-levels", type=int, metavar="K", help="with --like: levels to keep, from the top (default: 1)"
+    )
+    parser.add_argument(
+        "--animate",
+        type=Path,
+        metavar="FILE",
+        help="also write an animated .gif, .png or .webp of the grids being filled; takes up to 60 decodings",
+    )
+    _add_output(parser, "samples.png")
+
+
+def _add_drawing(parser: argparse.ArgumentParser, *, seed_note: str = "") -> None:
+    parser.add_argument(
+        "--label",
+        nargs="+",
+        metavar="CLASS",
+        help="classes that take turns: their numbers, or names as `fastvq info` shows them (default: all)",
     )
     parser.add_argument(
         "--temperature",
@@ -198,11 +226,11 @@ def _add_sample(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         nargs="+",
         default=[1.0],
         metavar="T",
-        help="one value, or one per level, top first",
+        help="below 1: likelier codes, above 1: more various ones; one value, or one per level, top first (default: 1)",
     )
-    parser.add_argument("--top-k", type=int, help="keep the likeliest K codes")
-    parser.add_argument("--top-p", type=float, help="keep the likeliest codes of together this probability")
-    parser.add_argument("--seed", type=int, help="seed (default: a new one, printed); --shard needs one")
+    parser.add_argument("--top-k", type=int, help="draw from the likeliest K codes")
+    parser.add_argument("--top-p", type=float, help="draw from the likeliest codes of together this probability")
+    parser.add_argument("--seed", type=int, help=f"seed (default: a new one, printed){seed_note}")
     parser.add_argument(
         "--engine", default="auto", help="cuda, cpu, torch, naive, or auto for the fastest that runs (default: auto)"
     )
@@ -213,7 +241,48 @@ def _add_sample(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="weights in the steps of the cuda and cpu engines; bfloat16 is not exact (default: float32)",
     )
     parser.add_argument("--micro-batch", type=int, help="samples computed together")
-    _add_output(parser, "samples.png")
+
+
+def _add_inpaint(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(
+        commands,
+        "inpaint",
+        "fastvq.cli.inpaint:inpaint",
+        "paint a region of an image anew",
+        "The image is turned upright, cropped at the centre and resized as in training. Codes of the region are drawn\n"
+        "given those before them in raster order and those of the levels above, so a region is continued from above\n"
+        "and from the left. OUT ending in .png, .jpg, .jpeg or .webp gets one picture: the image, what is kept of it,\n"
+        "and the results. An OUT without an ending becomes a folder with one PNG per result, their codes\n"
+        "(codes.safetensors) and settings (samples.json).",
+    )
+    _add_model(parser)
+    parser.add_argument("--image", type=Path, required=True, help="the image, of any size")
+    region = parser.add_mutually_exclusive_group(required=True)
+    region.add_argument(
+        "--box",
+        type=int,
+        nargs=4,
+        metavar=("X", "Y", "WIDTH", "HEIGHT"),
+        help="the region, in pixels of the (upright) image from its upper left corner",
+    )
+    region.add_argument(
+        "--mask", type=Path, metavar="IMAGE", help="the region: white in this image of the same width and height"
+    )
+    parser.add_argument(
+        "--margin", type=int, default=0, metavar="CELLS", help="codes around the region to draw as well (default: 0)"
+    )
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=2,
+        help="times that the region is drawn, given what the round before drew around it (default: 2)",
+    )
+    parser.add_argument(
+        "--no-paste", dest="paste", action="store_false", help="show the rest of the image as decoded, not as it was"
+    )
+    parser.add_argument("-n", type=int, default=8, help="number of results (default: 8)")
+    _add_drawing(parser)
+    _add_output(parser, "inpainted.png")
 
 
 def _add_merge(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -333,6 +402,22 @@ def _add_cache_images(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_plot(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(
+        commands,
+        "plot",
+        "fastvq.cli.plot:plot",
+        "draw curves of training",
+        "Of each run in a project, or of one run, whether or not it has finished: loss, error or likelihood in\n"
+        "training and validation, perplexity of each level, and learning rate. Needs matplotlib (pip install\n"
+        '"fastvq[eval]").',
+        device=False,
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="a project, or one run of it")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="a PNG (default: RUN/curves.png)")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
+
+
 def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", help="a folder of images, or 'digits' (default: the project's)")
     _add_skip_broken(parser)
@@ -402,7 +487,7 @@ def _add_resume(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="go on exactly where an earlier run was stopped; its record has all other settings",
     )
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.add_argument("--quiet", action="store_true", help="no progress, only results and what is wrong")
 
 
 def _add_model(parser: argparse.ArgumentParser, required: bool = True) -> argparse._MutuallyExclusiveGroup:
@@ -488,9 +573,22 @@ def _add_schedule(
     parser.add_argument("--warmup", type=int, metavar="STEPS", help="linear warm-up, then cosine decay (default: 0)")
     parser.add_argument("--ema", type=float, metavar="DECAY", help=f"weight averaging; 0: off (default: {ema})")
     parser.add_argument(
+        "--no-cuda-graph",
+        dest="cuda_graph",
+        action="store_false",
+        default=None,
+        help="on a GPU, launch the work of every step anew instead of replaying a recording",
+    )
+    parser.add_argument(
         "--workers", type=int, help="processes that load data (default: 0, but some for image files beside a GPU)"
     )
     parser.add_argument("--log-every", type=int, metavar="STEPS", help="(default: 50)")
+    parser.add_argument("--validate-every", type=int, metavar="STEPS", help="(default: after every epoch)")
+    parser.add_argument(
+        "--plain",
+        action="store_true",
+        help="instead of a progress bar a line every --log-every steps, as where stderr is no terminal",
+    )
     parser.add_argument("--checkpoint-every", type=int, metavar="STEPS", help="(default: 1000)")
     parser.add_argument(
         "--init-from",

@@ -16,6 +16,7 @@ from fastvq.errors import ArgumentError, FileConflictError, MissingFileError
 from fastvq.models import PriorConfig, preset
 from fastvq.training import TrainConfig
 from fastvq.training.config import NEUTRAL_FIELDS
+from fastvq.training.progress import Show
 from fastvq.training.run import CONFIG, RunFolder
 from fastvq.training.weights import called, described_model, load_weights
 
@@ -33,10 +34,12 @@ _FIELDS = {
     "ema": "ema_decay",
     "bf16": "bf16",
     "compile": "compile",
+    "cuda_graph": "cuda_graph",
     "accumulate": "accumulate",
     "validation": "validation_fraction",
     "seed": "seed",
     "log_every": "log_every",
+    "validate_every": "validate_every",
     "image_every": "image_every",
     "checkpoint_every": "checkpoint_every",
     "workers": "num_workers",
@@ -159,6 +162,11 @@ def model_config(arguments: argparse.Namespace, run: Path, kind: type[C], **over
     return config
 
 
+def shown(arguments: argparse.Namespace) -> Show:
+    """How ``--quiet`` and ``--plain`` want progress to be shown."""
+    return False if arguments.quiet else "plain" if arguments.plain else True
+
+
 def notes(arguments: argparse.Namespace, **more: Any) -> dict[str, Any]:
     """What of the command line a run's record keeps beside its settings."""
     return {"preset": arguments.preset or arguments.default_preset, "set": arguments.set, **more}
@@ -172,5 +180,5 @@ def refuse(option: str, run: Path, there: object, now: object) -> NoReturn:
     """A run that goes on does not take an option that its record says otherwise."""
     raise FileConflictError(
         f"{option}: the run in {run} has {there!r}, got {now!r}; --resume needs no settings, and can change --steps, "
-        "--device, --workers and how often something is written"
+        "--device, --workers and how often something is validated or written"
     )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastvq._check import require_positive_int
 from fastvq._lock import locked
+from fastvq.cli.codebook import say_use_of_codes, say_use_of_run
 from fastvq.cli.images import (
     image_size,
     open_new_images,
@@ -26,20 +27,21 @@ from fastvq.cli.images import (
 )
 from fastvq.cli.loading import keep_images, loading_threads, remember, require_cache_place, with_workers
 from fastvq.cli.project import Project, augmentation, choose_device
-from fastvq.cli.resume import model_config, notes, train_config
+from fastvq.cli.resume import model_config, notes, shown, train_config
 from fastvq.data import Augment, CodeDataset, ImageDataset, Shard, extract_codes, extract_shard
+from fastvq.data.base import spread_over_classes
 from fastvq.data.codes import DESCRIPTION
 from fastvq.distributed import join
 from fastvq.errors import ArgumentError, FileConflictError
 from fastvq.models import HierarchicalVQVAE, Prior, PriorConfig, VQVAEConfig, build
 from fastvq.models.stored import outline
 from fastvq.sampling import sample
-from fastvq.training import TrainConfig
+from fastvq.training import Picture, TrainConfig
 from fastvq.training import train_prior as train_prior_on_codes
 from fastvq.training import train_vqvae as train_vqvae_on_images
 from fastvq.training.weights import describe_start
 
-_PICTURES = 16
+_PICTURES, _COLUMNS = 16, 10
 
 
 def train_vqvae(arguments: argparse.Namespace) -> None:
@@ -64,9 +66,11 @@ def train_vqvae(arguments: argparse.Namespace) -> None:
             resume=arguments.resume,
             init_from=arguments.init_from,
             notes=notes(arguments),
-            progress=not arguments.quiet,
+            progress=shown(arguments),
         )
         if group.first:
+            # What is wrong has been said already where progress is shown.
+            say_use_of_run(project, warn=arguments.quiet)
             print(f"autoencoder in {project.vqvae / 'model'}; next: fastvq extract --run {arguments.run}")
 
 
@@ -183,6 +187,7 @@ def extract(arguments: argparse.Namespace) -> None:
     if shard is not None:
         print(f"next, once all parts are there: fastvq merge {arguments.run}")
         return
+    say_use_of_codes(project, whole=True)
     print(f"next: fastvq train-prior --run {arguments.run} --level 0 ... {model.num_levels - 1}")
 
 
@@ -190,7 +195,7 @@ def train_prior(arguments: argparse.Namespace) -> None:
     with join() as group:
         arguments.quiet |= not group.first
         with group.together():
-            project, codes, fitted, config, vqvae = _prepare_prior(arguments)
+            project, codes, held_out, fitted, config, vqvae = _prepare_prior(arguments)
         run = project.prior(arguments.level)
         train_prior_on_codes(
             project.codes,
@@ -198,12 +203,12 @@ def train_prior(arguments: argparse.Namespace) -> None:
             fitted,
             config,
             run,
-            validation_folder=project.validation_codes if project.validation_codes.is_dir() else None,
+            validation_folder=None if held_out is None else held_out.folder,
             resume=arguments.resume,
             init_from=arguments.init_from,
             notes=notes(arguments),
-            progress=not arguments.quiet,
-            sample_images=None if vqvae is None else preview_of(vqvae, codes, arguments.level),
+            progress=shown(arguments),
+            sample_images=None if vqvae is None else preview_of(vqvae, held_out or codes, arguments.level),
         )
         if group.first:
             print(f"prior in {run / 'model'}")
@@ -215,6 +220,7 @@ class _Stage2(NamedTuple):
 
     project: Project
     codes: CodeDataset
+    held_out: CodeDataset | None
     fitted: PriorConfig
     config: TrainConfig
     vqvae: HierarchicalVQVAE | None
@@ -242,7 +248,8 @@ def _prepare_prior(arguments: argparse.Namespace) -> _Stage2:
             f"--run: the codes in {project.codes} are of the classes {', '.join(codes.class_names) or 'none'}, the "
             f"project knows {', '.join(known) or 'none'}; move {project.codes.parent} elsewhere and extract again"
         )
-    return _Stage2(project, codes, fitted, config, vqvae)
+    held_out = CodeDataset(project.validation_codes) if project.validation_codes.is_dir() else None
+    return _Stage2(project, codes, held_out, fitted, config, vqvae)
 
 
 def fit_to_codes(template: PriorConfig, codes: CodeDataset, level: int, num_classes: int | None) -> PriorConfig:
@@ -258,16 +265,31 @@ def fit_to_codes(template: PriorConfig, codes: CodeDataset, level: int, num_clas
     )
 
 
-def preview_of(vqvae: HierarchicalVQVAE, codes: CodeDataset, level: int) -> Callable[[Prior, int], Tensor]:
-    """Pictures of a prior in training: its samples under real codes of the levels above, finer levels left out."""
-    # Rows are spread over the data so that the picture shows several classes.
-    count = min(_PICTURES, len(codes))
-    rows = torch.arange(count) * len(codes) // count
+def preview_of(vqvae: HierarchicalVQVAE, codes: CodeDataset, level: int) -> Callable[[Prior, int], Picture]:
+    """Pictures of a prior in training: its samples under real codes of the levels above, finer levels left out.
+
+    Each column is of one class, whose name is below it, as far as classes are known and count for something.
+    """
+    rows, columns = _rows_by_class(codes)
     above = tuple(codes.codes(upper, rows) for upper in range(level))
 
-    def draw(prior: Prior, step: int) -> Tensor:
+    def draw(prior: Prior, step: int) -> Picture:
         label = codes.labels[rows] if prior.config.num_classes and codes.labels is not None else None
-        drawn = sample(prior, count, condition=above, label=label, seed=0)
-        return vqvae.preview([*(upper.to(drawn.device) for upper in above), drawn])
+        drawn = sample(prior, len(rows), condition=above, label=label, seed=0)
+        images = vqvae.preview([*(upper.to(drawn.device) for upper in above), drawn])
+        if codes.labels is None or (label is None and not above):
+            return Picture("samples", images)
+        captions = [codes.class_names[int(one)] for one in codes.labels[rows[:columns]]]
+        return Picture("samples", images, columns, captions)
 
     return draw
+
+
+def _rows_by_class(codes: CodeDataset) -> tuple[Tensor, int]:
+    """Rows of codes for a grid of pictures, row by row, and its columns: one for each class, or for some of many."""
+    if codes.labels is None:
+        return torch.from_numpy(spread_over_classes(None, len(codes), _PICTURES)), min(_PICTURES, len(codes))
+    shown = codes.labels[spread_over_classes(codes.labels, len(codes), _COLUMNS)].unique()
+    each = torch.arange(max(1, round(_PICTURES / len(shown))))
+    members = [(codes.labels == one).nonzero().flatten() for one in shown]
+    return torch.stack([found[each * len(found) // len(each)] for found in members], 1).flatten(), len(shown)

@@ -80,11 +80,42 @@ def split_indices(n: int, fraction: float, seed: int) -> tuple[np.ndarray, np.nd
     require_positive_int("n", n)
     require_seed("seed", seed)
     require_number("fraction", fraction, least=0, below=1)
-    held_out = max(1, round(n * fraction)) if fraction > 0 else 0
-    if held_out >= n:
+    count = held_out(n, fraction)
+    if count >= n:
         raise ArgumentError(f"fraction: {fraction} of {n} items leaves nothing to train on")
     order = permutation(n, seed, 0, DOMAIN_SPLIT)
-    return np.sort(order[held_out:]), np.sort(order[:held_out])
+    return np.sort(order[count:]), np.sort(order[:count])
+
+
+def held_out(n: int, fraction: float) -> int:
+    """How many of n items :func:`split_indices` holds out."""
+    return max(1, round(n * fraction)) if fraction > 0 else 0
+
+
+def spread_over_classes(labels: Tensor | None, total: int, count: int) -> np.ndarray:
+    """Some of ``total`` items to look at, int64 [min(count, total)]: of all classes in turn, sorted by class.
+
+    Of more classes than ``count`` evenly spaced ones are taken; of a class, and of items without labels, evenly spaced
+    items.
+
+    Args:
+        labels: int64 [total], or None.
+        total: at least 1.
+    """
+    count = min(count, total)
+    if labels is None:
+        return np.arange(count) * total // count
+    classes = labels.numpy()
+    present = np.unique(classes)
+    several = min(count, len(present))
+    shown = present[np.arange(several) * len(present) // several]
+    members = {one: np.flatnonzero(classes == one) for one in shown}
+    taken = dict.fromkeys(shown, 0)
+    while (missing := count - sum(taken.values())) > 0:
+        open_classes = [one for one in shown if taken[one] < len(members[one])]
+        for one in open_classes[:missing]:
+            taken[one] += 1
+    return np.concatenate([members[one][np.arange(n) * len(members[one]) // n] for one, n in taken.items()])
 
 
 def require_size(name: str, size: object) -> tuple[int, int]:

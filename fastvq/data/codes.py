@@ -18,6 +18,8 @@ from fastvq._files import new_array, read_json, reading, require_seal, reserve, 
 from fastvq._lock import locked
 from fastvq._schema import ENTRIES, FLAG, TEXT, integer, named, optional, require_entries, several
 from fastvq._tensors import smallest_type
+from fastvq.data.base import spread_over_classes
+from fastvq.data.usage import CodeUse
 from fastvq.errors import ArgumentError, CorruptFileError, DiskFullError, FileConflictError, MissingFileError
 
 FORMAT = 1
@@ -26,6 +28,7 @@ LABELS, SOURCE = "labels.npy", "source.npy"
 # Where some rows lie, and their codes of each level, [B, h, w].
 Encoded = Iterator[tuple[slice, Sequence[np.ndarray]]]
 _LARGEST = 2**31
+_COUNTED = 4096  # rows at a time
 _ENTRIES = {
     "rows": integer(1, 2**40),
     "shapes": several(several(integer(1, _LARGEST), least=2, most=2), least=1),
@@ -302,3 +305,11 @@ class CodeDataset:
                 f"{self.folder / level_file(level)}: holds code {codes.max()}, expected 0..{self.num_codes[level] - 1}"
             )
         return torch.from_numpy(codes)
+
+    def use(self, level: int, *, most: int | None = None) -> CodeUse:
+        """How the codes of a level are used, counted over all rows, or over at most so many evenly spaced ones."""
+        rows = np.arange(self._rows) if most is None else spread_over_classes(None, self._rows, most)
+        counts = torch.zeros(self.num_codes[level], dtype=torch.int64)
+        for part in np.array_split(rows, -(-len(rows) // _COUNTED)):
+            counts += torch.bincount(self.codes(level, part).flatten(), minlength=len(counts))
+        return CodeUse.of_counts(level, self.num_levels, counts)

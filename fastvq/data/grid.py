@@ -63,6 +63,15 @@ def require_picture(name: str, path: Path, height: int = 1, width: int = 1) -> t
     return known
 
 
+def require_free(path: Path, overwrite: bool) -> None:
+    """
+    Raises:
+        FileConflictError: what is at ``path`` is not to be replaced.
+    """
+    if path.is_dir() or (path.exists() and not overwrite):
+        raise FileConflictError(f"path: {path} exists already; nothing was written")
+
+
 def image_grid(
     images: Tensor, columns: int | None = None, padding: int = 2, captions: Sequence[str] | None = None
 ) -> np.ndarray:
@@ -134,8 +143,7 @@ def save_grid(
     """
     path = Path(path)
     require_picture("path", path)
-    if path.is_dir() or (path.exists() and not overwrite):
-        raise FileConflictError(f"path: {path} exists already; nothing was written")
+    require_free(path, overwrite)
     written = picture_bytes(path, image_grid(images, columns, padding, captions))
     with replacing_file(path) as temporary:
         temporary.write_bytes(written)

@@ -109,6 +109,15 @@ def read_picture(
     return _opened(path, rules, read)
 
 
+def read_whole(path: Path, rules: PictureRules) -> np.ndarray:
+    """Grey values of a picture as large as it is, upright: uint8 [H, W].
+
+    Raises:
+        CorruptFileError: the file cannot be read.
+    """
+    return _opened(path, rules, lambda image: np.array(_whole(image).convert("L")))
+
+
 def check_picture(path: Path, rules: PictureRules) -> bool:
     """Whether a picture has several frames, from its header.
 

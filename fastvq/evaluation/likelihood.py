@@ -15,6 +15,7 @@ from fastvq._evaluation import in_evaluation
 from fastvq.data.base import ImageDataset, psnr
 from fastvq.errors import ArgumentError
 from fastvq.evaluation.statistics import image_batches
+from fastvq.models.quantizer.vector import perplexity
 from fastvq.sampling import Pipeline
 
 PIXEL_BITS = 8
@@ -124,7 +125,6 @@ def measure_images(
 
 def _level(shape: tuple[int, int], nats: Tensor, counts: Tensor) -> LevelMetrics:
     """From nats per code of each image [N] and how often each code occurs [K]."""
-    share = counts.double() / counts.sum()
     nll = float(nats.mean())
     return LevelMetrics(
         shape=shape,
@@ -134,7 +134,7 @@ def _level(shape: tuple[int, int], nats: Tensor, counts: Tensor) -> LevelMetrics
         uniform_bits=math.log2(len(counts)),
         error=float(nats.std() / math.sqrt(len(nats)) / math.log(2)) if len(nats) > 1 else math.nan,
         usage=float((counts > 0).double().mean()),
-        perplexity=float(torch.exp(-torch.xlogy(share, share).sum())),
+        perplexity=float(perplexity(counts.double())),
     )
 
 
@@ -144,12 +144,10 @@ def check_images(pipeline: Pipeline, dataset: ImageDataset) -> None:
     Raises:
         ArgumentError: channels, size, number or names of classes, or missing labels.
     """
-    channels = pipeline.vqvae.config.in_channels
+    channels, *size = pipeline.image_shape
     if dataset.channels != channels:
         raise ArgumentError(f"dataset: has {dataset.channels} channel(s), the model takes {channels}")
-    scale = pipeline.vqvae.total_stride
-    size = tuple(side * scale for side in pipeline.priors[0].config.shape)
-    if tuple(dataset.size) != size:
+    if list(dataset.size) != size:
         raise ArgumentError(
             f"dataset: expected images of {size[0]} x {size[1]}, got {' x '.join(map(str, dataset.size))}"
         )

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from fastvq._check import (
-    require_integer,
     require_number,
     require_positive_int,
     require_shape,
@@ -23,7 +22,7 @@ from fastvq._check import (
 from fastvq._evaluation import in_evaluation
 from fastvq._files import new_array
 from fastvq.data.base import random_words
-from fastvq.errors import ArgumentError, ArgumentTypeError
+from fastvq.errors import ArgumentError
 from fastvq.evaluation.features import FeatureExtractor
 from fastvq.evaluation.gaussian import GaussianStatistics, frechet_distance
 from fastvq.evaluation.neighbours import manifold_scores
@@ -31,6 +30,7 @@ from fastvq.evaluation.sources import DrawnSamples
 from fastvq.evaluation.statistics import DOMAIN_KEPT, FeatureStatistics, image_batches
 from fastvq.sampling import Pipeline
 from fastvq.sampling.noise import fixed_seed
+from fastvq.sampling.pipeline import Label
 
 _CHUNK = 512
 _LEAST_RATE = 0.02
@@ -65,7 +65,7 @@ def sample_with_rejection(
     *,
     keep: float | None = None,
     threshold: float | None = None,
-    label: int | Tensor | None = None,
+    label: Label | None = None,
     seed: int | None = None,
     max_drawn: int | None = None,
     progress: bool = False,
@@ -81,7 +81,7 @@ def sample_with_rejection(
         classifier: logits [B, num_classes] of images [B, C, H, W] in [-1, 1].
         keep: fraction in (0, 1]: of every class, ``ceil(wanted / keep)`` candidates are drawn and the best are kept.
         threshold: probability in [0, 1): candidates are drawn until enough of every class reach it.
-        label: class of all samples, or int [n]; by default all in turn.
+        label: as of :meth:`Pipeline.sample`; by default all classes in turn.
         max_drawn: candidates after which a threshold is given up; by default 100 for each sample.
         settings: of :meth:`Pipeline.sample`: temperature, top_k, top_p, engine, ...
 
@@ -92,10 +92,7 @@ def sample_with_rejection(
     _check_choice(keep, threshold)
     seed = fixed_seed(seed)
     limit = 100 * n if max_drawn is None else require_positive_int("max_drawn", max_drawn)
-    rows, columns = pipeline.priors[0].config.shape
-    scale = pipeline.vqvae.total_stride
-    size = (1, pipeline.vqvae.config.in_channels, rows * scale, columns * scale)
-    blank = torch.zeros(size, dtype=torch.float32, device=pipeline.device)
+    blank = torch.zeros((1, *pipeline.image_shape), dtype=torch.float32, device=pipeline.device)
     class_scores(classifier, blank, None, pipeline.num_classes)
     pool = _Pool(pipeline, classifier, wanted, threshold, seed, settings)
     if keep is not None:
@@ -113,33 +110,13 @@ def sample_with_rejection(
             share = min(1.0, (limit - pool.drawn) / sum(batch.values()))
             pool.draw({group: math.ceil(count * share - 1e-9) for group, count in batch.items()}, progress)
             short = {group: left for group, count in wanted.items() if (left := count - pool.size(group)) > 0}
-    return pool.result(_labels(pipeline, n, label), seed)
+    return pool.result(pipeline.labels(range(n), label), seed)
 
 
-def _labels(pipeline: Pipeline, n: int, label: int | Tensor | None) -> Tensor | None:
-    classes = pipeline.num_classes
-    if classes is None:
-        if label is not None:
-            raise ArgumentError(f"label: the priors are unconditional, got {label}")
-        return None
-    if label is None:
-        return torch.arange(n) % classes
-    if isinstance(label, Tensor):
-        require_shape("label", label, [n])
-        labels = require_integer("label", label).cpu()
-    elif isinstance(label, int) and not isinstance(label, bool):
-        labels = torch.full((n,), label)
-    else:
-        raise ArgumentTypeError(f"label: expected an int or an integer tensor [{n}], got {type(label).__name__}")
-    if n and not (int(labels.min()) >= 0 and int(labels.max()) < classes):
-        raise ArgumentError(f"label: must lie in 0..{classes - 1}, got {int(labels.min())}..{int(labels.max())}")
-    return labels
-
-
-def _wanted(pipeline: Pipeline, n: int, label: int | Tensor | None) -> dict[int, int]:
+def _wanted(pipeline: Pipeline, n: int, label: Label | None) -> dict[int, int]:
     """How many samples of each class; all of them under -1 without classes."""
     require_positive_int("n", n)
-    labels = _labels(pipeline, n, label)
+    labels = pipeline.labels(range(n), label)
     if labels is None:
         return {-1: n}
     return {group: count for group, count in enumerate(torch.bincount(labels).tolist()) if count}

@@ -38,7 +38,7 @@ def check_report(folder: str | os.PathLike[str], *, overwrite: bool = False, cur
         if not (folder / NUMBERS).is_file():
             raise FileConflictError(f"out: {folder} holds other things than a report and stays as it is")
     if curves:
-        require_matplotlib()
+        require_matplotlib(", or leave the picture out (--no-curves)")
 
 
 def write_report(

@@ -75,10 +75,8 @@ class DrawnSamples:
         seed: int,
         settings: Mapping[str, Any],
     ) -> None:
-        scale = pipeline.vqvae.total_stride
-        rows, columns = pipeline.priors[0].config.shape
-        self.size = (rows * scale, columns * scale)
-        self.channels = pipeline.vqvae.config.in_channels
+        self.channels, *size = pipeline.image_shape
+        self.size = (size[0], size[1])
         self.num_classes = pipeline.num_classes
         classes = range(pipeline.num_classes or 0)
         self.class_names = pipeline.class_names or tuple(str(index) for index in classes)

@@ -17,6 +17,7 @@ from fastvq._check import (
     require_choice,
     require_codes,
     require_floating,
+    require_mask,
     require_number,
     require_positive_int,
     require_shape,
@@ -112,12 +113,14 @@ class VQVAEOutput(NamedTuple):
         codes: int64 [B, h, w] for each level, top first.
         commitment_loss: scalar, weighted by beta and added over levels.
         perplexity: [levels], top first.
+        dead_codes: int64 [levels], how many codes no vector of this batch has.
     """
 
     reconstruction: Tensor
     codes: tuple[Tensor, ...]
     commitment_loss: Tensor
     perplexity: Tensor
+    dead_codes: Tensor
 
 
 class ResidualBlock(nn.Module):
@@ -241,6 +244,7 @@ class HierarchicalVQVAE(PretrainedModel):
             tuple(out.codes for out in outputs),
             torch.stack([out.commitment_loss for out in outputs]).sum(),
             torch.stack([out.perplexity for out in outputs]),
+            torch.stack([out.dead_codes for out in outputs]),
         )
 
     @torch.no_grad()
@@ -259,10 +263,17 @@ class HierarchicalVQVAE(PretrainedModel):
             raise ArgumentError(f"codes: expected a sequence of {self.num_levels} levels, top first, got {count}")
         return self.preview(codes)
 
-    def preview(self, codes: Sequence[Tensor]) -> Tensor:
-        """What the upper levels alone say: :meth:`decode` with each missing lower level at its mean vector."""
+    def preview(self, codes: Sequence[Tensor], known: Sequence[Tensor] | None = None) -> Tensor:
+        """What some codes alone say: :meth:`decode` with the mean vector of its level in place of each missing code.
+
+        Args:
+            codes: of one level or more, top first; the levels below are missing.
+            known: bool [B, h, w] for each level of ``codes``: False where a code is missing, whatever its value.
+        """
         if isinstance(codes, Tensor) or not 1 <= len(codes) <= self.num_levels:
             raise ArgumentError(f"codes: expected a sequence of 1 to {self.num_levels} levels, top first")
+        if known is not None and len(known) != len(codes):
+            raise ArgumentError(f"known: expected {len(codes)} masks, one for each level of codes, got {len(known)}")
         top = require_tensor("codes[0]", codes[0])
         require_shape("codes[0]", top, ["B", "h", "w"])
         if not top.shape[1] or not top.shape[2]:
@@ -274,10 +285,13 @@ class HierarchicalVQVAE(PretrainedModel):
             quantizer = self.quantizers[level]
             assert isinstance(quantizer, VectorQuantizer)
             grid = [top.shape[0], *shape]
-            if level < len(codes):
-                vectors = quantizer.lookup(require_codes(f"codes[{level}]", codes[level], grid, self.config.num_codes))
+            if level >= len(codes):
+                vectors = _mean_vector(quantizer).expand(grid[0], -1, *shape)
             else:
-                vectors = _mean_vector(quantizer)[None, :, None, None].expand(grid[0], -1, *shape)
+                vectors = quantizer.lookup(require_codes(f"codes[{level}]", codes[level], grid, self.config.num_codes))
+                if known is not None:
+                    given = require_mask(f"known[{level}]", known[level], grid)
+                    vectors = torch.where(given[:, None], vectors, _mean_vector(quantizer))
             context = self._extend(level, context, vectors)
         return self.decoder(context)
 
@@ -313,10 +327,11 @@ class HierarchicalVQVAE(PretrainedModel):
 
 
 def _mean_vector(quantizer: VectorQuantizer) -> Tensor:
-    """[D]: the codes' mean by their use. A code that is never used may lie anywhere, and has no say."""
+    """[1, D, 1, 1]: the codes' mean by their use. A code that is never used may lie anywhere, and has no say."""
     size = quantizer.cluster_size.float()
     weights = torch.where(size.sum() > 0, size / size.sum(), 1 / quantizer.num_codes)
-    return (weights[:, None] * quantizer.embedding).sum(0).to(quantizer.embedding.dtype)
+    mean = (weights[:, None] * quantizer.embedding).sum(0).to(quantizer.embedding.dtype)
+    return mean[None, :, None, None]
 
 
 def _upsampler(channels: int, stride: int) -> nn.Module:

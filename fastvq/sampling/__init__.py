@@ -4,6 +4,7 @@ from typing import Any
 
 from fastvq._shards import Shard
 from fastvq.sampling.api import sample
+from fastvq.sampling.coding import frames
 from fastvq.sampling.cost import Explanation, describe, explain
 from fastvq.sampling.engines import choose_engine, engine_names
 from fastvq.sampling.noise import uniforms
@@ -23,6 +24,7 @@ __all__ = [
     "choose_engine",
     "describe",
     "explain",
+    "frames",
     "merge_samples",
     "sample",
     "sample_shard",

@@ -24,9 +24,10 @@ from fastvq.data.codes import model_checksum
 from fastvq.data.grid import image_grid, picture_bytes, save_grid
 from fastvq.errors import ArgumentError, FileConflictError
 from fastvq.sampling.api import living_threads
+from fastvq.sampling.coding import DECODED
 from fastvq.sampling.noise import SEED_BITS
 from fastvq.sampling.options import Precision, engine_options
-from fastvq.sampling.pipeline import DECODED, Levels, Pipeline
+from fastvq.sampling.pipeline import Levels, Pipeline
 from fastvq.sampling.request import padded_micro_batches
 
 KIND = PREFIX = "samples"
@@ -47,7 +48,7 @@ def sample_shard(
     folder: str | os.PathLike[str],
     *,
     seed: int,
-    label: int | None = None,
+    label: int | str | Sequence[int | str] | None = None,
     temperature: float | Sequence[float] = 1.0,
     top_k: int | Sequence[int | None] | None = None,
     top_p: float | Sequence[float | None] | None = None,
@@ -70,7 +71,8 @@ def sample_shard(
 
     - ``vqvae``: :func:`fastvq.data.model_checksum` of the autoencoder; ``priors``: of each prior, top first;
     - ``seed``; ``temperature``, ``top_k``, ``top_p``: a list with a value per level; ``precision``;
-    - ``label``: ``"in turn"`` if sample i is of class i modulo the number of classes, else the class of all, or null;
+    - ``label``: ``"in turn"`` if sample i is of class i modulo the number of classes, a list if it is of the class at i
+      modulo the list's length, else the class of all, or null;
     - ``engine``: the name of the engine of each level; ``micro_batch``: null where bits do not depend on it;
     - ``shapes``: [h, w] and ``num_codes``: codebook size of each level; ``image``: [C, H, W];
     - ``num_classes`` and ``class_names``, or null; ``fastvq_version``.
@@ -79,7 +81,7 @@ def sample_shard(
         n: samples of all parts together.
         shard: which part, such as ``Shard(0, 8)``.
         seed: 0..2**64-1, the same for all parts.
-        label: class of all samples; by default all in turn.
+        label: class of all samples, its number or name, or several that take turns; by default all classes in turn.
         temperature, top_k, top_p, engine, micro_batch, precision: as of :meth:`Pipeline.sample`.
         images: ``png`` also writes each image as ``000123.png``, named by its index; ``tar`` writes all of the part as
             ``samples-IIIII-of-NNNNN.tar`` with members ``000123.cls`` (the label, if there are classes) and
@@ -108,7 +110,6 @@ def sample_shard(
         options=engine_options(precision, None),
     )
     indices, path = shard.range(n), shard.path(folder, PREFIX)
-    pipeline.labels(range(0), label)
     identity = _identity(pipeline, levels, seed, label)
     pictures = _Pictures(folder, path, n, indices)
     levels.warn_slow(stacklevel=3)
@@ -140,9 +141,10 @@ def sample_shard(
     return path
 
 
-def _identity(pipeline: Pipeline, levels: Levels, seed: int, label: int | None) -> dict[str, Any]:
-    shapes = [list(prior.config.shape) for prior in pipeline.priors]
-    side = pipeline.vqvae.total_stride
+def _identity(
+    pipeline: Pipeline, levels: Levels, seed: int, label: int | str | Sequence[int | str] | None
+) -> dict[str, Any]:
+    classes, every = pipeline.classes(label), pipeline.classes()
     exact = all(run.engine.exact and not run.padded for run in levels.runs)
     return {
         "vqvae": model_checksum(pipeline.vqvae),
@@ -151,13 +153,13 @@ def _identity(pipeline: Pipeline, levels: Levels, seed: int, label: int | None) 
         "temperature": [float(given.temperature) for given in levels.settings],
         "top_k": [given.top_k for given in levels.settings],
         "top_p": [given.top_p for given in levels.settings],
-        "label": IN_TURN if label is None and pipeline.num_classes is not None else label,
+        "label": None if classes is None else IN_TURN if classes == every else _alike(list(classes)),
         "engine": [run.engine.name for run in levels.runs],
         "micro_batch": None if exact else levels.micro_batch,
         "precision": levels.runs[0].options.precision,
-        "shapes": shapes,
+        "shapes": [list(prior.config.shape) for prior in pipeline.priors],
         "num_codes": [prior.config.num_codes for prior in pipeline.priors],
-        "image": [pipeline.vqvae.config.in_channels, *(size * side for size in shapes[0])],
+        "image": list(pipeline.image_shape),
         "num_classes": pipeline.num_classes,
         "class_names": None if pipeline.class_names is None else list(pipeline.class_names),
         "fastvq_version": __version__,
@@ -306,6 +308,7 @@ def _write_merged(shards: Sequence[StoredShard], folder: Path) -> None:
     settings = {
         "n": total,
         "labels": labels,
+        "class_names": identity["class_names"],
         "temperature": temperature if isinstance(temperature, list) else [temperature],
         "top_k": _alike(identity["top_k"]),
         "top_p": _alike(identity["top_p"]),
@@ -319,5 +322,5 @@ def _write_merged(shards: Sequence[StoredShard], folder: Path) -> None:
 
 
 def _alike(values: list[Any]) -> Any:
-    """The value of all levels, or the list where they have several."""
+    """The value that all have in common, or the list where there are several."""
     return values[0] if all(value == values[0] for value in values) else values

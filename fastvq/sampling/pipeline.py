@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import NamedTuple, Self, TypeVar
+from typing import NamedTuple, Self, TypedDict, TypeVar, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from fastvq._check import require_choice
-from fastvq._evaluation import in_evaluation
+from fastvq._check import require_choice, require_positive_int
 from fastvq._files import read_json, reading, replacing_folder, require_seal, sealed, write_json
 from fastvq._schema import TEXT, optional, several
 from fastvq._unwrap import require_model
@@ -25,22 +24,24 @@ from fastvq.models.pretrained import load_pretrained
 from fastvq.models.prior import Prior
 from fastvq.models.vqvae import HierarchicalVQVAE
 from fastvq.sampling.api import Run, living_threads
+from fastvq.sampling.coding import decode, encode, frames, reconstruct
 from fastvq.sampling.engines import warn_slow
+from fastvq.sampling.known import Known, check_pictures, check_upper_codes, known_cells, without_region
 from fastvq.sampling.noise import fixed_seed, uniforms
 from fastvq.sampling.options import EngineOptions, Precision, engine_options
 from fastvq.sampling.project import DATA_FILE, class_names, is_project, load_priors, load_vqvae
-from fastvq.sampling.request import Settings, assemble, check_indices, check_labels, micro_batches
+from fastvq.sampling.request import Settings, assemble, check_indices, check_labels
 
 PIPELINE_FILE = "pipeline.json"
 FORMAT = 1
-# Samples decoded together, whose features take more memory than the sampler's.
-DECODED = 8
 
 T = TypeVar("T")
+# Classes: of all samples, in turn by their index, or (a tensor, int [n]) of each.
+Label = int | str | Sequence[int | str] | Tensor
 
 
 class Samples(NamedTuple):
-    """Result of :meth:`Pipeline.sample`.
+    """Result of :meth:`Pipeline.sample` and :meth:`Pipeline.inpaint`.
 
     Attributes:
         images: float32 [n, C, H, W], clamped to [-1, 1]; up to the decoder's rounding, which may depend on how many
@@ -54,6 +55,17 @@ class Samples(NamedTuple):
     codes: tuple[Tensor, ...]
     seed: int
     micro_batch: int
+
+
+class Drawing(TypedDict, total=False):
+    """How codes are drawn: arguments that :meth:`Pipeline.sample` explains."""
+
+    temperature: float | Sequence[float]
+    top_k: int | Sequence[int | None] | None
+    top_p: float | Sequence[float | None] | None
+    engine: str
+    micro_batch: int | None
+    memory_limit: int | None
 
 
 @dataclass(frozen=True)
@@ -72,19 +84,34 @@ class Levels:
     def micro_batch(self) -> int:
         return self.runs[0].micro_batch
 
-    def warn_slow(self, stacklevel: int) -> None:
-        """Say once what of it takes the naive engine; ``stacklevel`` 1 is the caller's line."""
-        warn_slow([run.slow for run in self.runs if run.slow is not None], stacklevel=stacklevel + 1)
+    def warn_slow(self, stacklevel: int, *, first: int = 0) -> None:
+        """Say once what takes the naive engine from level ``first`` on; ``stacklevel`` 1 is the caller's line."""
+        warn_slow([run.slow for run in self.runs[first:] if run.slow is not None], stacklevel=stacklevel + 1)
 
     def draw(
-        self, n: int, *, seed: int, start: int = 0, labels: Tensor | None = None, progress: bool = False
+        self,
+        n: int,
+        *,
+        seed: int,
+        start: int = 0,
+        labels: Tensor | None = None,
+        known: Sequence[Known] = (),
+        progress: bool = False,
     ) -> tuple[Tensor, ...]:
-        """Codes of samples ``start .. start + n - 1``: int64 [n, h, w] for each level, top first."""
+        """Codes of samples ``start .. start + n - 1``: int64 [n, h, w] for each level, top first.
+
+        Args:
+            known: codes of the first levels.
+        """
         codes: tuple[Tensor, ...] = ()
-        for run, given in zip(self.runs, self.settings, strict=True):
+        for level, (run, given) in enumerate(zip(self.runs, self.settings, strict=True)):
             config = run.prior.config
+            there, where = (known[level].codes, known[level].where) if level < len(known) else (None, None)
+            if there is not None and where is None:
+                codes = (*codes, there.to(next(run.prior.parameters()).device))
+                continue
             noise = uniforms(seed, start, n, config.shape, level=config.level)
-            request = assemble(run.prior, given, noise, codes, labels)
+            request = assemble(run.prior, given, noise, codes, labels, there, where)
             codes = (*codes, run.draw(request, start, progress=progress))
         return codes
 
@@ -146,6 +173,13 @@ class Pipeline:
         return self.priors[0].config.num_classes
 
     @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of samples."""
+        rows, columns = self.priors[0].config.shape
+        scale = self.vqvae.total_stride
+        return self.vqvae.config.in_channels, rows * scale, columns * scale
+
+    @property
     def device(self) -> torch.device:
         return next(self.vqvae.parameters()).device
 
@@ -160,7 +194,8 @@ class Pipeline:
         self,
         n: int,
         *,
-        label: int | Tensor | None = None,
+        label: Label | None = None,
+        codes: Sequence[Tensor] = (),
         temperature: float | Sequence[float] = 1.0,
         top_k: int | Sequence[int | None] | None = None,
         top_p: float | Sequence[float | None] | None = None,
@@ -175,8 +210,14 @@ class Pipeline:
     ) -> Samples:
         """Draw all levels, top first, and decode them.
 
-        Arguments are those of :func:`fastvq.sample`; ``temperature``, ``top_k`` and ``top_p`` may also be a sequence
-        with one value per level, top first.
+        Other arguments are those of :func:`fastvq.sample`; ``temperature``, ``top_k`` and ``top_p`` may also be a
+        sequence with one value per level, top first.
+
+        Args:
+            label: class of all samples: a number, or a name of ``class_names``; a sequence of them, of which sample i
+                (counted from 0, not from ``start``) is of the one at i modulo their number; or a tensor, int [n].
+            codes: of the first levels, top first, int [n, h, w] or [1, h, w] each, such as from :meth:`encode`. The
+                levels below are drawn: given the top alone, what is coarse stays and the details vary.
         """
         check_indices(n, start)
         levels = self.levels(
@@ -190,10 +231,76 @@ class Pipeline:
             options=engine_options(precision, options),
         )
         seed = fixed_seed(seed)
-        labels = check_labels(self.priors[0], label, n)  # all levels have the same classes
+        labels = self._labels_of(n, start, label)
+        known = check_upper_codes(self.priors, codes, n)
+        levels.warn_slow(stacklevel=3, first=len(known))  # past the decorator
+        drawn = levels.draw(n, seed=seed, start=start, labels=labels, known=known, progress=progress)
+        return Samples(self.decode(drawn), drawn, seed, levels.micro_batch)
+
+    @living_threads()
+    def inpaint(
+        self,
+        images: Tensor,
+        mask: Tensor,
+        n: int | None = None,
+        *,
+        label: Label | None = None,
+        margin: int = 0,
+        rounds: int = 2,
+        paste: bool = True,
+        seed: int | None = None,
+        start: int = 0,
+        progress: bool = False,
+        precision: Precision = "float32",
+        options: EngineOptions | None = None,
+        **drawing: Unpack[Drawing],
+    ) -> Samples:
+        """Paint a region of images anew.
+
+        The region is filled with a smooth continuation of what surrounds it, and all is encoded. Codes whose cell of
+        pixels overlaps the region are drawn, level by level, the others kept; then all is decoded.
+
+        Each code is drawn given the codes before it in raster order and those of the levels above. What lies below the
+        region, or to its right in its lowest row, has no say in it, except by codes of upper levels that are kept; so a
+        region that reaches the lower edge is continued best. Conditioning on all codes would take a search over them.
+
+        Encoders look further than a cell, so codes beside the region depend on what fills it (on what was there before,
+        none does). Therefore what was drawn fills it in another round, in which all is encoded and drawn again.
+
+        Args:
+            images: [B, C, H, W] in [-1, 1], of the size that the pipeline samples; B is n or 1.
+            mask: bool [H, W] or [B, H, W], True where an image is painted anew (white in a mask picture), as usual for
+                in-painting of images. The ``mask`` of :func:`fastvq.sample`, of codes, is True where one is kept. True
+                everywhere is sampling.
+            n: number of samples; by default one of each image.
+            label: class, as of :meth:`sample`.
+            margin: so many cells of each level around the region are drawn as well.
+            rounds: how often the region is drawn; 1 takes half the time of 2, and leaves more of a seam.
+            paste: give the pixels outside of the region back as they came; False: as decoded.
+            seed: sample i depends on (seed, i, level), and on its image and mask.
+            drawing: temperature, top_k, top_p, engine, micro_batch and memory_limit.
+
+        Raises:
+            ArgumentError, ArgumentTypeError: arguments that do not fit; nothing has been computed then.
+        """
+        images, mask, n = check_pictures(images, mask, n, self.image_shape)
+        check_indices(n, start)
+        require_positive_int("margin", margin, minimum=0)
+        require_positive_int("rounds", rounds)
+        levels = self.levels(n, options=engine_options(precision, options), **drawing)
+        seed = fixed_seed(seed)
+        labels = self._labels_of(n, start, label)
         levels.warn_slow(stacklevel=3)  # past the decorator
-        codes = levels.draw(n, seed=seed, start=start, labels=labels, progress=progress)
-        return Samples(self.decode(codes), codes, seed, levels.micro_batch)
+        where = [known_cells(mask, prior.config.shape, margin).expand(n, -1, -1) for prior in self.priors]
+        images, region = images.to(self.device), mask[:, None].to(self.device)
+        filled = without_region(images, region)
+        for _ in range(rounds):
+            codes = self.encode(filled)
+            known = [Known(grids.expand(n, -1, -1), kept) for grids, kept in zip(codes, where, strict=True)]
+            drawn = levels.draw(n, seed=seed, start=start, labels=labels, known=known, progress=progress)
+            painted = self.decode(drawn)
+            filled = torch.where(region, painted, images)
+        return Samples(filled if paste else painted, drawn, seed, levels.micro_batch)
 
     def levels(
         self,
@@ -219,27 +326,73 @@ class Pipeline:
         size = min(run.micro_batch for run in runs)  # all levels and the decoder work on the same micro-batches
         return Levels(tuple(dataclasses.replace(run, micro_batch=size) for run in runs), settings)
 
-    def labels(self, indices: range, label: int | None = None) -> Tensor | None:
-        """Labels of some samples by their indices, int64 [n]: ``label``, or all classes in turn; None without classes.
+    def labels(self, indices: range, label: Label | None = None) -> Tensor | None:
+        """Labels of samples by their indices, int64 [n]: as ``label`` of :meth:`sample` says, all classes in turn where
+        it is None; None without classes.
 
         Raises:
-            ArgumentError: there is no such class.
+            ArgumentError, ArgumentTypeError: there is no such class.
         """
-        if label is None and self.num_classes is not None:
-            return torch.arange(indices.start, indices.stop) % self.num_classes
-        return check_labels(self.priors[0], label, len(indices))
+        if isinstance(label, Tensor):
+            return check_labels(self.priors[0], label, len(indices))
+        classes = self.classes(label)
+        if classes is None:
+            return None
+        return torch.tensor([classes[index % len(classes)] for index in indices], dtype=torch.int64)
 
-    @torch.no_grad()
+    def classes(self, label: int | str | Sequence[int | str] | None = None) -> tuple[int, ...] | None:
+        """Numbers of the classes that ``label`` names, or of all; None without classes.
+
+        Raises:
+            ArgumentError, ArgumentTypeError: there is no such class.
+        """
+        count, names = self.num_classes, self.class_names or ()
+        if label is None:
+            return None if count is None else tuple(range(count))
+        if count is None:
+            raise ArgumentError(f"label: these priors are not class-conditional, got {label!r}")
+        given = [label] if isinstance(label, (int, str)) else label
+        if not isinstance(given, Sequence):
+            raise ArgumentTypeError(
+                f"label: expected a class, a sequence of them or an integer tensor, got {type(label).__name__}"
+            )
+        if not given:
+            raise ArgumentError("label: expected at least one class, got none")
+        numbers = []
+        for one in given:
+            if isinstance(one, bool) or not isinstance(one, (int, str)):
+                raise ArgumentTypeError(f"label: expected a class's number or name, got {type(one).__name__} {one!r}")
+            if isinstance(one, str) and one not in names:
+                raise ArgumentError(f"label: expected one of the names {', '.join(names) or '(none)'}; got {one!r}")
+            number = names.index(one) if isinstance(one, str) else one
+            if not 0 <= number < count:
+                raise ArgumentError(f"label: must lie in 0..{count - 1}, got {number}")
+            numbers.append(number)
+        return tuple(numbers)
+
+    def _labels_of(self, n: int, start: int, label: Label | None) -> Tensor | None:
+        """Of samples that are drawn; here a class has to be named."""
+        if label is None:
+            return check_labels(self.priors[0], None, n)
+        return self.labels(range(start, start + n), label)
+
+    def encode(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Codes of images [n, C, H, W] in [-1, 1]: int64 [n, h, w] for each level, top first."""
+        return encode(self.vqvae, images)
+
     def decode(self, codes: Sequence[Tensor]) -> Tensor:
         """Images of codes, int64 [n, h, w] of each level, top first: float32 [n, C, H, W], clamped to [-1, 1]."""
-        n, rows, columns = codes[0].shape
-        scale = self.vqvae.total_stride
-        size = (n, self.vqvae.config.in_channels, rows * scale, columns * scale)
-        images = torch.empty(size, dtype=torch.float32, device=codes[0].device)
-        vqvae = in_evaluation(self.vqvae)
-        for part in micro_batches(n, DECODED):
-            images[part] = vqvae.decode([level[part] for level in codes]).float().clamp(-1, 1)
-        return images
+        return decode(self.vqvae, codes)
+
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """What codes keep of images [n, C, H, W] in [-1, 1]: float32 [n, C, H, W], clamped to [-1, 1]."""
+        return reconstruct(self.vqvae, images)
+
+    def frames(
+        self, codes: Sequence[Tensor], *, known: Sequence[Tensor] | None = None, most: int = 60
+    ) -> Iterator[Tensor]:
+        """Images of the grids of :class:`Samples` being filled, see :func:`fastvq.sampling.frames`."""
+        return frames(self.vqvae, codes, known=known, most=most)
 
     def _per_level(self, name: str, value: T | Sequence[T]) -> list[T]:
         levels = len(self.priors)

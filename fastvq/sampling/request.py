@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastvq._check import (
     require_codes,
     require_integer,
+    require_mask,
     require_positive_int,
     require_shape,
     require_tensor,
@@ -225,11 +226,5 @@ def _check_noise(noise: Tensor, grid: list[int]) -> Tensor:
 
 
 def _check_mask(mask: Tensor, grid: list[int]) -> Tensor:
-    mask = require_tensor("mask", mask).cpu()
-    if mask.dtype != torch.bool:
-        raise ArgumentTypeError(f"mask: expected bool (True where a code is known), got {mask.dtype}")
-    if mask.ndim == 2:
-        require_shape("mask", mask, grid[1:])
-        mask = mask.expand(grid)
-    require_shape("mask", mask, grid)
-    return mask
+    flat = require_tensor("mask", mask).ndim == 2
+    return require_mask("mask", mask, grid[1:] if flat else grid, "where a code is known").cpu().expand(grid)

@@ -2,7 +2,7 @@
 
 from fastvq.training.config import TrainConfig, learning_rate
 from fastvq.training.ema import WeightAverage
-from fastvq.training.loop import DivergedError
+from fastvq.training.loop import DivergedError, Picture
 from fastvq.training.memory import TrainingMemory, training_memory
 from fastvq.training.stage1 import train_vqvae
 from fastvq.training.stage2 import train_prior
@@ -10,6 +10,7 @@ from fastvq.training.weights import load_weights
 
 __all__ = [
     "DivergedError",
+    "Picture",
     "TrainConfig",
     "TrainingMemory",
     "WeightAverage",

@@ -23,6 +23,7 @@ from fastvq.models.classifier import Classifier, ClassifierConfig
 from fastvq.training.batches import Batch
 from fastvq.training.config import TrainConfig
 from fastvq.training.loop import Picture, train_in
+from fastvq.training.progress import Show
 
 _TOP = 5
 
@@ -40,12 +41,12 @@ def train_classifier(
     resume: bool = False,
     init_from: str | os.PathLike[str] | None = None,
     notes: Mapping[str, Any] | None = None,
-    progress: bool = False,
+    progress: Show = False,
 ) -> Classifier:
     """Train a classifier on labelled images, minimising the cross entropy.
 
-    ``run_dir`` is laid out, and several processes train together, as in :func:`train_vqvae`. Validation, after every
-    epoch and at the end: those of :func:`accuracies`, and ``nll`` in nats per image.
+    ``run_dir`` is laid out, and several processes train together, as in :func:`train_vqvae`. Validation, when it is due
+    there: those of :func:`accuracies`, and ``nll`` in nats per image.
 
     Args:
         indices: images to train on, int [N]; by default those that ``config.validation_fraction`` does not hold out.
@@ -56,7 +57,7 @@ def train_classifier(
             (or more) and its model returns that at once.
         init_from: start from the weights of a saved model, a run or a checkpoint (:func:`load_weights`).
         notes: anything JSON can hold, to be kept in ``config.json``.
-        progress: show a progress bar on stderr.
+        progress: as of :func:`train_vqvae`.
 
     Returns:
         The classifier with averaged weights, in evaluation mode.
@@ -159,6 +160,7 @@ def _check_data(name: str, dataset: ImageDataset, config: ClassifierConfig) -> N
 
 class _Classification:
     criterion = "nll"
+    unit = "images"
 
     def __init__(
         self,
@@ -200,6 +202,16 @@ class _Classification:
         names = ["top1", "nll", *(["top5"] if (dataset.num_classes or 0) > _TOP else [])]
         totals = group.sum([found.get(name, 0.0) * len(own) for name in names])
         return {name: total / len(indices) for name, total in zip(names, totals, strict=True)}
+
+    def brief(self, metrics: Mapping[str, float]) -> str:
+        return f"loss {metrics['loss']:.4f}, accuracy {100 * metrics['accuracy']:.0f} %"
+
+    def summary(self, values: Mapping[str, float]) -> str:
+        more = f", top-{_TOP} {100 * values['top5']:.2f} %" if "top5" in values else ""
+        return f"NLL {values['nll']:.4f} nats, top-1 accuracy {100 * values['top1']:.2f} %{more}"
+
+    def concern(self, values: Mapping[str, float]) -> str | None:
+        return None
 
     def picture(self, model: nn.Module, device: torch.device, step: int) -> Picture | None:
         return None

@@ -12,9 +12,18 @@ from fastvq._check import require_bool, require_choice, require_number, require_
 from fastvq._config import Config
 from fastvq.errors import ArgumentError, ArgumentTypeError
 
-# A run may go on with other values of these: they change neither the weights nor the values in the log.
+# A run may go on with other values of these: they change neither the weights nor what is measured of them, only when.
 NEUTRAL_FIELDS = frozenset(
-    {"log_every", "image_every", "checkpoint_every", "keep_checkpoints", "num_workers", "device"}
+    {
+        "cuda_graph",
+        "log_every",
+        "validate_every",
+        "image_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "num_workers",
+        "device",
+    }
 )
 
 
@@ -36,11 +45,16 @@ class TrainConfig(Config):
             weights themselves.
         bf16: forward pass under bfloat16 autocast.
         compile: compile the forward pass with ``torch.compile``.
+        cuda_graph: on a GPU, record the passes of a step as a CUDA graph after some steps and replay it, which spares
+            small models most of their time; not with ``compile``, ``accumulate``, several processes, or attention
+            dropout.
         accumulate: equal parts a batch is cut into, one forward and backward pass each, to save memory. The step is
             that of the whole batch up to rounding (and up to dropout, whose mask is drawn part by part).
         seed: of the initial weights, dropout, the order of the data, the augmentation and the validation split.
         validation_fraction: share of the images held out in stage 1; 0: no validation.
         log_every: steps between two lines of training metrics, each the mean over these steps.
+        validate_every: steps between two validations; None: one after every epoch. There is one at the end in any case.
+            The weights in ``best/`` are the best of those that were validated.
         image_every: steps between two image grids; None: none but the last.
         checkpoint_every: steps between two checkpoints; None: none but the last.
         keep_checkpoints: how many of the newest checkpoints stay.
@@ -63,10 +77,12 @@ class TrainConfig(Config):
     ema_decay: float | None = 0.999
     bf16: bool = False
     compile: bool = False
+    cuda_graph: bool = True
     accumulate: int = 1
     seed: int = 0
     validation_fraction: float = 0.1
     log_every: int = 50
+    validate_every: int | None = None
     image_every: int | None = 1000
     checkpoint_every: int | None = 1000
     keep_checkpoints: int = 2
@@ -76,11 +92,11 @@ class TrainConfig(Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require(require_positive_int, "steps", "batch_size", "accumulate", "log_every", "keep_checkpoints")
-        self._require(require_positive_int, "image_every", "checkpoint_every", optional=True)
+        self._require(require_positive_int, "validate_every", "image_every", "checkpoint_every", optional=True)
         self._require(require_positive_int, "warmup_steps", "num_workers", minimum=0)
         self._require(require_seed, "seed")
         self._require(require_choice, "optimizer", choices=("adamw", "adam"))
-        self._require(require_bool, "bf16", "compile")
+        self._require(require_bool, "bf16", "compile", "cuda_graph")
         self._require(require_number, "learning_rate", above=0)
         self._require(require_number, "weight_decay", least=0)
         self._require(require_number, "final_lr_fraction", least=0, most=1)

@@ -107,16 +107,31 @@ def last_validation(run: Path, *names: str) -> dict[str, Any]:
     Raises:
         CorruptFileError: a line is damaged, or lacks one of these metrics.
     """
-    path = run / "logs" / METRICS
-    found: dict[str, Any] = {}
+    lines = [entry for entry in read_metrics(run) if entry["split"] == "validation"]
+    if not lines:
+        return {}
+    require_entries(metrics_path(run), lines[-1], dict.fromkeys(names, number()))
+    return lines[-1]
+
+
+def metrics_path(run: Path) -> Path:
+    """The log of a run."""
+    return run / "logs" / METRICS
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """All lines of a run's log, each with its ``step``, ``split`` (``train`` or ``validation``) and metrics.
+
+    Raises:
+        CorruptFileError: a line is damaged.
+    """
+    found, path = [], metrics_path(run)
     with reading(f"{path}: not a log of metrics"):
         for place, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             entry = _entry(line)
             if entry is None:
                 raise ValueError(f"line {place} is damaged")
-            found = entry if entry["split"] == "validation" else found
-    if found:
-        require_entries(path, found, dict.fromkeys(names, number()))
+            found.append(entry)
     return found
 
 

@@ -7,9 +7,8 @@ import dataclasses
 import inspect
 import math
 import os
-import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -32,6 +31,8 @@ from fastvq.training.config import TrainConfig, learning_rate
 from fastvq.training.ema import WeightAverage
 from fastvq.training.interrupt import DeferredInterrupt
 from fastvq.training.log import MetricLog
+from fastvq.training.progress import Progress, Show, Words
+from fastvq.training.recorded import Recorded
 from fastvq.training.run import RunFolder, open_run, versions
 from fastvq.training.weights import best_validation, describe_start, recorded_start
 
@@ -46,14 +47,15 @@ class DivergedError(FastvqError, ArithmeticError):
 
 
 class Picture(NamedTuple):
-    """A grid of images [N, C, H, W] in [-1, 1] to be written while training."""
+    """A grid of images [N, C, H, W] in [-1, 1] to be written while training, perhaps with names under its columns."""
 
     name: str
     images: Tensor
-    columns: int | None
+    columns: int | None = None
+    captions: Sequence[str] | None = None
 
 
-class Task(Protocol):
+class Task(Words, Protocol):
     """What tells one stage from the other.
 
     Attributes:
@@ -91,7 +93,7 @@ def train_in(
     resume: bool,
     init_from: str | os.PathLike[str] | None,
     notes: Mapping[str, Any] | None,
-    progress: bool,
+    progress: Show,
 ) -> PretrainedModel:
     """:func:`train` in a folder, by all processes of the group that this one belongs to.
 
@@ -117,7 +119,7 @@ def train(
     run: RunFolder,
     group: Group,
     *,
-    progress: bool = False,
+    progress: Show = False,
 ) -> PretrainedModel:
     """Train to the end, from the newest checkpoint in the run folder if there is one.
 
@@ -163,7 +165,7 @@ def train(
                 load_checkpoint(newest[0], state)
         for part in (model, *([] if state.average is None else [state.average.model])):
             group.equalise(part.state_dict().values())
-        _steps(state, task, config, run, group, progress and group.first)
+        _steps(state, task, config, run, group, progress if group.first else False)
         averaged = model if state.average is None else state.average.model
         assert isinstance(averaged, PretrainedModel)
         with group.together():
@@ -172,9 +174,7 @@ def train(
         return load_pretrained(run.model, device=device)
 
 
-def _steps(state: TrainingState, task: Task, config: TrainConfig, run: RunFolder, group: Group, progress: bool) -> None:
-    from tqdm import tqdm
-
+def _steps(state: TrainingState, task: Task, config: TrainConfig, run: RunFolder, group: Group, show: Show) -> None:
     model = _shared(state.model, group)
     forward = torch.compile(model) if config.compile else model
     batches = StepBatches(task.load, task.rows, config.batch_size, config.seed, group.share(config.batch_size))
@@ -188,7 +188,8 @@ def _steps(state: TrainingState, task: Task, config: TrainConfig, run: RunFolder
         with group.together():
             if group.first:
                 log = stack.enter_context(MetricLog(run.logs, state.step))
-        bar = stack.enter_context(tqdm(total=config.steps, initial=state.step, disable=not progress, file=sys.stderr))
+        with group.together():
+            progress = stack.enter_context(Progress(task, state.step, config.steps, config.batch_size, show=show))
 
         def checkpoint() -> Path:
             with group.together():
@@ -197,13 +198,15 @@ def _steps(state: TrainingState, task: Task, config: TrainConfig, run: RunFolder
                     save_checkpoint(run.checkpoints, state, keep=config.keep_checkpoints, versions=versions())
             return checkpoint_path(run.checkpoints, state.step)
 
-        reports = _Reports(state, task, config, run, log, batches, group)
+        gradients = _RecordedGradients(state, forward, task, config) if _recorded(state, config, group) else None
+        reports = _Reports(state, task, config, run, log, batches, group, progress)
         with _kept(state, checkpoint):
             reports.before_first_step()
         remaining = range(state.step, config.steps)
         stream = batches.iterate(remaining, num_workers=config.num_workers, pin_memory=cuda)
         while state.step < config.steps:
             batch, failure = None, None
+            progress.begin_step()
             try:
                 with annotate("load"):
                     batch = next(stream)
@@ -215,7 +218,7 @@ def _steps(state: TrainingState, task: Task, config: TrainConfig, run: RunFolder
             for settings in state.optimizer.param_groups:
                 settings["lr"] = learning_rate(state.step, config)
             _seed_dropout(state, config, group)
-            metrics = _gradients(state, forward, task, config, batch, group)
+            metrics = gradients(batch) if gradients else _gradients(state, forward, task, config, batch, group)
             _check_finite(metrics, state.step, run, group)
             with annotate("step"):
                 state.optimizer.step()
@@ -224,14 +227,13 @@ def _steps(state: TrainingState, task: Task, config: TrainConfig, run: RunFolder
             state.step += 1
             state.totals = {name: state.totals.get(name, 0.0) + value for name, value in metrics.items()}
             state.totals_steps += 1
+            progress.step(metrics)
             last = state.step == config.steps
             with _kept(state, checkpoint):
                 reports.after_step(last=last)
             stop = group.agree(flag=0 if interrupt.requested is None else 1 + _STOPS.index(interrupt.requested))
             if last or stop or _due(state.step, config.checkpoint_every):
                 checkpoint()
-            bar.set_postfix({"loss": f"{metrics['loss']:.4f}"}, refresh=False)
-            bar.update()
             if stop:
                 raise _STOPS[stop - 1]
 
@@ -248,12 +250,14 @@ class _Reports:
         log: MetricLog | None,
         batches: StepBatches,
         group: Group,
+        progress: Progress,
     ) -> None:
         self._state, self._task, self._config, self._run = state, task, config, run
-        self._log, self._batches, self._group = log, batches, group
+        self._log, self._batches, self._group, self._progress = log, batches, group, progress
         model = state.model if state.average is None else state.average.model
         assert isinstance(model, PretrainedModel)
         self._evaluated = model
+        self._means: dict[str, float] = {}
 
     def before_first_step(self) -> None:
         """Make up for what an error or a shorter run left out after the step that the checkpoint is of."""
@@ -264,7 +268,7 @@ class _Reports:
         logged = [] if self._log is None else [s for s in ("train", "validation") if self._log.has(state.step, s)]
         logged = self._group.from_first(logged)
         unlogged = last and state.totals_steps > 0 and "train" not in logged
-        unvalidated = (last or self._epoch_ends()) and "validation" not in logged
+        unvalidated = (last or self._validation_due()) and "validation" not in logged
         if unlogged:
             self._training()
         if unvalidated:
@@ -275,12 +279,14 @@ class _Reports:
     def after_step(self, *, last: bool) -> None:
         if last or self._state.step % self._config.log_every == 0:
             self._training()
-        if last or self._epoch_ends():
+        if last or self._validation_due():
             self._validation()
         if last or _due(self._state.step, self._config.image_every):
             self._picture()
 
-    def _epoch_ends(self) -> bool:
+    def _validation_due(self) -> bool:
+        if self._config.validate_every is not None:
+            return _due(self._state.step, self._config.validate_every)
         return self._batches.epoch(self._state.step) > self._batches.epoch(self._state.step - 1)
 
     def _training(self) -> None:
@@ -290,20 +296,24 @@ class _Reports:
         with self._group.together():
             if self._log is not None:
                 self._log.write(state.step, "train", {**means, "learning_rate": rate})
-        state.totals, state.totals_steps = {}, 0
+                self._progress.line(state.step, means)
+        state.totals, state.totals_steps, self._means = {}, 0, means
 
     def _validation(self) -> None:
         state, criterion = self._state, self._task.criterion
         with _evaluation(self._evaluated) as model, annotate("validate"):
             values = self._task.validate(model, state.device, self._group)
         if not values:
+            self._progress.judge(state.step, self._means)
             return
         with self._group.together():
             if self._log is not None:
                 best, value = best_validation(self._run.path), values[criterion]
-                if not math.isnan(value) and (best is None or value < best["value"]):
+                better = not math.isnan(value) and (best is None or value < best["value"])
+                if better:
                     self._run.keep_best(self._evaluated, state.step, criterion, value)
                 self._log.write(state.step, "validation", {"epoch": self._batches.epoch(state.step), **values})
+                self._progress.validated(state.step, values, best=better)
 
     def _picture(self) -> None:
         state = self._state
@@ -314,7 +324,7 @@ class _Reports:
                 picture = self._task.picture(model, state.device, state.step)
             if picture is not None:
                 path = self._run.images / f"{picture.name}_{state.step:08d}.png"
-                save_grid(path, picture.images, picture.columns, overwrite=True)
+                save_grid(path, picture.images, picture.columns, captions=picture.captions, overwrite=True)
 
 
 @contextlib.contextmanager
@@ -377,6 +387,39 @@ def _gradients(
     if config.grad_clip is not None:
         totals["grad_norm"] = float(nn.utils.clip_grad_norm_(state.model.parameters(), config.grad_clip))
     return totals
+
+
+def _recorded(state: TrainingState, config: TrainConfig, group: Group) -> bool:
+    """Whether the passes of steps may be recorded as a CUDA graph."""
+    plain = group.size == 1 and config.accumulate == 1 and not config.compile
+    return config.cuda_graph and plain and state.device.type == "cuda"
+
+
+class _RecordedGradients:
+    """:func:`_gradients` of one process and one part, recorded as a CUDA graph."""
+
+    def __init__(self, state: TrainingState, forward: Callable[..., Any], task: Task, config: TrainConfig) -> None:
+        self._state, self._forward, self._task, self._config = state, forward, task, config
+        self._names: list[str] = []
+        self._passes = Recorded(self._run, state.device)
+
+    def __call__(self, batch: Batch) -> dict[str, float]:
+        values = self._passes(batch)
+        return dict(zip(self._names, values.tolist(), strict=True))
+
+    def _run(self, batch: Sequence[Tensor]) -> Tensor:
+        """Metrics [M]."""
+        config = self._config
+        self._state.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(self._state.device.type, dtype=torch.bfloat16, enabled=config.bf16), annotate("forward"):
+            loss, metrics = self._task.loss(self._forward, tuple(batch))
+        with annotate("backward"):
+            loss.backward()
+        found = {"loss": loss, **metrics}
+        if config.grad_clip is not None:
+            found["grad_norm"] = nn.utils.clip_grad_norm_(self._state.model.parameters(), config.grad_clip)
+        self._names = list(found)
+        return torch.stack([value.detach().float() for value in found.values()])
 
 
 def _unshared(forward: Callable[..., Any]) -> AbstractContextManager[None]:

@@ -131,7 +131,7 @@ def blank_task(model_config: Config, config: TrainConfig, rows: int, image_size:
     assert image_size is not None
     images: Any = _BlankImages(rows, model_config.in_channels, image_size)
     if isinstance(model_config, VQVAEConfig):
-        return _Reconstruction(images, training, nothing, config, None)
+        return _Reconstruction(images, training, nothing, model_config, config, None)
     return _Classification(images, training, (images, nothing), config, None)
 
 
@@ -208,6 +208,7 @@ class _Watched:
         self.rows, self.criterion = task.rows, task.criterion
         self.load, self.accumulation = task.load, task.accumulation
         self.validate, self.picture = task.validate, task.picture
+        self.unit, self.brief, self.summary, self.concern = task.unit, task.brief, task.summary, task.concern
 
     def loss(self, forward: Callable[..., Any], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         before = self._live.bytes
@@ -220,11 +221,11 @@ class _BlankImages:
     """As much of a data set of images as training batches take."""
 
     def __init__(self, rows: int, channels: int, size: tuple[int, int]) -> None:
-        self._shape = channels, *size
+        self.channels, self.size = channels, size
         self.labels = torch.zeros(rows, dtype=torch.int64)
 
     def image(self, index: int) -> Tensor:
-        return torch.zeros(self._shape)
+        return torch.zeros(self.channels, *self.size)
 
 
 class _BlankCodes:

@@ -14,17 +14,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvq.data.augment import Augment
-from fastvq.data.base import ImageDataset, load_images, psnr, split_indices
+from fastvq.data.base import ImageDataset, load_images, psnr, split_indices, spread_over_classes
+from fastvq.data.usage import CodeUse
 from fastvq.distributed import Group
 from fastvq.errors import ArgumentError
 from fastvq.models import HierarchicalVQVAE, VectorQuantizer, VQVAEConfig, build
 from fastvq.models.repeated_pass import is_repetition
 from fastvq.models.stored import outline
 from fastvq.training.batches import Batch
+from fastvq.training.codebook import CodebookTraining, few_codes
 from fastvq.training.config import TrainConfig
 from fastvq.training.loop import Picture, train_in
+from fastvq.training.progress import Show
 
-_PICTURES = 8
+_PICTURES = 10
 
 
 def train_vqvae(
@@ -37,16 +40,16 @@ def train_vqvae(
     resume: bool = False,
     init_from: str | os.PathLike[str] | None = None,
     notes: Mapping[str, Any] | None = None,
-    progress: bool = False,
+    progress: Show = False,
 ) -> HierarchicalVQVAE:
     """Train an autoencoder on images, minimising the mean squared error plus the commitment loss.
 
     ``run_dir`` receives ``config.json``, ``checkpoints/``, ``logs/metrics.jsonl`` (and TensorBoard's files),
     ``images/reconstructions_*.png`` (originals above, reconstructions below), ``best/`` (the model whose validation
-    ``mse`` was lowest, and in ``validation.json`` when that was) and, at the end, ``model/``. Validation,
-    after every epoch and at the end: ``mse`` (images in [-1, 1]), ``psnr`` in dB, ``commitment``, and for each level
-    (0 = top) the ``perplexity`` of the codes of the whole validation set and their ``usage``, the share of the codebook
-    that occurs.
+    ``mse`` was lowest, and in ``validation.json`` when that was) and, at the end, ``model/``. Validation, after every
+    epoch or as ``config.validate_every`` says, and at the end: ``mse`` (images in [-1, 1]), ``psnr`` in dB,
+    ``commitment``, and for each level (0 = top) the ``perplexity`` of the codes of the whole validation set and their
+    ``usage``, the share of the codebook that occurs.
 
     Under torchrun, and whatever else describes a group of processes (:mod:`fastvq.distributed`), each computes its
     share of every batch; the first writes, into a folder that all of them see. The result is that of one process up to
@@ -58,7 +61,8 @@ def train_vqvae(
             (or more) and its model returns that at once.
         init_from: start from the weights of a saved model, a run or a checkpoint (:func:`load_weights`).
         notes: anything JSON can hold, to be kept in ``config.json``.
-        progress: show a progress bar on stderr.
+        progress: say on stderr how it goes, what each validation finds and what is wrong: with a bar in a terminal and
+            lines elsewhere, or with lines in any case (``"plain"``).
 
     Returns:
         The model with averaged weights, in evaluation mode.
@@ -107,22 +111,25 @@ def _prepared(
             "augment": None if augment is None else dataclasses.asdict(augment),
         },
     }
-    return _Reconstruction(dataset, training, validation, config, augment), description
+    return _Reconstruction(dataset, training, validation, model_config, config, augment), description
 
 
 class _Reconstruction:
     criterion = "mse"
+    unit = "images"
 
     def __init__(
         self,
         dataset: ImageDataset,
         training: np.ndarray,
         validation: np.ndarray,
+        model_config: VQVAEConfig,
         config: TrainConfig,
         augment: Augment | None,
     ) -> None:
         self.rows = len(training)
         self._dataset, self._training, self._validation = dataset, training, validation
+        self._codebooks = CodebookTraining(model_config, config, len(training) + len(validation), dataset.size)
         self._part = config.batch_size // config.accumulate
         self._seed, self._augment = config.seed, augment
 
@@ -138,8 +145,10 @@ class _Reconstruction:
         (images,) = batch
         out = forward(images)
         mse = F.mse_loss(out.reconstruction.float(), images)
-        perplexity = {f"perplexity_{level}": value for level, value in enumerate(out.perplexity.unbind())}
-        return mse + out.commitment_loss, {"mse": mse, "commitment": out.commitment_loss, **perplexity}
+        usage = 1 - out.dead_codes / self._codebooks.model.num_codes
+        of_levels = {f"perplexity_{level}": value for level, value in enumerate(out.perplexity.unbind())}
+        of_levels |= {f"usage_{level}": value for level, value in enumerate(usage.unbind())}
+        return mse + out.commitment_loss, {"mse": mse, "commitment": out.commitment_loss, **of_levels}
 
     @contextlib.contextmanager
     def accumulation(self, model: nn.Module) -> Iterator[dict[str, Tensor]]:
@@ -148,7 +157,8 @@ class _Reconstruction:
         Until then the quantisers stay in evaluation mode and what goes into them is set aside. Only the step that
         initialises a codebook from data differs: its passes still see the codebook from before.
 
-        Perplexities are of the whole batch: a mean over parts would depend on how it is cut.
+        Perplexities and the shares of codes in use are of the whole batch: a mean over parts would depend on how it is
+        cut.
         """
         of_step: dict[str, Tensor] = {}
         quantizers = [module for module in model.modules() if isinstance(module, VectorQuantizer)]
@@ -176,7 +186,9 @@ class _Reconstruction:
                 quantizer.train()
         with torch.no_grad():
             for level, (quantizer, vectors) in enumerate(zip(quantizers, seen, strict=True)):
-                of_step[f"perplexity_{level}"] = quantizer(torch.cat(vectors)).perplexity
+                found = quantizer(torch.cat(vectors))
+                of_step[f"perplexity_{level}"] = found.perplexity
+                of_step[f"usage_{level}"] = 1 - found.dead_codes / quantizer.num_codes
 
     def validate(self, model: nn.Module, device: torch.device, group: Group) -> dict[str, float]:
         count = len(self._validation)
@@ -197,14 +209,34 @@ class _Reconstruction:
         used = torch.tensor(counts, dtype=torch.float64).view_as(used)
         mse = squared / count
         values = {"mse": mse, "psnr": psnr(mse), "commitment": commitment / count}
-        shares = used / used.sum(1, keepdim=True)
-        for level, share in enumerate(shares):
-            values[f"perplexity_{level}"] = float(torch.exp(-torch.xlogy(share, share).sum()))
-            values[f"usage_{level}"] = float((share > 0).double().mean())
+        for level, level_counts in enumerate(used):
+            use = CodeUse.of_counts(level, len(used), level_counts)
+            values |= {f"perplexity_{level}": use.perplexity, f"usage_{level}": use.share}
         return values
+
+    def brief(self, metrics: Mapping[str, float]) -> str:
+        uses = self._codebooks.use(metrics, self._codebooks.train.batch_size)
+        perplexity = "/".join(f"{use.perplexity:.3g}" for use in uses)
+        used = "/".join(str(use.used) for use in uses)
+        return f"loss {metrics['loss']:.4f}, perplexity {perplexity}, in use {used} of {uses[0].num_codes}"
+
+    def summary(self, values: Mapping[str, float]) -> str:
+        uses = self._codebooks.use(values, len(self._validation))
+        return "; ".join([f"MSE {values['mse']:.4f}, PSNR {values['psnr']:.1f} dB", *map(str, uses)])
+
+    def concern(self, values: Mapping[str, float]) -> str | None:
+        if not values:
+            return None
+        held_out = len(self._validation)
+        uses = self._codebooks.use(values, held_out or self._codebooks.train.batch_size)
+        return few_codes(uses, self._codebooks, "validation" if held_out else "the last steps")
 
     def picture(self, model: nn.Module, device: torch.device, step: int) -> Picture:
         source = self._validation if len(self._validation) else self._training
-        originals = load_images(self._dataset, source[:_PICTURES])
+        labels, names = self._dataset.labels, self._dataset.class_names
+        of_source = None if labels is None else labels[torch.from_numpy(source)]
+        shown = source[spread_over_classes(of_source, len(source), _PICTURES)]
+        originals = load_images(self._dataset, shown)
         reconstructions = model(originals.to(device)).reconstruction.cpu()
-        return Picture("reconstructions", torch.cat([originals, reconstructions]), len(originals))
+        captions = None if labels is None else [names[int(labels[index])] for index in shown]
+        return Picture("reconstructions", torch.cat([originals, reconstructions]), len(originals), captions)

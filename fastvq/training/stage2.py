@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -15,12 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvq.data.codes import CodeDataset
+from fastvq.data.usage import CodeUse
 from fastvq.distributed import Group
 from fastvq.errors import ArgumentError
 from fastvq.models import Prior, PriorConfig, build
 from fastvq.training.batches import Batch
 from fastvq.training.config import TrainConfig
 from fastvq.training.loop import Picture, train_in
+from fastvq.training.progress import Show
+
+# Rows from which is judged how much the codes vary.
+_COUNTED = 4096
 
 
 def train_prior(
@@ -34,14 +40,14 @@ def train_prior(
     resume: bool = False,
     init_from: str | os.PathLike[str] | None = None,
     notes: Mapping[str, Any] | None = None,
-    progress: bool = False,
-    sample_images: Callable[[Prior, int], Tensor] | None = None,
+    progress: Show = False,
+    sample_images: Callable[[Prior, int], Tensor | Picture] | None = None,
 ) -> Prior:
     """Train a prior on the codes of one level, minimising the cross entropy in nats per code.
 
     The prior is conditioned on all levels above and, if ``model_config.num_classes`` is set, on the labels. ``run_dir``
-    is laid out as in :func:`train_vqvae`. Validation, after every epoch and at the end: ``nll`` in nats per code and
-    ``bits`` per code. Several processes train together as there.
+    is laid out as in :func:`train_vqvae`. Validation, when it is due there: ``nll`` in nats per code and ``bits``
+    per code. Several processes train together as there.
 
     Args:
         codes_folder: written by :func:`fastvq.data.extract_codes`.
@@ -51,9 +57,9 @@ def train_prior(
             (or more) and its model returns that at once.
         init_from: start from the weights of a saved model, a run or a checkpoint (:func:`load_weights`).
         notes: anything JSON can hold, to be kept in ``config.json``.
-        progress: show a progress bar on stderr.
-        sample_images: given the prior with averaged weights and the step, returns images [N, C, H, W] in [-1, 1], which
-            are written to ``images/samples_*.png`` every ``config.image_every`` steps.
+        progress: as of :func:`train_vqvae`.
+        sample_images: given the prior with averaged weights and the step, returns images [N, C, H, W] in [-1, 1], or a
+            :class:`Picture` of them, which are written to ``images/samples_*.png`` every ``config.image_every`` steps.
 
     Returns:
         The prior with averaged weights, in evaluation mode.
@@ -149,6 +155,7 @@ def _check_fit(name: str, codes: CodeDataset, level: int, config: PriorConfig) -
 
 class _Likelihood:
     criterion = "nll"
+    unit = "rows"
 
     def __init__(
         self,
@@ -157,13 +164,18 @@ class _Likelihood:
         level: int,
         model_config: PriorConfig,
         config: TrainConfig,
-        sample_images: Callable[[Prior, int], Tensor] | None,
+        sample_images: Callable[[Prior, int], Tensor | Picture] | None,
     ) -> None:
         self.rows = len(codes)
         self._codes, self._validation, self._level = codes, validation, level
+        self._num_codes, self._uniform_said = model_config.num_codes, False
         self._labelled = model_config.num_classes is not None
         self._part = config.batch_size // config.accumulate
         self._sample_images = sample_images
+
+    @functools.cached_property
+    def _use(self) -> CodeUse:
+        return self._codes.use(self._level, most=_COUNTED)
 
     def load(self, rows: np.ndarray, epochs: np.ndarray) -> Batch:
         return self._gather(self._codes, rows)
@@ -200,8 +212,26 @@ class _Likelihood:
         (total,) = group.sum([total])
         return {"nll": total / count, "bits": total / count / math.log(2)}
 
+    def brief(self, metrics: Mapping[str, float]) -> str:
+        return f"loss {metrics['loss']:.4f}, {metrics['loss'] / math.log(2):.3f} bits per code"
+
+    def summary(self, values: Mapping[str, float]) -> str:
+        uniform = "" if self._uniform_said else f" ({math.log2(self._num_codes):.3g} without a prior)"
+        self._uniform_said = True
+        return f"NLL {values['nll']:.4f} nats, {values['bits']:.3f} bits per code{uniform}"
+
+    def concern(self, values: Mapping[str, float]) -> str | None:
+        if not self._use.few:
+            return None
+        return (
+            f"the codes hardly vary; in {self._codes.folder}\n    {self._use}\n"
+            "  an NLL near 0 is no merit then: samples have as little in them as these codes. Before any prior the\n"
+            "  autoencoder needs a new run, in general with --set codebook_init=kmeans --set revive_below=1"
+        )
+
     def picture(self, model: nn.Module, device: torch.device, step: int) -> Picture | None:
         if self._sample_images is None:
             return None
         assert isinstance(model, Prior)
-        return Picture("samples", self._sample_images(model, step), None)
+        drawn = self._sample_images(model, step)
+        return drawn if isinstance(drawn, Picture) else Picture("samples", drawn)

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from fastvq import Pipeline, PixelSNAIL
 from fastvq.cli import main
 from fastvq.cli.parser import build_parser
+from fastvq.data.grid import grid_size
 
 COMMANDS = (
     "demo",
@@ -27,9 +28,11 @@ COMMANDS = (
     "train-prior",
     "train-classifier",
     "sample",
+    "inpaint",
     "merge",
     "reconstruct",
     "evaluate",
+    "plot",
     "info",
 )
 TINY = ["--steps", "4", "--batch-size", "4", "--quiet", "--image-every", "2", "--checkpoint-every", "2"]
@@ -83,7 +86,10 @@ def test_sample_writes_one_picture(project: Path, tmp_path: Path, capsys: pytest
     assert main(command) == 0
     assert "seed 5" in capsys.readouterr().out
     first = out.read_bytes()
-    assert Image.open(out).size == (2 * 26 + 2, 2 * 18 + 2)
+    # A column for each class, with its name, which is wider than a column and stands upright.
+    names = grid_size(3, 16, 24, 2, captions=["cats", "dogs"])[0] - grid_size(3, 16, 24, 2)[0]
+    assert names > 20
+    assert Image.open(out).size == (2 * 26 + 2, 2 * 18 + 2 + names)
     assert main(command) == 1
     assert "--overwrite" in capsys.readouterr().err
     assert out.read_bytes() == first
@@ -116,6 +122,7 @@ def test_sample_writes_a_folder(project: Path, tmp_path: Path) -> None:
     assert main(["sample", "--checkpoint", str(project), "-n", "3", *options, "--out", str(out), "--quiet"]) == 0
     settings = json.loads((out / "samples.json").read_text())
     assert settings["labels"] == [1, 1, 1]
+    assert settings["class_names"] == ["cats", "dogs"]
     assert settings["temperature"] == [0.5, 0.9]
     assert [Image.open(out / f"{i:06d}.png").size for i in range(3)] == [(24, 16)] * 3
     codes = load_file(out / "codes.safetensors")
@@ -262,7 +269,7 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit) as stop:
         build_parser().parse_args([command, "--help"])
     assert stop.value.code == 0
-    assert ("--device" in capsys.readouterr().out) == (command != "merge")  # which computes nothing
+    assert ("--device" in capsys.readouterr().out) == (command not in ("merge", "plot"))  # which compute nothing
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import torch
 from fastvq.cli import main
 from fastvq.cli.names import as_typed, configure
 from fastvq.cli.parser import build_parser
-from fastvq.data import Digits, extract_codes
+from fastvq.data import Digits, extract_codes, save_grid
 from fastvq.errors import ArgumentError
 from fastvq.models import Classifier, ClassifierConfig, PixelSNAILConfig, preset
 from fastvq.sampling import Pipeline, Shard, sample_shard
@@ -38,6 +38,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     classifier = Classifier(ClassifierConfig(in_channels=1, num_classes=10, channels=(4,), features=4))
     classifier.save_pretrained(my / "classifier" / "model")
     (root / "file").write_text("words")
+    for name, side in (("digit", 32), ("larger", 40)):
+        save_grid(root / f"{name}.png", -torch.ones(1, 1, side, side), padding=0)
     return root
 
 
@@ -45,6 +47,7 @@ VQVAE = "train-vqvae --run new --data digits --size 32 --preset tiny --steps 2 -
 PRIOR = "train-prior --run my --level 0 --preset digits-top --steps 2 --batch-size 4 --warmup 0"
 CLASSIFIER = "train-classifier --run my --name other --steps 2 --batch-size 4 --warmup 0"
 SAMPLE = "sample --pretrained digits --out new.png -n 1"
+INPAINT = "inpaint --pretrained digits --image digit.png --box 8 8 4 4 --out new.png -n 1"
 PART = "--shard 0/2 --out new --seed 0"
 RECONSTRUCT = "reconstruct --pretrained digits --data digits --out new.png"
 EVALUATE = "evaluate my -n 40 --data digits --out new-report --no-curves"
@@ -54,17 +57,22 @@ COMMANDS = {
     "extract": "extract --run my",
     "train-prior": PRIOR,
     "sample": SAMPLE,
+    "inpaint": INPAINT,
     "merge": "merge parts",
     "reconstruct": RECONSTRUCT,
     "train-classifier": CLASSIFIER,
     "evaluate": EVALUATE,
+    "plot": "plot my",
     "info": "info",
 }
 TRAINING = ["--steps 0", "--batch-size 0", "--batch-size -3", "--lr 0", "--lr nan", "--weight-decay -1", "--warmup -1"]
-TRAINING += ["--warmup 3", "--ema 1", "--ema -0.5", "--workers -1", "--seed -1", "--log-every 0"]
+TRAINING += ["--warmup 3", "--ema 1", "--ema -0.5", "--workers -1", "--seed -1", "--log-every 0", "--validate-every 0"]
 TRAINING += ["--init-from nowhere", "--checkpoint-every 0", "--seed 9223372036854775808"]
 BOTH_STAGES = [*TRAINING, "--grad-clip 0", "--accumulate 0", "--accumulate 3", "--image-every 0", "--preset absent"]
 BOTH_STAGES += ["--set num_codes=0", "--set dropout", "--set chanels=3"]
+DRAWING = ["--temperature 0", "--temperature nan", "--temperature 1 2 3", "--label 10", "--label ten", "--label 3 ten"]
+DRAWING += ["-n 0", "--top-k 0", "--top-k 129", "--top-p 0", "--top-p 2", "--seed -1", "--engine gpu"]
+DRAWING += ["--precision bfloat16 --engine torch", "--micro-batch 0"]
 # The end of a command line; the option whose value is bad is the first one.
 BAD: dict[str, list[str]] = {
     "demo": ["--out file", "--label 10", "--label -1", "--seed -1", "--effort 0", "--effort nan"],
@@ -106,21 +114,16 @@ BAD: dict[str, list[str]] = {
         "--set activation=relu",
     ],
     "sample": [
-        "--temperature 0",
-        "--temperature nan",
-        "--temperature 1 2 3",
-        "--label 10",
-        "--label ten",
-        "-n 0",
-        "--top-k 0",
-        "--top-k 129",
-        "--top-p 0",
-        "--top-p 2",
-        "--seed -1",
-        "--engine gpu",
-        "--precision bfloat16 --engine torch",
-        "--micro-batch 0",
+        *DRAWING,
         "--out my",
+        "--like nowhere",
+        "--keep-levels 1",
+        "--keep-levels 0 --like digit.png",
+        "--keep-levels 2 --like digit.png",
+        "--animate new.jpg",
+        "--animate new.png",
+        "--animate digit.png",
+        "--animate new.gif -n 20000",
         "--shard 2/2 --seed 0 --out new",
         "--shard half --seed 0 --out new",
         "--shard env --seed 0 --out new",
@@ -131,6 +134,21 @@ BAD: dict[str, list[str]] = {
         f"-n 0 {PART}",
         f"--seed -1 {PART.replace('--seed 0', '')}",
         f"--micro-batch 0 {PART}",
+        f"--label 3 10 {PART}",
+        f"--like digit.png {PART}",
+        f"--keep-levels 1 {PART}",
+        f"--animate new.gif {PART}",
+    ],
+    "inpaint": [
+        *DRAWING,
+        "--image nowhere",
+        "--box 0 0 0 4",
+        "--box -1 0 4 4",
+        "--box 30 0 4 4",
+        "--margin -1",
+        "--rounds 0",
+        "--out my",
+        "--out file.gif",
     ],
     "merge": ["--out file", "--out my", "--out new.png"],
     "reconstruct": ["--data nowhere", "--size 0", "--size 1 2 3", "-n 0", "--out file.gif"],
@@ -177,6 +195,7 @@ BAD: dict[str, list[str]] = {
         "--seed 1 -n 2 --from-shards parts",
         "--temperature 0.5 -n 2 --from-shards parts",
     ],
+    "plot": ["--out file", "--out my", "--out new.jpg"],
     "info": [
         "--checkpoint nowhere",
         "--pretrained absent",
@@ -198,6 +217,13 @@ BAD: dict[str, list[str]] = {
 }
 WHOLE = {
     "sample": ["--checkpoint nowhere", "--checkpoint .", "--pretrained absent"],
+    "inpaint": [
+        "--checkpoint nowhere --image digit.png --box 0 0 4 4",
+        "--pretrained absent --image digit.png --box 0 0 4 4",
+        "--mask nowhere --pretrained digits --image digit.png --out new.png",
+        "--mask digit.png --pretrained digits --image digit.png --out new.png",
+        "--mask larger.png --pretrained digits --image digit.png --out new.png",
+    ],
     "merge": ["nowhere", "."],
     "reconstruct": [
         "--checkpoint nowhere --data digits",
@@ -205,10 +231,11 @@ WHOLE = {
         "--checkpoint my/prior0/model --data digits",
     ],
     "evaluate": ["nowhere", "--pretrained absent --data digits", "my --pretrained digits"],
+    "plot": ["nowhere", "file", "."],
 }
 # Options of which every value is one, or whose values argparse checks.
 FREE = {"help", "debug", "quiet", "overwrite", "resume", "skip_broken", "flip", "unconditional", "bf16", "compile"}
-FREE |= {"curves", "optimizer", "name", "cache", "changed_data", "weights", "draft"}
+FREE |= {"cuda_graph", "curves", "optimizer", "name", "cache", "changed_data", "weights", "draft", "plain", "paste"}
 
 
 def blamed(line: str) -> str:
@@ -221,7 +248,11 @@ def blamed(line: str) -> str:
 
 CASES = [(command, f"{COMMANDS[command]} {end}", blamed(end)) for command, ends in BAD.items() for end in ends]
 CASES += [(command, f"{command} {end}", blamed(end)) for command, ends in WHOLE.items() for end in ends]
-CASES += [(command, f"{line} --device abacus", "--device") for command, line in COMMANDS.items() if command != "merge"]
+CASES += [
+    (command, f"{line} --device abacus", "--device")
+    for command, line in COMMANDS.items()
+    if command not in ("merge", "plot")
+]
 
 
 @pytest.mark.parametrize(

@@ -205,6 +205,25 @@ def test_preview_leaves_out_codes_that_are_never_used() -> None:
         torch.testing.assert_close(vqvae.preview(codes), plain)
 
 
+def test_preview_puts_the_mean_in_place_of_missing_codes() -> None:
+    vqvae = spread_out(model((2, 2)))
+    codes = vqvae.encode(some_images(vqvae))
+    generator = torch.Generator().manual_seed(0)
+    known = [torch.rand(grid.shape, generator=generator) < 0.5 for grid in codes]
+    with torch.no_grad():
+        # A code that is never used, and so has no say in the mean, stands for the mean.
+        for quantizer in vqvae.quantizers:
+            quantizer.cluster_size[3] = 0
+            share = quantizer.cluster_size / quantizer.cluster_size.sum()
+            quantizer.embedding[3] = share @ quantizer.embedding
+        mended = [torch.where(there, grid, 3) for there, grid in zip(known, codes, strict=True)]
+        torch.testing.assert_close(vqvae.preview(codes, known), vqvae.decode(mended), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(vqvae.preview(codes[:1], known[:1]), vqvae.preview(mended[:1]), rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(vqvae.preview(codes, known), vqvae.decode(codes), atol=1e-4)
+        everything = [torch.ones_like(there) for there in known]
+        assert torch.equal(vqvae.preview(codes, everything), vqvae.decode(codes))
+
+
 def test_encoding_keeps_no_graph_and_decoding_does() -> None:
     vqvae = model((2, 2))
     images = some_images(vqvae).requires_grad_()
@@ -324,6 +343,20 @@ def test_refuses_codes(codes: Any, error: type[Exception], message: str) -> None
 def test_preview_refuses(codes: Any) -> None:
     with refuses(ArgumentError, "codes: expected a sequence of 1 to 2 levels, top first"):
         model((2, 2)).preview(codes)
+
+
+@pytest.mark.parametrize(
+    ("known", "error", "message"),
+    [
+        ([], ArgumentError, "known: expected 1 masks, one for each level of codes, got 0"),
+        ([TOP], ArgumentTypeError, r"known\[0\]: expected bool, got torch.int64"),
+        ([TOP[:1] > 0], ArgumentError, r"known\[0\]: expected shape"),
+    ],
+    ids=["number", "type", "shape"],
+)
+def test_preview_refuses_masks(known: Any, error: type[Exception], message: str) -> None:
+    with refuses(error, message):
+        model((2, 2)).preview([TOP], known)
 
 
 @pytest.mark.parametrize("size", [(0, 4), (4, 0), (-4, 4), (6, 8), (8, 7)], ids=str)

@@ -166,6 +166,20 @@ def test_one_class(digits: Pipeline, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("label", "identity"), [([7, "3"], [7, 3]), (["4"], 4), (list(range(10)), "in turn")], ids=["two", "one", "all"]
+)
+def test_classes_that_take_turns(label: list[int | str], identity: Any, digits: Pipeline, tmp_path: Path) -> None:
+    for index in range(3):
+        sample_shard(digits, 11, Shard(index, 3), tmp_path, seed=3, label=label)
+    numbers = [int(one) for one in label]
+    expected = [numbers[index % len(numbers)] for index in range(11)]
+    assert rows_of(tmp_path)["labels"] == expected
+    assert rows_of(tmp_path)["level1"] == digits.sample(11, label=label, seed=3).codes[1].tolist()
+    assert read_shard(tmp_path / "samples-00001-of-00003.safetensors").identity["label"] == identity
+    assert json.loads((merge_samples(tmp_path) / "samples.json").read_text())["labels"] == expected
+
+
+@pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
         ({"n": 0}, ArgumentError, "n: must be at least 1"),

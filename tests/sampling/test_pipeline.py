@@ -9,49 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import pixelcnn, refuses, snail
+from helpers import pixelcnn, refuses
+from pipelines import GRIDS, pipeline_of, prior_of, vqvae_of
 
 import fastvq
 from fastvq._files import sealed
 from fastvq.errors import ArgumentError, ArgumentTypeError, CorruptFileError, FileConflictError, MissingFileError
-from fastvq.models import VQVAEConfig, build
 from fastvq.sampling import Pipeline, sample, shipped
 from fastvq.sampling import pipeline as pipeline_module
 
 pytestmark = pytest.mark.usefixtures("steady")
-
-GRIDS = [(2, 3), (4, 6), (8, 12)]
-
-
-def vqvae_of(levels: int, **changes: Any) -> Any:
-    fields: dict[str, Any] = {
-        "channels": 8,
-        "residual_channels": 4,
-        "residual_layers": 1,
-        "num_codes": 5,
-        "code_dim": 3,
-    }
-    return build(VQVAEConfig(in_channels=1, strides=(2,) * levels, **{**fields, **changes})).eval()
-
-
-def prior_of(place: int, **changes: Any) -> Any:
-    fields: dict[str, Any] = {
-        "shape": GRIDS[place],
-        "level": place,
-        "condition_shapes": tuple(GRIDS[:place]),
-        "condition_num_codes": (5,) * place,
-        "num_classes": 3,
-        "attention": place == 0,
-    }
-    prior = snail(**{**fields, **changes})
-    with torch.no_grad():
-        prior.output.weight.mul_(8)
-    return prior
-
-
-def pipeline_of(levels: int, **changes: Any) -> Pipeline:
-    torch.manual_seed(0)
-    return Pipeline(vqvae_of(levels), [prior_of(level, **changes) for level in range(levels)])
 
 
 @pytest.mark.parametrize("levels", [1, 2, 3])

@@ -195,6 +195,19 @@ def test_a_pipeline_warns_once() -> None:
         mine.sample(1, label=0, seed=0, micro_batch=1)
     assert len(said) == 1
     assert said[0].filename == __file__
+    image, mask = digits.sample(1, label=0, seed=0).images, torch.ones(32, 32, dtype=torch.bool)
+    with pytest.warns(NaiveEngineWarning) as said:
+        mine.inpaint(image, mask, label=0, seed=0, rounds=1)
+    assert [warning.filename for warning in said] == [__file__]
+
+
+def test_a_level_that_is_given_is_not_warned_of() -> None:
+    digits = Pipeline.from_pretrained("digits")
+    mine = Pipeline(digits.vqvae, [like(Sharp, digits.priors[0]), digits.priors[1]])
+    top = digits.sample(1, label=0, seed=0).codes[:1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mine.sample(1, label=0, codes=top, seed=0)
 
 
 def lists(prior: Any) -> None:

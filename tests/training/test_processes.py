@@ -58,12 +58,12 @@ def scenarios(codes: Path) -> dict[str, Callable[[Path], Any]]:
     prior: dict[str, Any] = {"validation_folder": codes / "validation"}
     return {
         "kmeans-revival": lambda run: train_vqvae(Noise(), STARTED, short(50), run, augment=AUGMENT),
-        "few": lambda run: train_vqvae(Noise(), VQVAE_CONFIG, short(6, batch_size=2), run),
+        "few": lambda run: train_vqvae(Noise(), VQVAE_CONFIG, short(6, batch_size=2, validate_every=4), run),
         "parts": lambda run: train_vqvae(Noise(), STARTED, short(6, accumulate=3), run),
         "prior": lambda run: train_prior(codes / "train", 0, PRIOR, short(50, checkpoint_every=25), run, **prior),
         "prior-parts": lambda run: train_prior(codes / "train", 0, PRIOR, short(6, accumulate=2), run, **prior),
         "classifier": lambda run: train_classifier(
-            Noise(), CLASSIFIER, short(10, validation_fraction=0.2), run, augment=AUGMENT
+            Noise(), CLASSIFIER, short(10, validation_fraction=0.2, validate_every=3), run, augment=AUGMENT
         ),
     }
 

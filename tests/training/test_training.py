@@ -74,7 +74,7 @@ def test_codebooks_move_once_per_step(monkeypatch: pytest.MonkeyPatch, tmp_path:
     parts = VQVAE2(whole.config).train()
     parts.load_state_dict(whole.state_dict())
     images = Noise().pixels[:8]
-    task = _Reconstruction(Noise(), np.arange(20), np.arange(20, 22), train_config(), None)
+    task = _Reconstruction(Noise(), np.arange(20), np.arange(20, 22), VQVAE_CONFIG, train_config(), None)
     with torch.no_grad():
         whole(images)
         with task.accumulation(parts):
@@ -367,6 +367,7 @@ def test_bottom_prior_sees_the_level_above(tmp_path: Path, codes: Path) -> None:
         ("validation_fraction", 1.0, ArgumentError),
         ("log_every", 0, ArgumentError),
         ("image_every", 0, ArgumentError),
+        ("validate_every", 0, ArgumentError),
         ("checkpoint_every", 0, ArgumentError),
         ("keep_checkpoints", 0, ArgumentError),
         ("num_workers", -1, ArgumentError),

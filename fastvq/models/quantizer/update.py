@@ -42,7 +42,8 @@ def start_codebook(
     one process would take from all of the vectors. With ``init = kmeans`` Lloyd's iterations follow.
     """
     _refuse_repetition()
-    if bool(initialized):
+    # A recording cannot wait for the GPU to say; whoever makes one has run the pass before.
+    if (initialized.is_cuda and torch.cuda.is_current_stream_capturing()) or bool(initialized):
         return
     table = embedding[None] if embedding.ndim == 2 else embedding
     started = []
