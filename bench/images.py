@@ -3,7 +3,8 @@
 Files per second that a start takes: every file decoded, headers alone, and a second start with what the first one has
 found out. Images per second that are loaded: as torchvision's ImageFolder with Resize and CenterCrop does it (Pillow
 alone, without torchvision), and by fastvq: whole files, JPEG files decoded at a reduced size, images that were stored
-decoded, and processes that load whole files. What is compared takes turns, and medians count. The files are in the system's memory.
+decoded, and processes that load whole files. What is compared takes turns, and medians count. The files are in the
+system's memory.
 
 The pictures are noise with the spectrum of photographs. How far reduced decoding is from whole decoding is in levels of
 255.

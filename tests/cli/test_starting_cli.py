@@ -276,7 +276,7 @@ def test_stored_images_change_no_result(empty: Path, looked: dict[str, list[str]
 def test_the_size_of_stored_images_is_said(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["extract", "--run", "my", "--cache-images", "--device", "cpu"]) == 0
     (entry,) = Path("my/cache").glob("pixels-*")
-    assert f"fastvq: images decoded in {entry} (0.0 MB)" in capsys.readouterr().err
+    assert f"fastvq: decoded images in {entry}, 0.0 MB" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="this PyTorch is built without gloo")
@@ -350,7 +350,7 @@ def test_the_chosen_number_is_said_and_recorded(
     monkeypatch.setattr("fastvq.cli.loading.suggested_workers", lambda device, size, decodes: 1 if decodes else 0)
     loud = [word for word in TRAIN if word != "--quiet"]
     assert main(loud) == 0
-    assert "fastvq: 1 load images beside the one that computes (--workers)" in capsys.readouterr().err
+    assert "fastvq: 1 processes load images (--workers)" in capsys.readouterr().err
     assert main(["train-vqvae", "--run", "none", *loud[3:], "--workers", "0"]) == 0
     assert "(--workers)" not in capsys.readouterr().err
     counts = [json.loads(Path(run, "vqvae/config.json").read_text())["train"]["num_workers"] for run in ("my", "none")]
