@@ -104,3 +104,9 @@ def remember(dataset: ImageDataset) -> None:
     """Keep what was found out about the files, for the next start."""
     if isinstance(dataset, ImageFolder):
         dataset.remember()
+
+
+def advise(dataset: ImageDataset, without: str) -> None:
+    """Have the error of a file that proves damaged say what to do: to mend it, or how to go on ``without`` it."""
+    if isinstance(dataset, ImageFolder):
+        dataset.damage_note = f"Its header was in order, and no more was checked. Mend it, or leave it out: {without}."

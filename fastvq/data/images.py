@@ -38,10 +38,7 @@ _THREADS = 8
 # Files that a thread looks at in one go.
 _CHUNK = 64
 _COMPARED = 16
-_DAMAGED_LATE = (
-    "Its header was in order when the folder was checked. If the file cannot be mended, leave it out "
-    "(skip_broken=True), in a new run, which can start from the weights of this one (init_from)."
-)
+_DAMAGE_NOTE = 'Its header was in order, and no more was checked; check="decode" with skip_broken=True leaves it out.'
 # Files that nobody takes for pictures are counted without naming them.
 _NO_PICTURES = frozenset(
     {"", ".cfg", ".csv", ".db", ".html", ".ini", ".json", ".jsonl", ".lock", ".log", ".md", ".npy", ".npz", ".pkl"}
@@ -89,6 +86,7 @@ class ImageFolder:
         skipped: (path, reason) of the images left out because they cannot be read.
         left_out: (path, reason) of what is not taken for an image.
         suffixes: endings of the files that count.
+        damage_note: what to say beside the error where the damage of a file shows that had only its header checked.
 
     Raises:
         MissingFileError: ``root`` is not a folder, or it or a class folder holds no image.
@@ -120,6 +118,7 @@ class ImageFolder:
         self.channels = channels
         require_bool("draft", draft)
         self.draft = draft
+        self.damage_note = _DAMAGE_NOTE
         require_choice("check", check, ("decode", "header"))
         if cache and check != "decode":
             raise ArgumentError('cache: needs check="decode", which is what fills the cache')
@@ -302,7 +301,7 @@ class ImageFolder:
             return self._read(self.root / self._names[index])[0]
         except CorruptFileError as error:
             if not self._decoded[index]:
-                error.add_note(_DAMAGED_LATE)
+                error.add_note(self.damage_note)
             raise
 
     @property

@@ -236,14 +236,16 @@ def test_damage_inside_is_said_when_it_is_met_and_left_out_on_request(
     whole = bytearray(path.read_bytes())
     whole[len(whole) // 2] ^= 0xFF
     path.write_bytes(whole)
-    assert main(TRAIN) == 1
-    said = capsys.readouterr().err.splitlines()
-    assert said[0].startswith("fastvq: error: photos/cat/2.png: ")
-    note = next(line for line in said if line.startswith("Its header was in order"))
-    assert note.endswith(
-        "leave it out (--skip-broken), in a new run, which can start from the weights of this one (--init-from)."
-    )
-    new = ["train-vqvae", "--run", "new", *TRAIN[3:], "--skip-broken"]
+    for workers in ("0", "1"):
+        assert main(["train-vqvae", "--run", f"my{workers}", *TRAIN[3:], "--workers", workers]) == 1
+        error, note, kept = capsys.readouterr().err.splitlines()
+        assert error.startswith("fastvq: error: photos/cat/2.png: ")
+        assert note == (
+            "Its header was in order, and no more was checked. Mend it, or leave it out: in a new run with "
+            f"--skip-broken, from the weights of this one with --init-from my{workers}/vqvae."
+        )
+        assert kept.startswith("The 1 finished steps are in ")
+    new = ["train-vqvae", "--run", "new", *TRAIN[3:], "--skip-broken", "--init-from", "my1/vqvae"]
     assert main(new) == 0
     assert "1 of 8 images cannot be read; going on without them" in capsys.readouterr().err
     assert json.loads(Path("new/data.json").read_text())["images"] == 7
