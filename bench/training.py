@@ -26,9 +26,10 @@ from fastvq.distributed import Group
 from fastvq.models import PRESETS, build
 from fastvq.training import TrainConfig
 from fastvq.training.batches import Batch
-from fastvq.training.loop import Task, train
+from fastvq.training.loop import train
 from fastvq.training.memory import blank_task, training_memory
 from fastvq.training.run import open_run
+from fastvq.training.task import Task
 
 MAPPED = {"MALLOC_MMAP_THRESHOLD_": "16384", "MALLOC_MMAP_MAX_": "1000000"}
 # What a process takes for good, as libraries do, it has taken after some steps.

@@ -22,8 +22,9 @@ from fastvq.errors import ArgumentError
 from fastvq.models.classifier import Classifier, ClassifierConfig
 from fastvq.training.batches import Batch
 from fastvq.training.config import TrainConfig
-from fastvq.training.loop import Picture, train_in
+from fastvq.training.loop import train_in
 from fastvq.training.progress import Show
+from fastvq.training.task import Picture
 
 _TOP = 5
 

@@ -8,14 +8,14 @@ import inspect
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastvq._evaluation import in_evaluation
@@ -25,15 +25,16 @@ from fastvq.data.grid import save_grid
 from fastvq.distributed import Group, join
 from fastvq.errors import ArgumentError, DiskFullError, FastvqError, Terminated, UnavailableError
 from fastvq.models import PretrainedModel, load_pretrained
-from fastvq.training.batches import Batch, StepBatches
+from fastvq.training.batches import StepBatches
 from fastvq.training.checkpoint import TrainingState, checkpoint_path, checkpoints, load_checkpoint, save_checkpoint
 from fastvq.training.config import TrainConfig, learning_rate
 from fastvq.training.ema import WeightAverage
+from fastvq.training.gradients import RecordedGradients, gradients, may_record
 from fastvq.training.interrupt import DeferredInterrupt
 from fastvq.training.log import MetricLog
-from fastvq.training.progress import Progress, Show, Words
-from fastvq.training.recorded import Recorded
+from fastvq.training.progress import Progress, Show
 from fastvq.training.run import RunFolder, open_run, versions
+from fastvq.training.task import Task
 from fastvq.training.weights import best_validation, describe_start, recorded_start
 
 # Seconds in which a launcher passes on to each process a signal that the system has sent to all.
@@ -44,44 +45,6 @@ _STOPS: tuple[type[KeyboardInterrupt], ...] = (KeyboardInterrupt, Terminated)
 
 class DivergedError(FastvqError, ArithmeticError):
     """The loss or its gradient is not a finite number."""
-
-
-class Picture(NamedTuple):
-    """A grid of images [N, C, H, W] in [-1, 1] to be written while training, perhaps with names under its columns."""
-
-    name: str
-    images: Tensor
-    columns: int | None = None
-    captions: Sequence[str] | None = None
-
-
-class Task(Words, Protocol):
-    """What tells one stage from the other.
-
-    Attributes:
-        rows: number of training items.
-        criterion: the validation metric by which the best weights are chosen, lower is better.
-    """
-
-    rows: int
-    criterion: str
-
-    def load(self, rows: np.ndarray, epochs: np.ndarray) -> Batch:
-        """Tensors [B, ...] of some training items, each in the given epoch (from 0)."""
-
-    def loss(self, forward: Callable[..., Any], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a batch, a mean over its items, and metrics to log (scalars)."""
-
-    def accumulation(self, model: nn.Module) -> AbstractContextManager[dict[str, Tensor]]:
-        """Wraps the passes of a step whose batch is cut into parts.
-
-        When it ends, its value holds the metrics that are of the whole batch, of all processes, instead of means.
-        """
-
-    def validate(self, model: nn.Module, device: torch.device, group: Group) -> dict[str, float]:
-        """Validation metrics, of all processes; empty without validation data."""
-
-    def picture(self, model: nn.Module, device: torch.device, step: int) -> Picture | None: ...
 
 
 def train_in(
@@ -198,7 +161,7 @@ def _steps(state: TrainingState, task: Task, config: TrainConfig, run: RunFolder
                     save_checkpoint(run.checkpoints, state, keep=config.keep_checkpoints, versions=versions())
             return checkpoint_path(run.checkpoints, state.step)
 
-        gradients = _RecordedGradients(state, forward, task, config) if _recorded(state, config, group) else None
+        recorded = RecordedGradients(state, forward, task, config) if may_record(state, config, group) else None
         reports = _Reports(state, task, config, run, log, batches, group, progress)
         with _kept(state, checkpoint):
             reports.before_first_step()
@@ -218,7 +181,7 @@ def _steps(state: TrainingState, task: Task, config: TrainConfig, run: RunFolder
             for settings in state.optimizer.param_groups:
                 settings["lr"] = learning_rate(state.step, config)
             _seed_dropout(state, config, group)
-            metrics = gradients(batch) if gradients else _gradients(state, forward, task, config, batch, group)
+            metrics = recorded(batch) if recorded else gradients(state, forward, task, config, batch, group)
             _check_finite(metrics, state.step, run, group)
             with annotate("step"):
                 state.optimizer.step()
@@ -357,75 +320,6 @@ def _seed_dropout(state: TrainingState, config: TrainConfig, group: Group) -> No
     torch.default_generator.manual_seed(int(word >> np.uint64(1)))
     if state.device.type == "cuda":
         torch.cuda.manual_seed(int(word >> np.uint64(1)))
-
-
-def _gradients(
-    state: TrainingState, forward: Callable[..., Any], task: Task, config: TrainConfig, batch: Batch, group: Group
-) -> dict[str, float]:
-    """Fill the gradients of one step; returns its metrics, of all processes."""
-    state.optimizer.zero_grad(set_to_none=True)
-    totals: dict[str, float] = {}
-    parts = list(zip(*(tensor.tensor_split(config.accumulate) for tensor in batch), strict=True))
-    with task.accumulation(state.model) if config.accumulate > 1 else contextlib.nullcontext({}) as of_step:
-        for number, part in enumerate(parts, 1):
-            moved = tuple(tensor.to(state.device, non_blocking=True) for tensor in part)
-            weight = len(part[0]) / config.batch_size
-            with contextlib.nullcontext() if number == len(parts) else _unshared(forward):
-                with torch.autocast(state.device.type, dtype=torch.bfloat16, enabled=config.bf16), annotate("forward"):
-                    loss, metrics = task.loss(forward, moved)
-                if not weight:
-                    # A mean over nothing; its gradients, of no items, are zeros.
-                    loss, metrics = loss.nan_to_num(), {name: value.nan_to_num() for name, value in metrics.items()}
-                with annotate("backward"):
-                    (loss * (weight * group.size)).backward()
-            # One transfer for all of them: on a GPU each one waits for the device.
-            values = torch.stack([loss.detach().float(), *(value.detach().float() for value in metrics.values())])
-            for name, value in zip(["loss", *metrics], values.tolist(), strict=True):
-                totals[name] = totals.get(name, 0.0) + value * weight
-    totals = dict(zip(totals, group.sum(totals.values()), strict=True))
-    totals |= {name: float(value) for name, value in of_step.items()}
-    if config.grad_clip is not None:
-        totals["grad_norm"] = float(nn.utils.clip_grad_norm_(state.model.parameters(), config.grad_clip))
-    return totals
-
-
-def _recorded(state: TrainingState, config: TrainConfig, group: Group) -> bool:
-    """Whether the passes of steps may be recorded as a CUDA graph."""
-    plain = group.size == 1 and config.accumulate == 1 and not config.compile
-    return config.cuda_graph and plain and state.device.type == "cuda"
-
-
-class _RecordedGradients:
-    """:func:`_gradients` of one process and one part, recorded as a CUDA graph."""
-
-    def __init__(self, state: TrainingState, forward: Callable[..., Any], task: Task, config: TrainConfig) -> None:
-        self._state, self._forward, self._task, self._config = state, forward, task, config
-        self._names: list[str] = []
-        self._passes = Recorded(self._run, state.device)
-
-    def __call__(self, batch: Batch) -> dict[str, float]:
-        values = self._passes(batch)
-        return dict(zip(self._names, values.tolist(), strict=True))
-
-    def _run(self, batch: Sequence[Tensor]) -> Tensor:
-        """Metrics [M]."""
-        config = self._config
-        self._state.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(self._state.device.type, dtype=torch.bfloat16, enabled=config.bf16), annotate("forward"):
-            loss, metrics = self._task.loss(self._forward, tuple(batch))
-        with annotate("backward"):
-            loss.backward()
-        found = {"loss": loss, **metrics}
-        if config.grad_clip is not None:
-            found["grad_norm"] = nn.utils.clip_grad_norm_(self._state.model.parameters(), config.grad_clip)
-        self._names = list(found)
-        return torch.stack([value.detach().float() for value in found.values()])
-
-
-def _unshared(forward: Callable[..., Any]) -> AbstractContextManager[None]:
-    """Passes whose gradients stay on this process until those of the last part go with them."""
-    module = getattr(forward, "_orig_mod", forward)
-    return module.no_sync() if isinstance(module, DistributedDataParallel) else contextlib.nullcontext()
 
 
 def _check_finite(metrics: dict[str, float], step: int, run: RunFolder, group: Group) -> None:

@@ -24,9 +24,11 @@ from fastvq.training.batches import Batch
 from fastvq.training.checkpoint import TrainingState
 from fastvq.training.classifier import _Classification
 from fastvq.training.config import TrainConfig
-from fastvq.training.loop import Task, _gradients, _optimizer
+from fastvq.training.gradients import gradients as gradients_of
+from fastvq.training.loop import _optimizer
 from fastvq.training.stage1 import _Reconstruction
 from fastvq.training.stage2 import _Likelihood
+from fastvq.training.task import Task
 
 # Registered operations whose backend on a CPU is PyTorch's operators: what these make on the way is counted too.
 _COMPOSED = ("fastvq::causal_conv2d", "fastvq::causal_conv2d_backward")
@@ -102,7 +104,7 @@ def training_memory(
         batch = task.load(np.arange(rows), np.zeros(rows, dtype=np.int64))
         live.peak = live.bytes
         state = TrainingState(model, None, optimizer, torch.device("cpu"), step=0, totals={}, totals_steps=0)
-        _gradients(state, model, task, config, batch, Group())
+        gradients_of(state, model, task, config, batch, Group())
         optimizer.step()
     # Both are there all the time, and what is done to them makes nothing.
     average = 0 if config.ema_decay is None else weights

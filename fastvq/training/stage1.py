@@ -24,8 +24,9 @@ from fastvq.models.stored import outline
 from fastvq.training.batches import Batch
 from fastvq.training.codebook import CodebookTraining, few_codes
 from fastvq.training.config import TrainConfig
-from fastvq.training.loop import Picture, train_in
+from fastvq.training.loop import train_in
 from fastvq.training.progress import Show
+from fastvq.training.task import Picture
 
 _PICTURES = 10
 

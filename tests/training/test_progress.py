@@ -383,7 +383,7 @@ def test_validation_every_few_steps_survives_a_kill(tmp_path: Path) -> None:
 
         def die(step: int = step) -> None:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(loop, "_gradients", before(loop._gradients, step, kill_myself))
+                patch.setattr(loop, "gradients", before(loop.gradients, step, kill_myself))
                 stage1(tmp_path / str(step), config)
 
         dies_by_sigkill(die)
@@ -401,7 +401,7 @@ def test_how_often_a_run_validates_changes_no_weights_and_may_change(tmp_path: P
 
     def die() -> None:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(loop, "_gradients", before(loop._gradients, 5, kill_myself))
+            patch.setattr(loop, "gradients", before(loop.gradients, 5, kill_myself))
             stage1(tmp_path / "changed", config)
 
     dies_by_sigkill(die)

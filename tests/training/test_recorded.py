@@ -56,9 +56,9 @@ def tapes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.CUDAGraph", Tape)
     monkeypatch.setattr("torch.cuda.graph", taping)
     monkeypatch.setattr(Tape, "replayed", 0)
-    plain = loop._recorded
+    plain = loop.may_record
     monkeypatch.setattr(
-        loop, "_recorded", lambda state, config, group: config.cuda_graph and not plain(state, config, group)
+        loop, "may_record", lambda state, config, group: config.cuda_graph and not plain(state, config, group)
     )
 
 
