@@ -14,6 +14,7 @@ from fastvq.cli.loading import advise, keep_images, remember, require_cache_plac
 from fastvq.cli.names import configure
 from fastvq.cli.project import Project, augmentation, choose_device, parse_overrides
 from fastvq.cli.resume import recorded, recorded_config, refuse, shown, starting_config, train_config
+from fastvq.cli.summary import Start, announce, of_images
 from fastvq.data import ImageDataset
 from fastvq.distributed import join
 from fastvq.errors import ArgumentError, MissingFileError
@@ -33,6 +34,17 @@ def train_classifier(arguments: argparse.Namespace) -> None:
         arguments.quiet |= not group.first
         with group.together():
             run, dataset, description, split, model_config, config = _prepare(arguments)
+            start = Start(
+                run=run,
+                model=model_config,
+                config=config,
+                data=of_images(dataset, *map(len, split)),
+                rows=len(split[0]),
+                size=dataset.size,
+                processes=group.size,
+            )
+            if not announce(arguments, start):
+                return
             if group.first:
                 remember(dataset)
         advise(dataset, "in a new run with --skip-broken --changed-data")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,16 @@ import torch
 from fastvq._files import remove_leftovers
 from fastvq._lock import locked
 from fastvq._schema import number, require_entries
-from fastvq.cli.generate import reconstruction
+from fastvq.cli.generate import columns_by_class, reconstruction
 from fastvq.cli.images import DIGITS, start_project
 from fastvq.cli.project import Project, augmentation, choose_device, require_folder_name
+from fastvq.cli.speed import compare_engines, naive_seconds
 from fastvq.cli.train import fit_to_codes, preview_of
 from fastvq.data import CodeDataset, Digits, extract_codes, load_images, save_grid, split_indices
+from fastvq.data.base import spread_over_classes
 from fastvq.errors import ArgumentError, CorruptFileError, FileConflictError
 from fastvq.models import PriorConfig, VQVAEConfig, preset
-from fastvq.sampling import Pipeline
+from fastvq.sampling import Pipeline, shipped
 from fastvq.training import TrainConfig, train_prior, train_vqvae
 from fastvq.training.log import last_validation
 from fastvq.training.run import CONFIG, RunFolder
@@ -31,6 +34,11 @@ _STEPS = {"vqvae": 900, "prior0": 600, "prior1": 1000}
 _COPIES = 8
 _SHIFT = 2
 _PER_CLASS = 10
+_HELD_OUT = 20
+# That the naive engine is given to show how slow it is.
+_NAIVE_SECONDS = 10.0
+# Ships with the package, where it does.
+_COLOUR_MODEL, _COLOUR, _COLOUR_PER_CLASS = "emoji", "emoji.png", 8
 
 
 def demo(arguments: argparse.Namespace) -> None:
@@ -47,7 +55,7 @@ def demo(arguments: argparse.Namespace) -> None:
     settings = {"skip_broken": False, "flip": False, "shift": _SHIFT, "validation": 0.1, "seed": arguments.seed}
     augment = augmentation(settings)
     training, validation = split_indices(len(dataset), 0.1, arguments.seed)
-    print(f"1/4  training the autoencoder on {len(training)} digits of 32 x 32 pixels")
+    print(f"1/5  training the autoencoder on {len(training)} digits of 32 x 32 pixels")
     _, vqvae_config = preset("digits")
     assert isinstance(vqvae_config, VQVAEConfig)
     config = _config(arguments, "vqvae", device)
@@ -71,7 +79,7 @@ def demo(arguments: argparse.Namespace) -> None:
         f"validation MSE {metrics['mse']:.4f}, PSNR {metrics['psnr']:.1f} dB"
     )
 
-    print(f"2/4  writing the codes of {_COPIES} shifted copies of each digit")
+    print(f"2/5  writing the codes of {_COPIES} shifted copies of each digit")
     for indices, folder, copies in ((training, project.codes, _COPIES), (validation, project.validation_codes, 1)):
         extract_codes(
             vqvae,
@@ -84,7 +92,7 @@ def demo(arguments: argparse.Namespace) -> None:
             progress=progress,
         )
 
-    print("3/4  training a prior over the codes of each level, given the digit's class")
+    print("3/5  training a prior over the codes of each level, given the digit's class")
     codes = CodeDataset(project.codes)
     for level, name in enumerate(("digits-top", "digits-bottom")):
         _, template = preset(name)
@@ -105,14 +113,15 @@ def demo(arguments: argparse.Namespace) -> None:
         uniform = math.log2(codes.num_codes[level])
         print(f"     level {level}: validation NLL {bits:.3f} bits per code (all codes alike: {uniform:.0f})")
 
-    print(f"4/4  sampling at temperature {TEMPERATURE}")
+    print(f"4/5  sampling at temperature {TEMPERATURE}")
     pipeline = Pipeline.from_pretrained(project.path, device=device)
-    for name in ("reconstructions.png", "samples.png", "pipeline"):
+    for name in ("reconstructions.png", "samples.png", _COLOUR, "pipeline"):
         remove_leftovers(project.path / name)
-    _write_pictures(pipeline, dataset, validation, arguments, device)
+    _write_pictures(pipeline, dataset, validation, arguments)
     pipeline.save_pretrained(project.path / "pipeline", overwrite=True)
     print(f"     {project.path / 'reconstructions.png'}: held-out digits above, what their codes keep below")
     print(f"     {project.path / 'samples.png'}: new digits, " + _asked(arguments.label))
+    _show_more(pipeline, arguments, device)
     print(f"done in {time.perf_counter() - began:.0f} s; more: fastvq sample --checkpoint {project.path} --label 7")
 
 
@@ -154,19 +163,50 @@ def _config(arguments: argparse.Namespace, name: str, device: str) -> TrainConfi
     )
 
 
-def _write_pictures(
-    pipeline: Pipeline, dataset: Digits, validation: np.ndarray, arguments: argparse.Namespace, device: str
-) -> None:
-    originals = load_images(dataset, validation[:16])
+def _write_pictures(pipeline: Pipeline, dataset: Digits, validation: np.ndarray, arguments: argparse.Namespace) -> None:
+    assert dataset.labels is not None
+    labels = dataset.labels[torch.from_numpy(validation)]
+    shown = spread_over_classes(labels, len(validation), _HELD_OUT)
+    originals = load_images(dataset, validation[shown])
     reconstructions, _ = reconstruction(pipeline.vqvae, originals)
-    pictures = torch.cat([originals, reconstructions])
-    save_grid(arguments.out / "reconstructions.png", pictures, len(originals), overwrite=True)
-    classes = torch.arange(Digits.num_classes) if arguments.label is None else torch.full((10,), arguments.label)
-    labels = classes.repeat_interleave(_PER_CLASS)
-    samples = pipeline.sample(
-        len(labels), label=labels, temperature=TEMPERATURE, seed=arguments.seed, progress=not arguments.quiet
+    save_grid(
+        arguments.out / "reconstructions.png",
+        torch.cat([originals, reconstructions]),
+        len(originals),
+        captions=[dataset.class_names[label] for label in labels[torch.from_numpy(shown)]],
+        overwrite=True,
     )
-    save_grid(arguments.out / "samples.png", samples.images, _PER_CLASS, overwrite=True)
+    classes = None if arguments.label is None else [arguments.label]
+    _write_samples(pipeline, arguments.out / "samples.png", _PER_CLASS * Digits.num_classes, classes, arguments)
+
+
+def _write_samples(
+    pipeline: Pipeline, path: Path, n: int, classes: Sequence[int] | None, arguments: argparse.Namespace
+) -> None:
+    """New images, a column for each class."""
+    classes = classes or pipeline.classes()
+    columns, captions = columns_by_class(pipeline, n, classes)
+    samples = pipeline.sample(
+        n, label=classes, temperature=TEMPERATURE, seed=arguments.seed, progress=not arguments.quiet
+    )
+    save_grid(path, samples.images, columns, captions=captions, overwrite=True)
+
+
+def _show_more(pipeline: Pipeline, arguments: argparse.Namespace, device: str) -> None:
+    """Speed, on the colour model that ships with the package if it is quick enough here, and pictures of that model."""
+    progress, title, colour = not arguments.quiet, "digits", None
+    seconds = _NAIVE_SECONDS * min(1.0, arguments.effort)
+    folder = shipped().get(_COLOUR_MODEL)
+    if folder is not None:
+        colour = Pipeline.from_pretrained(folder, device=device)
+        if naive_seconds(colour) <= 3 * seconds:
+            pipeline, title = colour, _COLOUR_MODEL
+    print(f"5/5  sampling the finest prior of {title} once by its definition and once without recomputing")
+    print(f"     {compare_engines(pipeline, seconds, seed=arguments.seed, progress=progress)}")
+    if colour is not None:
+        path = arguments.out / _COLOUR
+        _write_samples(colour, path, _COLOUR_PER_CLASS * (colour.num_classes or 1), None, arguments)
+        print(f"     {path}: from the model that ships as --pretrained {_COLOUR_MODEL}")
 
 
 def _validation_metrics(run: Path, *names: str) -> dict[str, float]:
@@ -182,4 +222,4 @@ def _grids(shapes: tuple[tuple[int, int], ...]) -> str:
 
 
 def _asked(label: int | None) -> str:
-    return "one row for each class" if label is None else f"all of class {label}"
+    return "a column for each class" if label is None else f"all of class {label}"

@@ -18,6 +18,7 @@ from fastvq.cli.codebook import say_use_of_codes, say_use_of_run
 from fastvq.cli.images import image_size
 from fastvq.cli.names import configure
 from fastvq.cli.project import Project, choose_device, is_one_model, load_pipeline, parse_overrides
+from fastvq.cli.summary import TOO_MANY_FOR_A_CPU, bytes_text
 from fastvq.errors import ArgumentError
 from fastvq.models import PRESETS, HierarchicalVQVAE, Prior, build, preset
 from fastvq.models.pretrained import CONFIG_FILE
@@ -25,11 +26,14 @@ from fastvq.models.stored import outline
 from fastvq.sampling import ENGINES, describe, shipped
 from fastvq.sampling.engines.cuda import cuda_summary
 from fastvq.training import TrainConfig, load_weights, training_memory
+from fastvq.training.recipes import MEASURED, RECIPES, Recipe, Schedule
 from fastvq.training.run import RunFolder
 
 # Options that say something of a preset, and of these the ones that say something of its training.
 _OF_TRAINING = ("batch_size", "accumulate", "bf16", "ema", "processes")
 _OF_PRESETS = ("set", "size", "train", *_OF_TRAINING)
+# That every parameter takes in training: itself, its average, its gradient and its two moments.
+_BYTES = 5 * 4
 _TEXTS = {
     "weights": "parameters and codebooks",
     "gradients": "of the parameters",
@@ -107,16 +111,23 @@ def _print_preset(arguments: argparse.Namespace) -> None:
     model = outline(lambda: build(config))
     size = None if arguments.size is None else image_size(arguments.size)
     _print_model(arguments.preset, model)
+    recipe = RECIPES.get(arguments.preset)
     if isinstance(model, HierarchicalVQVAE):
+        size = size or (None if recipe is None else recipe.size)
         sides = size or (model.total_stride, model.total_stride)
         grids = ", ".join(f"{height} x {width}" for height, width in model.code_shapes(sides))
         print(f"\ncodes of {sides[0]} x {sides[1]} images: {grids} (top first)")
     elif isinstance(model, Prior) and size is not None:
         raise ArgumentError(f"--size: of an autoencoder's images, and {arguments.preset} is a prior")
+    if recipe is not None:
+        _print_recipe(arguments.preset, recipe)
+        if recipe.schedule is not None and arguments.batch_size is None:
+            arguments.batch_size = recipe.schedule.batch_size
     if arguments.train:
         _print_training(arguments, config, size)
     elif isinstance(model, Prior):
         print(f"\nsampling: {describe(model)}")
+        print(f"  in all       {bytes_text(_sampling(model))}, the prior itself included")
 
 
 def _refuse(arguments: argparse.Namespace, names: tuple[str, ...], why: str) -> None:
@@ -153,6 +164,86 @@ def _print_installation() -> None:
     print(f"devices     cpu ({torch.get_num_threads()} threads){''.join(', ' + name for name in devices)}")
     print(f"engines     {', '.join(ENGINES)}")
     print(f"pretrained  {', '.join(shipped()) or 'none'}")
-    print("presets")
-    for name in sorted(PRESETS):
-        print(f"  {name:22} {PRESETS[name][0].__name__}")
+    _print_presets()
+
+
+def _print_presets() -> None:
+    """Two tables: autoencoders, and the priors over their codes. Nothing is built, nothing counted step by step."""
+    kinds: dict[bool, list[str]] = {False: [], True: []}
+    for name in sorted(PRESETS, key=_order):
+        kinds[issubclass(PRESETS[name][0], Prior)].append(name)
+    print()
+    print(_row("autoencoders", "parameters", "images", "codes, top first", "to train", "1000 steps"))
+    for name in kinds[False]:
+        print(_described(name))
+    print()
+    print(_row("priors", "parameters", "images", _grid_and_memory("codes", "to sample"), "to train", "1000 steps"))
+    for name in kinds[True]:
+        print(_described(name))
+    print(
+        "\nMemory to sample one image, and to train with the batches (@) that are taken unless --batch-size is\n"
+        "typed; >: what parameters alone take, for no recipe was tried. B: billions of parameters, for large\n"
+        "GPUs. More of one: fastvq info --preset NAME"
+    )
+
+
+def _order(name: str) -> tuple[bool, int, str, int]:
+    """Those with a recipe to start from first, by the size of their images, then by levels."""
+    recipe = RECIPES.get(name)
+    if recipe is None:
+        return True, 0, name, 0
+    return recipe.schedule is None, recipe.size[0], recipe.vqvae or name, recipe.level or 0
+
+
+def _row(name: str, parameters: str, images: str, codes: str, training: str, times: str) -> str:
+    return f"{name:21}{parameters:>10}  {images:9}  {codes:20}{training:>14}  {times}".rstrip()
+
+
+def _grid_and_memory(grid: str, sampling: str) -> str:
+    return f"{grid:9}{sampling:>10}"
+
+
+def _described(name: str) -> str:
+    """A row on a preset."""
+    config, recipe = PRESETS[name][1], RECIPES.get(name)
+    model = outline(lambda: build(config))
+    count = sum(parameter.numel() for parameter in model.parameters())
+    codes = ""
+    if isinstance(model, HierarchicalVQVAE) and recipe is not None:
+        codes = " ".join(map(_sides, model.code_shapes(recipe.size)))
+    elif isinstance(model, Prior):
+        codes = _grid_and_memory(_sides(model.config.shape), bytes_text(_sampling(model)))
+    schedule = None if recipe is None else recipe.schedule
+    return _row(
+        name,
+        f"{count / 1e9:.1f} B" if count > TOO_MANY_FOR_A_CPU else f"{count / 1e6:.2f} M",
+        "" if recipe is None else _sides(recipe.size),
+        codes,
+        f"> {bytes_text(_BYTES * count)}" if schedule is None else f"{_memory(schedule)} @ {schedule.batch_size}",
+        ", ".join(f"{one.seconds:.4g} s {one.device}" for one in MEASURED.get(name, ())[:1]),
+    )
+
+
+def _sampling(prior: Prior) -> int:
+    """Bytes: the prior, and what its engine takes beyond it for one sample."""
+    return sum(parameter.nbytes for parameter in prior.parameters()) + describe(prior).memory(1)
+
+
+def _memory(schedule: Schedule) -> str:
+    return bytes_text(1e9 * schedule.memory)
+
+
+def _sides(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+def _print_recipe(name: str, recipe: Recipe) -> None:
+    """What a preset is meant for, what is taken from its recipe, and what was measured."""
+    images = "images of {} x {}".format(*recipe.size)
+    print(f"\nfor         {images if recipe.vqvae is None else f'level {recipe.level} of {recipe.vqvae}, {images}'}")
+    schedule = recipe.schedule
+    if schedule is not None:
+        print(f"recipe      --batch-size {schedule.batch_size} --lr {schedule.learning_rate} --steps {schedule.steps}")
+        print(f"training    {_memory(schedule)} of memory with that batch (--train: what takes it)")
+    for one in MEASURED.get(name, ()):
+        print(f"measured    {one.seconds:.4g} s per 1000 steps on {one.device} ({one.source})")

@@ -90,11 +90,11 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "demo",
         "fastvq.cli.demo:demo",
         "train on handwritten digits, sample every class and write pictures",
-        "Trains a 2-level VQVAE2 and both priors on scikit-learn's digits in a few minutes on two CPU cores, then\n"
-        "writes reconstructions.png and samples.png.",
+        "Trains a 2-level VQVAE2 and both priors on scikit-learn's digits in a few minutes on two CPU cores, writes\n"
+        "reconstructions.png and samples.png, and compares sampling as it is with sampling by its definition.",
     )
     parser.add_argument("--out", type=Path, default=Path("fastvq-demo"), help="project folder (default: fastvq-demo)")
-    parser.add_argument("--label", type=int, help="sample only this digit (default: a row of each)")
+    parser.add_argument("--label", type=int, help="sample only this digit (default: a column of each)")
     parser.add_argument("--seed", type=int, help="seed of training and sampling (default: 0)")
     parser.add_argument("--effort", type=float, help="multiplies the number of training steps (default: 1)")
     _add_resume(parser)
@@ -338,6 +338,7 @@ def _add_train_classifier(commands: argparse._SubParsersAction[argparse.Argument
     _add_cache_images(parser)
     _add_schedule(parser, learning_rate=2e-3, batch_size=64, weight_decay=0.01, ema=0.99)
     parser.add_argument("--seed", type=int, help="(default: the project's)")
+    _add_dry_run(parser)
     _add_resume(parser)
 
 
@@ -481,6 +482,12 @@ def _add_shard(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_dry_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say what would be trained, and what it takes; write nothing"
+    )
+
+
 def _add_resume(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume",
@@ -521,9 +528,11 @@ def _add_output(parser: argparse.ArgumentParser, default: str) -> None:
 def _add_training(
     parser: argparse.ArgumentParser, *, preset: str | None, kind: str, learning_rate: float, batch_size: int
 ) -> None:
+    recipe = "--size, --batch-size, --lr and --steps" if kind == "autoencoder" else "--batch-size, --lr and --steps"
     parser.add_argument(
         "--preset",
-        help=f"architecture of the {kind}; `fastvq info` lists them" + (f" (default: {preset})" if preset else ""),
+        help=f"architecture of the {kind}, and what of {recipe} is not typed where it has a recipe; `fastvq info` "
+        f"lists them (default: {preset or 'the one for the preset of the autoencoder'})",
     )
     parser.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="change a field of the preset; repeatable"
@@ -539,6 +548,7 @@ def _add_training(
     parser.add_argument("--compile", action="store_true", default=None, help="torch.compile the model")
     parser.add_argument("--seed", type=int, help="(default: 0)")
     parser.add_argument("--image-every", type=int, metavar="STEPS", help="(default: 1000)")
+    _add_dry_run(parser)
     _add_resume(parser)
 
 

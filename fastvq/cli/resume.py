@@ -17,6 +17,7 @@ from fastvq.models import PriorConfig, preset
 from fastvq.training import TrainConfig
 from fastvq.training.config import NEUTRAL_FIELDS
 from fastvq.training.progress import Show
+from fastvq.training.recipes import RECIPES, prior_preset
 from fastvq.training.run import CONFIG, RunFolder
 from fastvq.training.weights import called, described_model, load_weights
 
@@ -44,6 +45,7 @@ _FIELDS = {
     "checkpoint_every": "checkpoint_every",
     "workers": "num_workers",
 }
+_OPTIONS = {field: option for option, field in _FIELDS.items()}
 
 
 def recorded(arguments: argparse.Namespace, run: Path) -> dict[str, Any] | None:
@@ -74,6 +76,46 @@ def recorded_config(record: dict[str, Any], run: Path) -> Config:
     """
     with reading(f"{run / CONFIG}: does not say what model was trained"):
         return described_model(record["model"])[1]
+
+
+def follow_recipe(arguments: argparse.Namespace, preset: str | None = None) -> dict[str, Any]:
+    """Fill in from the preset's recipe what is not typed, of a new run; returns that, by option.
+
+    Args:
+        preset: to be taken where none is typed.
+    """
+    if arguments.resume:
+        return {}
+    values: dict[str, Any] = {} if preset is None or arguments.init_from else {"preset": preset}
+    recipe = RECIPES.get(_preset(arguments) or values.get("preset", ""))
+    if recipe is not None and recipe.schedule is not None:
+        values |= {"size": list(recipe.size)} if "size" in arguments.options else {}
+        values |= {_OPTIONS[field]: value for field, value in recipe.schedule.settings.items()}
+    taken = {option: value for option, value in values.items() if getattr(arguments, option) is None}
+    for option, value in taken.items():
+        setattr(arguments, option, value)
+    return taken
+
+
+def preset_name(arguments: argparse.Namespace, run: Path) -> str | None:
+    """The preset that the model of a run is of, perhaps with some fields changed, if it is of one."""
+    record = recorded(arguments, run)
+    name = _preset(arguments) if record is None else record.get("notes", {}).get("preset")
+    return name if isinstance(name, str) else None
+
+
+def _preset(arguments: argparse.Namespace) -> str | None:
+    """The preset that options of a new run name; a model to start from brings its own architecture."""
+    found: str | None = arguments.preset or (None if arguments.init_from else arguments.default_preset)
+    return found
+
+
+def preset_for_codes(vqvae: Path, level: int) -> str | None:
+    """The preset whose recipe says that it learns a level of the codes of the autoencoder in a run, if any does."""
+    run = RunFolder(vqvae)
+    noted = run.record().get("notes", {}).get("preset") if run.config.is_file() else None
+    name = prior_preset(noted, level) if isinstance(noted, str) else None
+    return None if name is None or RECIPES[name].schedule is None else name
 
 
 def train_config(arguments: argparse.Namespace, run: Path, device: str, **defaults: Any) -> TrainConfig:
@@ -150,10 +192,10 @@ def model_config(arguments: argparse.Namespace, run: Path, kind: type[C], **over
         source = starting_config(arguments.init_from)
         config = configure(source, overrides, typed)
     else:
-        name = arguments.preset or arguments.default_preset
-        if name is None:
+        named = _preset(arguments)
+        if named is None:
             raise ArgumentError("--preset: a new run needs an architecture; `fastvq info` lists them")
-        _, config = preset(name)
+        _, config = preset(named)
         if isinstance(config, kind):
             config = configure(config, overrides, typed)
     if not isinstance(config, kind):
@@ -169,7 +211,7 @@ def shown(arguments: argparse.Namespace) -> Show:
 
 def notes(arguments: argparse.Namespace, **more: Any) -> dict[str, Any]:
     """What of the command line a run's record keeps beside its settings."""
-    return {"preset": arguments.preset or arguments.default_preset, "set": arguments.set, **more}
+    return {"preset": _preset(arguments), "set": arguments.set, **more}
 
 
 def _plain(value: Any) -> Any:

@@ -27,8 +27,9 @@ from fastvq.cli.images import (
 )
 from fastvq.cli.loading import advise, keep_images, loading_threads, remember, require_cache_place, with_workers
 from fastvq.cli.project import Project, augmentation, choose_device
-from fastvq.cli.resume import model_config, notes, shown, train_config
-from fastvq.data import Augment, CodeDataset, ImageDataset, Shard, extract_codes, extract_shard
+from fastvq.cli.resume import follow_recipe, model_config, notes, preset_for_codes, preset_name, shown, train_config
+from fastvq.cli.summary import Start, announce, of_codes, of_images
+from fastvq.data import Augment, CodeDataset, ImageDataset, Shard, extract_codes, extract_shard, split_indices
 from fastvq.data.base import spread_over_classes
 from fastvq.data.codes import DESCRIPTION
 from fastvq.distributed import join
@@ -48,7 +49,21 @@ def train_vqvae(arguments: argparse.Namespace) -> None:
     with join() as group, contextlib.ExitStack() as stack:
         arguments.quiet |= not group.first
         with group.together():
-            project, dataset, model, config, settings, augment, data = _prepare_vqvae(arguments)
+            project, dataset, model, config, settings, augment, data, taken = _prepare_vqvae(arguments)
+            split = split_indices(len(dataset), config.validation_fraction, config.seed)
+            start = Start(
+                run=project.vqvae,
+                model=model,
+                config=config,
+                data=of_images(dataset, *map(len, split)),
+                rows=len(split[0]),
+                preset=preset_name(arguments, project.vqvae),
+                size=dataset.size,
+                taken=taken,
+                processes=group.size,
+            )
+            if not announce(arguments, start):
+                return
         with group.together():
             if group.first:
                 stack.enter_context(locked(project.vqvae))
@@ -87,11 +102,13 @@ class _Stage1(NamedTuple):
     settings: dict[str, Any]
     augment: Augment | None
     data: str
+    taken: dict[str, Any]
 
 
 def _prepare_vqvae(arguments: argparse.Namespace) -> _Stage1:
     device = choose_device(arguments.device)
     project = Project(arguments.run)
+    taken = follow_recipe(arguments)
     overrides = {} if arguments.channels is None else {"in_channels": arguments.channels}
     model = model_config(arguments, project.vqvae, VQVAEConfig, **overrides)
     config = train_config(arguments, project.vqvae, device, validation_fraction=0.1)
@@ -135,7 +152,7 @@ def _prepare_vqvae(arguments: argparse.Namespace) -> _Stage1:
         draft=settings["draft"],
         quiet=arguments.quiet,
     )
-    return _Stage1(project, dataset, model, config, settings, augment, data)
+    return _Stage1(project, dataset, model, config, settings, augment, data, taken)
 
 
 def extract(arguments: argparse.Namespace) -> None:
@@ -199,8 +216,20 @@ def train_prior(arguments: argparse.Namespace) -> None:
     with join() as group:
         arguments.quiet |= not group.first
         with group.together():
-            project, codes, held_out, fitted, config, vqvae = _prepare_prior(arguments)
-        run = project.prior(arguments.level)
+            project, codes, held_out, fitted, config, vqvae, taken = _prepare_prior(arguments)
+            run = project.prior(arguments.level)
+            start = Start(
+                run=run,
+                model=fitted,
+                config=config,
+                data=of_codes(codes, arguments.level, 0 if held_out is None else len(held_out)),
+                rows=len(codes),
+                preset=preset_name(arguments, run),
+                taken=taken,
+                processes=group.size,
+            )
+            if not announce(arguments, start):
+                return
         train_prior_on_codes(
             project.codes,
             arguments.level,
@@ -228,6 +257,7 @@ class _Stage2(NamedTuple):
     fitted: PriorConfig
     config: TrainConfig
     vqvae: HierarchicalVQVAE | None
+    taken: dict[str, Any]
 
 
 def _prepare_prior(arguments: argparse.Namespace) -> _Stage2:
@@ -237,6 +267,7 @@ def _prepare_prior(arguments: argparse.Namespace) -> _Stage2:
     if not 0 <= arguments.level < codes.num_levels:
         raise ArgumentError(f"--level: {project.codes} holds levels 0..{codes.num_levels - 1}, got {arguments.level}")
     run = project.prior(arguments.level)
+    taken = follow_recipe(arguments, preset_for_codes(project.vqvae, arguments.level))
     template = model_config(arguments, run, PriorConfig)
     classes = template.num_classes is not None if arguments.resume else not arguments.unconditional
     if classes and arguments.unconditional:
@@ -253,7 +284,7 @@ def _prepare_prior(arguments: argparse.Namespace) -> _Stage2:
             f"project knows {', '.join(known) or 'none'}; move {project.codes.parent} elsewhere and extract again"
         )
     held_out = CodeDataset(project.validation_codes) if project.validation_codes.is_dir() else None
-    return _Stage2(project, codes, held_out, fitted, config, vqvae)
+    return _Stage2(project, codes, held_out, fitted, config, vqvae, taken)
 
 
 def fit_to_codes(template: PriorConfig, codes: CodeDataset, level: int, num_classes: int | None) -> PriorConfig:

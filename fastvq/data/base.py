@@ -128,4 +128,4 @@ def require_size(name: str, size: object) -> tuple[int, int]:
 
 def psnr(mse: float) -> float:
     """Peak signal-to-noise ratio in dB of a mean squared error between images in [-1, 1], whose peak range is 2."""
-    return math.inf if mse == 0 else 10 * math.log10(4 / mse)
+    return math.inf if mse == 0 else 10 * (math.log10(4) - math.log10(mse))

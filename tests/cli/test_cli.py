@@ -35,6 +35,7 @@ COMMANDS = (
     "plot",
     "info",
 )
+_CAPTIONS = 16  # pixels
 TINY = ["--steps", "4", "--batch-size", "4", "--quiet", "--image-every", "2", "--checkpoint-every", "2"]
 
 
@@ -222,9 +223,11 @@ def test_demo_runs_and_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str
     out = tmp_path / "demo"
     command = ["demo", "--out", str(out), "--effort", "0.002", "--quiet"]
     assert main(command) == 0
-    assert "validation NLL" in capsys.readouterr().out
-    assert Image.open(out / "samples.png").size == (342, 342)
-    assert Image.open(out / "reconstructions.png").size == (16 * 34 + 2, 2 * 34 + 2)
+    said = capsys.readouterr().out
+    assert "validation NLL" in said
+    assert re.search(r"\d+ grids? of 4 x 4 codes: naive .* times as fast; 0 of \d+ codes differ", said)
+    assert Image.open(out / "samples.png").size == (342, 342 + _CAPTIONS)
+    assert Image.open(out / "reconstructions.png").size == (20 * 34 + 2, 2 * 34 + 2 + _CAPTIONS)
     assert Pipeline.from_pretrained(out / "pipeline").num_classes == 10
     samples = (out / "samples.png").read_bytes()
     assert main(command) == 1

@@ -236,6 +236,7 @@ WHOLE = {
 # Options of which every value is one, or whose values argparse checks.
 FREE = {"help", "debug", "quiet", "overwrite", "resume", "skip_broken", "flip", "unconditional", "bf16", "compile"}
 FREE |= {"cuda_graph", "curves", "optimizer", "name", "cache", "changed_data", "weights", "draft", "plain", "paste"}
+FREE |= {"dry_run"}
 
 
 def blamed(line: str) -> str:

@@ -535,3 +535,4 @@ def test_psnr() -> None:
     assert psnr(4.0) == 0
     assert psnr(0.04) == pytest.approx(20)
     assert psnr(0.0) == float("inf")
+    assert psnr(float("inf")) == -float("inf")  # of a model that has diverged
