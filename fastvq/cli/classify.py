@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastvq.cli.described import DescribedImages, described
-from fastvq.cli.loading import keep_images, remember, require_cache_place, with_workers
+from fastvq.cli.loading import advise, keep_images, remember, require_cache_place, with_workers
 from fastvq.cli.names import configure
 from fastvq.cli.project import Project, augmentation, choose_device, parse_overrides
 from fastvq.cli.resume import recorded, recorded_config, refuse, shown, starting_config, train_config
@@ -47,6 +47,7 @@ def train_classifier(arguments: argparse.Namespace) -> None:
                 return
             if group.first:
                 remember(dataset)
+        advise(dataset, "in a new run with --skip-broken --changed-data")
         keep_images(arguments, Project(arguments.run), dataset, group)
         config = with_workers(arguments, config, dataset, group)
         train_on_images(

@@ -14,7 +14,7 @@ from fastvq._files import sweep
 from fastvq._lock import locked
 from fastvq.cli.classify import CLASSIFIER, load_classifier
 from fastvq.cli.described import DescribedImages
-from fastvq.cli.loading import remember
+from fastvq.cli.loading import advise, keep_images, remember
 from fastvq.cli.project import Project, augmentation, choose_device, load_pipeline, require_folder_name
 from fastvq.errors import ArgumentError, MissingFileError
 from fastvq.evaluation import (
@@ -94,6 +94,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
         )
     dataset, _, (training, validation) = images.open()
     remember(dataset)
+    advise(dataset, "with --skip-broken --changed-data")
+    if project is not None:
+        keep_images(arguments, project, dataset)
     plan = None
     if training_config is not None:
         model = (

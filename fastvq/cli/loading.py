@@ -11,7 +11,7 @@ from pathlib import Path
 from fastvq.cli.project import Project
 from fastvq.data import ImageDataset, ImageFolder
 from fastvq.distributed import Group
-from fastvq.errors import ArgumentError, FileConflictError
+from fastvq.errors import ArgumentError, FileConflictError, PeerError
 from fastvq.training import TrainConfig
 from fastvq.training.batches import suggested_workers
 
@@ -38,25 +38,38 @@ def keep_images(
     if not isinstance(dataset, ImageFolder):
         return
     group = group or Group()
-    wanted = arguments.cache_images
+    wanted = getattr(arguments, "cache_images", None)
     place = wanted if isinstance(wanted, Path) else project.cache
-    if wanted is not None and group.first:
-        try:
-            # The others wait for a word every now and then, as they would give up on one that takes long.
-            dataset.keep_pixels(place, progress=not arguments.quiet, every=lambda: group.agree(flag=1))
-        except Exception as error:
-            group.agree(error)
-        group.agree()
-    elif wanted is not None:
+    if wanted is not None:
+        _tell(arguments, dataset, place)
+        _store(dataset, place, group, progress=not arguments.quiet)
+    with group.together():
+        if wanted is not None:
+            if dataset.decodes and not dataset.use_pixels(place):
+                raise FileConflictError(f"--cache-images: process {group.rank} does not find the images in {place}")
+        elif dataset.use_pixels(place):
+            _tell(arguments, dataset, place)
+
+
+def _store(dataset: ImageFolder, place: Path, group: Group, *, progress: bool) -> None:
+    if not group.first:
         while group.agree():
             pass
-    with group.together():
-        if not dataset.decodes or dataset.use_pixels(place):
-            if not arguments.quiet:
-                size = dataset.pixels_bytes / 2**20
-                print(f"fastvq: images decoded in {dataset.pixels_folder(place)} ({size:.1f} MB)", file=sys.stderr)
-        elif wanted is not None:
-            raise FileConflictError(f"--cache-images: process {group.rank} does not find the images in {place}")
+        return
+    try:
+        # The others wait for a word every now and then, as they would give up on one that takes long.
+        dataset.keep_pixels(place, progress=progress, every=lambda: group.agree(flag=1))
+    except PeerError:
+        raise
+    except Exception as error:
+        group.agree(error)
+    group.agree()
+
+
+def _tell(arguments: argparse.Namespace, dataset: ImageFolder, place: Path) -> None:
+    if not arguments.quiet:
+        size = dataset.pixels_bytes / 2**20
+        print(f"fastvq: decoded images in {dataset.pixels_folder(place)}, {size:.1f} MB", file=sys.stderr)
 
 
 def with_workers(
@@ -66,25 +79,34 @@ def with_workers(
     if arguments.workers is not None or arguments.resume:
         return config
     batch = math.ceil(config.batch_size / group.size)
-    return dataclasses.replace(config, num_workers=_chosen(arguments, config.device or "cpu", batch, dataset))
+    count = _suggested(config.device or "cpu", batch, dataset)
+    if count and not arguments.quiet:
+        print(f"fastvq: {count} processes load images (--workers)", file=sys.stderr)
+    return dataclasses.replace(config, num_workers=count)
 
 
 def loading_threads(arguments: argparse.Namespace, device: str, dataset: ImageDataset) -> int:
     """The threads of ``extract``."""
     if arguments.workers is not None:
         return int(arguments.workers)
-    return _chosen(arguments, device, arguments.batch_size, dataset)
-
-
-def _chosen(arguments: argparse.Namespace, device: str, batch: int, dataset: ImageDataset) -> int:
-    size = 4 * batch * dataset.channels * math.prod(dataset.size)
-    count = suggested_workers(device, size, decodes=isinstance(dataset, ImageFolder) and dataset.decodes)
+    count = _suggested(device, arguments.batch_size, dataset)
     if count and not arguments.quiet:
-        print(f"fastvq: {count} load images beside the one that computes (--workers)", file=sys.stderr)
+        print(f"fastvq: {count} threads load images (--workers)", file=sys.stderr)
     return count
+
+
+def _suggested(device: str, batch: int, dataset: ImageDataset) -> int:
+    size = 4 * batch * dataset.channels * math.prod(dataset.size)
+    return suggested_workers(device, size, decodes=isinstance(dataset, ImageFolder) and dataset.decodes)
 
 
 def remember(dataset: ImageDataset) -> None:
     """Keep what was found out about the files, for the next start."""
     if isinstance(dataset, ImageFolder):
         dataset.remember()
+
+
+def advise(dataset: ImageDataset, without: str) -> None:
+    """Have the error of a file that proves damaged say what to do: to mend it, or how to go on ``without`` it."""
+    if isinstance(dataset, ImageFolder):
+        dataset.damage_note = f"Its header was in order, and no more was checked. Mend it, or leave it out: {without}."

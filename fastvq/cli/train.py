@@ -25,7 +25,7 @@ from fastvq.cli.images import (
     split_images,
     start_project,
 )
-from fastvq.cli.loading import keep_images, loading_threads, remember, require_cache_place, with_workers
+from fastvq.cli.loading import advise, keep_images, loading_threads, remember, require_cache_place, with_workers
 from fastvq.cli.project import Project, augmentation, choose_device
 from fastvq.cli.resume import follow_recipe, model_config, notes, preset_for_codes, preset_name, shown, train_config
 from fastvq.cli.summary import Start, announce, of_codes, of_images
@@ -70,6 +70,9 @@ def train_vqvae(arguments: argparse.Namespace) -> None:
                 project.require_free(resume=arguments.resume)
                 start_project(project, data, dataset, settings)
                 remember(dataset)
+        advise(
+            dataset, f"in a new run with --skip-broken, from the weights of this one with --init-from {project.vqvae}"
+        )
         keep_images(arguments, project, dataset, group)
         config = with_workers(arguments, config, dataset, group)
         train_vqvae_on_images(
@@ -184,6 +187,7 @@ def extract(arguments: argparse.Namespace) -> None:
         # First, so that where all parts of the training codes are there all of these are.
         parts.insert(0, (validation, project.validation_codes, 1))
     remember(dataset)
+    advise(dataset, f"with --skip-broken --changed-data, after moving {project.codes.parent} elsewhere")
     keep_images(arguments, project, dataset)
     threads = loading_threads(arguments, device, dataset)
     for indices, folder, copies in parts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import math
 import os
@@ -37,10 +38,7 @@ _THREADS = 8
 # Files that a thread looks at in one go.
 _CHUNK = 64
 _COMPARED = 16
-_DAMAGED_LATE = (
-    "Its header was in order when the folder was checked. If the file cannot be mended, leave it out "
-    "(skip_broken=True), in a new run, which can start from the weights of this one (init_from)."
-)
+_DAMAGE_NOTE = 'Its header was in order, and no more was checked; check="decode" with skip_broken=True leaves it out.'
 # Files that nobody takes for pictures are counted without naming them.
 _NO_PICTURES = frozenset(
     {"", ".cfg", ".csv", ".db", ".html", ".ini", ".json", ".jsonl", ".lock", ".log", ".md", ".npy", ".npz", ".pkl"}
@@ -88,6 +86,7 @@ class ImageFolder:
         skipped: (path, reason) of the images left out because they cannot be read.
         left_out: (path, reason) of what is not taken for an image.
         suffixes: endings of the files that count.
+        damage_note: what to say beside the error where the damage of a file shows that had only its header checked.
 
     Raises:
         MissingFileError: ``root`` is not a folder, or it or a class folder holds no image.
@@ -119,6 +118,7 @@ class ImageFolder:
         self.channels = channels
         require_bool("draft", draft)
         self.draft = draft
+        self.damage_note = _DAMAGE_NOTE
         require_choice("check", check, ("decode", "header"))
         if cache and check != "decode":
             raise ArgumentError('cache: needs check="decode", which is what fills the cache')
@@ -131,7 +131,7 @@ class ImageFolder:
         if not self.root.is_dir():
             raise MissingFileError(f"root: {self.root} is a file, expected a folder of images")
         search = Search(self.suffixes, exclude)
-        found = dict(sorted(search.images(self.root, ())))
+        found = sorted(search.images(self.root))
         self.left_out = sorted(search.left_out)
         if not found:
             aside = f" (left out: {self._left_out_text()})" if self.left_out else ""
@@ -140,37 +140,36 @@ class ImageFolder:
         if self.left_out:
             warnings.warn(f"left out of {self.root}: {self._left_out_text()}", ImageFolderWarning, stacklevel=2)
 
-        names_of_files, files = list(found), list(found.values())
         self._pixels: np.ndarray | StoredPixels | None = None
         if cache:
             self._pixels = np.empty((len(found), *self.size, channels), dtype=np.uint8)
-        sizes, times = _sizes_and_times(files)
+        sizes, times = self._sizes_and_times(found)
         self._known = None if known is None else Path(known)
-        before = np.zeros(len(files), np.uint8)
+        before = np.zeros(len(found), np.uint8)
         if self._known is not None and not cache:
-            before = read_known(self._known, self._described(), names_of_files, sizes, times)
-        reasons, flags = self._check(files, before, check, progress)
-        self._findings = None if np.array_equal(flags, before) else (names_of_files, sizes, times, flags)
-        bad = [(path, reason) for path, reason in zip(files, reasons, strict=True) if reason is not None]
+            before = read_known(self._known, self._described(), found, sizes, times)
+        reasons, flags = self._check(found, before, check, progress)
+        self._findings = None if np.array_equal(flags, before) else (found, sizes, times, flags)
+        bad = [(self.root / name, reason) for name, reason in zip(found, reasons, strict=True) if reason is not None]
         good = np.array([index for index, reason in enumerate(reasons) if reason is None], np.int64)
         if bad and (not skip_broken or not len(good)):
             outcome = "nothing else is left" if skip_broken else "skip_broken=True goes on without them"
             raise CorruptFileError(_report(bad, len(found), outcome))
         if bad:
             warnings.warn(_report(bad, len(found), "going on without them"), ImageFolderWarning, stacklevel=2)
-        several = [names_of_files[index] for index in np.flatnonzero(flags & SEVERAL)]
+        several = [found[index] for index in np.flatnonzero(flags & SEVERAL)]
         if several:
             text = f"{len(several)} files hold several frames, of which the first is read: {_some(several)}"
             warnings.warn(text, ImageFolderWarning, stacklevel=2)
         self.skipped = bad
-        self.paths = [files[index] for index in good]
+        self._names = [found[index] for index in good] if bad else found
         self._decoded = flags[good] & DECODED > 0
         self._times = times[good]
-        self.files: Mapping[str, int] = {names_of_files[index]: int(sizes[index]) for index in good}
+        self.files: Mapping[str, int] = dict(zip(self._names, sizes[good].tolist(), strict=True))
         if bad and isinstance(self._pixels, np.ndarray):
             self._pixels = self._pixels[good]
         numbers = {name: number for number, name in enumerate(names)}
-        labels = [numbers[name.split("/")[0]] for name in self.files] if names else []
+        labels = [numbers[name.partition("/")[0]] for name in self._names] if names else []
         # Class names come from all files found, so that they do not depend on which ones are broken.
         self.class_names = names
         self.labels = torch.tensor(labels, dtype=torch.int64) if names else None
@@ -183,8 +182,21 @@ class ImageFolder:
         rules = self._rules
         return {"pillow": PIL.__version__, "formats": " ".join(rules.formats), "max_pixels": str(rules.limit)}
 
+    def _sizes_and_times(self, files: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Bytes, and nanoseconds of the last modification: int64 [N]; -1 where there is no file, as the check says."""
+
+        def look(name: str) -> tuple[int, int]:
+            try:
+                status = os.stat(f"{self.root}{os.sep}{name}")
+            except OSError:
+                return -1, -1
+            return status.st_size, status.st_mtime_ns
+
+        pairs = np.array(_in_threads(look, files), np.int64).reshape(-1, 2)
+        return pairs[:, 0].copy(), pairs[:, 1].copy()
+
     def _check(
-        self, files: list[Path], known: np.ndarray, check: str, progress: bool
+        self, files: list[str], known: np.ndarray, check: str, progress: bool
     ) -> tuple[list[str | None], np.ndarray]:
         """Why each file cannot be read, or None, and the flags of all of them, given those that are known."""
         reasons: list[str | None] = [None] * len(files)
@@ -192,7 +204,7 @@ class ImageFolder:
         wanted = DECODED if check == "decode" else OPENED
 
         def look(index: int) -> None:
-            path = files[index]
+            path = self.root / files[index]
             try:
                 if check == "header":
                     more = check_picture(path, self._rules)
@@ -217,19 +229,18 @@ class ImageFolder:
                 write_known(self._known, self._described(), *self._findings)
                 self._findings = None
 
-    def _class_folders(self, found: Mapping[str, Path], first_level: list[Path], empty_classes: str) -> tuple[str, ...]:
+    def _class_folders(self, found: list[str], first_level: list[Path], empty_classes: str) -> tuple[str, ...]:
         """Names of the classes; empty if images lie in the root itself."""
-        parts = [name.split("/") for name in found]
-        loose = sum(len(p) == 1 for p in parts)
+        loose = sum("/" not in name for name in found)
         if loose:
-            if loose < len(parts):
+            if loose < len(found):
                 warnings.warn(
-                    f"{loose} of {len(parts)} images lie directly in {self.root}, so there are no labels",
+                    f"{loose} of {len(found)} images lie directly in {self.root}, so there are no labels",
                     ImageFolderWarning,
                     stacklevel=3,
                 )
             return ()
-        names = {p[0] for p in parts}
+        names = {name.partition("/")[0] for name in found}
         empty = sorted(folder for folder in first_level if folder.name not in names)
         if empty and empty_classes == "refuse":
             aside = f" (left out: {self._left_out_text()})" if self.left_out else ""
@@ -270,7 +281,11 @@ class ImageFolder:
         return None if self.labels is None else len(self.class_names)
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self._names)
+
+    @functools.cached_property
+    def paths(self) -> list[Path]:
+        return [self.root / name for name in self._names]
 
     def image(self, index: int) -> Tensor:
         """float32 [C, H, W] in [-1, 1].
@@ -283,10 +298,10 @@ class ImageFolder:
 
     def _fresh(self, index: int) -> np.ndarray:
         try:
-            return self._read(self.paths[index])[0]
+            return self._read(self.root / self._names[index])[0]
         except CorruptFileError as error:
             if not self._decoded[index]:
-                error.add_note(_DAMAGED_LATE)
+                error.add_note(self.damage_note)
             raise
 
     @property
@@ -378,20 +393,6 @@ def _in_threads(look: Callable[[T], R], items: Sequence[T], title: str | None = 
             found += part
             bar.update(len(part))
     return found
-
-
-def _sizes_and_times(files: Sequence[Path]) -> tuple[np.ndarray, np.ndarray]:
-    """Bytes, and nanoseconds of the last modification: int64 [N]; -1 where there is no file, as the check will say."""
-
-    def look(path: Path) -> tuple[int, int]:
-        try:
-            status = os.stat(path)
-        except OSError:
-            return -1, -1
-        return status.st_size, status.st_mtime_ns
-
-    pairs = np.array(_in_threads(look, files), np.int64).reshape(-1, 2)
-    return pairs[:, 0].copy(), pairs[:, 1].copy()
 
 
 def _require_suffixes(suffixes: Sequence[str]) -> tuple[str, ...]:

@@ -39,7 +39,8 @@ _ORIENTATION = 0x0112
 _SIDEWAYS = frozenset({5, 6, 7, 8})
 # Pixels that a reduced JPEG keeps on each side, for one of the picture.
 _GAP = 2
-_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"\0\0\0\0IEND\xaeB`\x82", "GIF": b";"}
+_JPEG = frozenset({"JPEG", "MPO"})
+_ENDS = {**dict.fromkeys(_JPEG, b"\xff\xd9"), "PNG": b"\0\0\0\0IEND\xaeB`\x82", "GIF": b";"}
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_PIXELS = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"})
 
@@ -181,7 +182,7 @@ def _ends_well(path: Path, kind: str | None) -> bool:
 def _convert(image: Image.Image, size: tuple[int, int], channels: int, draft: bool) -> np.ndarray:
     height, width = size
     mode = "L" if channels == 1 else "RGB"
-    small = _reduced(image, (width, height), mode) if draft and image.format == "JPEG" else None
+    small = _reduced(image, (width, height), mode) if draft and image.format in _JPEG else None
     if small is None:
         small = ImageOps.fit(_whole(image).convert(mode), (width, height), Image.Resampling.BICUBIC)
     return np.array(small).reshape(height, width, channels)

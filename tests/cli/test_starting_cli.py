@@ -236,14 +236,16 @@ def test_damage_inside_is_said_when_it_is_met_and_left_out_on_request(
     whole = bytearray(path.read_bytes())
     whole[len(whole) // 2] ^= 0xFF
     path.write_bytes(whole)
-    assert main(TRAIN) == 1
-    said = capsys.readouterr().err.splitlines()
-    assert said[0].startswith("fastvq: error: photos/cat/2.png: ")
-    note = next(line for line in said if line.startswith("Its header was in order"))
-    assert note.endswith(
-        "leave it out (--skip-broken), in a new run, which can start from the weights of this one (--init-from)."
-    )
-    new = ["train-vqvae", "--run", "new", *TRAIN[3:], "--skip-broken"]
+    for workers in ("0", "1"):
+        assert main(["train-vqvae", "--run", f"my{workers}", *TRAIN[3:], "--workers", workers]) == 1
+        error, note, kept = capsys.readouterr().err.splitlines()
+        assert error.startswith("fastvq: error: photos/cat/2.png: ")
+        assert note == (
+            "Its header was in order, and no more was checked. Mend it, or leave it out: in a new run with "
+            f"--skip-broken, from the weights of this one with --init-from my{workers}/vqvae."
+        )
+        assert kept.startswith("The 1 finished steps are in ")
+    new = ["train-vqvae", "--run", "new", *TRAIN[3:], "--skip-broken", "--init-from", "my1/vqvae"]
     assert main(new) == 0
     assert "1 of 8 images cannot be read; going on without them" in capsys.readouterr().err
     assert json.loads(Path("new/data.json").read_text())["images"] == 7
@@ -276,7 +278,7 @@ def test_stored_images_change_no_result(empty: Path, looked: dict[str, list[str]
 def test_the_size_of_stored_images_is_said(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["extract", "--run", "my", "--cache-images", "--device", "cpu"]) == 0
     (entry,) = Path("my/cache").glob("pixels-*")
-    assert f"fastvq: images decoded in {entry} (0.0 MB)" in capsys.readouterr().err
+    assert f"fastvq: decoded images in {entry}, 0.0 MB" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="this PyTorch is built without gloo")
@@ -350,7 +352,7 @@ def test_the_chosen_number_is_said_and_recorded(
     monkeypatch.setattr("fastvq.cli.loading.suggested_workers", lambda device, size, decodes: 1 if decodes else 0)
     loud = [word for word in TRAIN if word != "--quiet"]
     assert main(loud) == 0
-    assert "fastvq: 1 load images beside the one that computes (--workers)" in capsys.readouterr().err
+    assert "fastvq: 1 processes load images (--workers)" in capsys.readouterr().err
     assert main(["train-vqvae", "--run", "none", *loud[3:], "--workers", "0"]) == 0
     assert "(--workers)" not in capsys.readouterr().err
     counts = [json.loads(Path(run, "vqvae/config.json").read_text())["train"]["num_workers"] for run in ("my", "none")]

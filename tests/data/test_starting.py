@@ -401,6 +401,18 @@ def test_nothing_but_jpeg_is_reduced_and_the_limit_is_of_the_file(tmp_path: Path
         ImageFolder(tmp_path / "jpg", 8, draft=True, max_pixels=39999)
 
 
+def test_jpegs_of_several_pictures_are_reduced_too(tmp_path: Path) -> None:
+    """As many telephones write them."""
+    frames = [Image.fromarray(pixels(200, 200, seed)) for seed in range(2)]
+    frames[0].save(tmp_path / "1.jpg", "MPO", save_all=True, append_images=frames[1:])
+    full, draft = (ImageFolder(tmp_path, 8, check="header", draft=draft).image(0) for draft in (False, True))
+    assert 0 < (full - draft).abs().max() * 127.5 < 2.5
+    whole = (tmp_path / "1.jpg").read_bytes()
+    (tmp_path / "1.jpg").write_bytes(whole[: len(whole) // 4])
+    with pytest.raises(CorruptFileError, match=r"1\.jpg: "):
+        ImageFolder(tmp_path, 8, check="header")
+
+
 def test_the_part_of_a_picture_is_that_of_pillow() -> None:
     image = Image.fromarray(pixels(37, 23))
     for width, height in ((8, 8), (12, 5), (3, 11)):
