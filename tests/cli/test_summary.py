@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import shutil
@@ -241,6 +242,20 @@ def test_a_classifier_says_what_it_learns_from(project: Path, capsys: pytest.Cap
     assert found["split"] == "899 to train on, 898 held out"
     assert found["model"].startswith("Classifier, ")
     assert contents(project) == before
+
+
+def test_of_several_processes_memory_and_device_are_each_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, config = PRESETS["tiny-pixelcnn"][1], TrainConfig(steps=1, batch_size=32, device="cpu")
+    start = Start(run=tmp_path, model=model, config=config, data=(), rows=10, processes=2)
+    assert summary.announce(argparse.Namespace(quiet=False, dry_run=False), start)
+    found = lines(capsys.readouterr().out)
+    assert found["device"] == "cpu (1 CPU core) for each of 2 processes"
+    memory = training_memory(model, config, processes=2).peak
+    assert found["memory"].startswith(f"about {bytes_text(memory)} of ")
+    assert not summary.announce(argparse.Namespace(quiet=True, dry_run=True), start)
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(
