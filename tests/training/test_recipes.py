@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from fastvq.models import PRESETS, HierarchicalVQVAE, PriorConfig, VQVAEConfig, build
@@ -14,6 +16,12 @@ def test_presets_have_recipes() -> None:
     # The tiny ones are for tests, whatever their images are.
     assert {name for name in PRESETS if not name.startswith("tiny")} == RECIPES.keys()
     assert MEASURED.keys() <= {name for name, recipe in RECIPES.items() if recipe.schedule is not None}
+
+
+def test_times_are_of_recorded_runs() -> None:
+    for one in (one for times in MEASURED.values() for one in times):
+        assert one.seconds > 0
+        assert (Path(__file__).parents[2] / one.source).exists(), one.source
 
 
 @pytest.mark.parametrize("name", RECIPES)
