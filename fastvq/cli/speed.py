@@ -13,7 +13,7 @@ from torch import Tensor
 from fastvq.sampling import Pipeline, choose_engine, sample
 
 # Grids that are asked of the naive engine at most.
-_MOST = 512
+_MOST = 4096
 # Of which the quickest counts: the first ones do more than later ones.
 _PASSES = 3
 
