@@ -26,7 +26,7 @@ from fastvq.models.stored import outline
 from fastvq.sampling import ENGINES, describe, shipped
 from fastvq.sampling.engines.cuda import cuda_summary
 from fastvq.training import TrainConfig, load_weights, training_memory
-from fastvq.training.recipes import MEASURED, RECIPES, Recipe, Schedule
+from fastvq.training.recipes import MEASURED, RECIPES, Recipe
 from fastvq.training.run import RunFolder
 
 # Options that say something of a preset, and of these the ones that say something of its training.
@@ -120,7 +120,7 @@ def _print_preset(arguments: argparse.Namespace) -> None:
     elif isinstance(model, Prior) and size is not None:
         raise ArgumentError(f"--size: of an autoencoder's images, and {arguments.preset} is a prior")
     if recipe is not None:
-        _print_recipe(arguments.preset, recipe)
+        _print_recipe(arguments.preset, recipe, config, size)
         if recipe.schedule is not None and arguments.batch_size is None:
             arguments.batch_size = recipe.schedule.batch_size
     if arguments.train:
@@ -219,7 +219,9 @@ def _described(name: str) -> str:
         f"{count / 1e9:.1f} B" if count > TOO_MANY_FOR_A_CPU else f"{count / 1e6:.2f} M",
         "" if recipe is None else _sides(recipe.size),
         codes,
-        f"> {bytes_text(_BYTES * count)}" if schedule is None else f"{_memory(schedule)} @ {schedule.batch_size}",
+        f"> {bytes_text(_BYTES * count)}"
+        if schedule is None
+        else f"{bytes_text(1e9 * schedule.memory)} @ {schedule.batch_size}",
         ", ".join(f"{one.seconds:.4g} s {one.device}" for one in MEASURED.get(name, ())[:1]),
     )
 
@@ -229,21 +231,18 @@ def _sampling(prior: Prior) -> int:
     return sum(parameter.nbytes for parameter in prior.parameters()) + describe(prior).memory(1)
 
 
-def _memory(schedule: Schedule) -> str:
-    return bytes_text(1e9 * schedule.memory)
-
-
 def _sides(size: tuple[int, int]) -> str:
     return f"{size[0]}x{size[1]}"
 
 
-def _print_recipe(name: str, recipe: Recipe) -> None:
+def _print_recipe(name: str, recipe: Recipe, config: Config, size: tuple[int, int] | None) -> None:
     """What a preset is meant for, what is taken from its recipe, and what was measured."""
     images = "images of {} x {}".format(*recipe.size)
     print(f"\nfor         {images if recipe.vqvae is None else f'level {recipe.level} of {recipe.vqvae}, {images}'}")
     schedule = recipe.schedule
     if schedule is not None:
         print(f"recipe      --batch-size {schedule.batch_size} --lr {schedule.learning_rate} --steps {schedule.steps}")
-        print(f"training    {_memory(schedule)} of memory with that batch (--train: what takes it)")
+        needed = training_memory(config, TrainConfig(**schedule.settings), image_size=size).peak
+        print(f"training    {bytes_text(needed)} of memory with that batch (--train: what takes it)")
     for one in MEASURED.get(name, ()):
         print(f"measured    {one.seconds:.4g} s per 1000 steps on {one.device} ({one.source})")

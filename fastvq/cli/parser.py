@@ -451,8 +451,9 @@ def _add_info(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "info",
         "fastvq.cli.describe:info",
         "describe a model, a preset, or this installation",
-        "Without a model: versions, compiled extension, devices, presets and shipped models. Of a preset, which is\n"
-        "never built: parameters, grids of codes, and the memory of sampling it or, with --train, of training it.",
+        "Without a model: versions, compiled extension, devices, shipped models, and presets with what they take. Of a\n"
+        "preset, which is never built: parameters, grids of codes, recipe, the memory of sampling and training it, and\n"
+        "with --train what of training takes it.",
     )
     group = _add_model(parser, required=False)
     group.add_argument("--preset", metavar="NAME", help="an architecture")
@@ -463,7 +464,7 @@ def _add_info(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser.add_argument(
         "--train", action="store_true", default=None, help="the memory that each process takes in training"
     )
-    parser.add_argument("--batch-size", type=int, help="images per step, of all processes")
+    parser.add_argument("--batch-size", type=int, help="images per step, of all processes (default: the recipe's)")
     parser.add_argument("--accumulate", type=int, metavar="PARTS", help="parts in which each step is computed")
     parser.add_argument("--bf16", action="store_true", default=None, help="bfloat16 autocast")
     parser.add_argument("--ema", type=float, metavar="DECAY", help="weight averaging; 0: off (default: on)")

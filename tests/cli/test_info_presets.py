@@ -52,6 +52,10 @@ def test_a_preset_says_what_it_is_for(capsys: pytest.CaptureFixture[str]) -> Non
     assert "recipe      --batch-size 128 --lr 0.001 --steps 4000" in out
     assert "training    54.4 MB of memory with that batch" in out
     assert re.search(r"in all +8\.\d+ MB, the prior itself included", out)
+    assert main(["info", "--preset", "digits-bottom", "--set", "channels=128"]) == 0
+    changed = re.search(r"training +([\d.]+) MB of memory", capsys.readouterr().out)
+    assert changed is not None
+    assert float(changed[1]) > 60
     assert main(["info", "--preset", "digits"]) == 0
     assert "codes of 32 x 32 images: 2 x 2, 4 x 4 (top first)" in capsys.readouterr().out
 
