@@ -213,7 +213,9 @@ def _described(name: str) -> str:
         codes = " ".join(map(_sides, model.code_shapes(recipe.size)))
     elif isinstance(model, Prior):
         codes = _grid_and_memory(_sides(model.config.shape), bytes_text(_sampling(model)))
-    schedule = None if recipe is None else recipe.schedule
+    training = f"> {bytes_text(_BYTES * count)}"
+    if recipe is not None and recipe.schedule is not None:
+        training = f"{bytes_text(1e9 * recipe.schedule.memory)} @ {recipe.schedule.batch_size}"
     return _row(
         name,
         f"{count / 1e9:.1f} B" if count > TOO_MANY_FOR_A_CPU else f"{count / 1e6:.2f} M",

@@ -451,9 +451,9 @@ def _add_info(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "info",
         "fastvq.cli.describe:info",
         "describe a model, a preset, or this installation",
-        "Without a model: versions, compiled extension, devices, shipped models, and presets with what they take. Of a\n"
-        "preset, which is never built: parameters, grids of codes, recipe, the memory of sampling and training it, and\n"
-        "with --train what of training takes it.",
+        "Without a model: versions, compiled extension, devices, shipped models, and presets with what they take.\n"
+        "Of a preset, which is never built: parameters, grids of codes, recipe, the memory of training and sampling\n"
+        "it, and with --train what the memory of training goes into.",
     )
     group = _add_model(parser, required=False)
     group.add_argument("--preset", metavar="NAME", help="an architecture")
