@@ -221,9 +221,7 @@ def _described(name: str) -> str:
         f"{count / 1e9:.1f} B" if count > TOO_MANY_FOR_A_CPU else f"{count / 1e6:.2f} M",
         "" if recipe is None else _sides(recipe.size),
         codes,
-        f"> {bytes_text(_BYTES * count)}"
-        if schedule is None
-        else f"{bytes_text(1e9 * schedule.memory)} @ {schedule.batch_size}",
+        training,
         ", ".join(f"{one.seconds:.4g} s {one.device}" for one in MEASURED.get(name, ())[:1]),
     )
 
