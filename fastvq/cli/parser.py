@@ -7,6 +7,21 @@ from pathlib import Path
 
 from fastvq._version import __version__
 from fastvq.cli.names import options_of
+from fastvq.cli.options import (
+    add_cache_images,
+    add_data,
+    add_drawing,
+    add_dry_run,
+    add_model,
+    add_output,
+    add_resume,
+    add_run,
+    add_schedule,
+    add_shard,
+    add_skip_broken,
+    add_training,
+    add_weights,
+)
 
 _OVERVIEW = """\
 Hierarchical VQ-VAEs and priors over their codes.
@@ -25,11 +40,11 @@ examples:
   fastvq demo                                          train on handwritten digits and look (minutes, on a CPU)
   fastvq sample --pretrained digits --label 7          sample a model that ships with fastvq
   fastvq inpaint --pretrained digits --image 7.png --box 0 16 32 16 --label 7
-  fastvq train-vqvae --data photos --size 256 --run my --preset imagenet256 --steps 100000
-  fastvq plot my                                       curves of training, in my/curves.png
+  fastvq train-vqvae --run my --data photos --preset photos64
   fastvq extract --run my
-  fastvq train-prior --run my --level 0 --preset imagenet256-top --steps 100000 --batch-size 32
-  fastvq train-prior --run my --level 1 --preset imagenet256-bottom --steps 100000 --batch-size 16
+  fastvq train-prior --run my --level 0
+  fastvq train-prior --run my --level 1
+  fastvq plot my                                       curves of training, in my/curves.png
   fastvq sample --checkpoint my -n 16 --label 3 --out samples.png
   fastvq train-classifier --run my --steps 20000
   fastvq evaluate my --out my-report
@@ -97,7 +112,7 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser.add_argument("--label", type=int, help="sample only this digit (default: a column of each)")
     parser.add_argument("--seed", type=int, help="seed of training and sampling (default: 0)")
     parser.add_argument("--effort", type=float, help="multiplies the number of training steps (default: 1)")
-    _add_resume(parser)
+    add_resume(parser)
 
 
 def _add_train_vqvae(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -109,11 +124,11 @@ def _add_train_vqvae(commands: argparse._SubParsersAction[argparse.ArgumentParse
         "Writes RUN/vqvae: config.json, data.json, checkpoints/, logs/ (TensorBoard and metrics.jsonl), images/ and,\n"
         "at the end, model/.",
     )
-    _add_run(parser)
+    add_run(parser)
     parser.add_argument("--data", help="a folder of images (labels from sub-folders), or 'digits'")
     parser.add_argument("--size", type=int, nargs="+", metavar="N", help="image size: one side, or height and width")
     parser.add_argument("--channels", type=int, choices=(1, 3), help="image channels (default: the preset's)")
-    _add_skip_broken(parser)
+    add_skip_broken(parser)
     parser.add_argument("--flip", action="store_true", default=None, help="augmentation: mirror images at random")
     parser.add_argument("--shift", type=int, metavar="PIXELS", help="augmentation: shift images at random")
     parser.add_argument(
@@ -124,8 +139,8 @@ def _add_train_vqvae(commands: argparse._SubParsersAction[argparse.ArgumentParse
         help="decode JPEG files of at least 4 times the image size in full; a new project decodes them at a part of "
         "their size, several times faster, with differences of a few of 255 levels (a project remembers it)",
     )
-    _add_cache_images(parser)
-    _add_training(parser, preset="imagenet256", kind="autoencoder", learning_rate=3e-4, batch_size=128)
+    add_cache_images(parser)
+    add_training(parser, preset="photos64", kind="autoencoder", learning_rate=3e-4, batch_size=128)
     parser.add_argument("--validation", type=float, metavar="FRACTION", help="share held out (default: 0.1)")
 
 
@@ -138,10 +153,10 @@ def _add_extract(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "Reads RUN/vqvae, writes RUN/codes/train and RUN/codes/validation. An interrupted run goes on when it is\n"
         "started again. With --shard one part of them goes to RUN/codes/parts; `fastvq merge RUN` puts all together.",
     )
-    _add_run(parser)
-    _add_shard(parser)
+    add_run(parser)
+    add_shard(parser)
     parser.add_argument("--data", help="the image folder, if it has moved since training")
-    _add_skip_broken(parser)
+    add_skip_broken(parser)
     parser.add_argument(
         "--changed-data",
         action="store_true",
@@ -152,7 +167,7 @@ def _add_extract(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--copies", type=int, default=1, help="augmented variants of each training image (default: 1, as it is)"
     )
-    _add_cache_images(parser)
+    add_cache_images(parser)
     parser.add_argument(
         "--workers", type=int, help="threads that load images (default: 0 on a CPU, else by its number of cores)"
     )
@@ -168,10 +183,10 @@ def _add_train_prior(commands: argparse._SubParsersAction[argparse.ArgumentParse
         "Reads RUN/codes, writes RUN/priorLEVEL. Grid, number of codes, classes and condition are taken from the\n"
         "codes; the preset gives the architecture. Levels can be trained at the same time, or on other machines.",
     )
-    _add_run(parser)
+    add_run(parser)
     parser.add_argument("--level", type=int, required=True, help="0 is the top (coarsest) level")
     parser.add_argument("--unconditional", action="store_true", default=None, help="ignore the labels")
-    _add_training(parser, preset=None, kind="prior", learning_rate=3e-4, batch_size=32)
+    add_training(parser, preset=None, kind="prior", learning_rate=3e-4, batch_size=32)
 
 
 def _add_sample(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -186,15 +201,15 @@ def _add_sample(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "one part of the n samples, which `fastvq merge OUT` puts together; a part that was stopped goes on when it\n"
         "is started again. Samples that vary the details of an image: --like.",
     )
-    _add_model(parser)
-    _add_shard(parser)
+    add_model(parser)
+    add_shard(parser)
     parser.add_argument(
         "--images",
         choices=("png", "tar"),
         help="with --shard: also write the images, as OUT/000123.png or as a tar of the part that webdataset reads",
     )
     parser.add_argument("-n", type=int, default=16, help="number of images (default: 16)")
-    _add_drawing(parser, seed_note="; --shard needs one")
+    add_drawing(parser, seed_note="; --shard needs one")
     parser.add_argument(
         "--like",
         type=Path,
@@ -210,37 +225,7 @@ def _add_sample(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         metavar="FILE",
         help="also write an animated .gif, .png or .webp of the grids being filled; takes up to 60 decodings",
     )
-    _add_output(parser, "samples.png")
-
-
-def _add_drawing(parser: argparse.ArgumentParser, *, seed_note: str = "") -> None:
-    parser.add_argument(
-        "--label",
-        nargs="+",
-        metavar="CLASS",
-        help="classes that take turns: their numbers, or names as `fastvq info` shows them (default: all)",
-    )
-    parser.add_argument(
-        "--temperature",
-        type=float,
-        nargs="+",
-        default=[1.0],
-        metavar="T",
-        help="below 1: likelier codes, above 1: more various ones; one value, or one per level, top first (default: 1)",
-    )
-    parser.add_argument("--top-k", type=int, help="draw from the likeliest K codes")
-    parser.add_argument("--top-p", type=float, help="draw from the likeliest codes of together this probability")
-    parser.add_argument("--seed", type=int, help=f"seed (default: a new one, printed){seed_note}")
-    parser.add_argument(
-        "--engine", default="auto", help="cuda, cpu, torch, naive, or auto for the fastest that runs (default: auto)"
-    )
-    parser.add_argument(
-        "--precision",
-        default="float32",
-        choices=("float32", "bfloat16"),
-        help="weights in the steps of the cuda and cpu engines; bfloat16 is not exact (default: float32)",
-    )
-    parser.add_argument("--micro-batch", type=int, help="samples computed together")
+    add_output(parser, "samples.png")
 
 
 def _add_inpaint(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -255,7 +240,7 @@ def _add_inpaint(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "and the results. An OUT without an ending becomes a folder with one PNG per result, their codes\n"
         "(codes.safetensors) and settings (samples.json).",
     )
-    _add_model(parser)
+    add_model(parser)
     parser.add_argument("--image", type=Path, required=True, help="the image, of any size")
     region = parser.add_mutually_exclusive_group(required=True)
     region.add_argument(
@@ -281,8 +266,8 @@ def _add_inpaint(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--no-paste", dest="paste", action="store_false", help="show the rest of the image as decoded, not as it was"
     )
     parser.add_argument("-n", type=int, default=8, help="number of results (default: 8)")
-    _add_drawing(parser)
-    _add_output(parser, "inpainted.png")
+    add_drawing(parser)
+    add_output(parser, "inpainted.png")
 
 
 def _add_merge(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -310,12 +295,12 @@ def _add_reconstruct(commands: argparse._SubParsersAction[argparse.ArgumentParse
         "Writes a picture with the originals above and the reconstructions below, and prints the mean squared error\n"
         "in [-1, 1] pixel units.",
     )
-    _add_model(parser)
+    add_model(parser)
     parser.add_argument("--data", required=True, help="a folder of images, or 'digits'")
     parser.add_argument("--size", type=int, nargs="+", metavar="N", help="image size (default: the training size)")
-    _add_skip_broken(parser)
+    add_skip_broken(parser)
     parser.add_argument("-n", type=int, default=16, help="number of images, the first of the data (default: 16)")
-    _add_output(parser, "reconstructions.png")
+    add_output(parser, "reconstructions.png")
 
 
 def _add_train_classifier(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -327,19 +312,19 @@ def _add_train_classifier(commands: argparse._SubParsersAction[argparse.Argument
         "Reads the labelled images of the project (or of --data), writes RUN/classifier. `fastvq evaluate` takes its\n"
         "features, and its probabilities for rejection sampling. The images held out are the autoencoder's.",
     )
-    _add_run(parser)
+    add_run(parser)
     parser.add_argument("--name", default="classifier", help="run folder inside RUN (default: classifier)")
-    _add_data(parser)
+    add_data(parser)
     parser.add_argument("--size", type=int, nargs="+", metavar="N", help="image size (default: the project's)")
     parser.add_argument("--channels", type=int, choices=(1, 3), help="image channels (default: the project's)")
     parser.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="channels=(32,64,128), features=64, dropout=0"
     )
-    _add_cache_images(parser)
-    _add_schedule(parser, learning_rate=2e-3, batch_size=64, weight_decay=0.01, ema=0.99)
+    add_cache_images(parser)
+    add_schedule(parser, learning_rate=2e-3, batch_size=64, weight_decay=0.01, ema=0.99)
     parser.add_argument("--seed", type=int, help="(default: the project's)")
-    _add_dry_run(parser)
-    _add_resume(parser)
+    add_dry_run(parser)
+    add_resume(parser)
 
 
 def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -356,8 +341,8 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     )
     parser.add_argument("run", type=Path, nargs="?", metavar="RUN", help="a project folder or a saved pipeline")
     parser.add_argument("--pretrained", metavar="NAME", help="a model that ships with fastvq, such as digits")
-    _add_weights(parser)
-    _add_data(parser)
+    add_weights(parser)
+    add_data(parser)
     parser.add_argument("-n", type=int, help="samples for the metrics (default: 10000)")
     parser.add_argument(
         "--temperature", type=float, nargs="+", metavar="T", help="one value, or one per level (default: 1)"
@@ -365,7 +350,7 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     parser.add_argument(
         "--from-shards", type=Path, metavar="DIR", help="samples in parts, whose -n, --temperature and --seed count"
     )
-    _add_shard(parser)
+    add_shard(parser)
     parser.add_argument("--classifier", type=Path, metavar="FOLDER", help="scores for rejection (default: RUN's)")
     parser.add_argument("--features", type=Path, metavar="FOLDER", help="another classifier, for the features")
     parser.add_argument("--inception", type=Path, metavar="FILE", help="Inception weights for the features")
@@ -391,18 +376,6 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
-def _add_cache_images(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--cache-images",
-        type=Path,
-        nargs="?",
-        const=True,
-        metavar="DIR",
-        help="store all images decoded and resized (H x W x channels bytes each) and take them from there, in DIR or, "
-        "for all commands that follow, in RUN/cache",
-    )
-
-
 def _add_plot(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = _command(
         commands,
@@ -419,32 +392,6 @@ def _add_plot(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
 
 
-def _add_data(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", help="a folder of images, or 'digits' (default: the project's)")
-    _add_skip_broken(parser)
-    parser.add_argument(
-        "--changed-data",
-        action="store_true",
-        help="take other images than the project's, of the same classes, for this command alone",
-    )
-    parser.add_argument(
-        "--flip", action="store_true", default=None, help="mirror images for classifiers (default: as the project)"
-    )
-    parser.add_argument(
-        "--shift", type=int, metavar="PIXELS", help="shift images for classifiers (default: as the project)"
-    )
-    parser.add_argument("--validation", type=float, metavar="FRACTION", help="share held out (default: the project's)")
-
-
-def _add_skip_broken(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--skip-broken",
-        action="store_true",
-        default=None,
-        help="leave out images that cannot be read (a project remembers it)",
-    )
-
-
 def _add_info(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = _command(
         commands,
@@ -455,7 +402,7 @@ def _add_info(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "Of a preset, which is never built: parameters, grids of codes, recipe, the memory of training and sampling\n"
         "it, and with --train what the memory of training goes into.",
     )
-    group = _add_model(parser, required=False)
+    group = add_model(parser, required=False)
     group.add_argument("--preset", metavar="NAME", help="an architecture")
     parser.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="change a field of the preset; repeatable"
@@ -469,141 +416,3 @@ def _add_info(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser.add_argument("--bf16", action="store_true", default=None, help="bfloat16 autocast")
     parser.add_argument("--ema", type=float, metavar="DECAY", help="weight averaging; 0: off (default: on)")
     parser.add_argument("--processes", type=int, metavar="N", help="processes that train together (default: 1)")
-
-
-def _add_run(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--run", type=Path, required=True, help="project folder")
-
-
-def _add_shard(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--shard",
-        metavar="I/N",
-        help="do part I of N, I in 0..N-1, or 'env': as SLURM_ARRAY_TASK_ID, RANK or SLURM_PROCID say",
-    )
-
-
-def _add_dry_run(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--dry-run", action="store_true", help="say what would be trained, and what it takes; write nothing"
-    )
-
-
-def _add_resume(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on exactly where an earlier run was stopped; its record has all other settings",
-    )
-    parser.add_argument("--quiet", action="store_true", help="no progress, only results and what is wrong")
-
-
-def _add_model(parser: argparse.ArgumentParser, required: bool = True) -> argparse._MutuallyExclusiveGroup:
-    group = parser.add_mutually_exclusive_group(required=required)
-    group.add_argument(
-        "--checkpoint",
-        type=Path,
-        metavar="FOLDER",
-        help="a project, saved pipeline, model, run or checkpoint",
-    )
-    group.add_argument("--pretrained", metavar="NAME", help="a model that ships with fastvq, such as digits")
-    _add_weights(parser)
-    return group
-
-
-def _add_weights(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--weights",
-        choices=("last", "best"),
-        default="last",
-        help="of a project's priors, or of a run: those of the last step, or of the best validation (default: last)",
-    )
-
-
-def _add_output(parser: argparse.ArgumentParser, default: str) -> None:
-    parser.add_argument("--out", type=Path, default=Path(default), help=f"where to write (default: {default})")
-    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
-
-
-def _add_training(
-    parser: argparse.ArgumentParser, *, preset: str | None, kind: str, learning_rate: float, batch_size: int
-) -> None:
-    recipe = "--size, --batch-size, --lr and --steps" if kind == "autoencoder" else "--batch-size, --lr and --steps"
-    parser.add_argument(
-        "--preset",
-        help=f"architecture of the {kind}, and what of {recipe} is not typed where it has a recipe; `fastvq info` "
-        f"lists them (default: {preset or 'the one for the preset of the autoencoder'})",
-    )
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="FIELD=VALUE", help="change a field of the preset; repeatable"
-    )
-    parser.set_defaults(default_preset=preset)
-    _add_schedule(
-        parser, learning_rate=learning_rate, batch_size=batch_size, weight_decay=0.0, ema=0.999, grad_clip=None
-    )
-    parser.add_argument("--optimizer", choices=("adamw", "adam"), help="(default: adamw)")
-    parser.add_argument("--grad-clip", type=float, help="clip the gradient's norm")
-    parser.add_argument("--accumulate", type=int, metavar="PARTS", help="compute each step in parts (default: 1)")
-    parser.add_argument("--bf16", action="store_true", default=None, help="bfloat16 autocast")
-    parser.add_argument("--compile", action="store_true", default=None, help="torch.compile the model")
-    parser.add_argument("--seed", type=int, help="(default: 0)")
-    parser.add_argument("--image-every", type=int, metavar="STEPS", help="(default: 1000)")
-    _add_dry_run(parser)
-    _add_resume(parser)
-
-
-def _add_schedule(
-    parser: argparse.ArgumentParser,
-    *,
-    learning_rate: float,
-    batch_size: int,
-    weight_decay: float,
-    ema: float,
-    **more: float | None,
-) -> None:
-    """Options without a default of argparse's: a run that goes on takes from its record what is not typed."""
-    defaults = {
-        "batch_size": batch_size,
-        "lr": learning_rate,
-        "weight_decay": weight_decay,
-        "ema": ema,
-        "log_every": 50,
-        "checkpoint_every": 1000,
-        **more,
-    }
-    parser.set_defaults(defaults=defaults)
-    parser.add_argument(
-        "--steps",
-        type=int,
-        help="optimiser steps; with --resume a new number of them, with which the run ends",
-    )
-    parser.add_argument("--batch-size", type=int, help=f"images per step (default: {batch_size})")
-    parser.add_argument("--lr", type=float, help=f"learning rate (default: {learning_rate})")
-    parser.add_argument("--weight-decay", type=float, help=f"(default: {weight_decay:g})")
-    parser.add_argument("--warmup", type=int, metavar="STEPS", help="linear warm-up, then cosine decay (default: 0)")
-    parser.add_argument("--ema", type=float, metavar="DECAY", help=f"weight averaging; 0: off (default: {ema})")
-    parser.add_argument(
-        "--no-cuda-graph",
-        dest="cuda_graph",
-        action="store_false",
-        default=None,
-        help="on a GPU, launch the work of every step anew instead of replaying a recording",
-    )
-    parser.add_argument(
-        "--workers", type=int, help="processes that load data (default: 0, but some for image files beside a GPU)"
-    )
-    parser.add_argument("--log-every", type=int, metavar="STEPS", help="(default: 50)")
-    parser.add_argument("--validate-every", type=int, metavar="STEPS", help="(default: after every epoch)")
-    parser.add_argument(
-        "--plain",
-        action="store_true",
-        help="instead of a progress bar a line every --log-every steps, as where stderr is no terminal",
-    )
-    parser.add_argument("--checkpoint-every", type=int, metavar="STEPS", help="(default: 1000)")
-    parser.add_argument(
-        "--init-from",
-        type=Path,
-        metavar="FOLDER",
-        help="start from the weights of a saved model, a run or a checkpoint, whose architecture is the default then",
-    )
