@@ -211,7 +211,7 @@ class PixelSNAIL(Prior):
         **_pair("photos64", 64, 128, blocks=2),
         **_pair("photos128", 128, 192, blocks=3),
         **_pair("photos256", 256, 256, blocks=4),
-        **_pair("emoji", 64, 80, blocks=2, num_classes=9, dropout=0.3),
+        **_pair("emoji", 64, 80, blocks=2, num_classes=9),
         "digits-top": PixelSNAILConfig(
             shape=(2, 2),
             num_codes=128,

@@ -86,7 +86,13 @@ RECIPES: Mapping[str, Recipe] = {
     **_photos("photos64", 64, 64, (0.22, 0.341, 0.813)),
     **_photos("photos128", 128, 32, (0.411, 1.33, 2.94)),
     **_photos("photos256", 256, 16, (0.793, 4.3, 9.24)),
-    **_photos("emoji", 64, 64, (0.167, 0.209, 0.526)),
+    **_family(
+        "emoji",
+        64,
+        Schedule(batch_size=64, learning_rate=1e-3, steps=6000, memory=0.167),
+        ("top", Schedule(batch_size=64, learning_rate=1e-3, steps=8000, memory=0.209)),
+        ("bottom", Schedule(batch_size=64, learning_rate=1e-3, steps=8000, memory=0.526)),
+    ),
     # Those of the digits that ship with the package.
     **_family(
         "digits",
@@ -96,8 +102,13 @@ RECIPES: Mapping[str, Recipe] = {
         ("bottom", Schedule(batch_size=128, learning_rate=1e-3, steps=4000, memory=0.0544)),
     ),
 }
+_H200 = "bench/results/gpu/2026-11-27-h200-04ffd64-training.txt"
 # By preset.
-MEASURED: Mapping[str, tuple[Measured, ...]] = {}
+MEASURED: Mapping[str, tuple[Measured, ...]] = {
+    "emoji": (Measured(device="NVIDIA H200", seconds=14, source=_H200),),
+    "emoji-top": (Measured(device="NVIDIA H200", seconds=8.5, source=_H200),),
+    "emoji-bottom": (Measured(device="NVIDIA H200", seconds=17, source=_H200),),
+}
 
 
 def prior_preset(vqvae: str, level: int) -> str | None:
