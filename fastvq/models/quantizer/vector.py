@@ -67,10 +67,10 @@ class VectorQuantizer(nn.Module):
     any floating-point type.
 
     A pass inside `torch.utils.checkpoint` (of either kind) is repeated in backward: with the codebook of its first run,
-    and without moving it again. A pass recorded as a CUDA graph takes a codebook that starts from data for started: run one
-    before. Passes in training mode with gradients off, or with hooks for saved tensors, are kept
+    and without moving it again. Passes in training mode with gradients off, or with hooks for saved tensors, are kept
     for that: each costs a copy of the codes until it was repeated, at most 16, or more if they fit into 64 MiB.
     Repetitions are told by their input, up to rounding. A compiled pass that moves the codebook cannot be repeated.
+    Recorded as a CUDA graph, a pass takes a codebook that starts from data for started: run one before.
 
     Args:
         num_codes: K.
