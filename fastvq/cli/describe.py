@@ -19,7 +19,7 @@ from fastvq.cli.images import image_size
 from fastvq.cli.names import configure
 from fastvq.cli.project import Project, choose_device, is_one_model, load_pipeline, parse_overrides
 from fastvq.cli.summary import TOO_MANY_FOR_A_CPU, bytes_text
-from fastvq.errors import ArgumentError
+from fastvq.errors import ArgumentError, UnavailableError
 from fastvq.models import PRESETS, HierarchicalVQVAE, Prior, build, preset
 from fastvq.models.pretrained import CONFIG_FILE
 from fastvq.models.stored import outline
@@ -126,8 +126,12 @@ def _print_preset(arguments: argparse.Namespace) -> None:
     if arguments.train:
         _print_training(arguments, config, size)
     elif isinstance(model, Prior):
-        print(f"\nsampling: {describe(model)}")
-        print(f"  in all       {bytes_text(_sampling(model))}, the prior itself included")
+        memory = _sampling(model)
+        if memory is None:
+            print("\nsampling: only the naive engine runs it")
+        else:
+            print(f"\nsampling: {describe(model)}")
+            print(f"  in all       {memory}, the prior itself included")
 
 
 def _refuse(arguments: argparse.Namespace, names: tuple[str, ...], why: str) -> None:
@@ -212,7 +216,7 @@ def _described(name: str) -> str:
     if isinstance(model, HierarchicalVQVAE) and recipe is not None:
         codes = " ".join(map(_sides, model.code_shapes(recipe.size)))
     elif isinstance(model, Prior):
-        codes = _grid_and_memory(_sides(model.config.shape), bytes_text(_sampling(model)))
+        codes = _grid_and_memory(_sides(model.config.shape), _sampling(model) or "naive")
     training = f"> {bytes_text(_BYTES * count)}"
     if recipe is not None and recipe.schedule is not None:
         training = f"{bytes_text(1e9 * recipe.schedule.memory)} @ {recipe.schedule.batch_size}"
@@ -226,9 +230,13 @@ def _described(name: str) -> str:
     )
 
 
-def _sampling(prior: Prior) -> int:
-    """Bytes: the prior, and what its engine takes beyond it for one sample."""
-    return sum(parameter.nbytes for parameter in prior.parameters()) + describe(prior).memory(1)
+def _sampling(prior: Prior) -> str | None:
+    """The memory of the prior and of what its engine takes beyond it for one sample; None without a plan of it."""
+    try:
+        beyond = describe(prior).memory(1)
+    except UnavailableError:
+        return None
+    return bytes_text(sum(parameter.nbytes for parameter in prior.parameters()) + beyond)
 
 
 def _sides(size: tuple[int, int]) -> str:

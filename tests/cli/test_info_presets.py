@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+from toys.model import Bigram
 
 from fastvq.cli import describe, main
 from fastvq.models import PRESETS
@@ -28,6 +29,13 @@ def test_every_preset_has_a_row(capsys: pytest.CaptureFixture[str]) -> None:
     names = list(found)
     # Nobody takes the largest for the first choice.
     assert names.index("photos64-bottom") < names.index("photos256-top") < names.index("imagenet256-top")
+
+
+def test_a_prior_of_ones_own_without_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "toy-bigram" in Bigram.presets
+    assert re.search(r"toy-bigram +0\.\d\d M +\S+ +naive +> ", rows(capsys)["toy-bigram"])
+    assert main(["info", "--preset", "toy-bigram"]) == 0
+    assert "sampling: only the naive engine runs it" in capsys.readouterr().out
 
 
 def test_times_are_shown_where_they_were_measured(
