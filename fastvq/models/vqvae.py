@@ -373,8 +373,7 @@ class VQVAE2(HierarchicalVQVAE):
             num_codes=128,
             code_dim=32,
             strides=(8, 2),
-            codebook_init="kmeans",
-            revive_below=0.1,
+            **_LIVE,
         ),
         "tiny": VQVAEConfig(strides=(4, 2), **_TINY),
     }
