@@ -103,8 +103,12 @@ RECIPES: Mapping[str, Recipe] = {
     ),
 }
 _H200 = "bench/results/gpu/2026-11-27-h200-04ffd64-training.txt"
+_CPU = "bench/results/training/2026-11-28-cpu-photos64.txt"
 # By preset.
 MEASURED: Mapping[str, tuple[Measured, ...]] = {
+    "photos64": (Measured(device="2 CPU cores", seconds=323, source=_CPU),),
+    "photos64-top": (Measured(device="2 CPU cores", seconds=360, source=_CPU),),
+    "photos64-bottom": (Measured(device="2 CPU cores", seconds=1170, source=_CPU),),
     "emoji": (Measured(device="NVIDIA H200", seconds=14, source=_H200),),
     "emoji-top": (Measured(device="NVIDIA H200", seconds=8.5, source=_H200),),
     "emoji-bottom": (Measured(device="NVIDIA H200", seconds=17, source=_H200),),
