@@ -20,6 +20,7 @@ from fastvq.cli.images import open_data
 from fastvq.cli.project import Project, choose_device, is_one_model, load_pipeline
 from fastvq.data import load_images, load_picture, psnr, save_animation, save_grid
 from fastvq.data.animation import require_animation
+from fastvq.data.base import spread_over_classes
 from fastvq.data.grid import PICTURES, grid_size, require_picture
 from fastvq.data.pictures import picture_types
 from fastvq.errors import ArgumentError, FileConflictError
@@ -148,9 +149,9 @@ def reconstruct(arguments: argparse.Namespace) -> None:
         quiet=arguments.quiet,
     )
     model.code_shapes(dataset.size)
-    count = min(arguments.n, len(dataset))
-    require_picture("--out", arguments.out, *grid_size(2 * count, *dataset.size, count)[:2])
-    originals = load_images(dataset, range(count))
+    shown = spread_over_classes(dataset.labels, len(dataset), arguments.n)
+    require_picture("--out", arguments.out, *grid_size(2 * len(shown), *dataset.size, len(shown))[:2])
+    originals = load_images(dataset, shown)
     reconstructions, mse = reconstruction(model, originals)
     save_grid(arguments.out, torch.cat([originals, reconstructions]), len(originals), overwrite=arguments.overwrite)
     print(f"{len(originals)} images and reconstructions in {arguments.out}: MSE {mse:.5f}, PSNR {psnr(mse):.2f} dB")

@@ -299,7 +299,7 @@ def _add_reconstruct(commands: argparse._SubParsersAction[argparse.ArgumentParse
     parser.add_argument("--data", required=True, help="a folder of images, or 'digits'")
     parser.add_argument("--size", type=int, nargs="+", metavar="N", help="image size (default: the training size)")
     add_skip_broken(parser)
-    parser.add_argument("-n", type=int, default=16, help="number of images, the first of the data (default: 16)")
+    parser.add_argument("-n", type=int, default=16, help="number of images, spread over the classes (default: 16)")
     add_output(parser, "reconstructions.png")
 
 

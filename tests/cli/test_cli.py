@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from fastvq import Pipeline, PixelSNAIL
 from fastvq.cli import main
 from fastvq.cli.parser import build_parser
+from fastvq.data import ImageFolder, image_grid, load_images
 from fastvq.data.grid import grid_size
 
 COMMANDS = (
@@ -145,6 +146,12 @@ def test_reconstruct(project: Path, photos: Path, tmp_path: Path, source: str) -
     command = ["reconstruct", "--checkpoint", str(checkpoint), "--data", str(photos), "-n", "3", "--out", str(out)]
     assert main([*command, *size, "--quiet"]) == 0
     assert Image.open(out).size == (3 * 26 + 2, 2 * 18 + 2)
+    dataset = ImageFolder(photos, (16, 24))
+    assert dataset.labels is not None
+    shown = [0, 3, 6]
+    assert dataset.labels[shown].tolist() == [0, 0, 1]
+    above = image_grid(load_images(dataset, shown), 3)[:18]
+    assert np.array_equal(np.array(Image.open(out))[:18], above)
 
 
 def test_info_of_a_project_a_model_and_the_installation(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
