@@ -25,6 +25,7 @@ from bench.files import free_path
 from bench.machine import describe_commit, describe_machine, describe_versions, now
 from fastvq import VQVAE2, VectorQuantizer
 from fastvq.data import ImageFolder, load_images, split_indices
+from fastvq.data.usage import CodeUse
 from fastvq.training.batches import StepBatches
 from fastvq.training.recorded import Recorded
 
@@ -86,12 +87,10 @@ def measure(model: VQVAE2, images: Tensor) -> dict[str, float]:
         for level, codes in enumerate(out.codes):
             used[level] += torch.bincount(codes.flatten(), minlength=used.shape[1]).cpu()
     model.train()
-    shares = used / used.sum(1, keepdim=True)
-    perplexity = torch.exp(-torch.xlogy(shares, shares).sum(1))
     found = {"mse": squared}
-    for level in range(model.num_levels):
-        found[f"perplexity_{level}"] = float(perplexity[level])
-        found[f"usage_{level}"] = float((shares[level] > 0).double().mean())
+    for level, counts in enumerate(used):
+        use = CodeUse.of_counts(level, model.num_levels, counts)
+        found |= {f"perplexity_{level}": use.perplexity, f"usage_{level}": use.share}
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -32,16 +32,15 @@ def gradients(
             moved = tuple(tensor.to(state.device, non_blocking=True) for tensor in part)
             weight = len(part[0]) / config.batch_size
             with contextlib.nullcontext() if number == len(parts) else _unshared(forward):
-                with torch.autocast(state.device.type, dtype=torch.bfloat16, enabled=config.bf16), annotate("forward"):
-                    loss, metrics = task.loss(forward, moved)
+                loss, metrics = _loss(state, forward, task, config, moved)
                 if not weight:
                     # A mean over nothing; its gradients, of no items, are zeros.
                     loss, metrics = loss.nan_to_num(), {name: value.nan_to_num() for name, value in metrics.items()}
                 with annotate("backward"):
                     (loss * (weight * group.size)).backward()
             # One transfer for all of them: on a GPU each one waits for the device.
-            values = torch.stack([loss.detach().float(), *(value.detach().float() for value in metrics.values())])
-            for name, value in zip(["loss", *metrics], values.tolist(), strict=True):
+            found = {"loss": loss, **metrics}
+            for name, value in zip(found, _stacked(found).tolist(), strict=True):
                 totals[name] = totals.get(name, 0.0) + value * weight
     totals = dict(zip(totals, group.sum(totals.values()), strict=True))
     totals |= {name: float(value) for name, value in of_step.items()}
@@ -72,15 +71,26 @@ class RecordedGradients:
         """Metrics [M]."""
         config = self._config
         self._state.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(self._state.device.type, dtype=torch.bfloat16, enabled=config.bf16), annotate("forward"):
-            loss, metrics = self._task.loss(self._forward, tuple(batch))
+        loss, metrics = _loss(self._state, self._forward, self._task, config, tuple(batch))
         with annotate("backward"):
             loss.backward()
         found = {"loss": loss, **metrics}
         if config.grad_clip is not None:
             found["grad_norm"] = nn.utils.clip_grad_norm_(self._state.model.parameters(), config.grad_clip)
         self._names = list(found)
-        return torch.stack([value.detach().float() for value in found.values()])
+        return _stacked(found)
+
+
+def _loss(
+    state: TrainingState, forward: Callable[..., Any], task: Task, config: TrainConfig, batch: Batch
+) -> tuple[Tensor, dict[str, Tensor]]:
+    with torch.autocast(state.device.type, dtype=torch.bfloat16, enabled=config.bf16), annotate("forward"):
+        return task.loss(forward, batch)
+
+
+def _stacked(metrics: Mapping[str, Tensor]) -> Tensor:
+    """Scalars as one tensor [M], which takes one transfer."""
+    return torch.stack([value.detach().float() for value in metrics.values()])
 
 
 def _unshared(forward: Callable[..., Any]) -> AbstractContextManager[None]:
