@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import math
 import platform
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -162,12 +163,16 @@ def _print_training(arguments: argparse.Namespace, model: Config, size: tuple[in
 def _print_installation() -> None:
     reason = _engine.why_unavailable()
     devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    print(f"fastvq      {__version__}, Python {platform.python_version()}, PyTorch {torch.__version__}")
-    print(f"extension   {'available' if reason is None else reason}")
-    print(f"cuda        {cuda_summary()}")
-    print(f"devices     cpu ({torch.get_num_threads()} threads){''.join(', ' + name for name in devices)}")
-    print(f"engines     {', '.join(ENGINES)}")
-    print(f"pretrained  {', '.join(shipped()) or 'none'}")
+    found = {
+        "fastvq": f"{__version__}, Python {platform.python_version()}, PyTorch {torch.__version__}",
+        "extension": "available" if reason is None else reason,
+        "cuda": cuda_summary(),
+        "devices": f"cpu ({torch.get_num_threads()} threads){''.join(', ' + name for name in devices)}",
+        "engines": ", ".join(ENGINES),
+        "pretrained": ", ".join(shipped()) or "none",
+    }
+    for name, value in found.items():
+        print(textwrap.fill(f"{name:12}{value}", width=100, subsequent_indent=" " * 12))
     _print_presets()
 
 

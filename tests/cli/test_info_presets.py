@@ -31,6 +31,15 @@ def test_every_preset_has_a_row(capsys: pytest.CaptureFixture[str]) -> None:
     assert names.index("photos64-bottom") < names.index("photos256-top") < names.index("imagenet256-top")
 
 
+def test_a_build_for_many_architectures_fits_too(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    architectures = " ".join(f"{number}-real" for number in (80, 86, 89, 90, 100, 103, 110, 120))
+    error = "CUDA driver version is insufficient for CUDA runtime version"
+    monkeypatch.setattr(describe, "cuda_summary", lambda: f"13.0 for {architectures} 120-virtual; {error}")
+    assert rows(capsys)["cuda"].startswith("cuda        13.0 for 80-real 86-real")
+
+
 def test_a_prior_of_ones_own_without_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert "toy-bigram" in Bigram.presets
     assert re.search(r"toy-bigram +0\.\d\d M +\S+ +naive +> ", rows(capsys)["toy-bigram"])
