@@ -14,7 +14,7 @@ from fastvq._version import __version__
 
 if TYPE_CHECKING:
     from fastvq.models import VQVAE, VQVAE2, GatedPixelCNN, PixelSNAIL, ResidualVQ, VectorQuantizer
-    from fastvq.sampling import EngineOptions, Pipeline, explain, sample
+    from fastvq.sampling import EngineOptions, Pipeline, check_causal, explain, sample, trace
 
 _HOMES = {
     "EngineOptions": "fastvq.sampling",
@@ -25,8 +25,10 @@ _HOMES = {
     "VQVAE": "fastvq.models",
     "VQVAE2": "fastvq.models",
     "VectorQuantizer": "fastvq.models",
+    "check_causal": "fastvq.sampling",
     "explain": "fastvq.sampling",
     "sample": "fastvq.sampling",
+    "trace": "fastvq.sampling",
 }
 
 __all__ = [
@@ -39,8 +41,10 @@ __all__ = [
     "ResidualVQ",
     "VectorQuantizer",
     "__version__",
+    "check_causal",
     "explain",
     "sample",
+    "trace",
 ]
 
 
