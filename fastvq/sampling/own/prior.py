@@ -15,8 +15,9 @@ from fastvq._evaluation import in_evaluation
 from fastvq._watch import Snapshot, contents_of
 from fastvq.errors import ArgumentError, TraceError
 from fastvq.models.prior import Condition, Prior, PriorConfig
+from fastvq.sampling.own.base import BATCH, Meeting
 from fastvq.sampling.own.causal import require_causal
-from fastvq.sampling.own.record import BATCH, Meeting, Recorder
+from fastvq.sampling.own.record import Recorder
 from fastvq.sampling.own.tensors import Replayer
 from fastvq.sampling.plan import Graph, schedule, writes
 from fastvq.sampling.plan.evaluate import plan_logits
