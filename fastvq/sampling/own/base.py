@@ -14,7 +14,7 @@ from fastvq.sampling.own import layout as lay
 from fastvq.sampling.own.emit import Emitter, Untraceable
 from fastvq.sampling.own.layout import Layout
 from fastvq.sampling.own.tensors import Given, Traced, Tracer, is_given
-from fastvq.sampling.own.values import Joined, Linear, Pending, Table, Value
+from fastvq.sampling.own.values import Joined, Linear, Pending, Scores, Table, Value
 from fastvq.sampling.plan import Graph
 
 # So many samples are traced; one more than any size that broadcasts.
@@ -90,6 +90,8 @@ class Values(Tracer):
             return Joined((value.linear(),))
         if isinstance(value, Pending):
             return self._applied(value)
+        if isinstance(value, Scores):
+            raise Untraceable("it does something to attention's scores or weights that a plan does not have")
         return value
 
     def _applied(self, value: Pending) -> Joined:
@@ -153,16 +155,21 @@ class Values(Tracer):
         return self._statics[key]
 
 
+def _vectors(value: Value) -> Joined | Table:
+    assert not isinstance(value, Scores)
+    return value.of if isinstance(value, Pending) else value
+
+
 def rows_of(value: Value) -> int:
-    return value.of.rows if isinstance(value, Pending) else value.rows
+    return _vectors(value).rows
 
 
 def columns_of(value: Value) -> int:
-    return value.of.columns if isinstance(value, Pending) else value.columns
+    return _vectors(value).columns
 
 
 def channels_of(value: Value) -> int:
-    return value.of.channels if isinstance(value, Pending) else value.channels
+    return _vectors(value).channels
 
 
 def _affine(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:

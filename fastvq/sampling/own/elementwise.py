@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -55,8 +56,8 @@ class Elementwise(Products):
             parts = [self.emitter.alone(part) for part in x.parts]
             return self._result(name, args, Joined(tuple(self._leaky(part, slope) for part in parts)), held.layout)
         if plain == "elu" and (whole := self._concatenated(x)) is not None:
-            found = self.emitter.elementwise("activation", "concat_elu", whole)
-            return self._result(name, args, Joined((found,)), held.layout)
+            one = self.emitter.elementwise("activation", "concat_elu", whole)
+            return self._result(name, args, Joined((one,)), held.layout)
         found = Joined(tuple(self.emitter.elementwise("activation", plain, part) for part in x.parts))
         return self._result(name, args, found, held.layout)
 
@@ -99,7 +100,7 @@ class Elementwise(Products):
         if isinstance(b, Traced) and not is_given(b):
             b = self._mul("mul", (b, sign), {}) if sign != 1 else b
             return self._sum(name, a, b, args)
-        return self._plus(name, a, b * sign if sign != 1 else b, args)
+        return self._plus(name, a, b, args, sign)
 
     def _sum(self, name: str, a: Traced, b: Traced, args: Any) -> Any:
         one, other = self._held(a), self._held(b)
@@ -111,17 +112,19 @@ class Elementwise(Products):
 
     def _summed(self, x: Joined, y: Joined) -> Joined:
         bounds = sorted({*x.bounds(), *y.bounds()})
-        pairs = [(x.cut(a, b).parts[0], y.cut(a, b).parts[0]) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+        pairs = [(x.cut(a, b).parts[0], y.cut(a, b).parts[0]) for a, b in itertools.pairwise(bounds)]
         # What is an operation already is not worked out again.
         return Joined(tuple(self.emitter.ready(a).plus(self.emitter.ready(b)) for a, b in pairs))
 
-    def _plus(self, name: str, x: Traced, other: Any, args: Any) -> Any:
-        """Features and what does not depend on codes."""
+    def _plus(self, name: str, x: Traced, other: Any, args: Any, sign: float = 1) -> Any:
+        """Features and what does not depend on codes, times a number."""
         held = self._held(x)
         vector = self._vector(other, held)
         if vector is not None:
-            return self._result(name, args, self._moved(held.value, None, vector), held.layout)
+            return self._result(name, args, self._moved(held.value, None, sign * vector), held.layout)
         static = self._static(other, held.layout, spread=False)
+        if sign != 1:
+            static = static.scaled(torch.full((static.channels,), float(sign), device=self.device), self.emitter.dense)
         return self._result(name, args, self._summed(self._linear(held.value), Joined((static,))), held.layout)
 
     def _mul(self, name: str, args: Any, kwargs: Any) -> Any:

@@ -47,9 +47,14 @@ class Emitter:
 
     def constant(self, values: Tensor) -> Linear:
         """What is always the same, float32 [1, C, H, W]."""
+        for name, known in self.constants.items():
+            if torch.equal(known, values):
+                return self._whole(self._made[name])
         name = f"background.{len(self.constants)}"
         self.constants[name] = values.contiguous()
-        return self.static(name, values.shape[1])
+        found = self.static(name, values.shape[1])
+        self._made[name] = found.pieces[0].source
+        return found
 
     def _whole(self, op: int, dr: int = 0, dc: int = 0, rows: int | None = None, columns: int | None = None) -> Linear:
         channels = self._op(op).channels
@@ -178,6 +183,23 @@ class Emitter:
         first, weight = parts[0][0], parts[0][3]
         return Linear(weight.shape[1], first.rows, first.columns, tuple(pieces), bias)
 
+    def attention(self, query: Linear, key: Linear, value: Linear, heads: int, variant: str) -> Linear:
+        """Causal attention; scores are divided by the root of a head's width."""
+        q, k, v = (self._stepwise(x) for x in (query, key, value))
+        return self._whole(self.graph.attention(q, k, v, heads, variant))
+
+    def _stepwise(self, x: Linear) -> int:
+        """An operation that nothing else reads, and that is worked out where a position is sampled."""
+        one = x.alone
+        op = self._sum(self.times_one(x) if one is not None else x)
+        if op not in self._known:
+            return op
+        other = next((o for o in self.graph.ops if o.index not in self._known), None)
+        if other is None:
+            raise Untraceable("attention without features left of a position")
+        nothing = torch.zeros(other.channels, x.channels, device=self.device)
+        return self._affine([Piece(op, 0, 0, (0, x.channels)), Piece(other.index, 0, 0, nothing)], None, x.channels)
+
     def _copied(self, static: int) -> int:
         """Only operations that are worked out are read at other places."""
         key = ("copy", static)
@@ -197,7 +219,9 @@ class Emitter:
 
     def _sum(self, x: Linear) -> int:
         codes = [piece for piece in x.pieces if piece.source == CODES]
-        as_is, products, bias = [], [], x.bias
+        as_is: list[Piece] = []
+        products: list[Piece] = []
+        bias = x.bias
         for piece in x.pieces:
             if piece.source == CODES:
                 continue

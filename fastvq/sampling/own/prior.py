@@ -59,7 +59,7 @@ class OwnPrior(Prior):
 
     It is called as ``module(codes)``, ``module(codes, label)``, ``module(codes, condition)`` or
     ``module(codes, condition, label)``, as ``num_classes`` and ``condition_shapes`` say, with codes int64 [B, H, W] of
-    whole grids, and has to give [B, K, H, W]. The condition is a tensor [B, h, w], or a tuple of them of several levels.
+    whole grids, and has to give [B, K, H, W]. The condition is a tensor [B, h, w], or a tuple of several levels' ones.
 
     Args:
         module: the network. Of a function that is no module nothing is known but what it returns: changes of weights

@@ -21,12 +21,12 @@ class Products(Shapes):
 
     def _convolution(self, name: str, args: Any, kwargs: Any) -> Any:
         x, weight, bias, stride, padding, dilation, transposed, _, groups = args
-        held = self._held(x) if isinstance(x, Traced) and not is_given(x) else None
-        if held is None or isinstance(weight, Traced):
+        if not isinstance(x, Traced) or is_given(x) or isinstance(weight, Traced):
             raise Untraceable("its weights depend on the codes")
         if x.ndim != 4 or transposed or any(s != 1 for s in stride):
             kind = "transposed" if transposed else f"of {x.ndim - 2} dimensions with stride {list(stride)}"
             raise Untraceable(f"a convolution that is {kind}")
+        held = self._held(x)
         value: Value = held.value
         for axis, count in zip("rc", padding, strict=True):
             if count:

@@ -9,14 +9,15 @@ import torch
 
 from fastvq.errors import TraceError
 from fastvq.sampling.own import layout as lay
+from fastvq.sampling.own.attend import SCORES, Attention
 from fastvq.sampling.own.base import BATCH
-from fastvq.sampling.own.elementwise import BY_VALUE, REASONS, Elementwise
+from fastvq.sampling.own.elementwise import BY_VALUE, REASONS
 from fastvq.sampling.own.emit import NotCausal, Untraceable
 from fastvq.sampling.own.tensors import Traced, is_given, place
 from fastvq.sampling.own.values import Table
 
 
-class Recorder(Elementwise):
+class Recorder(Attention):
     """Follows a network and writes it into a graph."""
 
     def codes(self) -> Traced:
@@ -55,7 +56,7 @@ class Recorder(Elementwise):
         name = func.overloadpacket.__name__
         self.number(args, kwargs)
         try:
-            handler = HANDLERS.get(name)
+            handler = SCORES.get(name) if self.of_scores(args) else HANDLERS.get(name)
             if handler is not None:
                 return handler(self, name, args, kwargs)
             if torch.Tag.pointwise in func.tags or name in BY_VALUE:
@@ -79,6 +80,7 @@ class Recorder(Elementwise):
 
 
 _SAME = ("clone", "detach", "alias", "contiguous", "_to_copy", "lift_fresh", "view_as", "dropout")
+_LAYOUT = (*_SAME, "view", "_unsafe_view", "expand", "permute", "transpose", "unsqueeze", "squeeze")
 _R = Recorder
 HANDLERS: dict[str, Callable[[Recorder, str, Any, Any], Any]] = {
     **dict.fromkeys(_SAME, _R._same),
@@ -101,8 +103,14 @@ HANDLERS: dict[str, Callable[[Recorder, str, Any, Any], Any]] = {
     "mm": _R._mm,
     "addmm": _R._mm,
     "embedding": _R._embedding,
+    "bmm": _R._bmm,
     "native_batch_norm": _R._batch_norm,
     "cudnn_batch_norm": _R._batch_norm,
     "glu": _R._glu,
 }
-WHOLE_HANDLERS: dict[str, Callable[[Recorder, str, Any, Any], Any]] = {"one_hot": _R._one_hot}
+for name in _LAYOUT:
+    SCORES[name] = HANDLERS[name]
+WHOLE_HANDLERS: dict[str, Callable[[Recorder, str, Any, Any], Any]] = {
+    "one_hot": _R._one_hot,
+    "scaled_dot_product_attention": _R._whole_attention,
+}

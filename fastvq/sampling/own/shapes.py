@@ -76,8 +76,8 @@ class Shapes(Values):
         return self._wrap(held.value, tuple(layout), x.dtype)
 
     def _slice(self, name: str, args: Any, kwargs: Any) -> Any:
-        x, dim, start, end, step = (*args, *(None,) * (5 - len(args)))
-        step = kwargs.get("step", step)
+        x, rest = args[0], [*args[1:], None, None, None, None]
+        dim, start, end, step = rest[:4]
         if step not in (None, 1):
             raise Untraceable(f"it takes every {step}th")
         dim = (dim or 0) % x.ndim
@@ -99,7 +99,6 @@ class Shapes(Values):
         layout = (*held.layout[:dim], lay.only(name, last - first), *held.layout[dim + 1 :])
         if name == "k":
             return self._wrap(self._channels(held, dim, first, last), layout, x.dtype)
-        low, high = ((first, 0), (last, x.shape[dim])) if name == "r" else ((0, first), (x.shape[dim], last))
         return self._wrap(self._window(held.value, name, first, last - first), layout, x.dtype)
 
     def _channels(self, held: Held, dim: int, first: int, last: int) -> Value:
@@ -112,7 +111,7 @@ class Shapes(Values):
                 return value.apply(lambda rows: rows[:, start:stop])
             if isinstance(value, Pending):
                 return Pending(value.name, value.of.cut(start, stop))
-            return value.cut(start, stop)
+            return self._linear(value).cut(start, stop)
         index = torch.arange(before * own * after).view(before, own, after)[:, first:last].flatten().tolist()
         if isinstance(value, Table):
             return value.apply(lambda rows: rows[:, index])
@@ -125,7 +124,7 @@ class Shapes(Values):
             return value.window(top, left, rows, columns, self.grid)
         if isinstance(value, Pending):
             return Pending(value.name, self._seen(value.of, top, left, rows, columns))
-        return self._seen(value, top, left, rows, columns)
+        return self._seen(self._linear(value), top, left, rows, columns)
 
     def _seen(self, x: Joined, top: int, left: int, rows: int, columns: int) -> Joined:
         # What is on the whole grid may be wanted as it is, too.
@@ -249,7 +248,7 @@ class Shapes(Values):
             value = self._applied(value)
         if fill != 0:
             raise Untraceable(f"it pads features with {fill}, not 0")
-        x = value.of if isinstance(value, Pending) else value
+        x = value.of if isinstance(value, Pending) else self._linear(value)
         padded = Joined(tuple(self.emitter.padded(part, top, bottom, left, right) for part in x.parts))
         return Pending(value.name, padded) if isinstance(value, Pending) else padded
 
