@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastvq.models import PriorConfig
+
 
 class MaskedConv2d(nn.Conv2d):
     """The mask is a buffer, multiplied into the weights in every pass."""
@@ -123,6 +125,13 @@ class Gated(nn.Module):
         return self.output(h)
 
 
+FORMS = ("sdpa", "start", "scaled", "first")
+
+
+def config(shape: tuple[int, int], num_codes: int) -> PriorConfig:
+    return PriorConfig(shape=shape, num_codes=num_codes)
+
+
 def concat_elu(x: Tensor) -> Tensor:
     return F.elu(torch.cat([x, -x], dim=1))
 
@@ -130,13 +139,13 @@ def concat_elu(x: Tensor) -> Tensor:
 class Shifted(nn.Module):
     """Convolutions shifted down and right by padding, weight norm, concat ELU, GLU, features of a level above."""
 
-    def __init__(self, num_codes: int, width: int = 6, above: int = 4) -> None:
+    def __init__(self, num_codes: int, width: int = 6, above: int = 4, scale: tuple[int, int] = (2, 2)) -> None:
         super().__init__()
         norm = nn.utils.parametrizations.weight_norm
         self.num_codes = num_codes
         self.start_down = norm(nn.Conv2d(num_codes, width, (2, 3)))
         self.start_right = norm(nn.Conv2d(num_codes, width, (2, 1)))
-        self.above = nn.Sequential(nn.Conv2d(above, width, 3, padding=1), nn.ELU(), nn.Upsample(scale_factor=2))
+        self.above = nn.Sequential(nn.Conv2d(above, width, 3, padding=1), nn.ELU(), nn.Upsample(scale_factor=scale))
         self.told = nn.ModuleList(nn.Conv2d(width, 2 * width, 1) for _ in range(2))
         self.one = nn.ModuleList(norm(nn.Conv2d(2 * width, width, (2, 2))) for _ in range(2))
         self.two = nn.ModuleList(norm(nn.Conv2d(2 * width, 2 * width, (2, 2))) for _ in range(2))

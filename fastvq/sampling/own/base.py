@@ -58,6 +58,7 @@ class Values(Tracer):
 
     Attributes:
         meetings: the static operations that depend on condition or label.
+        doubts: what may be wrong, if the plan turns out to be.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Values(Tracer):
         self.grid, self.num_codes, self._names = grid, num_codes, names
         self.emitter = Emitter(graph, grid, num_codes, device)
         self.meetings: list[Meeting] = []
+        self.doubts: list[str] = []
         self._statics: dict[tuple[Given, Layout, bool], Linear] = {}
 
     def _held(self, x: Traced) -> Held:

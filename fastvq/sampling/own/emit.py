@@ -142,15 +142,15 @@ class Emitter:
                 self._known.add(self._made[key])
         return self._whole(self._made[key], piece.dr, piece.dc, x.rows, x.columns)
 
-    def padded(self, x: Linear, top: int, bottom: int, left: int, right: int) -> Linear:
-        """With zeros around it; a negative number cuts off."""
+    def padded(self, x: Linear, top: int, bottom: int, left: int, right: int) -> tuple[Linear, bool]:
+        """With zeros around it; a negative number cuts off. And whether these are zeros wherever they are looked at."""
+        sure = True
         if max(top, bottom, left, right) > 0:
             x = self.settled(x)
             if x.bias is not None:
                 x = self._bounded(x, bottom > 0, right > 0)
-            if not self._is_zero_around(x, top, bottom, left, right):
-                raise Untraceable("it puts zeros where something was cut off, which no operation of a plan does")
-        return x.window(-top, -left, x.rows + top + bottom, x.columns + left + right)
+            sure = self._is_zero_around(x, top, bottom, left, right)
+        return x.window(-top, -left, x.rows + top + bottom, x.columns + left + right), sure
 
     def _bounded(self, x: Linear, bottom: bool, right: bool) -> Linear:
         """With the bias on the window alone, as far as that is an edge of the grid."""
@@ -190,15 +190,20 @@ class Emitter:
 
     def _stepwise(self, x: Linear) -> int:
         """An operation that nothing else reads, and that is worked out where a position is sampled."""
-        one = x.alone
-        op = self._sum(self.times_one(x) if one is not None else x)
+        op = self._sum(self.times_one(x) if x.alone is not None else x)
         if op not in self._known:
             return op
-        other = next((o for o in self.graph.ops if o.index not in self._known), None)
-        if other is None:
-            raise Untraceable("attention without features left of a position")
-        nothing = torch.zeros(other.channels, x.channels, device=self.device)
-        return self._affine([Piece(op, 0, 0, (0, x.channels)), Piece(other.index, 0, 0, nothing)], None, x.channels)
+        # Nothing, of the code to the left, is not known before.
+        nothing = self.graph.lookup_table(((0, -1),), torch.zeros(1, self.num_codes, 1, device=self.device), None)
+        none = torch.zeros(1, x.channels, device=self.device)
+        return self._affine([Piece(op, 0, 0, (0, x.channels)), Piece(nothing, 0, 0, none)], None, x.channels)
+
+    def output(self, x: Linear) -> int:
+        """The operation that gives logits: a product in the step phase."""
+        one = self.alone(x).alone
+        assert one is not None
+        direct = (one.dr, one.dc) == (0, 0) and self._op(one.source).kind == "affine"
+        return one.source if direct and one.source not in self._known else self._stepwise(self.alone(x))
 
     def _copied(self, static: int) -> int:
         """Only operations that are worked out are read at other places."""
@@ -208,8 +213,6 @@ class Emitter:
             self._made[key] = self._affine([Piece(static, 0, 0, (0, channels))], None, channels)
         return self._made[key]
 
-    # What follows writes an operation of a sum on the whole grid.
-
     def _emit(self, x: Linear) -> int:
         key = _key(x)
         if key not in self._made:
@@ -218,6 +221,8 @@ class Emitter:
         return self._made[key]
 
     def _sum(self, x: Linear) -> int:
+        # Weights go on changing in the network, and these are as they are now.
+        x = dataclasses.replace(x, bias=None if x.bias is None else x.bias.detach().clone())
         codes = [piece for piece in x.pieces if piece.source == CODES]
         as_is: list[Piece] = []
         products: list[Piece] = []

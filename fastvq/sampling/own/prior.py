@@ -42,6 +42,7 @@ class Traced:
     output: int
     meetings: list[Meeting]
     constants: dict[str, Tensor]
+    doubts: list[str]
     by_label: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -181,7 +182,7 @@ class OwnPrior(Prior):
             None if told.label is None else recorder.given(told.label),
         )
         output = recorder.output(network(*self.arguments(recorder.codes(), given)))
-        return Traced(weights, graph, output, recorder.meetings, recorder.emitter.constants)
+        return Traced(weights, graph, output, recorder.meetings, recorder.emitter.constants, recorder.doubts)
 
     def _met(self, traced: Traced, told: Told, batch: int) -> dict[str, Tensor]:
         """The static operations that depend on condition or label."""
@@ -225,6 +226,7 @@ class OwnPrior(Prior):
             raise TraceError(
                 f"module: its plan gives other logits, {found[sample, code, row, column]:.6g} in place of "
                 f"{wanted[sample, code, row, column]:.6g} for code {code} at row {row}, column {column}"
+                + (f"; it cannot have {traced.doubts[0]}" if traced.doubts else "")
             )
 
 

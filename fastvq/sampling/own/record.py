@@ -42,13 +42,7 @@ class Recorder(Attention):
                 f"module: expected logits [B, {self.num_codes}, {height}, {width}], got {list(lay.shape(held.layout))}"
             )
         try:
-            x = self.emitter.merged(self._linear(held.value))
-            one = self.emitter.alone(x).alone
-            assert one is not None
-            if (one.dr, one.dc) != (0, 0) or self.emitter.graph.ops[one.source].kind != "affine":
-                one = self.emitter.alone(self.emitter.times_one(x)).alone
-                assert one is not None
-            return one.source
+            return self.emitter.output(self.emitter.merged(self._linear(held.value)))
         except Untraceable as error:
             raise TraceError(f"module: its logits have no plan: {error}") from error
 

@@ -11,7 +11,7 @@ from fastvq.sampling.own import layout as lay
 from fastvq.sampling.own.base import Held, Values, channels_of, columns_of, rows_of, together
 from fastvq.sampling.own.emit import Untraceable
 from fastvq.sampling.own.layout import Layout
-from fastvq.sampling.own.tensors import Traced, is_given
+from fastvq.sampling.own.tensors import Traced, is_given, place
 from fastvq.sampling.own.values import Joined, Linear, Pending, Table, Value, joined
 
 
@@ -93,6 +93,9 @@ class Shapes(Values):
         axes = held.layout[dim]
         if not axes:
             return x
+        if axes[0].name == "b" and last - first == 1:
+            # All samples are alike here; what becomes of it shows whether that is enough.
+            return self._wrap(held.value, (*held.layout[:dim], (), *held.layout[dim + 1 :]), x.dtype)
         if len(axes) > 1 or axes[0].name == "b":
             raise Untraceable(f"it takes {first}..{last - 1} of samples or of several dimensions in one")
         name = axes[0].name
@@ -243,26 +246,39 @@ class Shapes(Values):
     def _around(self, value: Value, name: str, before: int, after: int, fill: float) -> Value:
         top, bottom, left, right = (before, after, 0, 0) if name == "r" else (0, 0, before, after)
         if isinstance(value, Table):
-            return self._table_around(value, top, bottom, left, right, fill)
+            found = self._table_around(value, top, bottom, left, right, fill)
+            if found is not None:
+                return found
         if isinstance(value, Pending) and value.name == "sigmoid":
             value = self._applied(value)
         if fill != 0:
             raise Untraceable(f"it pads features with {fill}, not 0")
         x = value.of if isinstance(value, Pending) else self._linear(value)
-        padded = Joined(tuple(self.emitter.padded(part, top, bottom, left, right) for part in x.parts))
-        return Pending(value.name, padded) if isinstance(value, Pending) else padded
+        parts = []
+        for part in x.parts:
+            padded, sure = self.emitter.padded(part, top, bottom, left, right)
+            parts.append(padded)
+            if not sure:
+                self._doubt()
+        return Pending(value.name, Joined(tuple(parts))) if isinstance(value, Pending) else Joined(tuple(parts))
 
-    def _table_around(self, value: Table, top: int, bottom: int, left: int, right: int, fill: float) -> Table:
+    def _doubt(self) -> None:
+        """Zeros where something was cut off: right as long as it is cut off again."""
+        self.doubts.append(f"zeros where something was cut off, in {place(self._names)}")
+
+    def _table_around(self, value: Table, top: int, bottom: int, left: int, right: int, fill: float) -> Table | None:
+        """None if what is outside of the grid would have several values."""
         height, width = self.grid
         found = value.window(-top, -left, value.rows + top + bottom, value.columns + left + right, self.grid)
-        exposed = (
+        outside = value.values.new_full((1, value.channels), fill)
+        if found.outside is not None and not torch.equal(found.outside, outside):
+            return None
+        if (
             (top > 0 and value.dr > 0)
             or (left > 0 and value.dc > 0)
             or (bottom > 0 and value.rows + value.dr < height)
             or (right > 0 and value.columns + value.dc < width)
-        )
-        outside = value.values.new_full((1, value.channels), fill)
-        if exposed or (found.outside is not None and not torch.equal(found.outside, outside)):
-            raise Untraceable("it pads where something was cut off, or with several values")
+        ):
+            self._doubt()
         inside = 0 <= found.dr <= height - found.rows and 0 <= found.dc <= width - found.columns
         return Table(found.values, None if inside else outside, found.dr, found.dc, found.rows, found.columns)

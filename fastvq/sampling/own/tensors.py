@@ -42,7 +42,7 @@ class Traced(Tensor):
         made.tracer, made.value = tracer, value
         return made
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Traced({tuple(self.shape)})"
 
     @classmethod
