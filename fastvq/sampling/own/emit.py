@@ -177,9 +177,11 @@ class Emitter:
             if one is None or one.weight != (0, len(weight)):
                 one = self.alone(x).alone
             assert one is not None
-            if self._op(one.source).kind == "static" and (dr, dc) != (0, 0):
-                one = dataclasses.replace(one, source=self._copied(one.source))
             pieces.append(Piece(one.source, one.dr + dr, one.dc + dc, weight))
+        if any((piece.dr, piece.dc) != (0, 0) for piece in pieces):
+            statics = {piece.source for piece in pieces if self._op(piece.source).kind == "static"}
+            copies = {source: self._copied(source) for source in statics}
+            pieces = [dataclasses.replace(piece, source=copies.get(piece.source, piece.source)) for piece in pieces]
         first, weight = parts[0][0], parts[0][3]
         return Linear(weight.shape[1], first.rows, first.columns, tuple(pieces), bias)
 

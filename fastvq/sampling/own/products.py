@@ -74,10 +74,11 @@ class Products(Shapes):
         held = self._held(x)
         if any(axis.name != "k" for axis in held.layout[1]) or lay.channels(held.layout[:1]) > 1:
             raise Untraceable("a product along positions")
-        if name == "addmm" and (kwargs.get("beta", 1) != 1 or kwargs.get("alpha", 1) != 1 or bias.ndim != 1):
+        shaped = bias is None or bias.shape == weight.shape[1:]
+        if not shaped or kwargs.get("beta", 1) != 1 or kwargs.get("alpha", 1) != 1:
             raise Untraceable("a product with factors of its own")
         value = held.value
-        bias = None if bias is None else bias.float().expand(weight.shape[1])
+        bias = None if bias is None else bias.float()
         found = self._products(value, [(0, 0, weight.float())], bias, rows_of(value), columns_of(value))
         return self._wrap(found, (held.layout[0], lay.only("k", weight.shape[1])), x.dtype)
 
