@@ -14,12 +14,13 @@ from fastvq._version import __version__
 
 if TYPE_CHECKING:
     from fastvq.models import VQVAE, VQVAE2, GatedPixelCNN, PixelSNAIL, ResidualVQ, VectorQuantizer
-    from fastvq.sampling import EngineOptions, Pipeline, check_causal, explain, sample, trace
+    from fastvq.sampling import EngineOptions, Pipeline, PlanBuilder, check_causal, explain, sample, trace, with_plan
 
 _HOMES = {
     "EngineOptions": "fastvq.sampling",
     "GatedPixelCNN": "fastvq.models",
     "PixelSNAIL": "fastvq.models",
+    "PlanBuilder": "fastvq.sampling",
     "Pipeline": "fastvq.sampling",
     "ResidualVQ": "fastvq.models",
     "VQVAE": "fastvq.models",
@@ -29,6 +30,7 @@ _HOMES = {
     "explain": "fastvq.sampling",
     "sample": "fastvq.sampling",
     "trace": "fastvq.sampling",
+    "with_plan": "fastvq.sampling",
 }
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "GatedPixelCNN",
     "Pipeline",
     "PixelSNAIL",
+    "PlanBuilder",
     "ResidualVQ",
     "VectorQuantizer",
     "__version__",
@@ -45,6 +48,7 @@ __all__ = [
     "explain",
     "sample",
     "trace",
+    "with_plan",
 ]
 
 

@@ -365,3 +365,109 @@ def test_a_few_positions_of_a_large_grid() -> None:
     report = fastvq.check_causal(nets.Residual(K), shape=(20, 20), num_codes=K)
     assert (report.ok, report.checked, report.positions) == (True, 64, 400)
     assert str(report) == "causal: 64 of 400 codes changed, no logits moved that come before or at them"
+
+
+# Plans written by hand.
+
+
+def gated_plan(module: nets.Gated, build: fastvq.PlanBuilder) -> Any:
+    """The operations of the two stacks, without a trace."""
+    v = h = build.embedding(module.embedding.weight)
+    for layer in module.layers:
+        assert isinstance(layer, nets.GatedLayer)
+        first = layer.mask == "A"
+        rows, columns = layer.vertical.kernel_size
+        above = layer.vertical.weight.clone()
+        left = layer.horizontal.weight.clone()
+        if first:
+            above[:, :, -1], left[:, :, :, -1] = 0, 0
+        vectors = layer.label
+        told = build.given(
+            lambda condition, label, vectors=vectors: vectors(label)[:, :, None, None],
+            vectors.embedding_dim,
+            everywhere=True,
+        )
+        seen = build.conv(v, above, layer.vertical.bias, at=(rows - 1, columns // 2))
+        before = build.conv(h, left, layer.horizontal.bias, at=(0, left.shape[3] - 1))
+        link = build.conv(seen, layer.link.weight, layer.link.bias)
+        half = vectors.embedding_dim // 2
+
+        def gated(x: Any, half: int = half) -> Any:
+            return build.gate(build.channels(x, 0, half), build.channels(x, half, 2 * half))
+
+        out = build.conv(gated(build.add(build.add(link, before), told)), layer.out.weight, layer.out.bias)
+        v, h = gated(build.add(seen, told)), build.add(out, h) if layer.residual else out
+    first_layer, _, second_layer = module.output
+    hidden = build.activation(build.conv(h, first_layer.weight, first_layer.bias), "relu")
+    return build.linear(hidden, second_layer.weight[:, :, 0, 0], second_layer.bias)
+
+
+def test_a_plan_by_hand_gives_the_naive_samplers_codes() -> None:
+    module, config = network("two-stacks-and-labels")
+    assert isinstance(module, nets.Gated)
+    prior = fastvq.with_plan(module, lambda build: gated_plan(module, build), **GRID, **config)
+    told = given(config, 5)
+    for _ in range(2):
+        wanted = fastvq.sample(prior, 5, seed=1, engine="naive", **told)
+        assert torch.equal(fastvq.sample(prior, 5, seed=1, engine="torch", **told), wanted)
+        with torch.no_grad():
+            module.embedding.weight.mul_(-1)
+            module.layers[1].get_parameter("label.weight").mul_(-1)
+
+
+def test_a_wrong_plan_is_refused() -> None:
+    module, config = network("two-stacks-and-labels")
+    assert isinstance(module, nets.Gated)
+
+    def write(build: fastvq.PlanBuilder) -> Any:
+        return build.activation(gated_plan(module, build), "relu")
+
+    with refuses(TraceError, "module: its plan gives other logits"):
+        fastvq.with_plan(module, write, **GRID, **config)
+
+
+def builder() -> tuple[fastvq.PlanBuilder, Any, Any]:
+    build = fastvq.PlanBuilder(SHAPE, K)
+    codes = build.embedding(torch.randn(K, 4))
+    return build, codes, build.conv(codes, torch.randn(6, 4, 2, 3), at=(2 - 1, 1), mask=ABOVE_ONLY)
+
+
+ABOVE_ONLY = torch.tensor([[1.0, 1.0, 1.0], [0.0, 0.0, 0.0]])
+MISUSED: dict[str, tuple[str, Callable[[Any, Any, Any], Any]]] = {
+    "the-code-itself": (
+        "x: logits of a position would depend on codes at the position itself",
+        lambda build, codes, x: build.conv(codes, torch.ones(3, 4, 1, 1)),
+    ),
+    "below": (
+        "x: logits of a position would depend on features 1 row below",
+        lambda build, codes, x: build.conv(x, torch.ones(3, 6, 3, 1)),
+    ),
+    "embedding-added": (
+        "x: the embedding of codes is read by convolutions alone",
+        lambda build, codes, x: build.add(codes, x),
+    ),
+    "channels": (
+        "weight: expected shape [?, 6, ?, ?], got [3, 5, 1, 1]",
+        lambda build, codes, x: build.conv(x, torch.ones(3, 5, 1, 1)),
+    ),
+    "kernel": (
+        "at: expected an entry of a kernel of 1 x 2, got (1, 0)",
+        lambda build, codes, x: build.conv(x, torch.ones(3, 6, 1, 2), at=(1, 0)),
+    ),
+    "activation": ("name: expected", lambda build, codes, x: build.activation(x, "gelu")),
+    "heads": (
+        "query, key, value: expected channels of query and key alike, and all divisible by 4 heads, got 6, 6 and 6",
+        lambda build, codes, x: build.attention(x, x, x, heads=4, mask="strict"),
+    ),
+    "logits": ("logits: expected 7 channels, one for each code, got 6", lambda build, codes, x: build.output(x)),
+    "another-builder": (
+        "x: expected a feature of this builder, got one of another builder",
+        lambda build, codes, x: builder()[0].activation(x, "relu"),
+    ),
+}
+
+
+@pytest.mark.parametrize(("message", "call"), MISUSED.values(), ids=MISUSED)
+def test_a_builder_refuses(message: str, call: Callable[[Any, Any, Any], Any]) -> None:
+    with pytest.raises((ArgumentError, ArgumentTypeError), match="^" + re.escape(message)):
+        call(*builder())

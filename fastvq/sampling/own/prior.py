@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,11 +16,13 @@ from fastvq._watch import Snapshot, contents_of
 from fastvq.errors import ArgumentError, TraceError
 from fastvq.models.prior import Condition, Prior, PriorConfig
 from fastvq.sampling.own.base import BATCH, Meeting
+from fastvq.sampling.own.builder import Feature, GivenValues, PlanBuilder
 from fastvq.sampling.own.causal import require_causal
 from fastvq.sampling.own.record import Recorder
 from fastvq.sampling.own.tensors import Replayer
-from fastvq.sampling.plan import Graph, schedule, writes
+from fastvq.sampling.plan import Graph, Op, schedule, writes
 from fastvq.sampling.plan.evaluate import plan_logits
+from fastvq.sampling.plan.form import extent
 
 # Of the largest logit: what float32 may round differently in another order of sums, with room for deep networks.
 _ROUNDING = 2e-4
@@ -38,11 +40,12 @@ class Traced:
     """A network as operations of a plan, and what it was made from."""
 
     weights: Snapshot
-    graph: Graph
+    ops: list[Op]
     output: int
-    meetings: list[Meeting]
     constants: dict[str, Tensor]
-    doubts: list[str]
+    meetings: Sequence[Meeting] = ()
+    doubts: Sequence[str] = ()
+    values: Mapping[str, GivenValues] = field(default_factory=dict)
     by_label: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -67,10 +70,19 @@ class OwnPrior(Prior):
             are not noticed, and its mode stays what it is.
         config: grids, codes, classes and levels above; the other fields are not read.
         untraced: why it is not to be written as a plan; then only the naive engine runs it.
+        write: writes the plan by hand, instead of a trace: given a builder, gives the feature that is the logits.
     """
 
-    def __init__(self, module: Callable[..., Tensor], config: PriorConfig, *, untraced: str | None = None) -> None:
+    def __init__(
+        self,
+        module: Callable[..., Tensor],
+        config: PriorConfig,
+        *,
+        untraced: str | None = None,
+        write: Callable[[PlanBuilder], Feature] | None = None,
+    ) -> None:
         nn.Module.__init__(self)
+        self._write = write
         self.config = config
         self.context_encoder = None
         if isinstance(module, nn.Module):
@@ -172,21 +184,26 @@ class OwnPrior(Prior):
 
     def _record(self, weights: Snapshot) -> Traced:
         config, device = self.config, next(self.parameters()).device
+        if self._write is not None:
+            builder = PlanBuilder(config.shape, config.num_codes, device)
+            logits = builder.output(self._write(builder))
+            made = builder.emitter
+            return Traced(weights, made.graph.ops, logits, made.constants, values=builder.values)
         network = self.network
         names = {} if not isinstance(network, nn.Module) else {id(m): name for name, m in network.named_modules()}
-        graph = Graph(spatial_context=bool(config.condition_shapes))
-        recorder = Recorder(graph, config.shape, config.num_codes, device, names)
+        recorder = Recorder(Graph(spatial_context=False), config.shape, config.num_codes, device, names)
         _, told = self._example(BATCH)
         given = Told(
             tuple(recorder.given(codes) for codes in told.condition),
             None if told.label is None else recorder.given(told.label),
         )
         output = recorder.output(network(*self.arguments(recorder.codes(), given)))
-        return Traced(weights, graph, output, recorder.meetings, recorder.emitter.constants, recorder.doubts)
+        made = recorder.emitter
+        return Traced(weights, made.graph.ops, output, made.constants, recorder.meetings, recorder.doubts)
 
     def _met(self, traced: Traced, told: Told, batch: int) -> dict[str, Tensor]:
         """The static operations that depend on condition or label."""
-        if not traced.meetings:
+        if not traced.meetings and not traced.values:
             return {}
         classes = self.config.num_classes
         if told.condition or classes is None or told.label is None:
@@ -198,6 +215,13 @@ class OwnPrior(Prior):
         return {name: table[told.label] for name, table in traced.by_label.items()}
 
     def _replayed(self, traced: Traced, told: Told, batch: int) -> dict[str, Tensor]:
+        if traced.values:
+            found = {name: values(*told).float() for name, values in traced.values.items()}
+            for name, one in found.items():
+                sizes = [1, 1] if extent(name) == "label" else self.config.shape
+                channels = next(op.channels for op in traced.ops if op.variant == name)
+                require_shape("values of given", one, [batch, channels, *sizes])
+            return found
         replayer = Replayer(next(self.parameters()).device)
         given = Told(
             tuple(replayer.given(codes) for codes in told.condition),
@@ -213,7 +237,7 @@ class OwnPrior(Prior):
         Raises:
             TraceError: logits differ.
         """
-        plan = schedule(traced.graph.ops, traced.output, self.config.shape, self.config.num_codes)
+        plan = schedule(traced.ops, traced.output, self.config.shape, self.config.num_codes)
         codes, told = self._example(3, seed=1)
         wanted = self.logits(codes, told).float()
         found = plan_logits(plan, codes, {**traced.constants, **self._met(traced, told, 3)})
@@ -233,6 +257,6 @@ class OwnPrior(Prior):
 @writes(OwnPrior, {OwnPrior: {}}, why_not=OwnPrior.why_no_plan)
 def write(graph: Graph, prior: OwnPrior) -> int:
     traced = prior.traced()
-    for op in traced.graph.ops:
+    for op in traced.ops:
         graph.add_op(op)
     return traced.output
