@@ -26,6 +26,8 @@ from fastvq.sampling.plan.form import extent
 
 # Of the largest logit: what float32 may round differently in another order of sums, with room for deep networks.
 _ROUNDING = 2e-4
+# Labels whose features are worked out together.
+_TOGETHER = 256
 
 
 class Told(NamedTuple):
@@ -206,11 +208,14 @@ class OwnPrior(Prior):
         if not traced.meetings and not traced.values:
             return {}
         classes = self.config.num_classes
-        if told.condition or classes is None or told.label is None:
+        # Features of all positions would be too many to keep of every class.
+        everywhere = all(meeting.everywhere for meeting in traced.meetings)
+        if told.condition or classes is None or told.label is None or traced.values or not everywhere:
             return self._replayed(traced, told, batch)
         if not traced.by_label:
-            # One after the other: libraries round differently for other batches.
-            every = [self._replayed(traced, Told((), told.label.new_tensor([label])), 1) for label in range(classes)]
+            # All of them once, so that a label's features do not depend on what it is asked for with.
+            labels = torch.arange(classes, device=told.label.device).split(_TOGETHER)
+            every = [self._replayed(traced, Told((), some), len(some)) for some in labels]
             traced.by_label.update({name: torch.cat([one[name] for one in every]) for name in every[0]})
         return {name: table[told.label] for name, table in traced.by_label.items()}
 
