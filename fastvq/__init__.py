@@ -13,6 +13,7 @@ from fastvq import _engine as _engine
 from fastvq._version import __version__
 
 if TYPE_CHECKING:
+    from fastvq.interop.quantizers import accelerate, acceleration, restore
     from fastvq.models import VQVAE, VQVAE2, GatedPixelCNN, PixelSNAIL, ResidualVQ, VectorQuantizer
     from fastvq.sampling import EngineOptions, Pipeline, explain, sample
 
@@ -25,7 +26,10 @@ _HOMES = {
     "VQVAE": "fastvq.models",
     "VQVAE2": "fastvq.models",
     "VectorQuantizer": "fastvq.models",
+    "accelerate": "fastvq.interop.quantizers",
+    "acceleration": "fastvq.interop.quantizers",
     "explain": "fastvq.sampling",
+    "restore": "fastvq.interop.quantizers",
     "sample": "fastvq.sampling",
 }
 
@@ -39,7 +43,10 @@ __all__ = [
     "ResidualVQ",
     "VectorQuantizer",
     "__version__",
+    "accelerate",
+    "acceleration",
     "explain",
+    "restore",
     "sample",
 ]
 
