@@ -92,8 +92,8 @@ class VQVAEConfig(Config):
         return len(self.strides) * self.residual_layers
 
 
-# Random codes far from the data are never chosen and stay where they are: docs/codebooks.md compares.
-_LIVE: dict[str, Any] = {"codebook_init": "kmeans", "revive_below": 1.0}
+# Random codes far from the data would never be chosen and stay where they are: docs/codebooks.md compares.
+_LIVE: dict[str, Any] = {"revive_below": 1.0}
 _TINY: dict[str, Any] = {
     "in_channels": 1,
     "channels": 16,
