@@ -13,27 +13,36 @@ from fastvq import _engine as _engine
 from fastvq._version import __version__
 
 if TYPE_CHECKING:
-    from fastvq.models import VQVAE, VQVAE2, GatedPixelCNN, PixelSNAIL, ResidualVQ, VectorQuantizer
+    from fastvq.interop.quantizers import accelerate, acceleration, restore
+    from fastvq.models import FSQ, LFQ, VQVAE, VQVAE2, GatedPixelCNN, PixelSNAIL, ResidualVQ, SimVQ, VectorQuantizer
     from fastvq.sampling import EngineOptions, Pipeline, PlanBuilder, check_causal, explain, sample, trace, with_plan
 
 _HOMES = {
     "EngineOptions": "fastvq.sampling",
+    "FSQ": "fastvq.models",
     "GatedPixelCNN": "fastvq.models",
+    "LFQ": "fastvq.models",
     "PixelSNAIL": "fastvq.models",
     "PlanBuilder": "fastvq.sampling",
     "Pipeline": "fastvq.sampling",
     "ResidualVQ": "fastvq.models",
+    "SimVQ": "fastvq.models",
     "VQVAE": "fastvq.models",
     "VQVAE2": "fastvq.models",
     "VectorQuantizer": "fastvq.models",
+    "accelerate": "fastvq.interop.quantizers",
+    "acceleration": "fastvq.interop.quantizers",
     "check_causal": "fastvq.sampling",
     "explain": "fastvq.sampling",
+    "restore": "fastvq.interop.quantizers",
     "sample": "fastvq.sampling",
     "trace": "fastvq.sampling",
     "with_plan": "fastvq.sampling",
 }
 
 __all__ = [
+    "FSQ",
+    "LFQ",
     "VQVAE",
     "VQVAE2",
     "EngineOptions",
@@ -42,10 +51,14 @@ __all__ = [
     "PixelSNAIL",
     "PlanBuilder",
     "ResidualVQ",
+    "SimVQ",
     "VectorQuantizer",
     "__version__",
+    "accelerate",
+    "acceleration",
     "check_causal",
     "explain",
+    "restore",
     "sample",
     "trace",
     "with_plan",

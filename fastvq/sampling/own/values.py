@@ -183,7 +183,9 @@ class Table:
 
 @dataclass(frozen=True, eq=False)
 class Pending:
-    """``sigmoid`` or ``tanh`` of vectors, until it is known what it is multiplied by."""
+    """A function of vectors that waits: ``sigmoid`` or ``tanh`` for what it is multiplied by; these, activations, and
+    gates of two halves (``gate glu``, ``gate tanh``) on more places than the grid has, for a cut.
+    """
 
     name: str
     of: Joined
