@@ -15,7 +15,7 @@ from fastvq._version import __version__
 if TYPE_CHECKING:
     from fastvq.interop.quantizers import accelerate, acceleration, restore
     from fastvq.models import FSQ, LFQ, VQVAE, VQVAE2, GatedPixelCNN, PixelSNAIL, ResidualVQ, SimVQ, VectorQuantizer
-    from fastvq.sampling import EngineOptions, Pipeline, explain, sample
+    from fastvq.sampling import EngineOptions, Pipeline, check_causal, explain, sample, trace
 
 _HOMES = {
     "EngineOptions": "fastvq.sampling",
@@ -31,9 +31,11 @@ _HOMES = {
     "VectorQuantizer": "fastvq.models",
     "accelerate": "fastvq.interop.quantizers",
     "acceleration": "fastvq.interop.quantizers",
+    "check_causal": "fastvq.sampling",
     "explain": "fastvq.sampling",
     "restore": "fastvq.interop.quantizers",
     "sample": "fastvq.sampling",
+    "trace": "fastvq.sampling",
 }
 
 __all__ = [
@@ -51,9 +53,11 @@ __all__ = [
     "__version__",
     "accelerate",
     "acceleration",
+    "check_causal",
     "explain",
     "restore",
     "sample",
+    "trace",
 ]
 
 

@@ -9,6 +9,7 @@ from fastvq.sampling.cost import Explanation, describe, explain
 from fastvq.sampling.engines import choose_engine, engine_names
 from fastvq.sampling.noise import uniforms
 from fastvq.sampling.options import EngineOptions
+from fastvq.sampling.own import CausalReport, Leak, OwnPrior, check_causal, trace
 from fastvq.sampling.parts import merge_samples, sample_shard
 from fastvq.sampling.pipeline import Pipeline, Samples, shipped
 
@@ -16,11 +17,15 @@ ENGINES: tuple[str, ...]
 
 __all__ = [
     "ENGINES",
+    "CausalReport",
     "EngineOptions",
     "Explanation",
+    "Leak",
+    "OwnPrior",
     "Pipeline",
     "Samples",
     "Shard",
+    "check_causal",
     "choose_engine",
     "describe",
     "explain",
@@ -29,6 +34,7 @@ __all__ = [
     "sample",
     "sample_shard",
     "shipped",
+    "trace",
     "uniforms",
 ]
 

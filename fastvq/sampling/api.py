@@ -63,6 +63,9 @@ def sample(
     memory_limit: int | None = None,
     precision: Precision = "float32",
     options: EngineOptions | None = None,
+    shape: tuple[int, int] | None = None,
+    num_codes: int | None = None,
+    num_classes: int | None = None,
 ) -> Tensor:
     """Draw grids of codes from a prior.
 
@@ -101,6 +104,8 @@ def sample(
             for small micro-batches, and not exact; the ``cuda`` engine also rounds what the weights are multiplied by.
         options: everything an engine can be told, ``precision`` included (then leave that argument out): threads,
             instruction set, row phase, tile, CUDA graph.
+        shape, num_codes, num_classes: grid (H, W), codes and classes of a module or function that is no prior, see
+            :func:`fastvq.trace`.
 
     Returns:
         int64 [n, H, W] on the prior's device.
@@ -108,7 +113,7 @@ def sample(
     Raises:
         ArgumentError, ArgumentTypeError: arguments that do not fit; nothing has been computed then.
     """
-    prior = as_prior(prior)
+    prior = as_prior(prior, shape=shape, num_codes=num_codes, num_classes=num_classes)
     check_indices(n, start)
     run = Run.chosen(prior, n, engine, engine_options(precision, options), micro_batch, memory_limit)
     request = build_request(
