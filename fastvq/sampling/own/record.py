@@ -151,8 +151,10 @@ class Recorder(Tracer):
         return value
 
     def _applied(self, value: Pending) -> Joined:
-        """A function that is no operation of its own, as a gate whose other half is constant."""
+        """An activation, or a function that is no operation of its own, as a gate whose other half is constant."""
         x = value.of
+        if value.name in _DELAYED:
+            return Joined(tuple(self.emitter.elementwise("activation", value.name, part) for part in x.parts))
         ones = torch.full((x.channels,), 1.0 if value.name == "sigmoid" else _OPEN, device=self.device)
         constant = Linear(x.channels, x.rows, x.columns, (), ones)
         sides = [constant, *x.parts] if value.name == "sigmoid" else [*x.parts, constant]
@@ -544,6 +546,8 @@ class Recorder(Tracer):
         x = self._linear(value)
         if plain == "elu" and any(factor != 1 for factor in [*args[1:], *kwargs.values()]):
             raise Untraceable("only an ELU with factors of 1 is an operation of a plan")
+        if plain in _DELAYED and (x.rows > self.grid[0] or x.columns > self.grid[1]):
+            return self._result(name, args, Pending(plain, x), held.layout)
         if plain == "silu":
             one = self.emitter.merged(x)
             twice = self.emitter.merged(Joined((one, one)))
@@ -716,6 +720,8 @@ class Recorder(Tracer):
         return Joined((self.emitter.elementwise("gate", variant, self.emitter.merged(both)),))
 
 
+# Functions of features on more than the grid wait until these are cut.
+_DELAYED = ("elu", "relu")
 # A sigmoid of it is 1 in float32.
 _OPEN = 30.0
 

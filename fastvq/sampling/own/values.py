@@ -182,7 +182,9 @@ class Table:
 
 @dataclass(frozen=True, eq=False)
 class Pending:
-    """``sigmoid`` or ``tanh`` of vectors, until it is known what it is multiplied by."""
+    """``sigmoid`` or ``tanh`` of vectors, until it is known what it is multiplied by; ``elu`` or ``relu`` of vectors on
+    more than the grid, until they are cut to it.
+    """
 
     name: str
     of: Joined
