@@ -13,6 +13,7 @@ from fastvq import _engine as _engine
 from fastvq._version import __version__
 
 if TYPE_CHECKING:
+    from fastvq.interop.quantizers import accelerate, acceleration, restore
     from fastvq.models import FSQ, LFQ, VQVAE, VQVAE2, GatedPixelCNN, PixelSNAIL, ResidualVQ, SimVQ, VectorQuantizer
     from fastvq.sampling import EngineOptions, Pipeline, explain, sample
 
@@ -28,7 +29,10 @@ _HOMES = {
     "VQVAE": "fastvq.models",
     "VQVAE2": "fastvq.models",
     "VectorQuantizer": "fastvq.models",
+    "accelerate": "fastvq.interop.quantizers",
+    "acceleration": "fastvq.interop.quantizers",
     "explain": "fastvq.sampling",
+    "restore": "fastvq.interop.quantizers",
     "sample": "fastvq.sampling",
 }
 
@@ -45,7 +49,10 @@ __all__ = [
     "SimVQ",
     "VectorQuantizer",
     "__version__",
+    "accelerate",
+    "acceleration",
     "explain",
+    "restore",
     "sample",
 ]
 

@@ -101,8 +101,8 @@ _TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose
 _AXES = {1: "L", 2: "HW", 3: "DHW"}
 _SIDES = {1: "length", 2: "height and width", 3: "depth, height and width"}
 
-# Random codes far from the data are never chosen and stay where they are: docs/codebooks.md compares.
-_LIVE: dict[str, Any] = {"codebook_init": "kmeans", "revive_below": 1.0}
+# Random codes far from the data would never be chosen and stay where they are: docs/codebooks.md compares.
+_LIVE: dict[str, Any] = {"revive_below": 1.0}
 _TINY: dict[str, Any] = {
     "in_channels": 1,
     "channels": 16,
