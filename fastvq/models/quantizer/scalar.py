@@ -56,7 +56,7 @@ class ScalarQuantizer(Projected):
 
     @abstractmethod
     def _values(self, digits: Tensor) -> Tensor:
-        """Vectors [..., D] of digits, in the type of `torch.get_default_dtype`."""
+        """float32 [..., D] of digits."""
 
     def _losses(self, vectors: Tensor, quantized: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
         """Commitment and codebook loss of vectors [N, heads, D] where ``real`` [N]."""
