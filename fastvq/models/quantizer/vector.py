@@ -220,7 +220,12 @@ class VectorQuantizer(Projected):
             revive_below=self.revive_below,
             metric=self.metric,
             sync=self.sync_codebook,
+            transform=self._code_map(),
         )
+
+    def _code_map(self) -> Tensor | None:
+        """W, for a subclass whose codes are W c."""
+        return None
 
     def extra_repr(self) -> str:
         text = (
