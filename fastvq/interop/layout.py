@@ -19,7 +19,7 @@ from fastvq.models import VQVAE2, GatedPixelCNN, PixelCNN, PixelSNAIL
 _MARKERS = {
     "pixelsnail": ("horizontal.conv.", "vertical.conv."),
     "gated_pixelcnn": ("embedding.weight", "layers.0.vert_stack.", "layers.0.vert_to_horiz."),
-    "pixelcnn": ("0.weight", "0.mask", "2."),
+    "pixelcnn": ("0.weight", "0.mask"),
     "vqvae": ("enc_b.blocks.", "quantize_t."),
 }
 Converted = PixelSNAIL | GatedPixelCNN | PixelCNN | VQVAE2
@@ -90,6 +90,8 @@ def require_grid(shape: object) -> tuple[int, int]:
 
 def build(tensors: Mapping[str, Tensor], kind: str, options: Options) -> Converted:
     """Our model of a normalised state dict: float32, on the CPU, in evaluation mode."""
+    # Batch norm counts its batches; nothing is made of that.
+    tensors = {name: value for name, value in tensors.items() if not name.endswith(".num_batches_tracked")}
     for name, value in tensors.items():
         if not require_tensor(name, value).dtype.is_floating_point:
             raise ArgumentError(f"source: expected floating-point tensors, got {value.dtype} for {name}")

@@ -58,7 +58,6 @@ def build(tensors: Mapping[str, Tensor], *, shape: tuple[int, int] | None) -> Pi
     require_depth(config, tensors)
     model = outline(lambda: PixelCNN(config))
     beside: dict[str, Shape] = {f"{one.name}.mask": tensors[f"{one.name}.weight"].shape for one in layers if one.mask}
-    beside |= {f"{one.norm}.num_batches_tracked": () for one in layers if f"{one.norm}.num_batches_tracked" in tensors}
     fill(model, links(config, layers, inputs), tensors, beside)
     return model
 

@@ -76,9 +76,7 @@ def test_what_does_not_fit_is_named() -> None:
     state = foreign("batch-norm").state_dict()
     fit = "source: keys do not fit the layout: "
     odd = "source: expected an input of 1 channel or of 6, one for each code, got 3 of 0.weight"
-    alone = {name: value for name, value in state.items() if name[0] in "02" and name != "2.weight"} | {
-        "2.x": state["0.mask"]
-    }
+    alone = {name: value for name, value in state.items() if name[0] in "01"} | {"2.weight": torch.ones(3)}
     for source, shape, message in (
         (state, None, "shape: expected the grid (H, W) of this prior, which its state dict does not hold, got None"),
         ({name: value for name, value in state.items() if name != "4.bias"}, SHAPE, f"{fit}1 missing (4.bias)"),
