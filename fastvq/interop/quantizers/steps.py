@@ -16,7 +16,7 @@ from fastvq.ops.dispatch import is_batched, is_differentiated
 from fastvq.ops.ema_update import ema_update
 from fastvq.ops.nearest_code import CodeStatistics, nearest_code, nearest_code_statistics
 
-tracing_state = torch._C._get_tracing_state
+_tracing_state = torch._C._get_tracing_state
 _PLAIN = (Tensor, torch.nn.Parameter)
 # Vectors of a sample from which on a call for each sample is worth it.
 _MANY = 1024
@@ -26,16 +26,16 @@ def can_run(x: object, *codebooks: Tensor) -> bool:
     """Whether vectors can be looked up by our operations and nothing is watched that has to see PyTorch's own: a
     tracer, an export, a transform of torch.func. In half precision the original rounds distances, which decide.
     """
+    if torch.compiler.is_compiling():
+        if torch.compiler.is_exporting():
+            return False
+    elif _tracing_state() is not None or is_batched() or is_differentiated():
+        return False
     if not isinstance(x, Tensor) or type(x) not in _PLAIN or not x.is_floating_point() or x.numel() == 0:
         return False
     if not (x.is_cpu or x.is_cuda) or x.layout is not torch.strided:
         return False
-    for codebook in codebooks:
-        if type(codebook) not in _PLAIN or codebook.dtype is not torch.float32 or codebook.device != x.device:
-            return False
-    if torch.compiler.is_compiling():
-        return not torch.compiler.is_exporting()
-    return not (tracing_state() is not None or is_batched() or is_differentiated())
+    return all(type(one) in _PLAIN and one.dtype is torch.float32 and one.device == x.device for one in codebooks)
 
 
 def search(x: Tensor, codebook: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvq.interop.quantizers.kind import Accelerated, Draw, original_class
+from fastvq.interop.quantizers.kind import Accelerated, Draw, original_class, processes_meet
 from fastvq.interop.quantizers.steps import assign, can_run, compact, mean_error, straight_through
 from fastvq.interop.quantizers.vector_quantize_steps import (
     assign_by_angle,
@@ -171,6 +171,8 @@ class ResidualVQ(Accelerated):
 
     @classmethod
     def ready(cls, copy: Any, draw: Draw) -> None:
+        if processes_meet():
+            copy.quantize_dropout = False
         for number, level in enumerate(copy.layers):
             make_ready(level, lambda *shape, scale=0.5**number: draw(*shape) * scale)
 
