@@ -11,7 +11,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvq.models.quantizer.gradient import pass_gradient
 from fastvq.ops.dispatch import is_batched, is_differentiated
 from fastvq.ops.ema_update import ema_update
 from fastvq.ops.nearest_code import CodeStatistics, nearest_code, nearest_code_statistics
@@ -66,19 +65,28 @@ def move(
         ema_update(counts, sums, cluster_size.data, average.data, codes.data, decay=decay, eps=eps)
 
 
+# Functions with a ``setup_context`` look at their signature in every call, which costs as much as a small search.
 class _Error(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, code: Tensor, value: Tensor) -> Tensor:
-        return value.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:2])
+    def forward(ctx: Any, x: Tensor, code: Tensor, value: Tensor) -> Tensor:
+        ctx.save_for_backward(x, code)
+        return value
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         x, code = ctx.saved_tensors
         return (x - code).mul_(grads[0] * (2 / x.numel())), None, None
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, code: Tensor) -> Tensor:
+        ctx.dtype = x.dtype
+        return torch.empty_like(x, dtype=code.dtype).copy_(code)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0].to(ctx.dtype), None
 
 
 def mean_error(x: Tensor, code: Tensor, total: Tensor) -> Tensor:
@@ -93,7 +101,8 @@ def straight_through(x: Tensor, code: Tensor) -> Tensor:
     """``code`` whose gradient goes to ``x``, in memory of its own and with the strides of ``x``, as the originals' sum
     with ``x`` is: what comes next may change it, while the code is kept for the backward pass.
     """
-    return pass_gradient(x, torch.empty_like(x, dtype=code.dtype).copy_(code), "straight_through")
+    out: Tensor = _StraightThrough.apply(x, code.detach())
+    return out
 
 
 def compact(x: Tensor) -> Tensor:

@@ -151,6 +151,7 @@ class _Levels(torch.autograd.Function):
 
     @staticmethod
     def forward(
+        ctx: Any,
         x: Tensor,
         total: Tensor,
         losses: Tensor,
@@ -159,15 +160,13 @@ class _Levels(torch.autograd.Function):
         weights: list[float],
         kind: str | None,
     ) -> tuple[Tensor, Tensor]:
-        # What comes next may change the sum in place; nothing else holds it.
-        return total.detach(), losses.detach()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, _, _, indices, codebooks, ctx.weights, ctx.kind = inputs
-        if ctx.kind is None:
-            ctx.mark_non_differentiable(output[0])
         ctx.save_for_backward(x, indices, codebooks)
+        ctx.weights, ctx.kind = weights, kind
+        # What comes next may change the sum in place; nothing else holds it.
+        out = total.detach()
+        if kind is None:
+            ctx.mark_non_differentiable(out)
+        return out, losses.detach()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -188,12 +187,9 @@ class _Levels(torch.autograd.Function):
 
 class _Rotated(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, code: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, code: Tensor) -> Tensor:
+        ctx.save_for_backward(x, code)
         return code.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
