@@ -407,8 +407,6 @@ def test_residual_options_that_are_left_alone(options: dict[str, Any], reason: s
 @pytest.mark.parametrize(
     "call",
     [
-        {"mask": torch.arange(40).expand(4, 40) < torch.tensor([[40], [3], [20], [1]])},
-        {"lens": torch.tensor([40, 3, 20, 1])},
         {"topk": 2},
         {"indices": torch.zeros(4, 40, dtype=torch.int64)},
         {"return_loss_breakdown": True},
@@ -426,6 +424,67 @@ def test_calls_that_ask_for_more(call: dict[str, Any]) -> None:
         torch.testing.assert_close([*ours(x, **call)], [*theirs(x, **call)])
         torch.testing.assert_close([*ours(x)], [*theirs(x)])
     torch.testing.assert_close(dict(ours.state_dict()), dict(theirs.state_dict()))
+
+
+@pytest.mark.parametrize("of", ["mask", "lens"])
+@pytest.mark.parametrize(
+    ("name", "fast"),
+    [
+        ("plain", True),
+        ("straight through", True),
+        ("cosine", True),
+        ("cosine, dead codes", True),
+        ("k-means, dead codes", True),
+        ("learnable", True),
+        ("channels first", True),
+        ("heads", False),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+@pytest.mark.parametrize("zeros", [True, False], ids=["zeros", "input"])
+def test_padding_is_left_out(name: str, fast: bool, of: str, zeros: bool) -> None:
+    pair = VQ[name].pair(fastvq.accelerate)
+    lens = torch.tensor([40, 3, 20, 1])
+    # With channels first the original takes their number for that of vectors.
+    by_length = of == "lens" and name != "channels first"
+    call = {"lens": lens} if by_length else {"mask": torch.arange(40) < lens[:, None]}
+    if name == "heads":
+        # The original's loss is of the wrong shape.
+        pair = [module.eval() for module in pair]
+    for seed in range(3):
+        results = []
+        for module in pair:
+            module.return_zeros_for_masked_padding = zeros
+            torch.manual_seed(seed)
+            x = VQ[name].input(seed).requires_grad_()
+            out, codes, loss = module(x, **call)
+            if module.training:
+                (out.square().sum() + loss).backward()
+            results.append([out, codes, loss, x.grad])
+        torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(dict(pair[1].state_dict()), dict(pair[0].state_dict()))
+    x = VQ[name].input(0)
+    with Calls(type(pair[0])) as originals:
+        pair[1](x, **call)
+    assert originals.count == (not fast)
+
+
+class Calls:
+    """How often the forward pass of a class is called."""
+
+    def __init__(self, cls: type[nn.Module]) -> None:
+        self.cls, self.forward, self.count = cls, cls.forward, 0
+
+    def __enter__(self) -> Calls:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.count += 1
+            return self.forward(*args, **kwargs)
+
+        self.cls.forward = counted  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.cls.forward = self.forward  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("call", [{"return_all_codes": True}, {"freeze_codebook": True}, {"beam_size": 2}], ids=str)

@@ -62,6 +62,11 @@ class Accelerated(nn.Module):
         """Arguments for a replaced method; ``draw(*shape)`` gives normal random numbers."""
         raise NotImplementedError
 
+    @classmethod
+    def keywords(cls, module: Any) -> list[dict[str, Any]]:
+        """What ``forward`` is given by name, a call for each."""
+        return [{}]
+
     def _get_name(self) -> str:
         return f"Accelerated{super()._get_name()}"
 

@@ -42,10 +42,10 @@ def search(x: Tensor, codebook: Tensor) -> Tensor:
     return nearest_code(x.detach(), codebook.detach())
 
 
-def assign(x: Tensor, codebook: Tensor) -> CodeStatistics:
-    """Codes of vectors [N, D] or [H, N, D], with counts and sums; without gradients."""
+def assign(x: Tensor, codebook: Tensor, mask: Tensor | None = None) -> CodeStatistics:
+    """Codes of vectors [N, D] or [H, N, D], with counts and sums of those where the mask is; without gradients."""
     with torch.no_grad():
-        return nearest_code_statistics(x.detach(), codebook.detach())
+        return nearest_code_statistics(x.detach(), codebook.detach(), mask=mask)
 
 
 def over_processes(counts: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:

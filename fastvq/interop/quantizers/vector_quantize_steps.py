@@ -71,7 +71,7 @@ def make_ready(copy: Any, draw: Draw) -> None:
         book.has_dead_code_replacement = False
 
 
-def assign_by_angle(x: Tensor, codes: Tensor) -> CodeStatistics:
+def assign_by_angle(x: Tensor, codes: Tensor, mask: Tensor | None) -> CodeStatistics:
     """Codes of the largest inner product with vectors [H, N, D].
 
     Those are the nearest if all codes are of one length. A code that was not used for long has been averaged to less,
@@ -79,16 +79,18 @@ def assign_by_angle(x: Tensor, codes: Tensor) -> CodeStatistics:
     """
     lengths = codes.square().sum(-1, keepdim=True)
     if not torch.compiler.is_compiling() and bool(((lengths - 1).abs() <= _UNIT).all()):
-        return assign(x, codes)
+        return assign(x, codes, mask)
     more = (lengths.amax(1, keepdim=True) - lengths).clamp(min=0).sqrt()
-    found = assign(F.pad(x, (0, 1)), torch.cat([codes, more], -1))
+    found = assign(F.pad(x, (0, 1)), torch.cat([codes, more], -1), mask)
     chosen = codes.gather(1, found.indices[..., None].expand(x.shape))
     error = (x - chosen).square().sum((1, 2))
     return found._replace(sums=found.sums[..., :-1].contiguous(), squared_error=error)
 
 
 @torch.no_grad()
-def update_codebook(book: Any, counts: Tensor, sums: Tensor, vectors: Callable[[], Tensor]) -> None:
+def update_codebook(
+    book: Any, counts: Tensor, sums: Tensor, vectors: Callable[[], Tensor], mask: Tensor | None = None
+) -> None:
     """Move a codebook by counts [H, K] and sums [H, K, D] of vectors [H, N, D], which are made if codes are dead."""
     if not book.ema_update and not book.has_dead_code_replacement:
         return
@@ -110,7 +112,7 @@ def update_codebook(book: Any, counts: Tensor, sums: Tensor, vectors: Callable[[
         if moves:
             book.update_ema()
     if book.has_dead_code_replacement and bool((book.cluster_size < book.threshold_ema_dead_code).any()):
-        book.expire_codes_(vectors())
+        book.expire_codes_(vectors(), seq_mask=mask)
 
 
 def quantize_levels(levels: Sequence[Any], x: Tensor, moves: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -206,6 +208,8 @@ def _rotate_back(grad: Tensor, x: Tensor, code: Tensor) -> Tensor:
     """As `fastvq.models.quantizer.gradient.pass_gradient` has it, but for vectors and codes that are almost 0, where
     the original goes on with a direction shorter than 1 (Fifty et al. 2024, arXiv 2410.06424, section 4.2).
     """
+    # Both count as constants.
+    x, code = x.detach(), code.detach()
     length, code_length = x.norm(dim=-1, keepdim=True).clamp(min=_LEAST_LENGTH), code.norm(dim=-1, keepdim=True)
     a, b = x / length, code / code_length.clamp(min=_LEAST_LENGTH)
     r = F.normalize(a + b, dim=-1, eps=_LEAST_LENGTH)
