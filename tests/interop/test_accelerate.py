@@ -304,6 +304,12 @@ def test_files_that_were_changed_are_found_out(forward: Callable[..., Any], reas
     assert left(changed(forward=with_names)) == reason
 
 
+def test_another_version_without_an_attribute() -> None:
+    module = VQ["plain"].make()
+    del module._codebook.gumbel_sample
+    assert left(module) == "it is of another version: 'Codebook' object has no attribute 'gumbel_sample'"
+
+
 def test_codes_of_half_precision() -> None:
     assert left(quantize().bfloat16()) == "its codes are torch.bfloat16, not torch.float32"
     module, other = fastvq.accelerate(quantize()).double(), quantize().double()
@@ -357,6 +363,33 @@ def test_processes_share_what_the_original_shares(monkeypatch: pytest.MonkeyPatc
     torch.testing.assert_close(dict(theirs.state_dict()), dict(ours.state_dict()))
 
 
+@pytest.mark.parametrize("residual", [False, True], ids=["VectorQuantize", "ResidualVQ"])
+def test_codebooks_that_processes_share(residual: bool) -> None:
+    """Two processes with the same vectors: what is added up is twice as much."""
+    package("vector_quantize_pytorch")
+    cases = RVQ if residual else VQ
+    theirs, ours = cases["plain"].pair(lambda module: module)
+    reduced: list[tuple[int, ...]] = []
+
+    def all_reduce(value: Tensor) -> None:
+        reduced.append(tuple(value.shape))
+        value.mul_(2)
+
+    for module in (theirs, ours):
+        for level in module.layers if residual else [module]:
+            level._codebook.use_ddp, level._codebook.all_reduce_fn = True, all_reduce
+    fastvq.accelerate(ours)
+    assert isinstance(ours, Accelerated)
+    assert reduced == []
+    x = cases["plain"].input(0)
+    theirs(x)
+    expected = [*reduced]
+    reduced.clear()
+    ours(x)
+    assert reduced == expected != []
+    torch.testing.assert_close(dict(theirs.state_dict()), dict(ours.state_dict()))
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
@@ -388,7 +421,7 @@ def test_options_that_are_left_alone(options: dict[str, Any], reason: str) -> No
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"shared_codebook": True}, "shared_codebook=True"),
+        ({"shared_codebook": True}, "shared_codebook"),
         ({"implicit_neural_codebook": True}, "implicit_neural_codebook"),
         ({"diveq": True}, "diveq"),
         ({"beam_size": 2}, "beam_size=2"),

@@ -18,7 +18,19 @@ from fastvq.interop.quantizers.vector_quantize_steps import (
     option_in_the_way,
     quantize_levels,
     rotated,
+    routes_gradients,
     update_codebook,
+)
+
+# Attributes of a residual quantiser, each named as its option, that ask for one level after the other.
+_RESIDUAL_OPTIONS = (
+    "implicit_neural_codebook",
+    "diveq",
+    "beam_size",
+    "eval_beam_size",
+    "shared_codebook",
+    "quant_grad_frac",
+    "accept_image_fmap",
 )
 
 
@@ -113,7 +125,7 @@ class VectorQuantize(Accelerated):
                 else:
                     error = mean_error(vectors, quantized, found.squared_error)
                 loss = loss + error * self.commitment_weight
-            if given.requires_grad and self.route_gradients_to_input:
+            if given.requires_grad and routes_gradients(self):
                 wide = quantized.to(torch.promote_types(vectors.dtype, quantized.dtype))
                 out = rotated(vectors, wide) if self.rotation_trick else straight_through(vectors, wide)
             elif vectors.requires_grad:
@@ -168,19 +180,10 @@ class ResidualVQ(Accelerated):
 
     @classmethod
     def why_not(cls, module: Any) -> str | None:
-        if module.implicit_neural_codebook:
-            return "implicit_neural_codebook"
-        if module.diveq:
-            return "diveq"
-        for name in ("beam_size", "eval_beam_size"):
-            if (getattr(module, name, None) or 1) > 1:
-                return f"{name}={getattr(module, name)}"
-        if module.shared_codebook:
-            return "shared_codebook=True"
-        if module.quant_grad_frac:
-            return f"quant_grad_frac={module.quant_grad_frac}"
-        if module.accept_image_fmap:
-            return "accept_image_fmap=True"
+        for name in _RESIDUAL_OPTIONS:
+            value = getattr(module, name, None)
+            if value and (value is True or "beam" not in name or value > 1):
+                return name if value is True else f"{name}={value}"
         if not module.uniform_codebook_size:
             return f"codebook_size={module.codebook_sizes}: levels differ"
         for level in module.layers:
@@ -192,7 +195,7 @@ class ResidualVQ(Accelerated):
                     reason = reason or name
             if reason is not None:
                 return reason
-        if len({(level.rotation_trick, level.route_gradients_to_input) for level in module.layers}) > 1:
+        if len({(level.rotation_trick, routes_gradients(level)) for level in module.layers}) > 1:
             return "levels differ in rotation_trick"
         return None
 
@@ -204,8 +207,9 @@ class ResidualVQ(Accelerated):
     def ready(cls, copy: Any, draw: Draw) -> None:
         if processes_meet():
             copy.quantize_dropout = False
-        for number, level in enumerate(copy.layers):
-            make_ready(level, lambda *shape, scale=0.5**number: draw(*shape) * scale)
+        # All of one scale: codes that are small beside what they are taken from leave the choice to rounding.
+        for level in copy.layers:
+            make_ready(level, draw)
 
     @classmethod
     def example(cls, module: Any, method: str, draw: Draw) -> tuple[Any, ...]:

@@ -48,13 +48,18 @@ def option_in_the_way(module: Any) -> str | None:
     if choose.keywords.get("straight_through"):
         return "straight_through"
     if original_class(book).__name__ != "Codebook":
-        return f"a codebook of class {type(book).__name__}"
+        return f"a codebook of class {original_class(book).__name__}, as other versions have"
     return "a hook of its codebook" if has_hooks(book) else None
 
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether something watches calls of a module that are no longer made."""
     return any(getattr(module, name) for name in _HOOKS)
+
+
+def routes_gradients(module: Any) -> bool:
+    """Whether codes pass their gradient on, as they always did in earlier versions."""
+    return bool(getattr(module, "route_gradients_to_input", True))
 
 
 def make_ready(copy: Any, draw: Draw) -> None:
@@ -130,7 +135,7 @@ def quantize_levels(levels: Sequence[Any], x: Tensor, moves: bool) -> tuple[Tens
     losses = found.squared_errors * torch.tensor([weight / flat.numel() for weight in weights], device=x.device)
     out = found.quantized.view(x.shape)
     if x.requires_grad and torch.is_grad_enabled():
-        routes = first.route_gradients_to_input
+        routes = routes_gradients(first)
         kind = ("rotation" if first.rotation_trick else "straight_through") if routes else None
         out, losses = _Levels.apply(x, out, losses, indices, codebooks, weights, kind)
     elif torch.is_grad_enabled():
