@@ -14,15 +14,18 @@ from fastvq._version import __version__
 
 if TYPE_CHECKING:
     from fastvq.interop.quantizers import accelerate, acceleration, restore
-    from fastvq.models import VQVAE, VQVAE2, GatedPixelCNN, PixelSNAIL, ResidualVQ, VectorQuantizer
+    from fastvq.models import FSQ, LFQ, VQVAE, VQVAE2, GatedPixelCNN, PixelSNAIL, ResidualVQ, SimVQ, VectorQuantizer
     from fastvq.sampling import EngineOptions, Pipeline, explain, sample
 
 _HOMES = {
     "EngineOptions": "fastvq.sampling",
+    "FSQ": "fastvq.models",
     "GatedPixelCNN": "fastvq.models",
+    "LFQ": "fastvq.models",
     "PixelSNAIL": "fastvq.models",
     "Pipeline": "fastvq.sampling",
     "ResidualVQ": "fastvq.models",
+    "SimVQ": "fastvq.models",
     "VQVAE": "fastvq.models",
     "VQVAE2": "fastvq.models",
     "VectorQuantizer": "fastvq.models",
@@ -34,6 +37,8 @@ _HOMES = {
 }
 
 __all__ = [
+    "FSQ",
+    "LFQ",
     "VQVAE",
     "VQVAE2",
     "EngineOptions",
@@ -41,6 +46,7 @@ __all__ = [
     "Pipeline",
     "PixelSNAIL",
     "ResidualVQ",
+    "SimVQ",
     "VectorQuantizer",
     "__version__",
     "accelerate",
