@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastvq._check import require_positive_int, require_seed
+from fastvq._check import require_positive_int, wrapped_seed
 from fastvq._nvtx import annotate
 from fastvq.data.augment import Augment
 from fastvq.data.base import ImageDataset, load_images
@@ -60,7 +60,7 @@ class EvaluationConfig:
         neighbours: k of precision, recall, density and coverage.
         keep: feature vectors of each set that enter metrics of neighbours and kernels.
         fractions: of the rejection curve.
-        seed: of the samples and of every random selection.
+        seed: of the samples and of every random selection, any integer, taken modulo 2**64.
         batch_size: images at a time.
     """
 
@@ -75,7 +75,7 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         for name in ("samples", "neighbours", "keep", "batch_size"):
             require_positive_int(name, getattr(self, name))
-        require_seed("seed", self.seed)
+        object.__setattr__(self, "seed", wrapped_seed("seed", self.seed))
         if not self.temperature:
             raise ArgumentError("temperature: expected one value, or one per level, got none")
         if not self.fractions or not all(0 < fraction <= 1 for fraction in self.fractions):

@@ -4,18 +4,21 @@ from typing import Any
 
 from fastvq._shards import Shard
 from fastvq.sampling.api import sample
+from fastvq.sampling.autoencoder import Autoencoder
 from fastvq.sampling.coding import frames
 from fastvq.sampling.cost import Explanation, describe, explain
 from fastvq.sampling.engines import choose_engine, engine_names
 from fastvq.sampling.noise import uniforms
 from fastvq.sampling.options import EngineOptions
 from fastvq.sampling.parts import merge_samples, sample_shard
-from fastvq.sampling.pipeline import Pipeline, Samples, shipped
+from fastvq.sampling.pipeline import Pipeline, shipped
+from fastvq.sampling.samples import Samples
 
 ENGINES: tuple[str, ...]
 
 __all__ = [
     "ENGINES",
+    "Autoencoder",
     "EngineOptions",
     "Explanation",
     "Pipeline",

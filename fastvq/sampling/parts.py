@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastvq._check import require_choice, require_positive_int, require_seed
+from fastvq._check import require_choice, require_positive_int, wrapped_seed
 from fastvq._files import remove_leftovers, replacing_file, replacing_folder, write_json
 from fastvq._shards import Shard, StoredShard, description_of, fill_shard, read_shards, working_on
 from fastvq._tensors import Specs, new_tensors, smallest_type
@@ -25,15 +25,14 @@ from fastvq.data.grid import image_grid, picture_bytes, save_grid
 from fastvq.errors import ArgumentError, FileConflictError
 from fastvq.sampling.api import living_threads
 from fastvq.sampling.coding import DECODED
-from fastvq.sampling.noise import SEED_BITS
 from fastvq.sampling.options import Precision, engine_options
 from fastvq.sampling.pipeline import Levels, Pipeline
 from fastvq.sampling.request import padded_micro_batches
+from fastvq.sampling.samples import CODES_FILE, SETTINGS_FILE
 
 KIND = PREFIX = "samples"
 IN_TURN = "in turn"
 LABELS = "labels"
-CODES_FILE, SETTINGS_FILE = "codes.safetensors", "samples.json"
 _LEAST_DRAWN = 64
 _INT64 = np.dtype(np.int64)
 
@@ -80,7 +79,7 @@ def sample_shard(
     Args:
         n: samples of all parts together.
         shard: which part, such as ``Shard(0, 8)``.
-        seed: 0..2**64-1, the same for all parts.
+        seed: any integer, taken modulo 2**64, the same for all parts.
         label: class of all samples, its number or name, or several that take turns; by default all classes in turn.
         temperature, top_k, top_p, engine, micro_batch, precision: as of :meth:`Pipeline.sample`.
         images: ``png`` also writes each image as ``000123.png``, named by its index; ``tar`` writes all of the part as
@@ -97,7 +96,7 @@ def sample_shard(
     """
     folder = Path(folder)
     require_positive_int("n", n)
-    require_seed("seed", seed, SEED_BITS)
+    seed = wrapped_seed("seed", seed)
     if images is not None:
         require_choice("images", images, ("png", "tar"))
     levels = pipeline.levels(
@@ -109,6 +108,8 @@ def sample_shard(
         micro_batch=micro_batch,
         options=engine_options(precision, None),
     )
+    if any(isinstance(given.temperature, tuple) for given in levels.settings):
+        raise ArgumentError("temperature: expected one value, or one per level; parts have none for each sample")
     indices, path = shard.range(n), shard.path(folder, PREFIX)
     identity = _identity(pipeline, levels, seed, label)
     pictures = _Pictures(folder, path, n, indices)
@@ -150,7 +151,7 @@ def _identity(
         "vqvae": model_checksum(pipeline.vqvae),
         "priors": [model_checksum(prior) for prior in pipeline.priors],
         "seed": seed,
-        "temperature": [float(given.temperature) for given in levels.settings],
+        "temperature": [float(given.temperature) for given in levels.settings],  # type: ignore[arg-type]
         "top_k": [given.top_k for given in levels.settings],
         "top_p": [given.top_p for given in levels.settings],
         "label": None if classes is None else IN_TURN if classes == every else _alike(list(classes)),

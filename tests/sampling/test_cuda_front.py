@@ -94,7 +94,7 @@ class Job:
         self.grid = FrontGrid(self.weights, n, self.statics, filtered=filtered, keep_logits=True)
 
     @torch.inference_mode()
-    def run(self, row_done: RowDone = lambda rows: None) -> tuple[Tensor, Tensor]:
+    def run(self, row_done: RowDone = lambda rows, codes: None) -> tuple[Tensor, Tensor]:
         """Codes, and logits [n, H, W, K]."""
         logits = self.grid.logits
         assert logits is not None
@@ -104,7 +104,7 @@ class Job:
 
     def wanted(self, prior: Prior) -> Tensor:
         """The codes of the interpreter of plans."""
-        return fill("torch", self.prior, self.request, lambda rows: None).cpu()
+        return fill("torch", self.prior, self.request, lambda *_: None).cpu()
 
 
 def check_codes(make: Callable[[], Prior], device: str, **changes: Any) -> str:
@@ -521,11 +521,11 @@ def test_memory() -> None:
     """What a grid takes is what its buffers hold."""
     prior = spread(BARE(shape=(16, 32), channels=64, residual_channels=64, kernel_size=5)).cuda()
     request = request_of(prior, 16, {}, seed=1)
-    fill("cuda", prior, request, lambda rows: None)
+    fill("cuda", prior, request, lambda *_: None)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    fill("cuda", prior, request, lambda rows: None)
+    fill("cuda", prior, request, lambda *_: None)
     taken = torch.cuda.max_memory_allocated() - before
     weights = FrontWeights(Work.front(compile_plan(prior)), torch.device("meta"), "float32")
     statics = {"background": torch.empty(1, 2, 16, 32, device="meta")}

@@ -290,7 +290,13 @@ def test_logits_that_overflow(engine: str, kind: Callable[..., Any]) -> None:
     message = {"cpu": "prior: its logits are not finite for sample 0 of the micro-batch at row 0", "torch": "logits: "}
     for threads in (1, 2):
         with refuses(ArgumentError, message[engine]):
-            fill(engine, prior, request_of(prior, 2, {}, seed=0), lambda rows: None, EngineOptions(threads=threads))
+            fill(
+                engine,
+                prior,
+                request_of(prior, 2, {}, seed=0),
+                lambda *_: None,
+                EngineOptions(threads=threads),
+            )
 
 
 @every_engine
@@ -327,8 +333,8 @@ def test_sampling_goes_on_after_an_error(engine: str) -> None:
 @every_engine
 def test_rows_are_counted(engine: str) -> None:
     prior = snail()
-    rows = []
-    fill(engine, prior, request_of(prior, 2, {}, seed=0), rows.append)
+    rows: list[int] = []
+    fill(engine, prior, request_of(prior, 2, {}, seed=0), lambda count, _: rows.append(count))
     assert sum(rows) == 3
 
 
