@@ -347,6 +347,45 @@ def _residual_cases(device: str) -> list[ResidualCase]:
     ]
 
 
+AcceleratedModule = Literal["VectorQuantize", "EMAQuantizer", "ResidualVQ"]
+
+
+@dataclass(frozen=True)
+class AcceleratedCase(ResidualCase):
+    """A quantiser of another library on ``batch`` vectors, as it is and after :func:`fastvq.accelerate`: the forward
+    pass of its training. The codebooks are as those of :class:`ResidualCase`; one level but for ``ResidualVQ``.
+
+    Attributes:
+        module: ``VectorQuantize`` and ``ResidualVQ`` of vector-quantize-pytorch, ``EMAQuantizer`` of MONAI, whose
+            vectors lie along the second axis of a square.
+    """
+
+    module: AcceleratedModule = "VectorQuantize"
+
+    @property
+    def id(self) -> str:
+        return super().id.replace("residual-", f"accelerated-{self.module.lower()}-", 1)
+
+    def small(self) -> AcceleratedCase:
+        levels = min(self.levels, 3)
+        return dataclasses.replace(self, batch=400, num_codes=61, code_dim=self.code_dim // 8 + 1, levels=levels)
+
+
+def _accelerated_cases(device: str) -> list[AcceleratedCase]:
+    gpu = "" if device == "cpu" else ", GPU"
+    sizes: tuple[tuple[AcceleratedModule, int, int, int, int], ...] = (
+        ("VectorQuantize", 4096, 512, 64, 1),
+        ("VectorQuantize", 65536, 512, 64, 1),
+        ("EMAQuantizer", 4096, 512, 64, 1),
+        ("EMAQuantizer", 65536, 512, 64, 1),
+        ("ResidualVQ", 12288, 1024, 128, 8),
+    )
+    return [
+        AcceleratedCase("accelerated quantiser", f"{name}, N {n}, K {k}{gpu}", n, k, d, q, device=device, module=name)
+        for name, n, k, d, q in sizes
+    ]
+
+
 CausalWhat = Literal["forward", "forward + backward"]
 WHATS: tuple[CausalWhat, ...] = ("forward", "forward + backward")
 
@@ -525,7 +564,7 @@ def _prior_cases(device: str) -> list[PriorCase]:
 DEVICES = ("cpu", "cuda")
 CASES: list[Case] = [*SAMPLER_CASES, *CALL_CASES, *_product_cases()]
 for _device in DEVICES:
-    CASES += [*_nearest_code_cases(_device), *_residual_cases(_device)]
+    CASES += [*_nearest_code_cases(_device), *_residual_cases(_device), *_accelerated_cases(_device)]
     CASES += [*_convolution_cases(_device), *_attention_cases(_device)]
     CASES += _prior_cases(_device)
 

@@ -64,9 +64,9 @@ def photographs(folder: Path) -> Path:
     return folder
 
 
-def autoencoder(options: Mapping[str, Any], channels: int) -> VQVAE2:
+def autoencoder(options: Mapping[str, Any], channels: int, seed: int = 0) -> VQVAE2:
     """That of the preset ``photos64`` with other codebooks."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = VQVAE2.from_preset("photos64", channels=channels, residual_channels=channels // 2)
     config = model.config
     for level in range(model.num_levels):
@@ -95,12 +95,20 @@ def measure(model: VQVAE2, images: Tensor) -> dict[str, float]:
 
 
 def train(
-    images: Tensor, name: str, at: Sequence[int], batch: int, rate: float, channels: int, device: torch.device
+    images: Tensor,
+    name: str,
+    at: Sequence[int],
+    *,
+    batch: int,
+    rate: float,
+    channels: int,
+    device: torch.device,
+    seed: int,
 ) -> Iterator[dict[str, Any]]:
-    """What is found after each of ``at`` steps, in rising order."""
+    """What is found after each of ``at`` steps, in rising order; the seed is that of weights and batches."""
     training, held_out = split_indices(len(images), 0.1, seed=0)
     validation = images[held_out].to(device)
-    model = autoencoder(SETTINGS[name], channels).to(device).train()
+    model = autoencoder(SETTINGS[name], channels, seed).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
 
     def passes(tensors: Sequence[Tensor]) -> Tensor:
@@ -112,7 +120,7 @@ def train(
 
     step = Recorded(passes, device)
     step.recording = device.type == "cuda"
-    batches = StepBatches(lambda rows, _: (images[training[rows]],), len(training), batch, seed=0)
+    batches = StepBatches(lambda rows, _: (images[training[rows]],), len(training), batch, seed=seed)
     began = time.perf_counter()
     for number in range(max(at)):
         loss = step(batches[number])
@@ -159,6 +167,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--channels", type=int, default=128)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
@@ -166,16 +175,24 @@ def main() -> None:
         data, images = opened(given, options.size)
         for name in options.setting or SETTINGS:
             found = train(
-                images, name, options.at, options.batch_size, options.lr, options.channels, torch.device(options.device)
+                images,
+                name,
+                options.at,
+                batch=options.batch_size,
+                rate=options.lr,
+                channels=options.channels,
+                device=torch.device(options.device),
+                seed=options.seed,
             )
             rows += ({"data": data, "images": len(images), **row} for row in found)
     path = free_path(options.out)
+    names = ("size", "batch_size", "lr", "channels", "device", "seed")
     description = {
         "time": now(),
         "commit": describe_commit(),
         "machine": describe_machine(),
         "versions": describe_versions(),
-        "settings": {name: getattr(options, name) for name in ("size", "batch_size", "lr", "channels", "device")},
+        "settings": {name: getattr(options, name) for name in names},
         "rows": rows,
     }
     path.write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
+from fastvq._bar import bar
 from fastvq._files import remove_leftovers
 from fastvq._shards import description_of
 from fastvq.cli.images import open_data
@@ -70,7 +69,7 @@ def sample(arguments: argparse.Namespace) -> None:
     if arguments.animate is not None:
         known = [torch.full_like(grid, level < len(kept), dtype=torch.bool) for level, grid in enumerate(samples.codes)]
         frames = pipeline.frames(samples.codes, known=known)
-        shown = tqdm(frames, "frames", disable=arguments.quiet, file=sys.stderr)
+        shown = bar("frames", show=not arguments.quiet, items=frames)
         save_animation(arguments.animate, shown, columns, captions=captions, overwrite=arguments.overwrite)
         print(f"the grids being filled in {arguments.animate}")
 

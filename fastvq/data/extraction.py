@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import hashlib
 import os
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastvq._bar import bar
 from fastvq._check import require_positive_int, require_seed
 from fastvq._nvtx import annotate
 from fastvq._shards import Shard, StoredShard, fill_shard, read_shards
@@ -252,15 +252,13 @@ class _Extraction:
 
         Batches begin at multiples of their size among all rows.
         """
-        from tqdm import tqdm
-
         encoder = copy.deepcopy(self.model).eval()
         if self.device is not None:
             encoder = encoder.to(self.device)
         target = next(encoder.parameters()).device
         first, size = rows.start + done, self.batch_size
         with (
-            tqdm(total=len(rows), initial=done, desc=title, disable=not self.progress, file=sys.stderr) as bar,
+            bar(title, show=self.progress, total=len(rows), initial=done) as shown,
             ThreadPoolExecutor(max(1, self.num_workers)) as pool,
         ):
             for low in range(first - first % size, rows.stop, size):
@@ -276,7 +274,7 @@ class _Extraction:
                 # Not around the yield, where it would be the caller's mode as well.
                 with annotate("encode"), torch.inference_mode():
                     grids = [codes.cpu().numpy() for codes in encoder.encode(images.to(target))]
-                bar.update(kept.stop - kept.start)
+                shown.update(kept.stop - kept.start)
                 place = slice(kept.start - rows.start, kept.stop - rows.start)
                 yield place, [grid[kept.start - low : kept.stop - low] for grid in grids]
 

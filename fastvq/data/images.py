@@ -7,7 +7,6 @@ import functools
 import hashlib
 import math
 import os
-import sys
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +19,7 @@ import PIL
 import torch
 from torch import Tensor
 
+from fastvq._bar import bar
 from fastvq._check import require_bool, require_choice, require_positive_int
 from fastvq.data.base import require_size
 from fastvq.data.known import DECODED, OPENED, SEVERAL, read_known, write_known
@@ -335,12 +335,10 @@ class ImageFolder:
         """
         if self.use_pixels(folder):
             return
-        from tqdm import tqdm
-
-        with tqdm(total=len(self), desc="storing images", disable=not progress, file=sys.stderr) as bar:
+        with bar("storing images", show=progress, total=len(self)) as shown:
 
             def done(rows: int) -> None:
-                bar.update(rows)
+                shown.update(rows)
                 every()
 
             place = self.pixels_folder(folder)
@@ -379,7 +377,6 @@ class ImageFolder:
 
 def _in_threads(look: Callable[[T], R], items: Sequence[T], title: str | None = None) -> list[R]:
     """Results for all items; with a progress bar of that title on stderr."""
-    from tqdm import tqdm
 
     def some(start: int) -> list[R]:
         return [look(item) for item in items[start : start + _CHUNK]]
@@ -387,11 +384,11 @@ def _in_threads(look: Callable[[T], R], items: Sequence[T], title: str | None = 
     found: list[R] = []
     with (
         ThreadPoolExecutor(_THREADS) as pool,
-        tqdm(total=len(items), desc=title, disable=title is None, file=sys.stderr) as bar,
+        bar(title or "", show=title is not None, total=len(items)) as shown,
     ):
         for part in pool.map(some, range(0, len(items), _CHUNK)):
             found += part
-            bar.update(len(part))
+            shown.update(len(part))
     return found
 
 

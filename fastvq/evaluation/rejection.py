@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastvq._bar import bar
 from fastvq._check import (
     require_number,
     require_positive_int,
@@ -158,10 +158,8 @@ class _Pool:
         return self._passed[group] / self._tried[group] if self._tried[group] else 1.0
 
     def draw(self, counts: dict[int, int], progress: bool) -> None:
-        from tqdm import tqdm
-
         groups = torch.cat([torch.full((count,), group) for group, count in counts.items()])
-        with tqdm(total=len(groups), desc="candidates", disable=not progress, file=sys.stderr) as bar:
+        with bar("candidates", show=progress, total=len(groups)) as shown:
             for part in groups.split(_CHUNK):
                 label = None if self._pipeline.num_classes is None else part
                 drawn = self._pipeline.sample(
@@ -178,7 +176,7 @@ class _Pool:
                     new = [index, scores, *(codes.cpu() for codes in drawn.codes), drawn.images.cpu()]
                     self._add(group, [tensor[rows] for tensor in new])
                 self.drawn += len(part)
-                bar.update(len(part))
+                shown.update(len(part))
 
     def _add(self, group: int, new: list[Tensor]) -> None:
         old = self._kept.get(group)

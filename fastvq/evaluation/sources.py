@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastvq._bar import bar
 from fastvq._check import require_positive_int
 from fastvq._evaluation import in_evaluation
 from fastvq._files import new_array
@@ -138,7 +138,6 @@ def draw_samples(
         label: classes, int64 [n]; by default all in turn.
         settings: of :meth:`Pipeline.sample`: temperature, top_k, top_p, engine, ...
     """
-    from tqdm import tqdm
 
     require_positive_int("n", n)
     if label is None:
@@ -155,14 +154,14 @@ def draw_samples(
         )
         for level, prior in enumerate(pipeline.priors)
     ]
-    with tqdm(total=n, desc="samples", disable=not progress, file=sys.stderr) as bar:
+    with bar("samples", show=progress, total=n) as shown:
         for start in range(0, n, _CHUNK):
             size = min(_CHUNK, n - start)
             part = None if label is None else label[start : start + size]
             samples = pipeline.sample(size, label=part, seed=seed, start=start, **settings)
             for array, codes in zip(arrays, samples.codes, strict=True):
                 array[start : start + size] = codes.cpu().numpy()
-            bar.update(size)
+            shown.update(size)
     return DrawnSamples(pipeline, arrays, label, seed, settings)
 
 

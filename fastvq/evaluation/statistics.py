@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from fastvq._bar import bar
 from fastvq._check import require_positive_int, wrapped_seed
 from fastvq._files import reading, replacing_file, save_tensors
 from fastvq._tensors import read_safetensors
@@ -226,10 +226,8 @@ def image_batches(
     dataset: ImageDataset, indices: np.ndarray, batch_size: int, title: str, *, progress: bool = False
 ) -> Iterator[Tensor]:
     """The images of some indices, in order, ``batch_size`` at a time."""
-    from tqdm import tqdm
-
     starts = range(0, len(indices), batch_size)
-    for start in tqdm(starts, title, disable=not progress, file=sys.stderr):
+    for start in bar(title, show=progress, items=starts):
         yield images_of(dataset, indices[start : start + batch_size])
 
 

@@ -8,15 +8,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fastvq._check import require_tensor
+from fastvq._check import require_positive_int, require_tensor
 from fastvq._unwrap import WRAPPERS, unwrap
 from fastvq.errors import ArgumentError
-from fastvq.interop import snail, vqvae
+from fastvq.interop import gated, snail, vqvae
 from fastvq.interop.state import PREFIXES, normalise
-from fastvq.models import VQVAE2, PixelSNAIL
+from fastvq.models import VQVAE2, GatedPixelCNN, PixelSNAIL
 
 # Every model of a layout has names that begin so.
-_MARKERS = {"pixelsnail": ("horizontal.conv.", "vertical.conv."), "vqvae": ("enc_b.blocks.", "quantize_t.")}
+_MARKERS = {
+    "pixelsnail": ("horizontal.conv.", "vertical.conv."),
+    "gated_pixelcnn": ("embedding.weight", "layers.0.vert_stack.", "layers.0.vert_to_horiz."),
+    "vqvae": ("enc_b.blocks.", "quantize_t."),
+}
+Converted = PixelSNAIL | GatedPixelCNN | VQVAE2
 KINDS = tuple(_MARKERS)
 
 
@@ -26,7 +31,7 @@ class Options:
 
     Attributes:
         legacy: residual blocks add their activated input.
-        shape: grid of a prior, if other than the stored one.
+        shape: grid of a prior, if other than the stored one; a gated PixelCNN stores none.
         heads: of attention.
         dropout: of a prior.
         decay: of a VQVAE's codebooks.
@@ -40,7 +45,7 @@ class Options:
 
 
 def recognise(source: nn.Module | Mapping[str, Tensor]) -> str | None:
-    """The layout of a module or state dict: ``"pixelsnail"``, ``"vqvae"``, or None for any other."""
+    """The layout of a module or state dict: ``"pixelsnail"``, ``"gated_pixelcnn"``, ``"vqvae"``, or None."""
     inner = unwrap(source)
     live = isinstance(inner, nn.Module)
     tensors = inner.state_dict() if isinstance(inner, nn.Module) else source
@@ -74,7 +79,13 @@ def require_kind(tensors: Mapping[str, Tensor], wanted: str | None = None) -> st
     return kind
 
 
-def build(tensors: Mapping[str, Tensor], kind: str, options: Options) -> PixelSNAIL | VQVAE2:
+def require_grid(shape: object) -> tuple[int, int]:
+    if not isinstance(shape, (tuple, list)) or len(shape) != 2:
+        raise ArgumentError(f"shape: expected (height, width), got {shape!r}")
+    return require_positive_int("shape", shape[0]), require_positive_int("shape", shape[1])
+
+
+def build(tensors: Mapping[str, Tensor], kind: str, options: Options) -> Converted:
     """Our model of a normalised state dict: float32, on the CPU, in evaluation mode."""
     for name, value in tensors.items():
         if not require_tensor(name, value).dtype.is_floating_point:
@@ -83,11 +94,13 @@ def build(tensors: Mapping[str, Tensor], kind: str, options: Options) -> PixelSN
             raise ArgumentError(f"source: expected dense tensors, got {value.layout} for {name}")
         if value.is_meta:
             raise ArgumentError(f"source: expected tensors with values, got {name} on the meta device")
-    model: PixelSNAIL | VQVAE2
+    model: Converted
     if kind == "pixelsnail":
         model = snail.build(
             tensors, legacy=options.legacy, shape=options.shape, heads=options.heads, dropout=options.dropout
         )
+    elif kind == "gated_pixelcnn":
+        model = gated.build(tensors, shape=options.shape)
     else:
         model = vqvae.build(tensors, legacy=options.legacy, decay=options.decay)
     return model.eval()

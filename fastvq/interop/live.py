@@ -13,36 +13,36 @@ from fastvq._check import require_bool
 from fastvq._unwrap import unwrap
 from fastvq._watch import Snapshot, contents_of
 from fastvq.errors import ArgumentError, ArgumentTypeError
-from fastvq.interop.layout import Options, build, require_kind
+from fastvq.interop.layout import Converted, Options, build, require_grid, require_kind
 from fastvq.interop.state import normalise
-from fastvq.models import VQVAE2, PixelSNAIL
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """A conversion and what it was made from: weights, which activations work in place, the argument."""
+    """A conversion and what it was made from: weights, which activations work in place, the arguments."""
 
     weights: Snapshot
     settings: list[bool]
-    legacy: bool | None
-    model: PixelSNAIL | VQVAE2
+    arguments: tuple[bool | None, tuple[int, int] | None]
+    model: Converted
 
-    def made_with(self, settings: list[bool], legacy: bool | None) -> bool:
-        return self.settings == settings and self.legacy == legacy
+    def made_with(self, settings: list[bool], legacy: bool | None, shape: tuple[int, int] | None) -> bool:
+        return self.settings == settings and self.arguments == (legacy, shape)
 
 
 _cache: weakref.WeakKeyDictionary[nn.Module, _Entry] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 
 
-def convert(module: nn.Module, *, legacy: bool | None = None) -> PixelSNAIL | VQVAE2:
+def convert(module: nn.Module, *, legacy: bool | None = None, shape: tuple[int, int] | None = None) -> Converted:
     """Our model with the present weights of a live module, which is recognised by its state dict.
 
     Args:
-        module: a VQVAE or PixelSNAIL of a known layout, also inside DataParallel, DistributedDataParallel,
-            AveragedModel or torch.compile.
+        module: a VQVAE, PixelSNAIL or gated PixelCNN of a known layout, also inside DataParallel,
+            DistributedDataParallel, AveragedModel or torch.compile.
         legacy: whether the activations at the start of its residual blocks work in place. None looks at the modules: if
             they are of type ``nn.ELU`` or ``nn.ReLU`` and in place, it is a legacy model.
+        shape: grid (H, W) of a gated PixelCNN, which does not know its own.
 
     Returns:
         The model in float32, on the module's device, in evaluation mode. Weights are copied. It is kept, and returned
@@ -60,26 +60,27 @@ def convert(module: nn.Module, *, legacy: bool | None = None) -> PixelSNAIL | VQ
         raise ArgumentTypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
     module = unwrap(module)
     require_bool("legacy", legacy, optional=True)
+    shape = None if shape is None else require_grid(shape)
     with torch.no_grad():
         modules, tensors = contents_of(module)
         settings = [bool(part.__dict__["inplace"]) for part in modules if "inplace" in part.__dict__]
         entry = _cache.get(module)
         # Reading all weights takes a while, in which other threads need not wait.
-        if entry is not None and entry.made_with(settings, legacy) and entry.weights.matches(tensors):
+        if entry is not None and entry.made_with(settings, legacy, shape) and entry.weights.matches(tensors):
             return entry.model
         with _lock:
             # The snapshot is older than the model: what is changed between the two is noticed the next time.
             weights = Snapshot(tensors)
-            model = _convert(module, legacy)
+            model = _convert(module, legacy, shape)
             entry = _cache.get(module)
             # Causal kernels zero masked entries in every pass, and another thread may have been here first.
-            if entry is not None and entry.made_with(settings, legacy) and _same(model, entry.model):
+            if entry is not None and entry.made_with(settings, legacy, shape) and _same(model, entry.model):
                 model = entry.model
-            _cache[module] = _Entry(weights, settings, legacy, model)
+            _cache[module] = _Entry(weights, settings, (legacy, shape), model)
             return model
 
 
-def _same(one: PixelSNAIL | VQVAE2, other: PixelSNAIL | VQVAE2) -> bool:
+def _same(one: Converted, other: Converted) -> bool:
     """Whether two models have the same settings, and the same weights in the same place."""
     if one.config != other.config:
         return False
@@ -87,12 +88,13 @@ def _same(one: PixelSNAIL | VQVAE2, other: PixelSNAIL | VQVAE2) -> bool:
     return all(a.device == b.device and a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
 
 
-def _convert(module: nn.Module, legacy: bool | None) -> PixelSNAIL | VQVAE2:
+def _convert(module: nn.Module, legacy: bool | None, shape: tuple[int, int] | None) -> Converted:
     try:
         tensors = normalise(module.state_dict())
         kind = require_kind(tensors)
         options = Options(
             legacy=_works_in_place(module, kind) if legacy is None else legacy,
+            shape=shape,
             heads=_heads(module),
             dropout=_dropout(module),
             decay=_decay(module),

@@ -8,9 +8,8 @@ from typing import Any
 
 from fastvq._check import require_bool, require_choice, require_positive_int
 from fastvq.errors import ArgumentError
-from fastvq.interop.layout import KINDS, Options, build, require_kind
+from fastvq.interop.layout import KINDS, Converted, Options, build, require_grid, require_kind
 from fastvq.interop.state import read
-from fastvq.models import VQVAE2, PixelSNAIL
 
 
 def load(
@@ -20,7 +19,7 @@ def load(
     legacy: bool = False,
     shape: tuple[int, int] | None = None,
     heads: int = 8,
-) -> VQVAE2 | PixelSNAIL:
+) -> Converted:
     """Our model with the weights of a checkpoint; see :mod:`fastvq.interop` for which.
 
     Args:
@@ -29,15 +28,16 @@ def load(
             script's ``args``, an argparse.Namespace. Its names may all begin with ``module.``, ``_orig_mod.``,
             ``model.`` or ``net.``; weight norm may have its old or its new names. Files are read without unpickling
             anything but tensors, plain containers and the namespace.
-        kind: ``"pixelsnail"`` or ``"vqvae"``, to be sure of what comes; None takes either.
+        kind: ``"pixelsnail"``, ``"gated_pixelcnn"`` or ``"vqvae"``, to be sure of what comes; None takes any.
         legacy: whether the activations at the start of residual blocks worked in place when the model was trained.
-        shape: grid (H, W) of a prior, for another one than it was trained on.
-        heads: number of attention heads of a prior, which shapes do not tell; 8 in that port.
+        shape: grid (H, W) of a prior, for another one than it was trained on. A gated PixelCNN does not store its own,
+            so that it is needed there.
+        heads: number of attention heads of a PixelSNAIL, which shapes do not tell; 8 in that port.
 
     Returns:
-        The model in float32, on the CPU, in evaluation mode. A prior whose layers are conditioned is of level 1, and
-        its condition has half its height and width; any other is of level 0. Weight norm is folded; coordinates in the
-        grid are computed anew, so that those of half-precision checkpoints are exact again.
+        The model in float32, on the CPU, in evaluation mode. A PixelSNAIL whose layers are conditioned is of level 1,
+        and its condition has half its height and width; any other prior is of level 0. Weight norm is folded;
+        coordinates in the grid are computed anew, so that those of half-precision checkpoints are exact again.
 
     Raises:
         MissingFileError: no such file.
@@ -51,11 +51,9 @@ def load(
     tensors, arguments = read(source)
     found = require_kind(tensors, kind)
     if shape is not None:
-        if found != "pixelsnail":
+        if found == "vqvae":
             raise ArgumentError("shape: a VQVAE takes images of any size; only priors have a grid")
-        if not isinstance(shape, (tuple, list)) or len(shape) != 2:
-            raise ArgumentError(f"shape: expected (height, width), got {shape!r}")
-        shape = (require_positive_int("shape", shape[0]), require_positive_int("shape", shape[1]))
+        shape = require_grid(shape)
     return build(tensors, found, Options(legacy, shape, heads, _dropout(arguments)))
 
 

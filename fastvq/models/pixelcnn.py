@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvq._check import require_odd, require_positive_int
+from fastvq._check import require_bool, require_odd, require_positive_int
 from fastvq.models.blocks import CodeConv2d
 from fastvq.models.limits import LARGEST, LARGEST_KERNEL, MOST_LAYERS
 from fastvq.models.prior import Prior, PriorConfig
@@ -24,19 +24,26 @@ class GatedPixelCNNConfig(PriorConfig):
         channels: width of both stacks.
         layers: gated layers after the first.
         kernel_size: odd; the vertical stack reads k // 2 + 1 rows of k columns.
+        input_kernel_size: of the first layer, odd; None: as the others.
         output_channels: width of the 1 x 1 layer before the logits.
+        output_activation: whether a ReLU comes before that layer, as in the paper, and not only after it.
     """
 
     channels: int = 64
     layers: int = 15
     kernel_size: int = 3
+    input_kernel_size: int | None = None
     output_channels: int = 512
+    output_activation: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require(require_positive_int, "channels", "output_channels", maximum=LARGEST)
         self._require(require_positive_int, "layers", minimum=0, maximum=MOST_LAYERS)
         self._require(require_odd, "kernel_size", minimum=3, maximum=LARGEST_KERNEL)
+        if self.input_kernel_size is not None:
+            self._require(require_odd, "input_kernel_size", minimum=3, maximum=LARGEST_KERNEL)
+        self._require(require_bool, "output_activation")
 
     @property
     def least_tensors(self) -> int:
@@ -70,9 +77,10 @@ class GatedPixelCNN(Prior):
         ),
     }
 
-    def __init__(self, config: GatedPixelCNNConfig) -> None:
+    def __init__(self, config: GatedPixelCNNConfig | None = None, **fields: Any) -> None:
+        config = self.config_class.of(config, fields)
         super().__init__(config)
-        width, reach = config.channels, config.kernel_size // 2
+        width, reach = config.channels, (config.input_kernel_size or config.kernel_size) // 2
         above = [(row, column) for row in range(-reach, 0) for column in range(-reach, reach + 1)]
         before = [(0, column) for column in range(-reach, 0)]
         self.input_vertical = CodeConv2d(config.num_codes, 2 * width, above)
@@ -95,7 +103,7 @@ class GatedPixelCNN(Prior):
         h = self.input_merge(_gate(horizontal + for_horizontal))
         for layer in self.layers:
             v, h = layer(v, h, context)
-        return self.output(F.relu(self.hidden(F.relu(h))))
+        return self.output(F.relu(self.hidden(F.relu(h) if self.config.output_activation else h)))
 
 
 class GatedLayer(nn.Module):

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from fastvq import _engine
+from fastvq._bar import bar
 from fastvq._check import require_bool
 from fastvq._evaluation import in_evaluation
 from fastvq._nvtx import annotate
@@ -211,7 +211,7 @@ class Run:
         options = self.options if callback is None else dataclasses.replace(self.options, cuda_graph=False)
         total = 0
         with (
-            tqdm(total=len(parts) * rows, desc="sampling", unit="row", disable=not progress) as bar,
+            bar("sampling", show=progress, total=len(parts) * rows, unit="row") as shown,
             annotate("sample"),
             contextlib.suppress(_StoppedError),
         ):
@@ -222,7 +222,7 @@ class Run:
 
                 def row_done(count: int, grids: Tensor, new: Tensor = new, place: Tensor = place) -> None:
                     nonlocal done, total
-                    bar.update(count)
+                    shown.update(count)
                     if callback is None:
                         return
                     codes[place, done : done + count] = grids[new, done : done + count]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import sys
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,8 +12,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from fastvq._bar import bar
 from fastvq._check import require_choice, require_positive_int, wrapped_seed
 from fastvq._files import remove_leftovers, replacing_file, replacing_folder, write_json
 from fastvq._shards import Shard, StoredShard, description_of, fill_shard, read_shards, working_on
@@ -116,9 +115,7 @@ def sample_shard(
     levels.warn_slow(stacklevel=3)
 
     def fill(arrays: dict[str, np.ndarray], done: int) -> Iterator[int]:
-        with tqdm(
-            total=len(indices), initial=done, desc=f"samples {shard}", disable=not progress, file=sys.stderr
-        ) as bar:
+        with bar(f"samples {shard}", show=progress, total=len(indices), initial=done) as shown:
             for part in _stretches(indices[done:], levels.micro_batch):
                 rows = slice(part.start - indices.start, part.stop - indices.start)
                 labels = pipeline.labels(part, label)
@@ -127,7 +124,7 @@ def sample_shard(
                     arrays[f"level{level}"][rows] = grid.cpu().numpy()
                 if labels is not None:
                     arrays[LABELS][rows] = labels.numpy()
-                bar.update(len(part))
+                shown.update(len(part))
                 yield rows.stop
 
     specs = _specs(identity, len(indices))

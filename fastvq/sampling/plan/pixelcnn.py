@@ -52,5 +52,5 @@ def write(graph: Graph, prior: GatedPixelCNN) -> int:
         gated = graph.gate(graph.affine(terms, numbers(layer.horizontal.bias) + numbers(layer.link.bias)), "tanh")
         v = graph.gate(plus(vertical, context(layer.context, for_v), None), "tanh")
         h = graph.add(h, graph.conv(layer.merge, (gated,)))
-    hidden = graph.conv(prior.hidden, (graph.activation(h, "relu"),))
+    hidden = graph.conv(prior.hidden, (graph.activation(h, "relu") if prior.config.output_activation else h,))
     return graph.conv(prior.output, (graph.activation(hidden, "relu"),))
