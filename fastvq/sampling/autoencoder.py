@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from fastvq._check import INTEGER_DTYPES, require_integer, require_positive_int
+from fastvq._check import INTEGER_DTYPES, require_integer, require_positive_int, require_shape
 from fastvq._evaluation import in_evaluation
 from fastvq.errors import ArgumentError, ArgumentTypeError
 from fastvq.models.vqvae import HierarchicalVQVAE
@@ -82,8 +82,7 @@ class OwnAutoencoder(nn.Module):
 
     def encode(self, images: Tensor) -> tuple[Tensor, ...]:
         """Codes of images [B, C, H, W] of the shape given: int64 [B, h, w] of each level, top first."""
-        if tuple(images.shape[1:]) != self.image_shape:
-            raise ArgumentError(f"images: expected shape {['B', *self.image_shape]}, got {list(images.shape)}")
+        require_shape("images", images, ["B", *self.image_shape])
         found = self.model.encode(images)
         levels = [found] if isinstance(found, Tensor) else found
         if not isinstance(levels, (list, tuple)) or len(levels) != self.num_levels:

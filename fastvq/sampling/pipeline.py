@@ -347,6 +347,12 @@ class Pipeline:
         Raises:
             ArgumentError, ArgumentTypeError: arguments that do not fit; nothing has been computed then.
         """
+        for level, prior in enumerate(self.priors):
+            (_, *size), grid = self.image_shape, prior.config.shape
+            if size[0] % grid[0] or size[1] % grid[1]:
+                raise ArgumentError(
+                    f"inpaint: images of {tuple(size)} are no multiple of {grid}, the grid of level {level}"
+                )
         images, mask, n = check_pictures(images, mask, n, self.image_shape)
         check_indices(n, start)
         require_positive_int("margin", margin, minimum=0)

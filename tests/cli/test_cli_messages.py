@@ -70,8 +70,8 @@ TRAINING += ["--warmup 3", "--ema 1", "--ema -0.5", "--workers -1", "--seed -1",
 TRAINING += ["--init-from nowhere", "--checkpoint-every 0", "--seed 9223372036854775808"]
 BOTH_STAGES = [*TRAINING, "--grad-clip 0", "--accumulate 0", "--accumulate 3", "--image-every 0", "--preset absent"]
 BOTH_STAGES += ["--set num_codes=0", "--set dropout", "--set chanels=3"]
-DRAWING = ["--temperature 0", "--temperature nan", "--temperature 1 2 3", "--label 10", "--label ten", "--label 3 ten"]
-DRAWING += ["-n 0", "--top-k 0", "--top-k 129", "--top-p 0", "--top-p 2", "--seed -1", "--engine gpu"]
+DRAWING = ["--temperature -1", "--temperature nan", "--temperature 1 2 3", "--label 10", "--label ten", "--label 3 ten"]
+DRAWING += ["-n 0", "--top-k 0", "--top-k 129", "--top-p 0", "--top-p 2", "--engine gpu"]
 DRAWING += ["--precision bfloat16 --engine torch", "--micro-batch 0"]
 # The end of a command line; the option whose value is bad is the first one.
 BAD: dict[str, list[str]] = {
@@ -129,7 +129,7 @@ BAD: dict[str, list[str]] = {
         "--shard env --seed 0 --out new",
         "--images png",
         "--out new.png --shard 0/2 --seed 0",
-        f"--temperature 0 {PART}",
+        f"--temperature -1 {PART}",
         f"--label 10 {PART}",
         f"-n 0 {PART}",
         f"--seed -1 {PART.replace('--seed 0', '')}",
@@ -169,7 +169,7 @@ BAD: dict[str, list[str]] = {
         "-n 0",
         "--data nowhere",
         "--temperature 1 2 3",
-        "--temperature 0",
+        "--temperature -1",
         "--classifier nowhere",
         "--classifier my/vqvae",
         "--features nowhere",
