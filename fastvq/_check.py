@@ -218,11 +218,14 @@ def require_tuple(name: str, value: object) -> None:
 
 
 def names_like(given: object, names: Sequence[str], most: int = 20) -> str:
-    """Names for a message: those like what was given first, and of many not all."""
-    close = difflib.get_close_matches(str(given), names, n=3)
-    ordered = [*close, *(name for name in names if name not in close)]
+    """Names for a message, the closest first and of many not all."""
     more = f", ... ({len(names)} in all)" if len(names) > most else ""
-    return (", ".join(ordered[:most]) + more) or "(none)"
+    return (", ".join(closest_first(str(given), names)[:most]) + more) or "(none)"
+
+
+def closest_first(word: str, names: Sequence[str]) -> list[str]:
+    """Names by how likely each was meant: those that hold the word, then by likeness."""
+    return sorted(names, key=lambda name: (word not in name, -difflib.SequenceMatcher(None, word, name).ratio()))
 
 
 def require_choice(name: str, value: object, choices: Sequence[str]) -> None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvq._bar import bar
+from fastvq._check import names_like
 from fastvq._files import remove_leftovers
 from fastvq._shards import description_of
 from fastvq.cli.images import open_data
@@ -199,7 +200,7 @@ def classes_asked(pipeline: Pipeline, label: Sequence[str] | None) -> tuple[int,
     numbers = []
     for text in label:
         if text not in names and (not text.isdecimal() or int(text) >= classes):
-            known = f", or a name: {', '.join(names)}" if names else ""
+            known = f", or a name: {names_like(text, names)}" if names else ""
             raise ArgumentError(f"--label: expected a number in 0..{classes - 1}{known}; got {text!r}")
         numbers.append(names.index(text) if text in names else int(text))
     return tuple(numbers)
