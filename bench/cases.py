@@ -451,6 +451,40 @@ class PriorCase(Case):
 
 
 @dataclass(frozen=True)
+class OwnPriorCase(Case):
+    """A prior of another project with random weights; see :mod:`bench.own`.
+
+    Attributes:
+        layers: gated layers, or blocks.
+        hidden: width before the logits, of the gated PixelCNN.
+    """
+
+    module: Literal["gated PixelCNN", "PixelSNAIL"] = "gated PixelCNN"
+    shape: Grid = (32, 32)
+    num_codes: int = 512
+    channels: int = 64
+    layers: int = 15
+    hidden: int = 512
+
+    @property
+    def id(self) -> str:
+        return f"own-prior-{self.name.lower().replace(' ', '-')}-b{self.batch}"
+
+    def small(self) -> OwnPriorCase:
+        return dataclasses.replace(
+            self, batch=SMALL_BATCHES[self.batch], shape=(4, 5), num_codes=7, channels=8, layers=2, hidden=6
+        )
+
+
+def _own_prior_cases() -> list[OwnPriorCase]:
+    return [
+        OwnPriorCase("own prior", name, batch, module=name, layers=layers)
+        for name, layers in (("gated PixelCNN", 15), ("PixelSNAIL", 8))
+        for batch in (1, 8)
+    ]
+
+
+@dataclass(frozen=True)
 class ProductCase(Case):
     """What one row of the grids of ``batch`` samples takes of two rows above it, five columns each.
 
@@ -562,7 +596,7 @@ def _prior_cases(device: str) -> list[PriorCase]:
 
 
 DEVICES = ("cpu", "cuda")
-CASES: list[Case] = [*SAMPLER_CASES, *CALL_CASES, *_product_cases()]
+CASES: list[Case] = [*SAMPLER_CASES, *CALL_CASES, *_product_cases(), *_own_prior_cases()]
 for _device in DEVICES:
     CASES += [*_nearest_code_cases(_device), *_residual_cases(_device), *_accelerated_cases(_device)]
     CASES += [*_convolution_cases(_device), *_attention_cases(_device)]

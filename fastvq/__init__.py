@@ -13,19 +13,26 @@ from fastvq import _engine as _engine
 from fastvq._version import __version__
 
 if TYPE_CHECKING:
-    from fastvq.models import VQVAE, VQVAE2, GatedPixelCNN, PixelSNAIL, ResidualVQ, VectorQuantizer
+    from fastvq.interop.quantizers import accelerate, acceleration, restore
+    from fastvq.models import FSQ, LFQ, VQVAE, VQVAE2, GatedPixelCNN, PixelSNAIL, ResidualVQ, SimVQ, VectorQuantizer
     from fastvq.sampling import EngineOptions, Pipeline, explain, sample
 
 _HOMES = {
     "EngineOptions": "fastvq.sampling",
+    "FSQ": "fastvq.models",
     "GatedPixelCNN": "fastvq.models",
+    "LFQ": "fastvq.models",
     "PixelSNAIL": "fastvq.models",
     "Pipeline": "fastvq.sampling",
     "ResidualVQ": "fastvq.models",
+    "SimVQ": "fastvq.models",
     "VQVAE": "fastvq.models",
     "VQVAE2": "fastvq.models",
     "VectorQuantizer": "fastvq.models",
+    "accelerate": "fastvq.interop.quantizers",
+    "acceleration": "fastvq.interop.quantizers",
     "explain": "fastvq.sampling",
+    "restore": "fastvq.interop.quantizers",
     "sample": "fastvq.sampling",
 }
 
@@ -33,6 +40,8 @@ _HOMES = {
 _ROOMS = ("data", "distributed", "errors", "evaluation", "interop", "models", "ops", "sampling", "training")
 
 __all__ = [
+    "FSQ",
+    "LFQ",
     "VQVAE",
     "VQVAE2",
     "EngineOptions",
@@ -40,9 +49,13 @@ __all__ = [
     "Pipeline",
     "PixelSNAIL",
     "ResidualVQ",
+    "SimVQ",
     "VectorQuantizer",
     "__version__",
+    "accelerate",
+    "acceleration",
     "explain",
+    "restore",
     "sample",
 ]
 

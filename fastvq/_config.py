@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, Self
 
 from fastvq._check import names_like
 from fastvq.errors import ArgumentError, ArgumentTypeError
+
+# Metadata of fields that there were not always. With its default such a field is not written, so that records and
+# checksums of what does without it stay what they were.
+ADDED = MappingProxyType({"added": True})
 
 
 class Config:
@@ -63,7 +68,12 @@ class Config:
                 raise ArgumentError(f"{name}: no field {field!r}, expected one of {names_like(field, known)}")
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)  # type: ignore[call-overload]
+        """The fields as plain data; a field marked as `ADDED` is left out where it has its default."""
+        values: dict[str, Any] = dataclasses.asdict(self)  # type: ignore[call-overload]
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            if field.metadata.get("added") and values[field.name] == field.default:
+                del values[field.name]
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

@@ -54,5 +54,9 @@ class NaiveEngineWarning(UserWarning):
     """``engine="auto"`` takes the naive sampler for a prior that differs from one that a cached engine could run."""
 
 
+class AccelerationWarning(UserWarning):
+    """A known quantiser of a model is left as it is, because it differs from what could replace it."""
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM asked the process to end. It unwinds as Ctrl-C does."""

@@ -5,6 +5,12 @@ those that exist, ``BLOCK_M`` is its size; other values bear no prefix. A commen
 """
 
 # The folder lies at the top of the source tree, where Python would also find it as a global package "kernels": a second
-# copy of every kernel, and a name that others use too.
+# copy of every kernel, and a name that others use too. Some libraries import a package of that name to see whether it
+# is the one they know, so that it is there, and empty: nothing in it can be imported or used.
 if __name__ != "fastvq.kernels":
-    raise ImportError(f"this package is fastvq.kernels, not {__name__}: use 'import fastvq.kernels'")
+    del __path__
+
+    def __getattr__(name: str) -> object:
+        if name.startswith("__"):
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        raise ImportError(f"this package is fastvq.kernels, not {__name__}: use 'import fastvq.kernels'")

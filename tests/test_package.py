@@ -91,12 +91,17 @@ def test_kernels_have_one_name(tmp_path: Path, inside: bool) -> None:
     assert run_python("import fastvq.kernels; print(fastvq.kernels.__name__)", cwd).strip() == "fastvq.kernels"
     path = "" if inside else f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
     code = f"""{path}
-try:
-    import kernels
-except ImportError as error:
-    print(error)
+import kernels
+assert not hasattr(kernels, "__version__") and not hasattr(kernels, "__path__")
+for statement in ("from kernels import ema", "kernels.ema", "import kernels.ema"):
+    try:
+        exec(statement)
+    except ImportError as error:
+        print(error)
 """
-    assert "use 'import fastvq.kernels'" in run_python(code, cwd)
+    answer = run_python(code, cwd)
+    assert answer.count("use 'import fastvq.kernels'") == 2
+    assert answer.count("'kernels' is not a package") == 1
 
 
 def test_version_is_that_of_the_installation() -> None:

@@ -217,7 +217,7 @@ def _validation_metrics(run: Path, *names: str) -> dict[str, float]:
     return found
 
 
-def _grids(shapes: tuple[tuple[int, int], ...]) -> str:
+def _grids(shapes: tuple[tuple[int, ...], ...]) -> str:
     return " + ".join(f"{height} x {width}" for height, width in shapes)
 
 

@@ -243,7 +243,7 @@ def _sampling(prior: Prior) -> str | None:
     return bytes_text(sum(parameter.nbytes for parameter in prior.parameters()) + beyond)
 
 
-def _sides(size: tuple[int, int]) -> str:
+def _sides(size: tuple[int, ...]) -> str:
     return f"{size[0]}x{size[1]}"
 
 

@@ -181,7 +181,7 @@ def model_config(arguments: argparse.Namespace, run: Path, kind: type[C], **over
             overrides = {name: value for name, value in wanted.items() if name not in ignored}
             if type(other) is not type(config):
                 refuse("--preset", run, type(config).__name__, type(other).__name__)
-        stored = config.to_dict()
+        stored = dataclasses.asdict(config)  # type: ignore[call-overload]
         for name, value in overrides.items():
             if name not in stored:
                 configure(config, {name: value})  # which says what fields there are

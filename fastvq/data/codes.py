@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastvq._config import Config
 from fastvq._files import new_array, read_json, reading, require_seal, reserve, sealed, sha256, sweep, sync, write_json
 from fastvq._lock import locked
 from fastvq._schema import ENTRIES, FLAG, TEXT, integer, named, optional, require_entries, several
@@ -48,7 +49,11 @@ def level_file(level: int) -> str:
 def model_checksum(model: nn.Module) -> str:
     """SHA-256 over a model's class, configuration, parameters and buffers."""
     config = getattr(model, "config", None)
-    settings = dataclasses.asdict(config) if dataclasses.is_dataclass(config) and not isinstance(config, type) else None
+    settings = None
+    if isinstance(config, Config):
+        settings = config.to_dict()
+    elif dataclasses.is_dataclass(config) and not isinstance(config, type):
+        settings = dataclasses.asdict(config)
     digest = hashlib.sha256(json.dumps([type(model).__name__, settings], default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())

@@ -6,10 +6,12 @@ from fastvq.models.pixelcnn import GatedPixelCNN, GatedPixelCNNConfig
 from fastvq.models.pixelsnail import PixelSNAIL, PixelSNAILConfig
 from fastvq.models.pretrained import MODEL_CLASSES, PRESETS, PretrainedModel, build, load_pretrained, preset
 from fastvq.models.prior import Prior, PriorConfig
-from fastvq.models.quantizer import QuantizerOutput, ResidualVQ, ResidualVQOutput, VectorQuantizer
+from fastvq.models.quantizer import FSQ, LFQ, QuantizerOutput, ResidualVQ, ResidualVQOutput, SimVQ, VectorQuantizer
 from fastvq.models.vqvae import VQVAE, VQVAE2, HierarchicalVQVAE, VQVAEConfig, VQVAEOutput
 
 __all__ = [
+    "FSQ",
+    "LFQ",
     "MODEL_CLASSES",
     "PRESETS",
     "VQVAE",
@@ -28,6 +30,7 @@ __all__ = [
     "QuantizerOutput",
     "ResidualVQ",
     "ResidualVQOutput",
+    "SimVQ",
     "VQVAEConfig",
     "VQVAEOutput",
     "VectorQuantizer",

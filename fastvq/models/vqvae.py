@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -24,7 +24,7 @@ from fastvq._check import (
     require_tensor,
     require_tuple,
 )
-from fastvq._config import Config
+from fastvq._config import ADDED, Config
 from fastvq.errors import ArgumentError
 from fastvq.models.limits import LARGEST, MOST_LAYERS, MOST_LEVELS
 from fastvq.models.pretrained import PretrainedModel
@@ -48,6 +48,8 @@ class VQVAEConfig(Config):
         revive_below: codes whose average use per batch falls below this are moved onto vectors of the batch; 0: never.
         legacy_skip: residual blocks add relu(x) instead of x, as in models trained elsewhere with a ReLU that overwrote
             the block's input. For those only; see :mod:`fastvq.interop`.
+        spatial_dims: axes that are convolved: 1 for signals [B, C, L], 2 for images, 3 for volumes [B, C, D, H, W].
+            Pipelines, priors and the training of this package are for images.
     """
 
     in_channels: int = 3
@@ -62,6 +64,7 @@ class VQVAEConfig(Config):
     codebook_init: CodebookInit = "normal"
     revive_below: float = 0.0
     legacy_skip: bool = False
+    spatial_dims: int = field(default=2, metadata=ADDED)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,6 +82,7 @@ class VQVAEConfig(Config):
         self._require(require_number, "commitment", "revive_below", least=0)
         self._require(require_choice, "codebook_init", choices=CODEBOOK_INITS)
         self._require(require_bool, "legacy_skip")
+        self._require(require_positive_int, "spatial_dims", maximum=3)
         self._require(require_tuple, "strides")
         if not self.strides or any(not isinstance(s, int) or s < 2 or s & (s - 1) for s in self.strides):
             raise ArgumentError(f"strides: expected powers of two from 2, finest level first, got {self.strides!r}")
@@ -92,8 +96,13 @@ class VQVAEConfig(Config):
         return len(self.strides) * self.residual_layers
 
 
-# Random codes far from the data are never chosen and stay where they are: docs/codebooks.md compares.
-_LIVE: dict[str, Any] = {"codebook_init": "kmeans", "revive_below": 1.0}
+_CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+_AXES = {1: "L", 2: "HW", 3: "DHW"}
+_SIDES = {1: "length", 2: "height and width", 3: "depth, height and width"}
+
+# Random codes far from the data would never be chosen and stay where they are: docs/codebooks.md compares.
+_LIVE: dict[str, Any] = {"revive_below": 1.0}
 _TINY: dict[str, Any] = {
     "in_channels": 1,
     "channels": 16,
@@ -109,7 +118,7 @@ class VQVAEOutput(NamedTuple):
     """Result of a forward pass.
 
     Attributes:
-        reconstruction: [B, C, H, W], not clamped.
+        reconstruction: [B, C, H, W] as the images, not clamped.
         codes: int64 [B, h, w] for each level, top first.
         commitment_loss: scalar, weighted by beta and added over levels.
         perplexity: [levels], top first.
@@ -124,11 +133,12 @@ class VQVAEOutput(NamedTuple):
 
 
 class ResidualBlock(nn.Module):
-    def __init__(self, channels: int, hidden: int, *, legacy_skip: bool = False) -> None:
+    def __init__(self, channels: int, hidden: int, *, legacy_skip: bool = False, spatial_dims: int = 2) -> None:
         super().__init__()
         self.legacy_skip = legacy_skip
-        self.conv1 = nn.Conv2d(channels, hidden, 3, padding=1)
-        self.conv2 = nn.Conv2d(hidden, channels, 1)
+        conv = _CONVOLUTIONS[spatial_dims]
+        self.conv1 = conv(channels, hidden, 3, padding=1)
+        self.conv2 = conv(hidden, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         activated = F.relu(x)
@@ -137,20 +147,25 @@ class ResidualBlock(nn.Module):
 
 def _residual_blocks(config: VQVAEConfig) -> list[nn.Module]:
     return [
-        ResidualBlock(config.channels, config.residual_channels, legacy_skip=config.legacy_skip)
+        ResidualBlock(
+            config.channels,
+            config.residual_channels,
+            legacy_skip=config.legacy_skip,
+            spatial_dims=config.spatial_dims,
+        )
         for _ in range(config.residual_layers)
     ]
 
 
 def _encoder(in_channels: int, stride: int, config: VQVAEConfig) -> nn.Sequential:
     """[B, in_channels, H, W] to [B, channels, H / stride, W / stride]."""
-    width = config.channels
+    conv, width = _CONVOLUTIONS[config.spatial_dims], config.channels
     steps = int(math.log2(stride))
     widths = [in_channels, width // 2, *[width] * (steps - 1)]
     layers: list[nn.Module] = []
     for narrow, wide in itertools.pairwise(widths):
-        layers += [nn.Conv2d(narrow, wide, 4, stride=2, padding=1), nn.ReLU()]
-    layers.append(nn.Conv2d(widths[-1], width, 3, padding=1))
+        layers += [conv(narrow, wide, 4, stride=2, padding=1), nn.ReLU()]
+    layers.append(conv(widths[-1], width, 3, padding=1))
     layers += _residual_blocks(config)
     return nn.Sequential(*layers, nn.ReLU())
 
@@ -159,13 +174,13 @@ def _decoder(in_channels: int, out_channels: int, stride: int, config: VQVAEConf
     """[B, in_channels, h, w] to [B, out_channels, h * stride, w * stride]."""
     width = config.channels
     steps = int(math.log2(stride))
-    layers: list[nn.Module] = [nn.Conv2d(in_channels, width, 3, padding=1)]
+    layers: list[nn.Module] = [_CONVOLUTIONS[config.spatial_dims](in_channels, width, 3, padding=1)]
     layers += _residual_blocks(config)
     layers.append(nn.ReLU())
     widths = [*[width] * (steps - 1), width // 2 if steps > 1 else width, out_channels]
     for index, (wide, narrow) in enumerate(itertools.pairwise(widths)):
         layers += [nn.ReLU()] if index else []
-        layers.append(nn.ConvTranspose2d(wide, narrow, 4, stride=2, padding=1))
+        layers.append(_TRANSPOSED[config.spatial_dims](wide, narrow, 4, stride=2, padding=1))
     return nn.Sequential(*layers)
 
 
@@ -174,6 +189,9 @@ class HierarchicalVQVAE(PretrainedModel):
 
     The features of each level condition on everything above: level codes come from the level's encoder features
     concatenated with the decoded codes of the levels above (Razavi et al. 2019, section 3.1, figure 2).
+
+    Shapes below are those of images; with ``config.spatial_dims`` of 1 or 3 images [B, C, L] or [B, C, D, H, W] have
+    codes [B, l] or [B, d, h, w].
     """
 
     config_class: ClassVar[type[VQVAEConfig]] = VQVAEConfig
@@ -183,14 +201,13 @@ class HierarchicalVQVAE(PretrainedModel):
         super().__init__()
         self.config = config = self.config_class.of(config, fields)
         dim, levels = config.code_dim, len(config.strides)
+        conv = _CONVOLUTIONS[config.spatial_dims]
         sources = [config.in_channels, *[config.channels] * (levels - 1)]
         self.encoders = nn.ModuleList(  # finest level first, each feeding the next
             [_encoder(source, stride, config) for source, stride in zip(sources, config.strides, strict=True)]
         )
         # From here on level 0 is the top; level i sees the i levels above it.
-        self.to_code = nn.ModuleList(
-            [nn.Conv2d(config.channels + (dim if level else 0), dim, 1) for level in range(levels)]
-        )
+        self.to_code = nn.ModuleList([conv(config.channels + (dim if level else 0), dim, 1) for level in range(levels)])
         self.quantizers = nn.ModuleList(
             [
                 VectorQuantizer(
@@ -208,7 +225,9 @@ class HierarchicalVQVAE(PretrainedModel):
         self.conditioners = nn.ModuleList(
             [_decoder(dim * (level + 1), dim, step, config) for level, step in enumerate(steps)]
         )
-        self.upsamplers = nn.ModuleList([_upsampler(dim * (level + 1), step) for level, step in enumerate(steps)])
+        self.upsamplers = nn.ModuleList(
+            [_upsampler(dim * (level + 1), step, config.spatial_dims) for level, step in enumerate(steps)]
+        )
         self.decoder = _decoder(dim * levels, config.in_channels, config.strides[0], config)
 
     @classmethod
@@ -223,18 +242,25 @@ class HierarchicalVQVAE(PretrainedModel):
 
     @property
     def total_stride(self) -> int:
-        """Image height and width must be multiples of this."""
+        """An image's sides must be multiples of this."""
         return math.prod(self.config.strides)
 
-    def code_shapes(self, image_size: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+    def code_shapes(self, image_size: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
         """Grids of codes (h, w) of an image of size (H, W), top first."""
-        height, width = image_size
-        if height < 1 or width < 1 or height % self.total_stride or width % self.total_stride:
+        if len(image_size) != self.config.spatial_dims:
             raise ArgumentError(
-                f"image_size: expected positive multiples of {self.total_stride}, got {height} x {width}"
+                f"image_size: expected {_SIDES[self.config.spatial_dims]} (spatial_dims="
+                f"{self.config.spatial_dims}), got {tuple(image_size)}"
+            )
+        if not self._divides(image_size):
+            raise ArgumentError(
+                f"image_size: expected positive multiples of {self.total_stride}, got {_by(image_size)}"
             )
         scales = [math.prod(self.config.strides[: index + 1]) for index in range(self.num_levels)]
-        return tuple((height // scale, width // scale) for scale in reversed(scales))
+        return tuple(tuple(side // scale for side in image_size) for scale in reversed(scales))
+
+    def _divides(self, image_size: Sequence[int]) -> bool:
+        return all(side >= 1 and side % self.total_stride == 0 for side in image_size)
 
     def forward(self, images: Tensor) -> VQVAEOutput:
         """Encode, quantise and decode images [B, C, H, W] in [-1, 1]; in training mode moves the codebooks."""
@@ -275,33 +301,32 @@ class HierarchicalVQVAE(PretrainedModel):
         if known is not None and len(known) != len(codes):
             raise ArgumentError(f"known: expected {len(codes)} masks, one for each level of codes, got {len(known)}")
         top = require_tensor("codes[0]", codes[0])
-        require_shape("codes[0]", top, ["B", "h", "w"])
-        if not top.shape[1] or not top.shape[2]:
-            raise ArgumentError(f"codes[0]: expected at least one row and one column, got shape {list(top.shape)}")
-        scale = self.total_stride
-        shapes = self.code_shapes((top.shape[1] * scale, top.shape[2] * scale))
+        require_shape("codes[0]", top, ["B", *_AXES[self.config.spatial_dims].lower()])
+        if 0 in top.shape[1:]:
+            raise ArgumentError(f"codes[0]: expected at least one code along each axis, got shape {list(top.shape)}")
+        shapes = self.code_shapes(tuple(side * self.total_stride for side in top.shape[1:]))
         context: Tensor | None = None
         for level, shape in enumerate(shapes):
             quantizer = self.quantizers[level]
             assert isinstance(quantizer, VectorQuantizer)
             grid = [top.shape[0], *shape]
             if level >= len(codes):
-                vectors = _mean_vector(quantizer).expand(grid[0], -1, *shape)
+                vectors = self._mean_vector(quantizer).expand(grid[0], -1, *shape)
             else:
                 vectors = quantizer.lookup(require_codes(f"codes[{level}]", codes[level], grid, self.config.num_codes))
                 if known is not None:
                     given = require_mask(f"known[{level}]", known[level], grid)
-                    vectors = torch.where(given[:, None], vectors, _mean_vector(quantizer))
+                    vectors = torch.where(given[:, None], vectors, self._mean_vector(quantizer))
             context = self._extend(level, context, vectors)
         return self.decoder(context)
 
     def _quantize(self, images: Tensor) -> tuple[Tensor, list[QuantizerOutput]]:
         require_floating("images", require_tensor("images", images))
-        require_shape("images", images, ["B", self.config.in_channels, "H", "W"])
-        height, width = images.shape[2:]
-        if height % self.total_stride or width % self.total_stride or not height or not width:
+        dims = self.config.spatial_dims
+        require_shape("images", images, ["B", self.config.in_channels, *_AXES[dims]])
+        if not self._divides(images.shape[2:]):
             raise ArgumentError(
-                f"images: height and width must be positive multiples of {self.total_stride}, got {height} x {width}"
+                f"images: {_SIDES[dims]} must be positive multiples of {self.total_stride}, got {_by(images.shape[2:])}"
             )
         features = []
         x = images
@@ -325,18 +350,21 @@ class HierarchicalVQVAE(PretrainedModel):
             return vectors
         return torch.cat([self.upsamplers[level - 1](context), vectors], dim=1)
 
+    def _mean_vector(self, quantizer: VectorQuantizer) -> Tensor:
+        """[1, D, 1, 1]: the codes' mean by their use. A code that is never used may lie anywhere, and has no say."""
+        size = quantizer.cluster_size.float()
+        weights = torch.where(size.sum() > 0, size / size.sum(), 1 / quantizer.num_codes)
+        mean = (weights[:, None] * quantizer.embedding).sum(0).to(quantizer.embedding.dtype)
+        return mean.view(1, -1, *[1] * self.config.spatial_dims)
 
-def _mean_vector(quantizer: VectorQuantizer) -> Tensor:
-    """[1, D, 1, 1]: the codes' mean by their use. A code that is never used may lie anywhere, and has no say."""
-    size = quantizer.cluster_size.float()
-    weights = torch.where(size.sum() > 0, size / size.sum(), 1 / quantizer.num_codes)
-    mean = (weights[:, None] * quantizer.embedding).sum(0).to(quantizer.embedding.dtype)
-    return mean[None, :, None, None]
+
+def _by(sides: Sequence[int]) -> str:
+    return " x ".join(map(str, sides))
 
 
-def _upsampler(channels: int, stride: int) -> nn.Module:
-    steps = int(math.log2(stride))
-    return nn.Sequential(*[nn.ConvTranspose2d(channels, channels, 4, stride=2, padding=1) for _ in range(steps)])
+def _upsampler(channels: int, stride: int, spatial_dims: int) -> nn.Module:
+    conv, steps = _TRANSPOSED[spatial_dims], int(math.log2(stride))
+    return nn.Sequential(*[conv(channels, channels, 4, stride=2, padding=1) for _ in range(steps)])
 
 
 class VQVAE(HierarchicalVQVAE):

@@ -85,20 +85,13 @@ class CodebookTraining:
         """What to change in a new run so that these levels use more of their codes, the best first."""
         model, train, codes = self.model, self.train, self.model.num_codes
         found: list[str] = []
-        options: list[str] = []
-        now: list[str] = []
-        if model.codebook_init != "kmeans":
-            options.append("--set codebook_init=kmeans")
-            now.append(model.codebook_init)
-        if model.revive_below < _REVIVE:
-            options.append("--set revive_below=1")
-            now.append(f"{model.revive_below:g}")
-        if options:
+        revived = model.revive_below >= _REVIVE
+        if not revived:
             found.append(
-                f"{' '.join(options)} (now {', '.join(now)}): codes begin among the vectors, and those that fall out "
-                f"of use return there; batch size {train.batch_size} and learning rate {train.learning_rate:g} can stay"
+                f"--set revive_below=1 (now {model.revive_below:g}): codes that are not in use move onto vectors; "
+                f"batch size {train.batch_size} and learning rate {train.learning_rate:g} can stay"
             )
-        if not options or train.learning_rate > _RATE:
+        if revived or train.learning_rate > _RATE:
             found.append(f"--lr {train.learning_rate / 3:.1g} (now {train.learning_rate:g})")
         for use in few:
             grid = self.grids[use.level]

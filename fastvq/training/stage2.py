@@ -227,7 +227,7 @@ class _Likelihood:
         return (
             f"the codes hardly vary; in {self._codes.folder}\n    {self._use}\n"
             "  an NLL near 0 is no merit then: samples have as little in them as these codes. Before any prior the\n"
-            "  autoencoder needs a new run, in general with --set codebook_init=kmeans --set revive_below=1"
+            "  autoencoder needs a new run, in general with --set revive_below=1"
         )
 
     def picture(self, model: nn.Module, device: torch.device, step: int) -> Picture | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -115,8 +116,8 @@ def starting_weights(folder: str | os.PathLike[str], description: Mapping[str, A
     there, here = ({name: list(t.shape) for name, t in m.state_dict().items()} for m in (source, target))
     wrong = [name for name in (*here, *(n for n in there if n not in here)) if there.get(name) != here.get(name)]
     if wrong:
-        old, new = source.config.to_dict(), config.to_dict()
-        settings = [f"{name} = {old[name]!r} there, {new[name]!r} here" for name in new if old.get(name) != new[name]]
+        old, new = dataclasses.asdict(source.config), dataclasses.asdict(config)  # type: ignore[call-overload]
+        settings = [f"{name} = {old[name]!r} there, {new[name]!r} here" for name in new if old[name] != new[name]]
         first = f"{wrong[0]} is {there.get(wrong[0], 'missing')} there, {here.get(wrong[0], 'missing')} here"
         raise ArgumentError(
             f"init_from: the weights in {folder} do not fit the new model in {len(wrong)} tensor(s) ({first}); "

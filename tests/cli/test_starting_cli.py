@@ -139,6 +139,7 @@ REFUSED = {
         "--validation 0.5",
         "--preset tiny-single",
         "--set channels=3",
+        "--set spatial_dims=1",
         "--channels 1",
         "--cache-images file",
         "--device abacus",

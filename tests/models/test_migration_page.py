@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastvq.models import ResidualVQ, VectorQuantizer
+from fastvq.models import FSQ, LFQ, ResidualVQ, SimVQ, VectorQuantizer
 
 pytestmark = pytest.mark.usefixtures("steady")
 
@@ -26,18 +26,20 @@ def table(title: str) -> list[list[str]]:
 
 
 def test_code_of_our_own_runs() -> None:
-    (block,) = [block for block in BLOCKS if "fastvq" in block and "vector_quantize_pytorch" not in block]
+    first, second = [block for block in BLOCKS if "fastvq" in block and "vector_quantize_pytorch" not in block]
     names: dict[str, Any] = {}
-    exec(block, names)
+    exec(first, names)
     assert names["quantized"].shape == names["vectors"].shape == (2, 64, 8, 8)
     assert names["loss"].requires_grad
+    exec(second, names)
+    assert type(names["quantizer"]) is LFQ
 
 
 def test_all_code_runs() -> None:
     """It compares codes, codebooks and losses of both packages itself."""
     pytest.importorskip("vector_quantize_pytorch")
-    assert len(BLOCKS) == 4
-    assert sum(block.count("assert") for block in BLOCKS) == 5
+    assert len(BLOCKS) == 5
+    assert sum(block.count("assert") for block in BLOCKS) == 8
     names: dict[str, Any] = {}
     for block in BLOCKS:
         exec(block, names)
@@ -66,7 +68,34 @@ def test_converted_states_train_on_alike(heads: int, cosine: bool) -> None:
     torch.testing.assert_close(theirs._codebook.cluster_size.squeeze(0), ours.cluster_size)
 
 
-@pytest.mark.parametrize(("title", "ours"), [("VectorQuantize", VectorQuantizer), ("ResidualVQ", ResidualVQ)])
+def test_states_are_converted_with_their_projections() -> None:
+    package = pytest.importorskip("vector_quantize_pytorch")
+    names: dict[str, Any] = {}
+    exec(next(block for block in BLOCKS if "def converted" in block).split("\n\n\nours.")[0], names)
+    theirs = package.VectorQuantize(6, 12, codebook_dim=4, rotation_trick=False).eval()
+    ours = VectorQuantizer(12, 4, input_dim=6, channels_last=True).eval()
+    ours.load_state_dict(names["converted"](theirs.state_dict()))
+    x = torch.randn(3, 20, 6)
+    torch.testing.assert_close(ours(x).quantized, theirs(x)[0])
+
+
+def test_what_is_not_there_is_the_rest_of_the_package() -> None:
+    package = pytest.importorskip("vector_quantize_pytorch")
+    named = re.findall(r"`(\w+)`", " ".join(there for there, _ in table("Not there")))
+    there = {name for name, value in vars(package).items() if inspect.isclass(value)}
+    assert {*named} == there - {"VectorQuantize", "ResidualVQ", "FSQ", "LFQ", "SimVQ"}
+
+
+@pytest.mark.parametrize(
+    ("title", "ours"),
+    [
+        ("VectorQuantize", VectorQuantizer),
+        ("ResidualVQ", ResidualVQ),
+        ("FSQ", FSQ),
+        ("LFQ", LFQ),
+        ("SimVQ", SimVQ),
+    ],
+)
 def test_the_tables_are_complete_and_right(title: str, ours: type) -> None:
     package = pytest.importorskip("vector_quantize_pytorch")
     rows = table(title)
@@ -82,7 +111,9 @@ def test_the_tables_are_complete_and_right(title: str, ours: type) -> None:
         if not re.search(rf"\b{option}\b", named) and not any(re.fullmatch(pattern, option) for pattern in patterns)
     ]
     assert missing in ([], ["vq_kwargs"])
-    parameters = inspect.signature(ours.__init__).parameters
+    parameters = {**inspect.signature(ours.__init__).parameters}
+    if "options" in parameters:
+        parameters = {**inspect.signature(VectorQuantizer.__init__).parameters, **parameters}
     for _, here, _ in rows:
         for option, value in re.findall(r"`(\w+)=([^`]+)`", here):
             assert option in parameters, option

@@ -314,7 +314,7 @@ TOP, BOTTOM = torch.zeros(2, 2, 3).long(), torch.zeros(2, 4, 6).long()
         ([TOP, BOTTOM[:1]], ArgumentError, r"codes\[1\]: expected shape \[2, 4, 6\], got \[1, 4, 6\]"),
         ([TOP + 11, BOTTOM], ArgumentError, r"codes\[0\]: values must lie in 0..10, got 11"),
         ([TOP, BOTTOM - 1], ArgumentError, r"codes\[1\]: values must lie in 0..10, got -1"),
-        ([TOP[:, :0], BOTTOM[:, :0]], ArgumentError, r"codes\[0\]: expected at least one row and one column"),
+        ([TOP[:, :0], BOTTOM[:, :0]], ArgumentError, r"codes\[0\]: expected at least one code along each axis"),
     ],
     ids=[
         "one-tensor",

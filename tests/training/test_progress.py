@@ -248,7 +248,7 @@ def test_a_level_that_uses_few_codes_is_named(tmp_path: Path, capsys: pytest.Cap
     assert said.index("validation at step 2") < first < said.index("validation at step 4")
     assert said.index("validation at step 6") < second
     assert said.count("    level 0 (top): 1 of 8 codes in use, perplexity 1.0\n") == 2
-    assert "--set codebook_init=kmeans --set revive_below=1 (now data, 0.01)" in said
+    assert "--set revive_below=1 (now 0.01)" in said
 
 
 def test_few_codes_are_seen_without_validation_data(
@@ -304,35 +304,35 @@ def collapsed(level: int) -> CodeUse:
             {},
             10_000,
             [
-                "--set codebook_init=kmeans --set revive_below=1 (now normal, 0)",
+                "--set revive_below=1 (now 0)",
                 "batch size 32",
                 "rate 0.0003 can stay",
             ],
             ["--lr", "--batch-size", "more images"],
         ),
         "a-limit-that-cannot-act": (
-            {"codebook_init": "kmeans", "revive_below": 0.1},
+            {"revive_below": 0.1},
             {},
             10_000,
             ["--set revive_below=1 (now 0.1)"],
             ["codebook_init", "--lr"],
         ),
         "small-batch": (
-            {"codebook_init": "kmeans", "revive_below": 1.0},
+            {"revive_below": 1.0},
             {"batch_size": 4},
             10_000,
             ["--batch-size 16 or --set num_codes=128: a batch of 4 has 256 vectors of level 0 (top) for 512 codes"],
             ["codebook_init", "more images"],
         ),
         "few-images": (
-            {"codebook_init": "kmeans", "revive_below": 1.0},
+            {"revive_below": 1.0},
             {},
             50,
             ["more images or --set num_codes=256: 45 training images have 2880 vectors of level 0 (top) for 512"],
             ["--batch-size"],
         ),
         "high-rate": (
-            {"codebook_init": "kmeans", "revive_below": 1.0},
+            {"revive_below": 1.0},
             {"learning_rate": 0.003},
             10_000,
             ["--lr 0.001 (now 0.003)"],

@@ -18,7 +18,7 @@ class Vectors(NamedTuple):
     """Checked input, as N times ``heads`` vectors, and in G groups of M that share a codebook.
 
     Attributes:
-        shape: of the input.
+        shape, dtype: of the input.
         given: [N, heads, D].
         searched: [G, M, D], scaled to unit length for the cosine, where nearest by angle is nearest.
         real: bool [N], False where there is no vector; None where there are all.
@@ -26,6 +26,7 @@ class Vectors(NamedTuple):
     """
 
     shape: torch.Size
+    dtype: torch.dtype
     given: Tensor
     searched: Tensor
     real: Tensor | None

@@ -31,6 +31,7 @@ class Codebook:
         initialized: whether the codes are more than random numbers, shape []: 0, or anything else for yes.
         init, kmeans_iters, decay, eps, revive_below, metric: see :class:`fastvq.VectorQuantizer`.
         sync: whether processes share their statistics; None: if there are any.
+        transform: W [D, D], where the codes are a linear map W c of ``embedding``; None: they are that itself.
     """
 
     embedding: Tensor
@@ -44,6 +45,7 @@ class Codebook:
     revive_below: float
     metric: Metric
     sync: bool | None
+    transform: Tensor | None = None
 
     @property
     def stored(self) -> Tensor:
@@ -52,6 +54,10 @@ class Codebook:
 
     def compared(self, stored: Tensor) -> Tensor:
         """What becomes of the state's codes [G, K, D], of now or of earlier, to be compared."""
+        if self.transform is not None:
+            # The same codes whatever surrounds the call.
+            with torch.autocast(stored.device.type, enabled=False):
+                stored = F.linear(stored, self.transform)
         return F.normalize(stored, dim=-1) if self.metric == "cosine" and self.embedding_sum is None else stored
 
     @property

@@ -13,6 +13,7 @@ from fastvq.errors import ArgumentError
 from fastvq.models.quantizer.assignment import Assignment, OpenPass, require_vectors
 from fastvq.models.quantizer.gradient import CODE_GRADIENTS, CodeGradient, pass_gradient
 from fastvq.models.quantizer.one_pass import Levels, encode_levels, quantize_levels, why_in_turn
+from fastvq.models.quantizer.projected import Projected
 from fastvq.models.quantizer.vector import QuantizerOutput, VectorQuantizer
 from fastvq.ops.explain import explain_backend
 
@@ -45,7 +46,7 @@ class ResidualVQOutput(NamedTuple):
         return self.commitment_loss + self.codebook_loss
 
 
-class ResidualVQ(nn.Module):
+class ResidualVQ(Projected):
     """Q quantisers in a row: r_0 = x, q_l = nearest code of level l to r_l, r_{l+1} = r_l - sg[q_l], out = sum of q_l.
 
     Zeghidour et al. 2021 (SoundStream, arXiv 2107.03312, algorithm 1); with a shared codebook Lee et al. 2022 (RQ-VAE,
@@ -56,7 +57,7 @@ class ResidualVQ(nn.Module):
     Args:
         num_quantizers: Q.
         num_codes: K, or one for each level.
-        code_dim: D, also the number of channels of the input.
+        code_dim: D, also the number of channels of the input unless ``input_dim`` says another.
         shared_codebook: one codebook for all levels. It moves once per pass, by counts and sums of all levels; ``init``
             from data takes it from the first level's vectors.
         quantize_dropout: in training mode each sample of the batch (index along the first axis) uses only its first n
@@ -65,6 +66,8 @@ class ResidualVQ(nn.Module):
         quantize_dropout_min: the fewest levels that are left.
         channels_last: whether vectors lie along the last axis ([..., D]) rather than axis 1 ([B, D, ...]).
         gradient: between x and the sum, see `fastvq.models.quantizer.gradient.pass_gradient`.
+        input_dim: channels of the input, which a linear map takes to D channels before the first level and another one
+            back after the sum; losses are those between the maps.
         options: of :class:`fastvq.VectorQuantizer`, for every level; no heads.
     """
 
@@ -79,6 +82,7 @@ class ResidualVQ(nn.Module):
         quantize_dropout_min: int = 1,
         channels_last: bool = False,
         gradient: CodeGradient = "straight_through",
+        input_dim: int | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
@@ -108,6 +112,7 @@ class ResidualVQ(nn.Module):
                 for size in (sizes[:1] if shared_codebook else sizes)
             ]
         )
+        self._make_projections(input_dim, code_dim)
 
     def extra_repr(self) -> str:
         return f"{self.num_quantizers}, shared_codebook={self.shared_codebook}, gradient={self.gradient!r}"
@@ -128,16 +133,16 @@ class ResidualVQ(nn.Module):
             quantized = pass_gradient(start, found.total, self.gradient)
             if mask is not None:
                 quantized = torch.where(mask[..., None], quantized, 0)
-            quantized = quantized.to(x.dtype)
-            return ResidualVQOutput(
-                quantized if self.channels_last else quantized.movedim(-1, 1),
-                found.codes,
-                found.losses.sum(),
-                found.perplexity,
-                found.codebook_losses.sum(),
-                found.dead_codes,
-                found.losses,
-            )
+        quantized = self._widened(quantized, mask).to(x.dtype)
+        return ResidualVQOutput(
+            quantized if self.channels_last else quantized.movedim(-1, 1),
+            found.codes,
+            found.losses.sum(),
+            found.perplexity,
+            found.codebook_losses.sum(),
+            found.dead_codes,
+            found.losses,
+        )
 
     @torch.no_grad()
     def encode(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -176,13 +181,16 @@ class ResidualVQ(nn.Module):
         total = self.quantizer(0).lookup(codes[..., 0])
         for level in range(1, codes.shape[-1]):
             total = total + self.quantizer(level).lookup(codes[..., level])
+        if self.project_out is not None:
+            total = self._widened(total, (codes != -1).any(-1))
         return total if self.channels_last else total.movedim(-1, 1)
 
     def _checked(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """x as [B, ..., D] in float32 at least."""
+        """x, mapped, as [B, ..., D] in float32 at least."""
         axis = -1 if self.channels_last else 1
-        require_vectors(x, mask, self.code_dim, axis)
-        return x.movedim(axis, -1).to(torch.promote_types(x.dtype, torch.float32))
+        require_vectors(x, mask, self._channels(self.code_dim), axis)
+        narrow = self._narrowed(x.movedim(axis, -1), mask)
+        return narrow.to(torch.promote_types(narrow.dtype, torch.float32))
 
     def _all_levels(self) -> list[VectorQuantizer]:
         return [self.quantizer(level) for level in range(self.num_quantizers)]

@@ -21,6 +21,7 @@ from fastvq.errors import ArgumentError, UnavailableError
 from fastvq.models.quantizer.assignment import Assignment, OpenPass, Vectors, require_vectors
 from fastvq.models.quantizer.codebook import CODEBOOK_INITS, Codebook, CodebookInit
 from fastvq.models.quantizer.gradient import CODE_GRADIENTS, CodeGradient, pass_gradient
+from fastvq.models.quantizer.projected import Projected
 from fastvq.models.quantizer.update import LEAST_LENGTH
 from fastvq.models.repeated_pass import PassMemory, is_repetition, may_be_repeated, refuse_repetition
 from fastvq.ops.dispatch import is_batched
@@ -54,7 +55,7 @@ class QuantizerOutput(NamedTuple):
         return self.commitment_loss + self.codebook_loss
 
 
-class VectorQuantizer(nn.Module):
+class VectorQuantizer(Projected):
     """Nearest code with straight-through gradient and EMA codebook (van den Oord et al. 2017, appendix A.1).
 
     In training mode each forward pass moves the codebook: with n_i vectors assigned to code i and their sum s_i,
@@ -95,6 +96,9 @@ class VectorQuantizer(nn.Module):
         freeze_codebook: leave the codebook alone in training mode too; may be set at any time.
         sync_codebook: whether processes of ``torch.distributed`` share their statistics; None: if there are any.
         check_finite: raise for vectors that are not finite.
+        input_dim: channels of the input, which a linear map takes to C = heads * D channels and another one back, so
+            that codes are searched for in few channels and losses are theirs (Yu et al. 2022, ViT-VQGAN, section
+            3.2: factorised codes); None: the input has C channels and is quantised as it is.
 
     Attributes:
         embedding: codes [G, K, D], where G is ``heads`` with a codebook per head; without, that axis is absent here and
@@ -103,6 +107,7 @@ class VectorQuantizer(nn.Module):
         embedding_sum: m [G, K, D], a buffer; None if ``learnable_codebook``.
         initialized: whether the codes are more than random numbers, a buffer of shape []: 0 or 1, or between them in a
             moving average of models, where anything but 0 says yes. Floating point, so that it can be averaged.
+        project_in, project_out: linear layers with bias; None without ``input_dim``.
 
     Raises:
         UnavailableError: a pass that moves the codebook runs in backward, and its first run is not known; or under
@@ -136,6 +141,7 @@ class VectorQuantizer(nn.Module):
         freeze_codebook: bool = False,
         sync_codebook: bool | None = None,
         check_finite: bool = False,
+        input_dim: int | None = None,
     ) -> None:
         super().__init__()
         self.num_codes = require_positive_int("num_codes", num_codes)
@@ -183,6 +189,7 @@ class VectorQuantizer(nn.Module):
         self.register_buffer("embedding_sum", None if learnable_codebook else embedding.clone())
         self.register_buffer("initialized", torch.tensor(float(init == "normal"), dtype=torch.float32))
         self._passes = PassMemory()
+        self._make_projections(input_dim, heads * code_dim)
 
     @property
     def init(self) -> CodebookInit:
@@ -238,7 +245,8 @@ class VectorQuantizer(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             opened = self.open_pass(vectors, freeze_codebook)
             found = self.assign(vectors, opened)
-            return self.output(found, self.close_pass(opened, [found])[0])
+            used = self.close_pass(opened, [found])[0]
+        return self.output(found, used)
 
     @torch.no_grad()
     def encode(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -261,7 +269,8 @@ class VectorQuantizer(nn.Module):
             raise ArgumentError(f"codes: expected a last axis of {self.heads} heads, got shape {list(codes.shape)}")
         vectors = self.codebook.lookup(codes).masked_fill(absent[..., None], 0)
         if self.heads > 1:
-            vectors = vectors.flatten(-2)
+            vectors, absent = vectors.flatten(-2), absent.all(-1)
+        vectors = self._widened(vectors, ~absent)
         return vectors if self.channels_last else vectors.movedim(-1, 1)
 
     @torch.no_grad()
@@ -289,8 +298,8 @@ class VectorQuantizer(nn.Module):
     def arrange(self, x: Tensor, mask: Tensor | None) -> Vectors:
         """Input of a pass, checked and ready to be searched."""
         axis = -1 if self.channels_last else 1
-        require_vectors(x, mask, self.heads * self.code_dim, axis)
-        given = x.movedim(axis, -1).reshape(-1, self.heads, self.code_dim)
+        require_vectors(x, mask, self._channels(self.heads * self.code_dim), axis)
+        given = self._narrowed(x.movedim(axis, -1), mask).reshape(-1, self.heads, self.code_dim)
         searched, real = given, None if mask is None else mask.flatten()
         if self.metric == "cosine":
             with torch.autocast(x.device.type, enabled=False):
@@ -300,7 +309,7 @@ class VectorQuantizer(nn.Module):
                     searched = torch.where(real[:, None, None], searched, 0)
                 searched = F.normalize(searched, dim=-1, eps=LEAST_LENGTH)
         grouped = None if real is None else self._grouped(real[:, None].expand(-1, self.heads))
-        return Vectors(x.shape, given, self._grouped(searched), real, grouped)
+        return Vectors(x.shape, x.dtype, given, self._grouped(searched), real, grouped)
 
     def moves(self, freeze_codebook: bool | None) -> bool:
         """Whether a pass moves the codebook."""
@@ -337,7 +346,8 @@ class VectorQuantizer(nn.Module):
     def assign(self, vectors: Vectors, opened: OpenPass) -> Assignment:
         """The nearest codes of vectors, in a pass that is open."""
         codebook, stored, given, real = opened.codebook, opened.codes, vectors.given, vectors.real
-        table = codebook.compared(stored)
+        # A learnt map gets its gradient from the codebook's error, and none from the vectors'.
+        table = codebook.compared(stored).detach()
         # In evaluation too: with the sums it is still one pass over x, and leaving them out would take several.
         found = nearest_code_statistics(
             vectors.searched,
@@ -388,7 +398,8 @@ class VectorQuantizer(nn.Module):
 
     def output(self, found: Assignment, used: Tensor) -> QuantizerOutput:
         """What a pass gives for an assignment, with its counts [G, K] of all processes."""
-        shape, quantized = found.vectors.shape, found.quantized.flatten(1)
+        shape, real = found.vectors.shape, found.vectors.real
+        quantized = self._widened(found.quantized.flatten(1), real).to(found.vectors.dtype)
         if self.channels_last:
             quantized = quantized.view(shape)
         else:
