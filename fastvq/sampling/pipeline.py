@@ -171,15 +171,18 @@ class Pipeline:
             if len(self.priors) != inner.num_levels:
                 raise ArgumentError(f"priors: expected {inner.num_levels}, one per level, got {len(self.priors)}")
             scale = inner.total_stride
-            shapes = inner.code_shapes((shapes[0][0] * scale, shapes[0][1] * scale))
+            found = inner.code_shapes((shapes[0][0] * scale, shapes[0][1] * scale))
+            shapes = tuple((height, width) for height, width in found)
             num_codes = (inner.config.num_codes,) * len(shapes)
         elif not self.priors:
             raise ArgumentError("priors: expected one per level, got none")
         self._check(shapes, num_codes)
         self.vqvae: AnyAutoencoder
-        if isinstance(inner, (HierarchicalVQVAE, OwnAutoencoder)):
+        if isinstance(inner, HierarchicalVQVAE):
             self.vqvae = inner
         else:
+            if isinstance(inner, OwnAutoencoder):  # of another pipeline, whose priors were others
+                inner, image_shape = inner.model, image_shape or inner.image_shape
             device = next(self.priors[0].parameters()).device
             self.vqvae = own_autoencoder(inner, image_shape, shapes, num_codes, device)
         if image_shape is not None and tuple(image_shape) != self.image_shape:

@@ -61,6 +61,8 @@ def test_all_is_as_with_ours(levels: int) -> None:
     assert torch.equal(painted, ours.inpaint(images[:1], mask, 3, label=0, seed=4).images)
     assert len(theirs(0, label=1).images) == 0
     assert theirs.vqvae.model.training
+    again = Pipeline(theirs.vqvae, theirs.priors)(3, label=1, seed=2)
+    assert torch.equal(again.images, found.images)
 
 
 def test_what_is_missing_is_code_0() -> None:
