@@ -151,7 +151,7 @@ def sample(
     )
     warn_slow([] if run.slow is None else [run.slow], stacklevel=3)  # past the decorator
     codes = run.draw(request, start, progress=progress, callback=callback)
-    return (codes, log_probabilities(run.prior, request.condition, request.label, codes)) if return_logprobs else codes
+    return (codes, run.log_probabilities(request.condition, request.label, codes)) if return_logprobs else codes
 
 
 @dataclass(frozen=True)
@@ -228,12 +228,29 @@ class Run:
                     codes[place, done : done + count] = grids[new, done : done + count]
                     done, total = done + count, total + count * len(place)
                     with torch.inference_mode(False):
-                        if callback(total, codes) is False:
+                        if ends(callback(total, codes)):
                             raise _StoppedError
 
                 filled = fill(self.engine.name, self.prior, part, row_done, options, evaluated=evaluated)
                 codes[place] = filled[new]
         return codes
+
+    @torch.no_grad()
+    def log_probabilities(self, condition: Sequence[Tensor], label: Tensor | None, codes: Tensor) -> Tensor:
+        """Log-probability of each code [n, H, W] under the prior, float32; NaN where it is -1.
+
+        Args:
+            condition, label: as the prior takes them, for n samples.
+        """
+        label = None if label is None else label.to(codes.device)
+        evaluated = in_evaluation(self.prior)
+        found = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
+        with full_float32(codes.device):
+            for part in micro_batches(len(codes), min(self.micro_batch, LEAST_MICRO_BATCH)):
+                above = [grids[part] for grids in condition] or None
+                labels = None if label is None else label[part]
+                found[part] = -evaluated.nll(codes[part].clamp(min=0), above, labels)
+        return found.masked_fill(codes < 0, torch.nan)
 
 
 class _StoppedError(Exception):
@@ -245,18 +262,6 @@ def require_callback(callback: object) -> None:
         raise ArgumentTypeError(f"callback: expected a callable or None, got {type(callback).__name__} {callback!r}")
 
 
-@torch.no_grad()
-def log_probabilities(prior: Prior, condition: Sequence[Tensor], label: Tensor | None, codes: Tensor) -> Tensor:
-    """Log-probability of each code [n, H, W] under the prior, float32; NaN where it is -1.
-
-    Args:
-        condition, label: as the prior takes them, for n samples.
-    """
-    label = None if label is None else label.to(codes.device)
-    evaluated, found = in_evaluation(prior), torch.full(codes.shape, torch.nan, device=codes.device)
-    with full_float32(codes.device):
-        for part in micro_batches(len(codes), LEAST_MICRO_BATCH):
-            above = [grids[part] for grids in condition] or None
-            nll = evaluated.nll(codes[part].clamp(min=0), above, None if label is None else label[part])
-            found[part] = -nll
-    return found.masked_fill(codes < 0, torch.nan)
+def ends(answer: Any) -> bool:
+    """Whether an answer of a callback ends sampling: False, also as NumPy or PyTorch has it; None does not."""
+    return answer is not None and not answer

@@ -24,7 +24,7 @@ from fastvq.models.limits import MOST_LEVELS
 from fastvq.models.pretrained import load_pretrained
 from fastvq.models.prior import Prior
 from fastvq.models.vqvae import HierarchicalVQVAE
-from fastvq.sampling.api import Run, living_threads, log_probabilities, require_callback
+from fastvq.sampling.api import Run, ends, living_threads, require_callback
 from fastvq.sampling.autoencoder import AnyAutoencoder, Autoencoder, OwnAutoencoder, own_autoencoder, weight_of
 from fastvq.sampling.coding import decode, encode, frames, image_shape_of, reconstruct
 from fastvq.sampling.engines import warn_slow
@@ -104,7 +104,7 @@ class Levels:
             nonlocal total, stopped
             assert callback is not None
             total = before + rows
-            stopped = callback(total, (*codes, grids)) is False
+            stopped = ends(callback(total, (*codes, grids)))
             return not stopped
 
         for level, (run, given) in enumerate(zip(self.runs, self.settings, strict=True)):
@@ -128,7 +128,7 @@ class Levels:
         found = []
         for level, run in enumerate(self.runs):
             above = [grid.clamp(min=0) for grid in codes[:level]]  # where these are missing, so are those below
-            found.append(log_probabilities(run.prior, above, labels, codes[level]))
+            found.append(run.log_probabilities(above, labels, codes[level]))
         return tuple(found)
 
 

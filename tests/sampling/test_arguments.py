@@ -203,6 +203,22 @@ def test_what_a_callback_raises_passes_through(engine: str) -> None:
     assert sample(prior, 2, seed=1, engine=engine, callback=lambda rows, codes: None).min() >= 0
 
 
+@pytest.mark.parametrize(
+    ("answer", "calls"),
+    [(False, 1), (np.False_, 1), (torch.tensor(False), 1), (None, 3), (True, 3)],
+    ids=["false", "numpy", "tensor", "none", "true"],
+)
+def test_answers_of_a_callback(answer: Any, calls: int) -> None:
+    rows: list[int] = []
+
+    def tell(done: int, codes: Tensor) -> Any:
+        rows.append(done)
+        return answer
+
+    sample(snail(), 1, seed=0, callback=tell)
+    assert rows == [1, 2, 3][:calls]
+
+
 def test_a_callback_splits_a_graph_of_the_whole_grid(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[bool] = []
     monkeypatch.setattr(engines.TorchEngine, "cuda_graphs", True)
