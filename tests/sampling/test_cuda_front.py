@@ -113,7 +113,7 @@ def check_codes(make: Callable[[], Prior], device: str, **changes: Any) -> str:
     height, width = prior.config.shape
     job = Job(prior, 2, device, **changes)
     rows: list[int] = []
-    codes, logits = job.run(rows.append)
+    codes, logits = job.run(lambda count, _: rows.append(count))
     assert rows == [1] * height
     known, settings = job.request.known.cpu(), job.request.settings
     drawn = {"temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p}
@@ -473,7 +473,7 @@ def test_recorded_steps_are_those_enqueued_one_by_one() -> None:
     for recorded in (False, True, True):
         job, rows = Job(prior, 3, "cuda"), []
         with torch.inference_mode():
-            job.grid.fill(job.request, job.statics, rows.append, recorded=recorded)
+            job.grid.fill(job.request, job.statics, lambda count, _, rows=rows: rows.append(count), recorded=recorded)
         assert rows == [1] * 6
         assert job.grid.logits is not None
         logits.append(job.grid.logits.view(torch.int32))

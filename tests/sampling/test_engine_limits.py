@@ -132,7 +132,13 @@ UNKNOWN_OPTIONS: dict[str, tuple[str, dict[str, Any], str]] = {
 def test_options_that_an_engine_does_not_have(engine: str, options: dict[str, Any], message: str) -> None:
     prior, rows = snail(), []
     with refuses(ArgumentError, message):
-        fill(engine, prior, request_of(prior, 1, {}, seed=0), rows.append, EngineOptions(**options))
+        fill(
+            engine,
+            prior,
+            request_of(prior, 1, {}, seed=0),
+            lambda count, _: rows.append(count),
+            EngineOptions(**options),
+        )
     assert rows == []
 
 
@@ -265,7 +271,7 @@ def test_weights_that_are_not_finite(engine: str, place: str, value: float) -> N
         NOT_FINITE[place](prior, value)
     rows = []
     with refuses(ArgumentError, "prior: its weights hold NaN or infinite values"):
-        fill(engine, prior, request_of(prior, 2, {}, seed=0), rows.append)
+        fill(engine, prior, request_of(prior, 2, {}, seed=0), lambda count, _: rows.append(count))
     assert rows == []
 
 

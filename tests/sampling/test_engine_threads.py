@@ -127,7 +127,7 @@ CpuPlan.fill = announce
 rows = []
 try:
     options = EngineOptions(threads={threads}, kernels="baseline")
-    fill("cpu", prior, request_of(prior, 8, {{}}, seed=0), rows.append, options)
+    fill("cpu", prior, request_of(prior, 8, {{}}, seed=0), lambda count, _: rows.append(count), options)
 except KeyboardInterrupt:
     print("interrupted after", len(rows), "rows", flush=True)
 CpuPlan.fill = fill_grids

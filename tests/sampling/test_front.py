@@ -142,7 +142,7 @@ def test_raster_order_has_a_reason(make: Callable[[], Prior], reason: str) -> No
         fastvq.explain(prior, engine="torch", options=narrow)
     rows: list[int] = []
     with refuses(ArgumentError, message):
-        fill("torch", prior, request_of(prior, 1, {}, seed=0), rows.append, narrow)
+        fill("torch", prior, request_of(prior, 1, {}, seed=0), lambda count, _: rows.append(count), narrow)
     assert rows == []
     wanted = sample(prior, 2, seed=1, engine="torch")
     assert torch.equal(sample(prior, 2, seed=1, engine="torch", options=raster), wanted)
