@@ -15,6 +15,7 @@ from torch import Tensor
 from fastvq import FSQ, LFQ, VQVAE2, Pipeline, ResidualVQ, SimVQ, VectorQuantizer, explain, sample
 from fastvq.ops import causal_attention, causal_conv2d, ema_update, nearest_code, nearest_code_statistics
 from fastvq.ops.draw import draw
+from fastvq.sampling import Samples
 
 TYPES = (torch.float64, torch.bfloat16, torch.float16)
 Result = Any
@@ -35,6 +36,8 @@ def assert_same(found: Result, wanted: Result) -> None:
     elif isinstance(wanted, (tuple, list)):
         for one, other in zip(found, wanted, strict=True):
             assert_same(one, other)
+    elif isinstance(wanted, Samples):
+        assert_same([*vars(found).values()], [*vars(wanted).values()])
     else:
         assert found == wanted
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastvq._check import require_choice, require_positive_int, require_seed
+from fastvq._check import require_choice, require_positive_int, wrapped_seed
 from fastvq._nvtx import annotate
 from fastvq.data.augment import Augment
 from fastvq.data.base import ImageDataset, load_images
@@ -63,7 +63,7 @@ class EvaluationConfig:
         neighbours: k of precision, recall, density and coverage.
         keep: feature vectors of each set that enter metrics of neighbours and kernels.
         fractions: of the rejection curve.
-        seed: of the samples and of every random selection.
+        seed: of the samples and of every random selection, any integer, taken modulo 2**64.
         batch_size: images at a time.
         classes_by: how samples get their classes: all in ``turn``, or each by its ``frequency`` in the training images
             (:func:`labels_by_frequency`), so that scores against images of unequal classes compare the same mixture.
@@ -81,7 +81,7 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         for name in ("samples", "neighbours", "keep", "batch_size"):
             require_positive_int(name, getattr(self, name))
-        require_seed("seed", self.seed)
+        object.__setattr__(self, "seed", wrapped_seed("seed", self.seed))
         require_choice("classes_by", self.classes_by, CLASSES_BY)
         if not self.temperature:
             raise ArgumentError("temperature: expected one value, or one per level, got none")

@@ -24,6 +24,7 @@ from fastvq.data.codes import model_checksum
 from fastvq.errors import ArgumentError
 from fastvq.models import HierarchicalVQVAE
 from fastvq.sampling import Pipeline
+from fastvq.sampling.autoencoder import AnyAutoencoder, OwnAutoencoder, weight_of
 from fastvq.training.classifier import images_of
 
 _CHUNK = 512
@@ -184,10 +185,11 @@ class Reconstructions:
 
     labels: Tensor | None
 
-    def __init__(self, vqvae: HierarchicalVQVAE | nn.Module, dataset: ImageDataset) -> None:
-        vqvae = require_model("vqvae", vqvae, HierarchicalVQVAE)
-        if dataset.channels != vqvae.config.in_channels:
-            wanted = vqvae.config.in_channels
+    def __init__(self, vqvae: AnyAutoencoder | nn.Module, dataset: ImageDataset) -> None:
+        if not isinstance(vqvae, OwnAutoencoder):
+            vqvae = require_model("vqvae", vqvae, HierarchicalVQVAE)
+        wanted = vqvae.image_shape[0] if isinstance(vqvae, OwnAutoencoder) else vqvae.config.in_channels
+        if dataset.channels != wanted:
             raise ArgumentError(f"dataset: has {dataset.channels} channel(s), the model takes {wanted}")
         self.size, self.channels, self.num_classes = dataset.size, dataset.channels, dataset.num_classes
         self.class_names, self.labels = dataset.class_names, dataset.labels
@@ -199,7 +201,7 @@ class Reconstructions:
     @torch.no_grad()
     def batch(self, indices: np.ndarray) -> Tensor:
         """float32 [B, C, H, W], clamped to [-1, 1]."""
-        images = images_of(self._dataset, indices).to(next(self._vqvae.parameters()).device)
+        images = images_of(self._dataset, indices).to(weight_of(self._vqvae).device)
         vqvae = in_evaluation(self._vqvae)
         return vqvae.decode(vqvae.encode(images)).float().clamp(-1, 1).cpu()
 

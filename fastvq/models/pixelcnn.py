@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -78,7 +78,8 @@ class GatedPixelCNN(Prior):
         ),
     }
 
-    def __init__(self, config: GatedPixelCNNConfig) -> None:
+    def __init__(self, config: GatedPixelCNNConfig | None = None, **fields: Any) -> None:
+        config = self.config_class.of(config, fields)
         super().__init__(config)
         width, reach = config.channels, (config.input_kernel_size or config.kernel_size) // 2
         above = [(row, column) for row in range(-reach, 0) for column in range(-reach, reach + 1)]
