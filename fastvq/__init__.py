@@ -14,8 +14,8 @@ from fastvq._version import __version__
 
 if TYPE_CHECKING:
     from fastvq.interop.quantizers import accelerate, acceleration, restore
-    from fastvq.models import FSQ, LFQ, VQVAE, VQVAE2, GatedPixelCNN, PixelSNAIL, ResidualVQ, SimVQ, VectorQuantizer
-    from fastvq.sampling import EngineOptions, Pipeline, check_causal, explain, sample, trace
+    from fastvq.models import FSQ, GatedPixelCNN, LFQ, PixelSNAIL, ResidualVQ, SimVQ, VQVAE, VQVAE2, VectorQuantizer
+    from fastvq.sampling import EngineOptions, Pipeline, PlanBuilder, check_causal, explain, sample, trace, with_plan
 
 _HOMES = {
     "EngineOptions": "fastvq.sampling",
@@ -23,6 +23,7 @@ _HOMES = {
     "GatedPixelCNN": "fastvq.models",
     "LFQ": "fastvq.models",
     "PixelSNAIL": "fastvq.models",
+    "PlanBuilder": "fastvq.sampling",
     "Pipeline": "fastvq.sampling",
     "ResidualVQ": "fastvq.models",
     "SimVQ": "fastvq.models",
@@ -36,6 +37,7 @@ _HOMES = {
     "restore": "fastvq.interop.quantizers",
     "sample": "fastvq.sampling",
     "trace": "fastvq.sampling",
+    "with_plan": "fastvq.sampling",
 }
 
 # Reached as attributes, and imported then.
@@ -50,6 +52,7 @@ __all__ = [
     "GatedPixelCNN",
     "Pipeline",
     "PixelSNAIL",
+    "PlanBuilder",
     "ResidualVQ",
     "SimVQ",
     "VectorQuantizer",
@@ -61,6 +64,7 @@ __all__ = [
     "restore",
     "sample",
     "trace",
+    "with_plan",
 ]
 
 

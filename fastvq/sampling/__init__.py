@@ -10,7 +10,7 @@ from fastvq.sampling.cost import Explanation, describe, explain
 from fastvq.sampling.engines import choose_engine, engine_names
 from fastvq.sampling.noise import uniforms
 from fastvq.sampling.options import EngineOptions
-from fastvq.sampling.own import CausalReport, Leak, OwnPrior, check_causal, trace
+from fastvq.sampling.own import CausalReport, Leak, OwnPrior, PlanBuilder, check_causal, trace, with_plan
 from fastvq.sampling.parts import merge_samples, sample_shard
 from fastvq.sampling.pipeline import Pipeline, shipped
 from fastvq.sampling.samples import Samples
@@ -26,6 +26,7 @@ __all__ = [
     "Leak",
     "OwnPrior",
     "Pipeline",
+    "PlanBuilder",
     "Samples",
     "Shard",
     "check_causal",
@@ -39,6 +40,7 @@ __all__ = [
     "shipped",
     "trace",
     "uniforms",
+    "with_plan",
 ]
 
 

@@ -152,8 +152,8 @@ def few_places(shape: Place, count: int, seed: int = 0) -> list[int]:
     positions = height * width
     fixed = [0, width - 1, width % positions, positions - 1, positions - width]
     generator = torch.Generator().manual_seed(seed)
-    rest = torch.randperm(positions, generator=generator)[: max(0, count - len(set(fixed)))].tolist()
-    return sorted({*fixed, *rest})
+    found = dict.fromkeys([*fixed, *torch.randperm(positions, generator=generator).tolist()])
+    return sorted(list(found)[:count])
 
 
 def require_causal(prior: Prior) -> None:

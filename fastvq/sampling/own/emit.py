@@ -47,9 +47,14 @@ class Emitter:
 
     def constant(self, values: Tensor) -> Linear:
         """What is always the same, float32 [1, C, H, W]."""
+        for name, known in self.constants.items():
+            if torch.equal(known, values):
+                return self._whole(self._made[name])
         name = f"background.{len(self.constants)}"
         self.constants[name] = values.contiguous()
-        return self.static(name, values.shape[1])
+        found = self.static(name, values.shape[1])
+        self._made[name] = found.pieces[0].source
+        return found
 
     def _whole(self, op: int, dr: int = 0, dc: int = 0, rows: int | None = None, columns: int | None = None) -> Linear:
         channels = self._op(op).channels
@@ -137,15 +142,15 @@ class Emitter:
                 self._known.add(self._made[key])
         return self._whole(self._made[key], piece.dr, piece.dc, x.rows, x.columns)
 
-    def padded(self, x: Linear, top: int, bottom: int, left: int, right: int) -> Linear:
-        """With zeros around it; a negative number cuts off."""
+    def padded(self, x: Linear, top: int, bottom: int, left: int, right: int) -> tuple[Linear, bool]:
+        """With zeros around it; a negative number cuts off. And whether these are zeros wherever they are looked at."""
+        sure = True
         if max(top, bottom, left, right) > 0:
             x = self.settled(x)
             if x.bias is not None:
                 x = self._bounded(x, bottom > 0, right > 0)
-            if not self._is_zero_around(x, top, bottom, left, right):
-                raise Untraceable("it puts zeros where something was cut off, which no operation of a plan does")
-        return x.window(-top, -left, x.rows + top + bottom, x.columns + left + right)
+            sure = self._is_zero_around(x, top, bottom, left, right)
+        return x.window(-top, -left, x.rows + top + bottom, x.columns + left + right), sure
 
     def _bounded(self, x: Linear, bottom: bool, right: bool) -> Linear:
         """With the bias on the window alone, as far as that is an edge of the grid."""
@@ -172,11 +177,35 @@ class Emitter:
             if one is None or one.weight != (0, len(weight)):
                 one = self.alone(x).alone
             assert one is not None
-            if self._op(one.source).kind == "static" and (dr, dc) != (0, 0):
-                one = dataclasses.replace(one, source=self._copied(one.source))
             pieces.append(Piece(one.source, one.dr + dr, one.dc + dc, weight))
+        if any((piece.dr, piece.dc) != (0, 0) for piece in pieces):
+            statics = {piece.source for piece in pieces if self._op(piece.source).kind == "static"}
+            copies = {source: self._copied(source) for source in statics}
+            pieces = [dataclasses.replace(piece, source=copies.get(piece.source, piece.source)) for piece in pieces]
         first, weight = parts[0][0], parts[0][3]
         return Linear(weight.shape[1], first.rows, first.columns, tuple(pieces), bias)
+
+    def attention(self, query: Linear, key: Linear, value: Linear, heads: int, variant: str) -> Linear:
+        """Causal attention; scores are divided by the root of a head's width."""
+        q, k, v = (self._stepwise(x) for x in (query, key, value))
+        return self._whole(self.graph.attention(q, k, v, heads, variant))
+
+    def _stepwise(self, x: Linear) -> int:
+        """An operation that nothing else reads, and that is worked out where a position is sampled."""
+        op = self._sum(self.times_one(x) if x.alone is not None else x)
+        if op not in self._known:
+            return op
+        # Nothing, of the code to the left, is not known before.
+        nothing = self.graph.lookup_table(((0, -1),), torch.zeros(1, self.num_codes, 1, device=self.device), None)
+        none = torch.zeros(1, x.channels, device=self.device)
+        return self._affine([Piece(op, 0, 0, (0, x.channels)), Piece(nothing, 0, 0, none)], None, x.channels)
+
+    def output(self, x: Linear) -> int:
+        """The operation that gives logits: a product in the step phase."""
+        one = self.alone(x).alone
+        assert one is not None
+        direct = (one.dr, one.dc) == (0, 0) and self._op(one.source).kind == "affine"
+        return one.source if direct and one.source not in self._known else self._stepwise(self.alone(x))
 
     def _copied(self, static: int) -> int:
         """Only operations that are worked out are read at other places."""
@@ -186,8 +215,6 @@ class Emitter:
             self._made[key] = self._affine([Piece(static, 0, 0, (0, channels))], None, channels)
         return self._made[key]
 
-    # What follows writes an operation of a sum on the whole grid.
-
     def _emit(self, x: Linear) -> int:
         key = _key(x)
         if key not in self._made:
@@ -196,8 +223,12 @@ class Emitter:
         return self._made[key]
 
     def _sum(self, x: Linear) -> int:
+        # Weights go on changing in the network, and these are as they are now.
+        x = dataclasses.replace(x, bias=None if x.bias is None else x.bias.detach().clone())
         codes = [piece for piece in x.pieces if piece.source == CODES]
-        as_is, products, bias = [], [], x.bias
+        as_is: list[Piece] = []
+        products: list[Piece] = []
+        bias = x.bias
         for piece in x.pieces:
             if piece.source == CODES:
                 continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -15,14 +15,19 @@ from fastvq._evaluation import in_evaluation
 from fastvq._watch import Snapshot, contents_of
 from fastvq.errors import ArgumentError, TraceError
 from fastvq.models.prior import Condition, Prior, PriorConfig
+from fastvq.sampling.own.base import BATCH, Meeting
+from fastvq.sampling.own.builder import Feature, GivenValues, PlanBuilder
 from fastvq.sampling.own.causal import require_causal
-from fastvq.sampling.own.record import BATCH, Meeting, Recorder
+from fastvq.sampling.own.record import Recorder
 from fastvq.sampling.own.tensors import Replayer
-from fastvq.sampling.plan import Graph, schedule, writes
+from fastvq.sampling.plan import Graph, Op, schedule, writes
 from fastvq.sampling.plan.evaluate import plan_logits
+from fastvq.sampling.plan.form import extent
 
 # Of the largest logit: what float32 may round differently in another order of sums, with room for deep networks.
 _ROUNDING = 2e-4
+# Labels whose features are worked out together.
+_TOGETHER = 256
 
 
 class Told(NamedTuple):
@@ -37,10 +42,12 @@ class Traced:
     """A network as operations of a plan, and what it was made from."""
 
     weights: Snapshot
-    graph: Graph
+    ops: list[Op]
     output: int
-    meetings: list[Meeting]
     constants: dict[str, Tensor]
+    meetings: Sequence[Meeting] = ()
+    doubts: Sequence[str] = ()
+    values: Mapping[str, GivenValues] = field(default_factory=dict)
     by_label: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -58,17 +65,26 @@ class OwnPrior(Prior):
 
     It is called as ``module(codes)``, ``module(codes, label)``, ``module(codes, condition)`` or
     ``module(codes, condition, label)``, as ``num_classes`` and ``condition_shapes`` say, with codes int64 [B, H, W] of
-    whole grids, and has to give [B, K, H, W]. The condition is a tensor [B, h, w], or a tuple of them of several levels.
+    whole grids, and has to give [B, K, H, W]. The condition is a tensor [B, h, w], or a tuple of several levels' ones.
 
     Args:
         module: the network. Of a function that is no module nothing is known but what it returns: changes of weights
             are not noticed, and its mode stays what it is.
         config: grids, codes, classes and levels above; the other fields are not read.
         untraced: why it is not to be written as a plan; then only the naive engine runs it.
+        write: writes the plan by hand, instead of a trace: given a builder, gives the feature that is the logits.
     """
 
-    def __init__(self, module: Callable[..., Tensor], config: PriorConfig, *, untraced: str | None = None) -> None:
+    def __init__(
+        self,
+        module: Callable[..., Tensor],
+        config: PriorConfig,
+        *,
+        untraced: str | None = None,
+        write: Callable[[PlanBuilder], Feature] | None = None,
+    ) -> None:
         nn.Module.__init__(self)
+        self._write = write
         self.config = config
         self.context_encoder = None
         if isinstance(module, nn.Module):
@@ -170,32 +186,47 @@ class OwnPrior(Prior):
 
     def _record(self, weights: Snapshot) -> Traced:
         config, device = self.config, next(self.parameters()).device
+        if self._write is not None:
+            builder = PlanBuilder(config.shape, config.num_codes, device)
+            logits = builder.output(self._write(builder))
+            made = builder.emitter
+            return Traced(weights, made.graph.ops, logits, made.constants, values=builder.values)
         network = self.network
         names = {} if not isinstance(network, nn.Module) else {id(m): name for name, m in network.named_modules()}
-        graph = Graph(spatial_context=bool(config.condition_shapes))
-        recorder = Recorder(graph, config.shape, config.num_codes, device, names)
+        recorder = Recorder(Graph(spatial_context=False), config.shape, config.num_codes, device, names)
         _, told = self._example(BATCH)
         given = Told(
             tuple(recorder.given(codes) for codes in told.condition),
             None if told.label is None else recorder.given(told.label),
         )
         output = recorder.output(network(*self.arguments(recorder.codes(), given)))
-        return Traced(weights, graph, output, recorder.meetings, recorder.emitter.constants)
+        made = recorder.emitter
+        return Traced(weights, made.graph.ops, output, made.constants, recorder.meetings, recorder.doubts)
 
     def _met(self, traced: Traced, told: Told, batch: int) -> dict[str, Tensor]:
         """The static operations that depend on condition or label."""
-        if not traced.meetings:
+        if not traced.meetings and not traced.values:
             return {}
         classes = self.config.num_classes
-        if told.condition or classes is None or told.label is None:
+        # Features of all positions would be too many to keep of every class.
+        everywhere = all(meeting.everywhere for meeting in traced.meetings)
+        if told.condition or classes is None or told.label is None or traced.values or not everywhere:
             return self._replayed(traced, told, batch)
         if not traced.by_label:
-            # One after the other: libraries round differently for other batches.
-            every = [self._replayed(traced, Told((), told.label.new_tensor([label])), 1) for label in range(classes)]
+            # All of them once, so that a label's features do not depend on what it is asked for with.
+            labels = torch.arange(classes, device=told.label.device).split(_TOGETHER)
+            every = [self._replayed(traced, Told((), some), len(some)) for some in labels]
             traced.by_label.update({name: torch.cat([one[name] for one in every]) for name in every[0]})
         return {name: table[told.label] for name, table in traced.by_label.items()}
 
     def _replayed(self, traced: Traced, told: Told, batch: int) -> dict[str, Tensor]:
+        if traced.values:
+            found = {name: values(*told).float() for name, values in traced.values.items()}
+            for name, one in found.items():
+                sizes = [1, 1] if extent(name) == "label" else self.config.shape
+                channels = next(op.channels for op in traced.ops if op.variant == name)
+                require_shape("values of given", one, [batch, channels, *sizes])
+            return found
         replayer = Replayer(next(self.parameters()).device)
         given = Told(
             tuple(replayer.given(codes) for codes in told.condition),
@@ -211,7 +242,7 @@ class OwnPrior(Prior):
         Raises:
             TraceError: logits differ.
         """
-        plan = schedule(traced.graph.ops, traced.output, self.config.shape, self.config.num_codes)
+        plan = schedule(traced.ops, traced.output, self.config.shape, self.config.num_codes)
         codes, told = self._example(3, seed=1)
         wanted = self.logits(codes, told).float()
         found = plan_logits(plan, codes, {**traced.constants, **self._met(traced, told, 3)})
@@ -224,12 +255,13 @@ class OwnPrior(Prior):
             raise TraceError(
                 f"module: its plan gives other logits, {found[sample, code, row, column]:.6g} in place of "
                 f"{wanted[sample, code, row, column]:.6g} for code {code} at row {row}, column {column}"
+                + (f"; it cannot have {traced.doubts[0]}" if traced.doubts else "")
             )
 
 
 @writes(OwnPrior, {OwnPrior: {}}, why_not=OwnPrior.why_no_plan)
 def write(graph: Graph, prior: OwnPrior) -> int:
     traced = prior.traced()
-    for op in traced.graph.ops:
+    for op in traced.ops:
         graph.add_op(op)
     return traced.output

@@ -38,11 +38,11 @@ class Traced(Tensor):
     @staticmethod
     def __new__(cls, tracer: Tracer, value: Any, shape: Sequence[int], dtype: torch.dtype) -> Traced:
         device = tracer.device
-        made = torch.Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=device)  # type: ignore[attr-defined]
+        made = torch.Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=device)
         made.tracer, made.value = tracer, value
         return made
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Traced({tuple(self.shape)})"
 
     @classmethod
@@ -57,7 +57,9 @@ class Traced(Tensor):
             return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         tracer, on_codes = _who(args, kwargs)
         if on_codes and func.overloadpacket.__name__ in _FRESH:

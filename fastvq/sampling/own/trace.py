@@ -1,4 +1,4 @@
-"""``fastvq.trace``: a network of one's own for the cached engines."""
+"""``fastvq.trace`` and ``fastvq.with_plan``: a network of one's own for the cached engines."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fastvq._unwrap import unwrap
 from fastvq.errors import ArgumentTypeError
 from fastvq.models.prior import PriorConfig
+from fastvq.sampling.own.builder import Feature, PlanBuilder
 from fastvq.sampling.own.prior import OwnPrior
 
 
@@ -47,10 +48,61 @@ def trace(
         CausalityError: logits depend on codes that are not known when they are needed.
         ArgumentError, ArgumentTypeError: arguments that do not fit, or logits that do not fit these.
     """
+    config = _config(shape, num_codes, num_classes, condition_shapes, condition_num_codes, level)
+    prior = OwnPrior(_callable(module), config)
+    prior.traced()
+    return prior
+
+
+def with_plan(
+    module: nn.Module | Callable[..., Tensor],
+    write: Callable[[PlanBuilder], Feature],
+    *,
+    shape: tuple[int, int],
+    num_codes: int,
+    num_classes: int | None = None,
+    condition_shapes: Sequence[tuple[int, int]] = (),
+    condition_num_codes: Sequence[int] = (),
+    level: int = 0,
+) -> OwnPrior:
+    """A network as a prior with a plan that is written by hand, for one that :func:`trace` cannot follow.
+
+    The plan's logits are compared with the network's own for random codes, as those of a trace are.
+
+    Args:
+        module, shape, num_codes, num_classes, condition_shapes, condition_num_codes, level: as :func:`trace` has them.
+        write: given a :class:`fastvq.PlanBuilder`, computes the logits out of its operations and returns them. It is
+            called again when weights of the module have changed, so it should read them off the module.
+
+    Raises:
+        TraceError: the plan gives other logits than the network.
+        CausalityError: logits of the network depend on codes that are not known when they are needed.
+        ArgumentError, ArgumentTypeError: arguments that do not fit, or operations that read what is not known.
+    """
+    if not callable(write):
+        raise ArgumentTypeError(f"write: expected a function of a builder, got {type(write).__name__}")
+    config = _config(shape, num_codes, num_classes, condition_shapes, condition_num_codes, level)
+    prior = OwnPrior(_callable(module), config, write=write)
+    prior.traced()
+    return prior
+
+
+def _callable(module: object) -> Callable[..., Tensor]:
     module = unwrap(module)
     if not callable(module):
         raise ArgumentTypeError(f"module: expected a module or a function, got {type(module).__name__}")
-    config = PriorConfig(
+    return module
+
+
+def _config(
+    shape: tuple[int, int],
+    num_codes: int,
+    num_classes: int | None,
+    condition_shapes: Sequence[tuple[int, int]],
+    condition_num_codes: Sequence[int],
+    level: int,
+) -> PriorConfig:
+    return PriorConfig(
         shape=shape,
         num_codes=num_codes,
         num_classes=num_classes,
@@ -58,6 +110,3 @@ def trace(
         condition_shapes=tuple(condition_shapes),
         condition_num_codes=tuple(condition_num_codes),
     )
-    prior = OwnPrior(module, config)
-    prior.traced()
-    return prior

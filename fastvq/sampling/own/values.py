@@ -23,7 +23,8 @@ class Piece:
 
     Attributes:
         source: index of an operation, `CODES` or `ONES`.
-        weight: [C_in, C_out]; of codes [K, C_out], of ones [1, C_out]. Or (start, stop): channels of the source as they are.
+        weight: [C_in, C_out]; of codes [K, C_out], of ones [1, C_out]. Or (start, stop): channels of the source as
+            they are.
     """
 
     source: int
@@ -190,7 +191,31 @@ class Pending:
     of: Joined
 
 
-Value = Table | Joined | Pending
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """Products of queries and keys of two positions, or what a softmax over the latter makes of them.
+
+    Attributes:
+        width: of a query of one head.
+        scale: what products are multiplied by.
+        hidden: bool [N, N] by query and key: those that are minus infinity.
+        zeroed: those that are zero in place of a product.
+        weights: after the softmax; ``kept`` are those that are not set to zero then, ``clean`` says that NaN is zero.
+    """
+
+    query: Joined
+    key: Joined
+    heads: int
+    width: int
+    scale: float = 1.0
+    hidden: Tensor | None = None
+    zeroed: Tensor | None = None
+    weights: bool = False
+    kept: Tensor | None = None
+    clean: bool = False
+
+
+Value = Table | Joined | Pending | Scores
 
 
 def joined(parts: Sequence[Linear]) -> Joined:

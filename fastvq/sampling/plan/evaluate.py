@@ -31,7 +31,8 @@ def _value(op: Op, values: list[Tensor], codes: Tensor, statics: Mapping[str, Te
         case "static":
             return statics[op.variant].float().permute(0, 2, 3, 1)
         case "lookup":
-            assert op.weight is not None and op.bias is not None
+            assert op.weight is not None
+            assert op.bias is not None
             nothing = op.weight.shape[1]
             total: Tensor = op.bias
             for tap, table in zip(op.taps, op.weight, strict=True):

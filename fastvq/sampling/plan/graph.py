@@ -48,7 +48,7 @@ class Graph:
         return self.lookup_table(layer.taps, numbers(layer.weight), numbers(layer.bias))
 
     def lookup_table(self, taps: tuple[Tap, ...], weight: Tensor, bias: Tensor | None) -> int:
-        """The sum over taps of a vector per code: weight [T, K, C]. Those of the position's row end at its neighbour."""
+        """The sum over taps of a vector per code, weight [T, K, C]; taps of the position's row end at its neighbour."""
         channels = weight.shape[2]
         bias = weight.new_zeros(channels) if bias is None else bias
         return self.add_op(Op(self.next, "lookup", channels, taps=taps, weight=weight, bias=bias))
