@@ -14,7 +14,7 @@ from fastvq._version import __version__
 
 if TYPE_CHECKING:
     from fastvq.interop.quantizers import accelerate, acceleration, restore
-    from fastvq.models import FSQ, GatedPixelCNN, LFQ, PixelSNAIL, ResidualVQ, SimVQ, VQVAE, VQVAE2, VectorQuantizer
+    from fastvq.models import FSQ, LFQ, VQVAE, VQVAE2, GatedPixelCNN, PixelSNAIL, ResidualVQ, SimVQ, VectorQuantizer
     from fastvq.sampling import EngineOptions, Pipeline, PlanBuilder, check_causal, explain, sample, trace, with_plan
 
 _HOMES = {

@@ -64,7 +64,7 @@ def build(tensors: Mapping[str, Tensor], *, shape: tuple[int, int] | None) -> Pi
 
 def layers_of(tensors: Mapping[str, Tensor]) -> list[Layer]:
     """The convolutions of the sequence, in order."""
-    numbers = sorted({int(found[1]) for name in tensors if (found := re.match(r"(\d{1,9})\.", name))})
+    numbers = sorted({int(match[1]) for name in tensors if (match := re.match(r"(\d{1,9})\.", name))})
     convolutions = [n for n in numbers if f"{n}.weight" in tensors and tensors[f"{n}.weight"].ndim == 4]
     found = []
     for index, number in enumerate(convolutions):
