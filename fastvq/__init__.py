@@ -40,6 +40,9 @@ _HOMES = {
     "with_plan": "fastvq.sampling",
 }
 
+# Reached as attributes, and imported then.
+_ROOMS = ("data", "distributed", "errors", "evaluation", "interop", "models", "ops", "sampling", "training")
+
 __all__ = [
     "FSQ",
     "LFQ",
@@ -68,8 +71,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _ROOMS:
+        return importlib.import_module(f"fastvq.{name}")
     raise AttributeError(f"module 'fastvq' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    return sorted({*globals(), *_HOMES, *_ROOMS})

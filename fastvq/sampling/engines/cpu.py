@@ -93,10 +93,8 @@ class CpuPlan:
                 address("noise", noise, torch.float32, count),
                 address("known", known, torch.bool, count),
                 0 if logits is None else strided_address("logits", logits, torch.float32, (*grid, self.plan.num_codes)),
-                settings.temperature,
-                self.plan.num_codes if settings.top_k is None else settings.top_k,
-                1.0 if settings.top_p is None else settings.top_p,
-                row_done,
+                *settings.numbers(self.plan.num_codes),
+                lambda rows: row_done(rows, codes),
             )
         kept.clear()  # until here the extension has read them
         if bad is not None:

@@ -270,7 +270,7 @@ def sample_torch(
                 request.draw_at(grid.codes, found, at)
         complete = grid.front.last_rows(step)
         if complete > done:
-            row_done(complete - done)
+            row_done(complete - done, grid.codes)
             done = complete
     phases.finish()
     return grid.codes.contiguous()
