@@ -16,7 +16,6 @@ from fastvq.sampling.own.products import Products
 from fastvq.sampling.own.tensors import Traced, is_given
 from fastvq.sampling.own.values import Joined, Linear, Pending, Table, Value, joined
 
-BY_VALUE = {"_softmax"}
 REASONS = {
     "copy_": "the network writes features into a part of a tensor; F.pad and torch.cat put them together as well",
     "_local_scalar_dense": "the network looks at the value of a code or feature, to decide something by it",
@@ -130,6 +129,8 @@ class Elementwise(Products):
         vector = self._vector(b, held)
         if vector is None:
             raise Untraceable("it multiplies features by what differs between samples or positions")
+        if kwargs.get("rounding_mode") is not None:
+            raise Untraceable("a division that rounds")
         if name.startswith("div"):
             if b is not args[1]:
                 raise Untraceable("it divides by features")

@@ -11,7 +11,7 @@ from fastvq.errors import TraceError
 from fastvq.sampling.own import layout as lay
 from fastvq.sampling.own.attend import SCORES, Attention
 from fastvq.sampling.own.base import BATCH
-from fastvq.sampling.own.elementwise import BY_VALUE, REASONS
+from fastvq.sampling.own.elementwise import REASONS
 from fastvq.sampling.own.emit import NotCausal, Untraceable
 from fastvq.sampling.own.tensors import Traced, is_given, place
 from fastvq.sampling.own.values import Table
@@ -53,7 +53,7 @@ class Recorder(Attention):
             handler = SCORES.get(name) if self.of_scores(args) else HANDLERS.get(name)
             if handler is not None:
                 return handler(self, name, args, kwargs)
-            if torch.Tag.pointwise in func.tags or name in BY_VALUE:
+            if torch.Tag.pointwise in func.tags:
                 return self._by_value(func, name, args, kwargs)
             raise Untraceable(REASONS.get(name, "no operation of a plan does this"))
         except Untraceable as error:
@@ -105,8 +105,7 @@ HANDLERS: dict[str, Callable[[Recorder, str, Any, Any], Any]] = {
     "cudnn_batch_norm": _R._batch_norm,
     "glu": _R._glu,
 }
-for name in _LAYOUT:
-    SCORES[name] = HANDLERS[name]
+SCORES.update({name: HANDLERS[name] for name in _LAYOUT})
 WHOLE_HANDLERS: dict[str, Callable[[Recorder, str, Any, Any], Any]] = {
     "one_hot": _R._one_hot,
     "scaled_dot_product_attention": _R._whole_attention,
