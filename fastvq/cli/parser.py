@@ -387,6 +387,12 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     parser.add_argument(
         "--accuracy-steps", type=int, default=0, metavar="STEPS", help="train for the classification accuracy score"
     )
+    parser.add_argument(
+        "--classes-by",
+        choices=("turn", "frequency"),
+        default="turn",
+        help="classes of samples: all in turn, or as often as the training images have them (default: turn)",
+    )
     parser.add_argument("--seed", type=int, help="of samples and random selections (default: 0)")
     parser.add_argument("--batch-size", type=int, default=64, help="images at a time (default: 64)")
     parser.add_argument("--cache", type=Path, help="features of the training images (default: RUN/evaluation)")

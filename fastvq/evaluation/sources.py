@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvq._bar import bar
-from fastvq._check import require_positive_int
+from fastvq._check import require_integer, require_positive_int
 from fastvq._evaluation import in_evaluation
 from fastvq._files import new_array
 from fastvq._shards import StoredShard
@@ -28,6 +28,8 @@ from fastvq.sampling.autoencoder import AnyAutoencoder, OwnAutoencoder, weight_o
 from fastvq.training.classifier import images_of
 
 _CHUNK = 512
+# The golden ratio, modulo 1, in units of 2^-64.
+_GOLDEN = 0x9E3779B97F4A7C15
 
 
 class StoredRows:
@@ -121,6 +123,19 @@ def once_if_same(values: Sequence[float]) -> tuple[float, ...]:
     return tuple(values[:1] if len(set(values)) == 1 else values)
 
 
+def labels_by_frequency(labels: Tensor, indices: range) -> Tensor:
+    """Classes of samples by their indices, int64 [n], as often as ``labels`` [N] has them.
+
+    Sample i has the label at i times the golden ratio, modulo 1, of the way through the sorted labels: any stretch of
+    samples is near the frequencies, and the class of a sample depends on nothing but its index.
+    """
+    if require_integer("labels", labels).ndim != 1 or len(labels) == 0:
+        raise ArgumentError(f"labels: expected one label or more, [N], got shape {list(labels.shape)}")
+    steps = np.arange(indices.start, indices.stop, indices.step, dtype=np.uint64) * np.uint64(_GOLDEN)
+    places = (steps >> np.uint64(32)) * np.uint64(len(labels)) >> np.uint64(32)
+    return labels.long().sort().values[torch.from_numpy(places.astype(np.int64))]
+
+
 def draw_samples(
     pipeline: Pipeline,
     n: int,
@@ -135,7 +150,7 @@ def draw_samples(
 
     Args:
         folder: an empty or new folder; it must outlive the result.
-        label: classes, int64 [n]; by default all in turn.
+        label: classes, int64 [n], such as those of :func:`labels_by_frequency`; by default all in turn.
         settings: of :meth:`Pipeline.sample`: temperature, top_k, top_p, engine, ...
     """
 

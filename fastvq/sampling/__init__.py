@@ -10,6 +10,7 @@ from fastvq.sampling.cost import Explanation, describe, explain
 from fastvq.sampling.engines import choose_engine, engine_names
 from fastvq.sampling.noise import uniforms
 from fastvq.sampling.options import EngineOptions
+from fastvq.sampling.own import CausalReport, Leak, OwnPrior, PlanBuilder, check_causal, trace, with_plan
 from fastvq.sampling.parts import merge_samples, sample_shard
 from fastvq.sampling.pipeline import Pipeline, shipped
 from fastvq.sampling.samples import Samples
@@ -19,11 +20,16 @@ ENGINES: tuple[str, ...]
 __all__ = [
     "ENGINES",
     "Autoencoder",
+    "CausalReport",
     "EngineOptions",
     "Explanation",
+    "Leak",
+    "OwnPrior",
     "Pipeline",
+    "PlanBuilder",
     "Samples",
     "Shard",
+    "check_causal",
     "choose_engine",
     "describe",
     "explain",
@@ -32,7 +38,9 @@ __all__ = [
     "sample",
     "sample_shard",
     "shipped",
+    "trace",
     "uniforms",
+    "with_plan",
 ]
 
 

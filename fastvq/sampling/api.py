@@ -72,6 +72,9 @@ def sample(
     memory_limit: int | None = None,
     precision: Precision = "float32",
     options: EngineOptions | None = None,
+    shape: tuple[int, int] | None = None,
+    num_codes: int | None = None,
+    num_classes: int | None = None,
     callback: Callback | None = None,
     return_logprobs: bool = False,
 ) -> Any:
@@ -117,6 +120,8 @@ def sample(
             for small micro-batches, and not exact; the ``cuda`` engine also rounds what the weights are multiplied by.
         options: everything an engine can be told, ``precision`` included (then leave that argument out): threads,
             instruction set, row phase, tile, CUDA graph.
+        shape, num_codes, num_classes: grid (H, W), codes and classes of a module or function that is no prior, see
+            :func:`fastvq.trace`.
         callback: called with ``(rows_done, codes)`` whenever rows are complete: how many of the n * H rows of all
             grids, and the tensor that will be returned, int64 [n, H, W], in which what is not drawn yet is -1. It goes
             on to be filled, so clone what is to be kept. Returning False ends sampling, and what there is is returned;
@@ -132,7 +137,7 @@ def sample(
     Raises:
         ArgumentError, ArgumentTypeError: arguments that do not fit; nothing has been computed then.
     """
-    prior = as_prior(prior)
+    prior = as_prior(prior, shape=shape, num_codes=num_codes, num_classes=num_classes)
     check_indices(n, start)
     run = Run.chosen(prior, n, engine, engine_options(precision, options), micro_batch, memory_limit)
     require_callback(callback)

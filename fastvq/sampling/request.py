@@ -25,6 +25,7 @@ from fastvq.errors import ArgumentError, ArgumentTypeError
 from fastvq.models.prior import Condition, Prior, condition_levels
 from fastvq.ops.draw import check_options, draw
 from fastvq.sampling.noise import Seed, fixed_seed, uniforms
+from fastvq.sampling.own import OwnPrior, as_own_prior, require_causal
 
 INDEX_LIMIT = 1 << 62
 _LARGEST = torch.iinfo(torch.int64).max
@@ -160,21 +161,35 @@ class Part(NamedTuple):
     place: Tensor
 
 
-def as_prior(prior: object) -> Prior:
-    """The prior itself, without what PyTorch wraps around modules, or our form of one from another project."""
+def as_prior(
+    prior: object,
+    *,
+    shape: tuple[int, int] | None = None,
+    num_codes: int | None = None,
+    num_classes: int | None = None,
+) -> Prior:
+    """The prior itself, without what PyTorch wraps around modules, or our form of one from another project.
+
+    Args:
+        shape, num_codes, num_classes: of a callable that is neither; others have their own.
+
+    Raises:
+        CausalityError: logits of the callable depend on codes that are not known when they are needed.
+    """
     prior = unwrap(prior)
-    if isinstance(prior, Prior):
-        return prior
-    if isinstance(prior, nn.Module):
+    if not isinstance(prior, Prior) and isinstance(prior, nn.Module):
         from fastvq.interop import convert, recognise
 
-        if recognise(prior) == "pixelsnail":
-            converted = convert(prior)
-            assert isinstance(converted, Prior)
-            return converted
-    raise ArgumentTypeError(
-        f"prior: expected a prior of fastvq.models or a layout that fastvq.interop knows, got {type(prior).__name__}"
-    )
+        kind = recognise(prior)
+        if kind == "pixelsnail":
+            prior = convert(prior)
+        elif kind == "pixelcnn" and shape is not None:
+            # It takes pixels, not codes.
+            prior = convert(prior, shape=shape)
+    found = as_own_prior(prior, shape=shape, num_codes=num_codes, num_classes=num_classes)
+    if isinstance(found, OwnPrior) and found.why_no_plan() is not None:
+        require_causal(found)  # a plan cannot leak
+    return found
 
 
 def micro_batches(n: int, size: int) -> Iterator[slice]:

@@ -137,3 +137,15 @@ def test_codes_that_have_shrunk_are_not_nearer_by_angle() -> None:
         x = STEPPED["VectorQuantize, cosine"].input(step)
         same(result(theirs, x), result(ours, x))
         same(dict(theirs.state_dict()), dict(ours.state_dict()))
+
+
+@pytest.mark.parametrize("name", ["VectorQuantize, plain", "ResidualVQ, plain", "Encodec"])
+def test_compiled_passes_are_the_same(name: str) -> None:
+    torch._dynamo.reset()
+    theirs, ours = STEPPED[name].pair(fastvq.accelerate)
+    compiled = torch.compile(ours, backend="aot_eager")
+    for step in range(3):
+        x = STEPPED[name].input(step)
+        expected, actual = result(theirs, x), result(compiled, x)
+        same([expected["outputs"], expected["of x"]], [actual["outputs"], actual["of x"]])
+        same(dict(theirs.state_dict()), dict(ours.state_dict()))

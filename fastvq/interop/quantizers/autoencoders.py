@@ -71,6 +71,7 @@ class PortQuantizer(Accelerated):
     kind = "VQ-VAE-2 port Quantize"
     classes = ("Quantize",)
     has = ("dim", "n_embed", "decay", "eps", "embed", "embed_avg", "cluster_size", "embed_code")
+    meets = True
 
     @classmethod
     def codebooks_of(cls, module: Any) -> list[Tensor]:

@@ -150,7 +150,10 @@ def _known(model: nn.Module) -> Iterator[tuple[nn.Module, type[Accelerated], Kno
 
 def _why_not(module: nn.Module, methods: type[Accelerated], original: type) -> str | None:
     """Why a module cannot be accelerated, or None; ``original`` is the known class among those it derives from."""
-    reason = methods.why_not(module)
+    try:
+        reason = methods.why_not(module)
+    except AttributeError as error:
+        reason = f"it is of another version: {error}"
     if reason is not None:
         return reason
     for cls in type(module).__mro__[: type(module).__mro__.index(original)]:

@@ -22,6 +22,7 @@ class Accelerated(nn.Module):
         classes: names that the original class goes by, also where its file was copied.
         has: attributes, parameters and buffers that tell it from others of the name.
         replaced: the methods that compute otherwise; each is tried before it is trusted.
+        meets: training waits for other processes whatever is done about it, so that it cannot be tried among several.
         original: the class that the module had; of a class that `accelerated_class` made.
     """
 
@@ -29,6 +30,7 @@ class Accelerated(nn.Module):
     classes: ClassVar[tuple[str, ...]]
     has: ClassVar[tuple[str, ...]]
     replaced: ClassVar[tuple[str, ...]] = ("forward",)
+    meets: ClassVar[bool] = False
     original: ClassVar[type[nn.Module]]
 
     if TYPE_CHECKING:
@@ -59,6 +61,11 @@ class Accelerated(nn.Module):
     def example(cls, module: Any, method: str, draw: Draw) -> tuple[Any, ...]:
         """Arguments for a replaced method; ``draw(*shape)`` gives normal random numbers."""
         raise NotImplementedError
+
+    @classmethod
+    def keywords(cls, module: Any) -> list[dict[str, Any]]:
+        """What ``forward`` is given by name, a call for each."""
+        return [{}]
 
     def _get_name(self) -> str:
         return f"Accelerated{super()._get_name()}"

@@ -11,12 +11,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvq.models.quantizer.gradient import pass_gradient
 from fastvq.ops.dispatch import is_batched, is_differentiated
 from fastvq.ops.ema_update import ema_update
 from fastvq.ops.nearest_code import CodeStatistics, nearest_code, nearest_code_statistics
 
-tracing_state = torch._C._get_tracing_state
+_tracing_state = torch._C._get_tracing_state
 _PLAIN = (Tensor, torch.nn.Parameter)
 # Vectors of a sample from which on a call for each sample is worth it.
 _MANY = 1024
@@ -26,16 +25,16 @@ def can_run(x: object, *codebooks: Tensor) -> bool:
     """Whether vectors can be looked up by our operations and nothing is watched that has to see PyTorch's own: a
     tracer, an export, a transform of torch.func. In half precision the original rounds distances, which decide.
     """
+    if torch.compiler.is_compiling():
+        if torch.compiler.is_exporting():
+            return False
+    elif _tracing_state() is not None or is_batched() or is_differentiated():
+        return False
     if not isinstance(x, Tensor) or type(x) not in _PLAIN or not x.is_floating_point() or x.numel() == 0:
         return False
     if not (x.is_cpu or x.is_cuda) or x.layout is not torch.strided:
         return False
-    for codebook in codebooks:
-        if type(codebook) not in _PLAIN or codebook.dtype is not torch.float32 or codebook.device != x.device:
-            return False
-    if torch.compiler.is_compiling():
-        return not torch.compiler.is_exporting()
-    return not (tracing_state() is not None or is_batched() or is_differentiated())
+    return all(type(one) in _PLAIN and one.dtype is torch.float32 and one.device == x.device for one in codebooks)
 
 
 def search(x: Tensor, codebook: Tensor) -> Tensor:
@@ -43,10 +42,10 @@ def search(x: Tensor, codebook: Tensor) -> Tensor:
     return nearest_code(x.detach(), codebook.detach())
 
 
-def assign(x: Tensor, codebook: Tensor) -> CodeStatistics:
-    """Codes of vectors [N, D] or [H, N, D], with counts and sums; without gradients."""
+def assign(x: Tensor, codebook: Tensor, mask: Tensor | None = None) -> CodeStatistics:
+    """Codes of vectors [N, D] or [H, N, D], with counts and sums of those where the mask is; without gradients."""
     with torch.no_grad():
-        return nearest_code_statistics(x.detach(), codebook.detach())
+        return nearest_code_statistics(x.detach(), codebook.detach(), mask=mask)
 
 
 def over_processes(counts: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,19 +65,28 @@ def move(
         ema_update(counts, sums, cluster_size.data, average.data, codes.data, decay=decay, eps=eps)
 
 
+# Functions with a ``setup_context`` look at their signature in every call, which costs as much as a small search.
 class _Error(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, code: Tensor, value: Tensor) -> Tensor:
-        return value.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:2])
+    def forward(ctx: Any, x: Tensor, code: Tensor, value: Tensor) -> Tensor:
+        ctx.save_for_backward(x, code)
+        return value
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         x, code = ctx.saved_tensors
         return (x - code).mul_(grads[0] * (2 / x.numel())), None, None
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, code: Tensor) -> Tensor:
+        ctx.dtype = x.dtype
+        return torch.empty_like(x, dtype=code.dtype).copy_(code)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0].to(ctx.dtype), None
 
 
 def mean_error(x: Tensor, code: Tensor, total: Tensor) -> Tensor:
@@ -93,7 +101,8 @@ def straight_through(x: Tensor, code: Tensor) -> Tensor:
     """``code`` whose gradient goes to ``x``, in memory of its own and with the strides of ``x``, as the originals' sum
     with ``x`` is: what comes next may change it, while the code is kept for the backward pass.
     """
-    return pass_gradient(x, torch.empty_like(x, dtype=code.dtype).copy_(code), "straight_through")
+    out: Tensor = _StraightThrough.apply(x, code.detach())
+    return out
 
 
 def compact(x: Tensor) -> Tensor:

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fastvq.interop.quantizers.kind import Accelerated, accelerated_class
+from fastvq.interop.quantizers.kind import Accelerated, accelerated_class, processes_meet
 
 # Relative to the largest value: what float32 sums in another order differ by, and much less than another formula does.
 _TOLERANCE = 1e-4
 # Two vectors can be so near to the middle between two codes that rounding decides; not time and again.
-_TRIALS = 2
+_TRIALS = 3
 
 
 def what_differs(module: nn.Module, methods: type[Accelerated]) -> str | None:
@@ -43,26 +43,32 @@ def _trial(module: nn.Module, methods: type[Accelerated], seed: int) -> str | No
         methods.ready(first, _Draw(module, methods, seed))
     second = copy.deepcopy(first)
     second.__class__ = accelerated_class(methods, type(first))
-    for training in (True, True, False):
-        for method in methods.replaced:
+    alone = not (methods.meets and processes_meet())
+    calls = [
+        (method, named)
+        for method in methods.replaced
+        for named in (methods.keywords(first) if method == "forward" else [{}])
+    ]
+    for training in (True, True, False) if alone else (False,):
+        for method, named in calls:
             draw = _Draw(module, methods, seed + 7)
             seed += 1
             given = methods.example(first, method, draw)
             state = _random_state(given[0].device)
-            theirs = _run(first.train(training), method, given)
+            theirs = _run(first.train(training), method, given, named)
             _set_random_state(given[0].device, state)
-            ours = _run(second.train(training), method, given)
+            ours = _run(second.train(training), method, given, named)
             for (name, expected), (_, actual) in zip(theirs.items(), ours.items(), strict=True):
                 if not _agree(expected, actual):
                     return f"its {name} would differ in {'training' if training else 'evaluation'}"
     return None
 
 
-def _run(module: nn.Module, method: str, given: tuple[Any, ...]) -> dict[str, Any]:
+def _run(module: nn.Module, method: str, given: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
     """Everything that a call gives and does, by name."""
     given = tuple(value.clone().requires_grad_() for value in given)
     module.zero_grad(set_to_none=True)
-    output = getattr(module, method)(*given)
+    output = getattr(module, method)(*given, **named)
     leaves, structure = pytree.tree_flatten(output)
     learnt = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
     if learnt:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvq.interop.quantizers.kind import Accelerated, Draw, original_class
+from fastvq.interop.quantizers.kind import Accelerated, Draw, original_class, processes_meet
 from fastvq.interop.quantizers.steps import assign, can_run, compact, mean_error, straight_through
 from fastvq.interop.quantizers.vector_quantize_steps import (
     assign_by_angle,
@@ -18,7 +18,19 @@ from fastvq.interop.quantizers.vector_quantize_steps import (
     option_in_the_way,
     quantize_levels,
     rotated,
+    routes_gradients,
     update_codebook,
+)
+
+# Attributes of a residual quantiser, each named as its option, that ask for one level after the other.
+_RESIDUAL_OPTIONS = (
+    "implicit_neural_codebook",
+    "diveq",
+    "beam_size",
+    "eval_beam_size",
+    "shared_codebook",
+    "quant_grad_frac",
+    "accept_image_fmap",
 )
 
 
@@ -47,21 +59,42 @@ class VectorQuantize(Accelerated):
             return (draw(2, module.dim, 2, 1, 3),)
         return (draw(2, 6, module.dim) if module.channel_last else draw(2, module.dim, 6),)
 
+    @classmethod
+    def keywords(cls, module: Any) -> list[dict[str, Any]]:
+        real = torch.tensor([[True] * 6, [True] * 2 + [False] * 4], device=module._codebook.embed.device)
+        return [{}, {"mask": real}] if cls._masked(module) else [{}]
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         options = dict(kwargs)
-        frozen = options.pop("freeze_codebook", None)
+        frozen, mask, lens = (options.pop(name, None) for name in ("freeze_codebook", "mask", "lens"))
         # Whatever else is asked for is left to the original.
         asked = args or any(value is not None and value is not False for value in options.values())
         if asked or options.get("ema_update") is False or not self._fits(x):
             return super().forward(x, *args, **kwargs)
-        return self._quantize(x, self.freeze_codebook if frozen is None else frozen)
+        if mask is not None or lens is not None:
+            if not self._takes_mask(mask, lens):
+                return super().forward(x, *args, **kwargs)
+            if lens is not None:
+                mask = torch.arange(x.shape[1], device=x.device) < lens[:, None]
+        return self._quantize(x, self.freeze_codebook if frozen is None else frozen, mask)
 
     def _fits(self, x: Tensor) -> bool:
         """Whether no option was changed since, and the input is a batch of sequences or grids."""
         axes = 5 if self.accept_3d_fmap else 4 if self.accept_image_fmap else 3
         return can_run(x, self._codebook.embed) and x.ndim == axes and option_in_the_way(self) is None
 
-    def _quantize(self, given: Tensor, frozen: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def _takes_mask(self, mask: Tensor | None, lens: Tensor | None) -> bool:
+        """Of the one that is given."""
+        if not self._masked(self) or (mask is not None and lens is not None):
+            return False
+        return self.channel_last if mask is None else mask.ndim == 2 and mask.dtype is torch.bool
+
+    @staticmethod
+    def _masked(module: Any) -> bool:
+        grids = module.accept_image_fmap or module.accept_3d_fmap
+        return module.heads == 1 and not (module.has_projections or grids)
+
+    def _quantize(self, given: Tensor, frozen: bool, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         channels_first = self.accept_image_fmap or self.accept_3d_fmap or not self.channel_last
         rows = given.flatten(2).transpose(1, 2) if channels_first else given
         book = self._codebook
@@ -69,9 +102,10 @@ class VectorQuantize(Accelerated):
         # [H, N, D] for H codebooks.
         packed = compact(vectors) if vectors.ndim == 3 else vectors.detach()
         flat = packed.reshape(book.num_codebooks, -1, vectors.shape[-1]).float()
-        book.init_embed_(flat)
-        codes = book.embed.detach()
-        found = assign_by_angle(flat, codes) if self.use_cosine_sim else assign(flat, codes)
+        real = None if mask is None else mask.reshape(1, -1)
+        book.init_embed_(flat, mask=real)
+        find = assign_by_angle if self.use_cosine_sim else assign
+        found = find(flat, book.embed.detach(), real)
         loss = self.zero
         if self.training:
             loss.requires_grad_()
@@ -79,20 +113,29 @@ class VectorQuantize(Accelerated):
         out = quantized
         if self.training:
             if not frozen:
-                update_codebook(book, found.counts, found.sums, lambda: flat)
+                update_codebook(book, found.counts, found.sums, lambda: flat, real)
             learns = self.learnable_codebook and not frozen
             if self.has_commitment_loss:
-                error = F.mse_loss(quantized, vectors) if learns else None
-                if error is None:
+                if mask is not None:
+                    # Of vectors that are not scaled, whatever the codes are compared with.
+                    learnt = quantized if learns else quantized.detach()
+                    error = F.mse_loss(learnt, rows, reduction="none")[mask].mean()
+                elif learns:
+                    error = F.mse_loss(quantized, vectors)
+                else:
                     error = mean_error(vectors, quantized, found.squared_error)
                 loss = loss + error * self.commitment_weight
-            if given.requires_grad and self.route_gradients_to_input:
+            if given.requires_grad and routes_gradients(self):
                 wide = quantized.to(torch.promote_types(vectors.dtype, quantized.dtype))
                 out = rotated(vectors, wide) if self.rotation_trick else straight_through(vectors, wide)
             elif vectors.requires_grad:
                 out = quantized.clone()
         out = self.project_out(self._join(out))
         indices = self._indices(found.indices, rows.shape)
+        if mask is not None:
+            padding = torch.zeros_like(rows) if self.return_zeros_for_masked_padding else rows
+            out = torch.where(mask[..., None], out, padding)
+            indices = torch.where(mask, indices, -1)
         if channels_first:
             out = out.transpose(1, 2)
             if given.ndim > 3:
@@ -137,19 +180,10 @@ class ResidualVQ(Accelerated):
 
     @classmethod
     def why_not(cls, module: Any) -> str | None:
-        if module.implicit_neural_codebook:
-            return "implicit_neural_codebook"
-        if module.diveq:
-            return "diveq"
-        for name in ("beam_size", "eval_beam_size"):
-            if (getattr(module, name, None) or 1) > 1:
-                return f"{name}={getattr(module, name)}"
-        if module.shared_codebook:
-            return "shared_codebook=True"
-        if module.quant_grad_frac:
-            return f"quant_grad_frac={module.quant_grad_frac}"
-        if module.accept_image_fmap:
-            return "accept_image_fmap=True"
+        for name in _RESIDUAL_OPTIONS:
+            value = getattr(module, name, None)
+            if value and (value is True or "beam" not in name or value > 1):
+                return name if value is True else f"{name}={value}"
         if not module.uniform_codebook_size:
             return f"codebook_size={module.codebook_sizes}: levels differ"
         for level in module.layers:
@@ -161,7 +195,7 @@ class ResidualVQ(Accelerated):
                     reason = reason or name
             if reason is not None:
                 return reason
-        if len({(level.rotation_trick, level.route_gradients_to_input) for level in module.layers}) > 1:
+        if len({(level.rotation_trick, routes_gradients(level)) for level in module.layers}) > 1:
             return "levels differ in rotation_trick"
         return None
 
@@ -171,8 +205,11 @@ class ResidualVQ(Accelerated):
 
     @classmethod
     def ready(cls, copy: Any, draw: Draw) -> None:
-        for number, level in enumerate(copy.layers):
-            make_ready(level, lambda *shape, scale=0.5**number: draw(*shape) * scale)
+        if processes_meet():
+            copy.quantize_dropout = False
+        # All of one scale: codes that are small beside what they are taken from leave the choice to rounding.
+        for level in copy.layers:
+            make_ready(level, draw)
 
     @classmethod
     def example(cls, module: Any, method: str, draw: Draw) -> tuple[Any, ...]:

@@ -48,13 +48,18 @@ def option_in_the_way(module: Any) -> str | None:
     if choose.keywords.get("straight_through"):
         return "straight_through"
     if original_class(book).__name__ != "Codebook":
-        return f"a codebook of class {type(book).__name__}"
+        return f"a codebook of class {original_class(book).__name__}, as other versions have"
     return "a hook of its codebook" if has_hooks(book) else None
 
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether something watches calls of a module that are no longer made."""
     return any(getattr(module, name) for name in _HOOKS)
+
+
+def routes_gradients(module: Any) -> bool:
+    """Whether codes pass their gradient on, as they always did in earlier versions."""
+    return bool(getattr(module, "route_gradients_to_input", True))
 
 
 def make_ready(copy: Any, draw: Draw) -> None:
@@ -71,7 +76,7 @@ def make_ready(copy: Any, draw: Draw) -> None:
         book.has_dead_code_replacement = False
 
 
-def assign_by_angle(x: Tensor, codes: Tensor) -> CodeStatistics:
+def assign_by_angle(x: Tensor, codes: Tensor, mask: Tensor | None) -> CodeStatistics:
     """Codes of the largest inner product with vectors [H, N, D].
 
     Those are the nearest if all codes are of one length. A code that was not used for long has been averaged to less,
@@ -79,16 +84,18 @@ def assign_by_angle(x: Tensor, codes: Tensor) -> CodeStatistics:
     """
     lengths = codes.square().sum(-1, keepdim=True)
     if not torch.compiler.is_compiling() and bool(((lengths - 1).abs() <= _UNIT).all()):
-        return assign(x, codes)
+        return assign(x, codes, mask)
     more = (lengths.amax(1, keepdim=True) - lengths).clamp(min=0).sqrt()
-    found = assign(F.pad(x, (0, 1)), torch.cat([codes, more], -1))
+    found = assign(F.pad(x, (0, 1)), torch.cat([codes, more], -1), mask)
     chosen = codes.gather(1, found.indices[..., None].expand(x.shape))
     error = (x - chosen).square().sum((1, 2))
     return found._replace(sums=found.sums[..., :-1].contiguous(), squared_error=error)
 
 
 @torch.no_grad()
-def update_codebook(book: Any, counts: Tensor, sums: Tensor, vectors: Callable[[], Tensor]) -> None:
+def update_codebook(
+    book: Any, counts: Tensor, sums: Tensor, vectors: Callable[[], Tensor], mask: Tensor | None = None
+) -> None:
     """Move a codebook by counts [H, K] and sums [H, K, D] of vectors [H, N, D], which are made if codes are dead."""
     if not book.ema_update and not book.has_dead_code_replacement:
         return
@@ -110,7 +117,7 @@ def update_codebook(book: Any, counts: Tensor, sums: Tensor, vectors: Callable[[
         if moves:
             book.update_ema()
     if book.has_dead_code_replacement and bool((book.cluster_size < book.threshold_ema_dead_code).any()):
-        book.expire_codes_(vectors())
+        book.expire_codes_(vectors(), seq_mask=mask)
 
 
 def quantize_levels(levels: Sequence[Any], x: Tensor, moves: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -128,7 +135,7 @@ def quantize_levels(levels: Sequence[Any], x: Tensor, moves: bool) -> tuple[Tens
     losses = found.squared_errors * torch.tensor([weight / flat.numel() for weight in weights], device=x.device)
     out = found.quantized.view(x.shape)
     if x.requires_grad and torch.is_grad_enabled():
-        routes = first.route_gradients_to_input
+        routes = routes_gradients(first)
         kind = ("rotation" if first.rotation_trick else "straight_through") if routes else None
         out, losses = _Levels.apply(x, out, losses, indices, codebooks, weights, kind)
     elif torch.is_grad_enabled():
@@ -151,6 +158,7 @@ class _Levels(torch.autograd.Function):
 
     @staticmethod
     def forward(
+        ctx: Any,
         x: Tensor,
         total: Tensor,
         losses: Tensor,
@@ -159,15 +167,13 @@ class _Levels(torch.autograd.Function):
         weights: list[float],
         kind: str | None,
     ) -> tuple[Tensor, Tensor]:
-        # What comes next may change the sum in place; nothing else holds it.
-        return total.detach(), losses.detach()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, _, _, indices, codebooks, ctx.weights, ctx.kind = inputs
-        if ctx.kind is None:
-            ctx.mark_non_differentiable(output[0])
         ctx.save_for_backward(x, indices, codebooks)
+        ctx.weights, ctx.kind = weights, kind
+        # What comes next may change the sum in place; nothing else holds it.
+        out = total.detach()
+        if kind is None:
+            ctx.mark_non_differentiable(out)
+        return out, losses.detach()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -188,12 +194,9 @@ class _Levels(torch.autograd.Function):
 
 class _Rotated(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, code: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, code: Tensor) -> Tensor:
+        ctx.save_for_backward(x, code)
         return code.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -210,6 +213,8 @@ def _rotate_back(grad: Tensor, x: Tensor, code: Tensor) -> Tensor:
     """As `fastvq.models.quantizer.gradient.pass_gradient` has it, but for vectors and codes that are almost 0, where
     the original goes on with a direction shorter than 1 (Fifty et al. 2024, arXiv 2410.06424, section 4.2).
     """
+    # Both count as constants.
+    x, code = x.detach(), code.detach()
     length, code_length = x.norm(dim=-1, keepdim=True).clamp(min=_LEAST_LENGTH), code.norm(dim=-1, keepdim=True)
     a, b = x / length, code / code_length.clamp(min=_LEAST_LENGTH)
     r = F.normalize(a + b, dim=-1, eps=_LEAST_LENGTH)
