@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastvq._check import names_like, require_bool, require_choice, require_positive_int
+from fastvq._check import require_bool, require_choice, require_positive_int
 from fastvq._files import read_json, reading, replacing_folder, require_seal, sealed, write_json
+from fastvq._names import names_like
 from fastvq._schema import TEXT, optional, several
 from fastvq._unwrap import require_model, unwrap
 from fastvq._version import __version__
