@@ -94,7 +94,9 @@ def test_pipelines(wrap: Callable[[Any], Any], tmp_path: Path) -> None:
 
 def test_pipelines_of_something_else() -> None:
     digits = Pipeline.from_pretrained("digits")
-    with refuses(ArgumentTypeError, "vqvae: expected a HierarchicalVQVAE, got Linear"):
+    with refuses(
+        ArgumentTypeError, "vqvae: expected a VQVAE, a VQVAE2, or an object with encode and decode, got Linear"
+    ):
         Pipeline(nn.Linear(1, 1), digits.priors)
     with refuses(ArgumentTypeError, r"priors\[1\]: expected a Prior, got DataParallel"):
         Pipeline(digits.vqvae, [digits.priors[0], nn.DataParallel(digits.vqvae)])
