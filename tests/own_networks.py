@@ -125,7 +125,7 @@ class Gated(nn.Module):
         return self.output(h)
 
 
-FORMS = ("sdpa", "start", "scaled", "first")
+FORMS = ("sdpa", "start", "scaled", "first", "own-codes")
 
 
 def config(shape: tuple[int, int], num_codes: int) -> PriorConfig:
@@ -213,7 +213,7 @@ class Attending(nn.Module):
             start = torch.ones(len(seen), 1)
             start[0] = 0
             return (torch.softmax(scores.masked_fill(~seen, -1e4), dim=3) * start) @ v
-        if self.form == "scaled":  # no root, and numbers that are added
+        if self.form in ("scaled", "own-codes"):  # no root, and numbers that are added
             return torch.softmax(scores + (1 - self.mask) * -1e9, dim=-1).masked_fill(~seen, 0.0) @ v
         first = seen.clone()  # the first position sees itself
         first[0, 0] = True
@@ -222,12 +222,14 @@ class Attending(nn.Module):
     def forward(self, codes: Tensor) -> Tensor:
         x = self.embedding(codes).permute(0, 3, 1, 2)
         background = self.background.expand(len(codes), -1, -1, -1)
-        above = self.down(F.pad(x, (1, 1, 2, 0)))[:, :, :-1]
+        own = x
+        above = F.elu(self.down(F.pad(x, (1, 1, 2, 0))))[:, :, :-1]
         x = above + self.right(F.pad(x, (2, 0, 0, 0)))[:, :, :, :-1]
         a, b = self.inner(F.pad(F.elu(x), (1, 0, 1, 0))).chunk(2, dim=1)
         features = x + a * torch.sigmoid(b)
         batch, width, height, columns = features.shape
-        k, v = self.pairs(torch.cat([x, features, background], dim=1)).split(width, dim=1)
+        own = own if self.form == "own-codes" else x  # keys and values may see the code of their own position
+        k, v = self.pairs(torch.cat([own, features, background], dim=1)).split(width, dim=1)
         q = self.query(torch.cat([features, background], dim=1))
         q, k, v = (y.reshape(batch, self.heads, -1, height * columns).transpose(2, 3) for y in (q, k, v))
         found = self.attend(q, k, v).transpose(2, 3).reshape(batch, width, height, columns)

@@ -19,8 +19,6 @@ from fastvq.sampling.plan import Graph
 
 # So many samples are traced; one more than any size that broadcasts.
 BATCH = 2
-# Activations of features on more than the grid wait until these are cut.
-DELAYED = ("elu", "relu")
 # A sigmoid of it is 1 in float32.
 _OPEN = 30.0
 
@@ -99,15 +97,39 @@ class Values(Tracer):
         return value
 
     def _applied(self, value: Pending) -> Joined:
-        """An activation, or a function that is no operation of its own, as a gate whose other half is constant."""
+        """Its operations, now that it is known where it is wanted."""
         x = value.of
-        if value.name in DELAYED:
+        if value.name in ("relu", "elu"):
+            whole = self._concatenated(x) if value.name == "elu" else None
+            if whole is not None:
+                return Joined((self.emitter.elementwise("activation", "concat_elu", whole),))
             return Joined(tuple(self.emitter.elementwise("activation", value.name, part) for part in x.parts))
+        if value.name.startswith("gate "):
+            return Joined((self.emitter.elementwise("gate", value.name[5:], self.emitter.merged(x)),))
+        # A function that is no operation of its own is a gate whose other half is constant.
         ones = torch.full((x.channels,), 1.0 if value.name == "sigmoid" else _OPEN, device=self.device)
         constant = Linear(x.channels, x.rows, x.columns, (), ones)
         sides = [constant, *x.parts] if value.name == "sigmoid" else [*x.parts, constant]
         variant = "glu" if value.name == "sigmoid" else "tanh"
         return Joined((self.emitter.elementwise("gate", variant, self.emitter.merged(Joined(tuple(sides)))),))
+
+    def _once_cut(self, value: Pending) -> Value:
+        """A function at once, unless it is on more places than the grid has, which will be cut off."""
+        larger = value.of.rows > self.grid[0] or value.of.columns > self.grid[1]
+        return value if larger else self._applied(value)
+
+    def _concatenated(self, x: Joined) -> Linear | None:
+        """The operation x of [x, -x]."""
+        if len(x.parts) != 2:
+            return None
+        one, other = x.parts[0].alone, x.parts[1]
+        if one is None or len(other.pieces) != 1 or other.bias is not None:
+            return None
+        piece = other.pieces[0]
+        same = (piece.source, piece.dr, piece.dc) == (one.source, one.dr, one.dc)
+        if same and torch.equal(self.emitter.dense(piece), -self.emitter.dense(one)):
+            return self.emitter.alone(x.parts[0])
+        return None
 
     def _settled(self, x: Joined) -> Joined:
         whole = (x.rows, x.columns) == self.grid

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from fastvq.sampling.own.base import DELAYED, Held, together
+from fastvq.sampling.own.base import Held, together
 from fastvq.sampling.own.emit import Untraceable
 from fastvq.sampling.own.products import Products
 from fastvq.sampling.own.tensors import Traced, is_given
@@ -47,8 +47,6 @@ class Elementwise(Products):
         x = self._linear(value)
         if plain == "elu" and any(factor != 1 for factor in [*args[1:], *kwargs.values()]):
             raise Untraceable("only an ELU with factors of 1 is an operation of a plan")
-        if plain in DELAYED and (x.rows > self.grid[0] or x.columns > self.grid[1]):
-            return self._result(name, args, Pending(plain, x), held.layout)
         if plain == "silu":
             one = self.emitter.merged(x)
             twice = self.emitter.merged(Joined((one, one)))
@@ -57,29 +55,12 @@ class Elementwise(Products):
             slope = args[1] if len(args) > 1 else kwargs.get("negative_slope", 0.01)
             parts = [self.emitter.alone(part) for part in x.parts]
             return self._result(name, args, Joined(tuple(self._leaky(part, slope) for part in parts)), held.layout)
-        if plain == "elu" and (whole := self._concatenated(x)) is not None:
-            one = self.emitter.elementwise("activation", "concat_elu", whole)
-            return self._result(name, args, Joined((one,)), held.layout)
-        found = Joined(tuple(self.emitter.elementwise("activation", plain, part) for part in x.parts))
-        return self._result(name, args, found, held.layout)
+        return self._result(name, args, self._once_cut(Pending(plain, x)), held.layout)
 
     def _leaky(self, x: Linear, slope: float) -> Linear:
         positive = self.emitter.elementwise("activation", "relu", x)
         share = torch.full((x.channels,), slope, device=self.device)
         return positive.scaled(1 - share, self.emitter.dense).plus(x.scaled(share, self.emitter.dense))
-
-    def _concatenated(self, x: Joined) -> Linear | None:
-        """The operation x of [x, -x]."""
-        if len(x.parts) != 2:
-            return None
-        one, other = x.parts[0].alone, x.parts[1]
-        if one is None or len(other.pieces) != 1 or other.bias is not None:
-            return None
-        piece = other.pieces[0]
-        same = (piece.source, piece.dr, piece.dc) == (one.source, one.dr, one.dc)
-        if same and torch.equal(self.emitter.dense(piece), -self.emitter.dense(one)):
-            return self.emitter.alone(x.parts[0])
-        return None
 
     def _glu(self, name: str, args: Any, kwargs: Any) -> Any:
         x = args[0]
@@ -170,9 +151,8 @@ class Elementwise(Products):
             return self._gated(a.of, b.of, "tanh")
         return self._gated(self._linear(a), b.of, "glu")
 
-    def _gated(self, content: Joined, gate: Joined, variant: str) -> Joined:
-        both = joined([*content.parts, *gate.parts])
-        return Joined((self.emitter.elementwise("gate", variant, self.emitter.merged(both)),))
+    def _gated(self, content: Joined, gate: Joined, variant: str) -> Value:
+        return self._once_cut(Pending(f"gate {variant}", joined([*content.parts, *gate.parts])))
 
 
 def _kind(x: Tensor) -> torch.dtype:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastvq.sampling.own.values import CODES, ONES, Joined, Linear, Piece
 from fastvq.sampling.plan import Graph, Tap, Term
 from fastvq.sampling.plan.evaluate import shifted
 from fastvq.sampling.plan.form import Op
+
+# A score that no softmax counts beside another one, for heads of any width.
+_HIDDEN = -1e5
 
 
 class Untraceable(Exception):
@@ -173,13 +178,19 @@ class Emitter:
         """The sum of matrices [C_in, C_out] times vectors, each at another place, on the grid of the first."""
         pieces = []
         for x, dr, dc, weight in parts:
+            if _is_looked_up(x):
+                lone = x.pieces[0]
+                pieces.append(Piece(CODES, lone.dr + dr, lone.dc + dc, self.dense(lone) @ weight))
+                continue
             one = x.alone
             if one is None or one.weight != (0, len(weight)):
                 one = self.alone(x).alone
             assert one is not None
             pieces.append(Piece(one.source, one.dr + dr, one.dc + dc, weight))
         if any((piece.dr, piece.dc) != (0, 0) for piece in pieces):
-            statics = {piece.source for piece in pieces if self._op(piece.source).kind == "static"}
+            statics = {
+                piece.source for piece in pieces if piece.source >= 0 and self._op(piece.source).kind == "static"
+            }
             copies = {source: self._copied(source) for source in statics}
             pieces = [dataclasses.replace(piece, source=copies.get(piece.source, piece.source)) for piece in pieces]
         first, weight = parts[0][0], parts[0][3]
@@ -187,8 +198,55 @@ class Emitter:
 
     def attention(self, query: Linear, key: Linear, value: Linear, heads: int, variant: str) -> Linear:
         """Causal attention; scores are divided by the root of a head's width."""
+        late = any(_reads_itself(x) for x in (key, value))
+        if late and variant == "strict":
+            query, key, value = self._a_position_later(query, key, value, heads)
+            variant = "inclusive"
         q, k, v = (self._stepwise(x) for x in (query, key, value))
         return self._whole(self.graph.attention(q, k, v, heads, variant))
+
+    def _a_position_later(self, query: Linear, key: Linear, value: Linear, heads: int) -> tuple[Linear, Linear, Linear]:
+        """Keys and values that read their own code, at the next position in raster order.
+
+        There the code is known, and what was before a position is before it or there. The first position has no key of
+        its own then: one more channel hides it from all others, and its value is zero.
+        """
+        width = key.channels // heads
+        query = query.scaled(
+            torch.full((query.channels,), math.sqrt((width + 1) / width), device=self.device), self.dense
+        )
+        query, key = self._widened(query, heads), self._widened(self._later(key), heads)
+        extra = torch.zeros(heads, width + 1, device=self.device)
+        extra[:, -1] = 1
+        query = query.shifted_by(extra.flatten())
+        first = torch.zeros(1, 1, *self.grid, device=self.device)
+        first[:, :, 0, 0] = _HIDDEN
+        hidden = self.convolved([(self.constant(first), 0, 0, extra.view(1, -1))], None)
+        return query, key.plus(hidden), self._later(value)
+
+    def _later(self, x: Linear) -> Linear:
+        pieces = [*x.pieces, *([] if x.bias is None else [Piece(ONES, 0, 0, x.bias[None])])]
+        moved = []
+        for piece in pieces:
+            if piece.dc != 0:
+                raise NotCausal("keys or values of attention would depend on codes that come later")
+            weight, source = self.dense(piece), piece.source
+            if source >= 0 and self._op(source).kind == "static":
+                source = self._copied(source)
+            # From the left, or from the last column of the row above, which lies outside for all columns but the first.
+            for dr, dc in ((0, -1), (-1, self.grid[1] - 1)):
+                moved.append(Piece(source, piece.dr + dr, dc, weight))
+        return Linear(x.channels, x.rows, x.columns, tuple(moved))
+
+    def _widened(self, x: Linear, heads: int) -> Linear:
+        """With a channel more for each head."""
+
+        def wider(weight: Tensor) -> Tensor:
+            return F.pad(weight.unflatten(-1, (heads, -1)), (0, 1)).flatten(-2)
+
+        pieces = tuple(dataclasses.replace(piece, weight=wider(self.dense(piece))) for piece in x.pieces)
+        bias = None if x.bias is None else wider(x.bias)
+        return Linear(x.channels + heads, x.rows, x.columns, pieces, bias)
 
     def _stepwise(self, x: Linear) -> int:
         """An operation that nothing else reads, and that is worked out where a position is sampled."""
@@ -312,6 +370,15 @@ class Emitter:
         if known:
             self._known.add(op)
         return op
+
+
+def _is_looked_up(x: Linear) -> bool:
+    """A vector for one code, and nothing else."""
+    return len(x.pieces) == 1 and x.pieces[0].source == CODES and x.bias is None
+
+
+def _reads_itself(x: Linear) -> bool:
+    return any(piece.source == CODES and (piece.dr, piece.dc) >= (0, 0) for piece in x.pieces)
 
 
 def _key(x: Linear) -> object:

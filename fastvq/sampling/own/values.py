@@ -183,8 +183,8 @@ class Table:
 
 @dataclass(frozen=True, eq=False)
 class Pending:
-    """``sigmoid`` or ``tanh`` of vectors, until it is known what it is multiplied by; ``elu`` or ``relu`` of vectors on
-    more than the grid, until they are cut to it.
+    """A function of vectors that waits: ``sigmoid`` or ``tanh`` for what it is multiplied by; these, activations, and
+    gates of two halves (``gate glu``, ``gate tanh``) on more places than the grid has, for a cut.
     """
 
     name: str
