@@ -455,7 +455,7 @@ class OwnPriorCase(Case):
     """A prior of another project with random weights; see :mod:`bench.own`.
 
     Attributes:
-        layers: gated layers, or blocks.
+        layers: gated layers, or blocks of four of them and attention.
         hidden: width before the logits, of the gated PixelCNN.
     """
 
@@ -479,7 +479,7 @@ class OwnPriorCase(Case):
 def _own_prior_cases() -> list[OwnPriorCase]:
     return [
         OwnPriorCase("own prior", name, batch, module=name, layers=layers)
-        for name, layers in (("gated PixelCNN", 15), ("PixelSNAIL", 8))
+        for name, layers in (("gated PixelCNN", 15), ("PixelSNAIL", 2))
         for batch in (1, 8)
     ]
 

@@ -38,7 +38,7 @@ def cpu_logits(prior: Prior, request: SampleRequest, *, bf16: bool) -> Tensor:
             request,
             fixed_statics(prior, request),
             plan.front(plan.shape[1]),
-            lambda rows: None,
+            lambda *_: None,
             threads=torch.get_num_threads(),
             logits=logits,
         )
@@ -52,7 +52,7 @@ def row_phase_seconds(name: str, prior: Prior, request: SampleRequest, options: 
     def add(phase: str, seconds: float) -> None:
         spent[phase] += seconds
 
-    fill(name, prior, request, lambda rows: None, options, on_phase=add)
+    fill(name, prior, request, lambda *_: None, options, on_phase=add)
     return spent["row phase"]
 
 
@@ -62,7 +62,7 @@ def fill_rows(
     """When each of the first ``count`` rows was done, the start before them all."""
     ticks = [time.perf_counter()]
 
-    def row_done(rows: int) -> None:
+    def row_done(rows: int, codes: Tensor) -> None:
         # Rows of one call were done together.
         ticks.extend([time.perf_counter()] * rows)
         if len(ticks) > count:
@@ -88,7 +88,7 @@ class TorchSteps:
         self.grid = TorchGrid(weights, front, len(request.noise), static_inputs(prior, request))
         done = 0
 
-        def row_done(rows: int) -> None:
+        def row_done(rows: int, codes: Tensor) -> None:
             nonlocal done
             done += rows
             if done >= 3:

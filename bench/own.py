@@ -65,97 +65,102 @@ class GatedPixelCNN(nn.Module):
         return self.output(h)
 
 
-class MaskedConv2d(nn.Conv2d):
-    """A convolution whose kernel is multiplied by a mask; without its centre for the first layer."""
+class CausalConv2d(nn.Conv2d):
+    """Reads rows above, and its own row left of the current position; the kernel is masked in each pass."""
 
-    def __init__(self, i: int, o: int, kernel: int, *, centre: bool) -> None:
-        super().__init__(i, o, kernel, padding=kernel // 2)
-        mask = torch.zeros(kernel, kernel)
-        mask[: kernel // 2] = 1
-        mask[kernel // 2, : kernel // 2 + int(centre)] = 1
-        self.register_buffer("mask", mask)
+    def __init__(self, i: int, o: int, kernel: int) -> None:
+        super().__init__(i, o, kernel)
+        self.reach = kernel // 2
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, self.weight * self.mask, self.bias)
+        self.weight.data[:, :, -1, self.reach :] = 0
+        return super().forward(F.pad(x, (self.reach, self.reach, self.kernel_size[0] - 1, 0)))
 
 
-class SnailResidual(nn.Module):
-    """Two 2 x 2 convolutions that read up and left, and a gate."""
+class SnailGated(nn.Module):
+    """x + a * sigmoid(b) of two convolutions with ELU before each."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, hidden: int, kernel: int = 1, *, causal: bool = False, beside: int = 0) -> None:
         super().__init__()
-        self.first = nn.Conv2d(channels, channels, 2, padding=1)
-        self.second = nn.Conv2d(channels, 2 * channels, 2, padding=1)
+        layer = CausalConv2d if causal else nn.Conv2d
+        self.first = layer(channels, hidden, kernel)
+        self.second = layer(hidden, 2 * channels, kernel)
+        self.beside = nn.Conv2d(beside, hidden, 1) if beside else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        height, width = x.shape[2:]
-        inner = F.elu(self.first(F.elu(x)))[:, :, :height, :width]
-        content, amount = self.second(inner)[:, :, :height, :width].chunk(2, dim=1)
-        return x + content * torch.sigmoid(amount)
+    def forward(self, x: Tensor, beside: Tensor | None = None) -> Tensor:
+        inner = self.first(F.elu(x))
+        if self.beside is not None and beside is not None:
+            inner = inner + self.beside(F.elu(beside))
+        return x + F.glu(self.second(F.elu(inner)), dim=1)
 
 
 class SnailAttention(nn.Module):
-    """Attention to the positions before; keys and values see the codes as well."""
+    """Heads of attention to the positions before; nothing for the first."""
 
-    def __init__(self, channels: int, codes: int, key: int, value: int, shape: tuple[int, int]) -> None:
+    def __init__(self, query: int, key: int, width: int, heads: int) -> None:
         super().__init__()
-        self.key_width = key
-        self.query = nn.Conv2d(channels, key, 1)
-        self.key_value = nn.Conv2d(channels + codes, key + value, 1)
-        self.merge = nn.Conv2d(value, value, 1)
-        positions = shape[0] * shape[1]
-        self.register_buffer("mask", torch.ones(positions, positions).tril(-1))
+        self.query, self.key, self.value = nn.Linear(query, width), nn.Linear(key, width), nn.Linear(key, width)
+        self.heads = heads
 
-    def forward(self, x: Tensor, codes: Tensor) -> Tensor:
-        batch, _, height, width = x.shape
-        query = self.query(x).flatten(2).transpose(1, 2)
-        key, value = (
-            self.key_value(torch.cat([x, codes], 1))
-            .flatten(2)
-            .split_with_sizes([self.key_width, self.merge.in_channels], dim=1)
-        )
-        scores = query @ key / math.sqrt(self.key_width)
-        weights = scores.masked_fill(self.mask == 0, -math.inf).softmax(-1).masked_fill(self.mask == 0, 0)
-        found = (weights @ value.transpose(1, 2)).transpose(1, 2)
-        return self.merge(found.reshape(batch, -1, height, width))
+    def forward(self, query: Tensor, key: Tensor) -> Tensor:
+        batch, _, height, width = query.shape
+
+        def heads(layer: nn.Module, x: Tensor) -> Tensor:
+            found = layer(x.flatten(2).transpose(1, 2))
+            return found.view(batch, height * width, self.heads, -1).transpose(1, 2)
+
+        q, k, v = heads(self.query, query), heads(self.key, key), heads(self.value, key)
+        scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])
+        earlier = torch.ones(height * width, height * width, device=query.device).tril(-1)
+        weights = scores.masked_fill(earlier == 0, -1e4).softmax(-1)
+        start = torch.ones(height * width, 1, device=query.device)
+        start[0] = 0
+        found = (weights * start) @ v
+        return found.transpose(1, 2).reshape(batch, height, width, -1).permute(0, 3, 1, 2)
 
 
 class SnailBlock(nn.Module):
-    def __init__(self, channels: int, codes: int, key: int, value: int, shape: tuple[int, int]) -> None:
+    def __init__(self, channels: int, kernel: int, layers: int, heads: int) -> None:
         super().__init__()
-        self.residual = nn.Sequential(SnailResidual(channels), SnailResidual(channels))
-        self.attention = SnailAttention(channels + 2, codes, key, value, shape)
-        self.residual_out = nn.Conv2d(channels, channels, 1)
-        self.attention_out = nn.Conv2d(value, channels, 1)
-        self.out = nn.Conv2d(channels, channels, 1)
+        self.layers = nn.ModuleList([SnailGated(channels, channels, kernel, causal=True) for _ in range(layers)])
+        self.key = SnailGated(2 * channels + 2, channels)
+        self.query = SnailGated(channels + 2, channels)
+        self.attention = SnailAttention(channels + 2, 2 * channels + 2, channels // 2, heads)
+        self.out = SnailGated(channels, channels, beside=channels // 2)
 
-    def forward(self, x: Tensor, codes: Tensor, places: Tensor) -> Tensor:
-        inner = self.residual(x)
-        found = self.attention(torch.cat([places.expand(x.shape[0], -1, -1, -1), inner], 1), codes)
-        joined = F.elu(self.residual_out(F.elu(inner))) + F.elu(self.attention_out(F.elu(found)))
-        return F.elu(self.out(F.elu(joined)))
+    def forward(self, x: Tensor, places: Tensor) -> Tensor:
+        h = x
+        for layer in self.layers:
+            h = layer(h)
+        key, query = self.key(torch.cat([x, h, places], 1)), self.query(torch.cat([h, places], 1))
+        return self.out(h, self.attention(query, key))
 
 
 class Snail(nn.Module):
-    """The PixelSNAIL of a collection of generative models, with skips around its blocks, over one-hot codes."""
+    """PixelSNAIL as ports of it are written: one-hot codes, two shifted convolutions, gated blocks and attention."""
 
     def __init__(
-        self, num_codes: int, channels: int, blocks: int, shape: tuple[int, int], *, key: int = 4, value: int = 32
+        self, num_codes: int, channels: int, blocks: int, shape: tuple[int, int], *, kernel: int = 5, layers: int = 4
     ) -> None:
         super().__init__()
-        self.num_codes = num_codes
-        self.input = MaskedConv2d(num_codes, channels, 3, centre=False)
-        self.blocks = nn.ModuleList([SnailBlock(channels, num_codes, key, value, shape) for _ in range(blocks)])
-        self.output = nn.Sequential(nn.Conv2d(channels, channels // 2, 1), nn.Conv2d(channels // 2, num_codes, 1))
+        self.num_codes, reach = num_codes, kernel // 2
+        self.above = nn.Conv2d(num_codes, channels, (reach, kernel))
+        self.left = nn.Conv2d(num_codes, channels, (reach + 1, reach))
+        self.blocks = nn.ModuleList([SnailBlock(channels, kernel, layers, heads=4) for _ in range(blocks)])
+        self.output = nn.Conv2d(channels, num_codes, 1)
         rows, columns = torch.meshgrid(*(torch.arange(side) / side - 0.5 for side in shape), indexing="ij")
         self.register_buffer("places", torch.stack([rows, columns])[None])
 
     def forward(self, codes: Tensor) -> Tensor:
-        one_hot = F.one_hot(codes, self.num_codes).permute(0, 3, 1, 2).float()
-        x = self.input(one_hot)
+        x = F.one_hot(codes, self.num_codes).permute(0, 3, 1, 2).float()
+        height, width = self.above.kernel_size[0], self.left.kernel_size[1]
+        above = self.above(F.pad(x, (width, width, height - 1, 0)))
+        left = self.left(F.pad(x, (width - 1, 0, height, 0)))
+        x = F.pad(above, (0, 0, 1, 0))[:, :, :-1] + F.pad(left, (1, 0, 0, 0))[:, :, :, :-1]
+        places = self.places.expand(codes.shape[0], -1, -1, -1)
         for block in self.blocks:
-            x = x + block(x, one_hot, self.places)
-        return self.output(x)
+            x = block(x, places)
+        return self.output(F.elu(x))
 
 
 @functools.lru_cache(maxsize=1)

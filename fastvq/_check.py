@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import numbers
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -154,6 +156,16 @@ def require_seed(name: str, value: object, bits: int = 63) -> int:
     return value
 
 
+def wrapped_seed(name: str, value: object, expected: str = "an int") -> int:
+    """A seed of any size, of Python or NumPy, modulo 2**64."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value) % (1 << 64)  # type: ignore[arg-type]
+    except TypeError:
+        raise ArgumentTypeError(f"{name}: expected {expected}, got {type(value).__name__} {value!r}") from None
+
+
 def require_bool(name: str, value: object, *, optional: bool = False) -> None:
     if not isinstance(value, bool) and not (optional and value is None):
         expected = "a bool or None" if optional else "a bool"
@@ -203,6 +215,17 @@ def require_odd(name: str, value: object, minimum: int, maximum: int) -> None:
 def require_tuple(name: str, value: object) -> None:
     if not isinstance(value, tuple):
         raise ArgumentTypeError(f"{name}: expected a tuple, got {value!r}")
+
+
+def names_like(given: object, names: Sequence[str], most: int = 20) -> str:
+    """Names for a message, the closest first and of many not all."""
+    more = f", ... ({len(names)} in all)" if len(names) > most else ""
+    return (", ".join(closest_first(str(given), names)[:most]) + more) or "(none)"
+
+
+def closest_first(word: str, names: Sequence[str]) -> list[str]:
+    """Names by how likely each was meant: those that hold the word, then by likeness."""
+    return sorted(names, key=lambda name: (word not in name, -difflib.SequenceMatcher(None, word, name).ratio()))
 
 
 def require_choice(name: str, value: object, choices: Sequence[str]) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, Self
 
+from fastvq._check import names_like
 from fastvq.errors import ArgumentError, ArgumentTypeError
 
 # Metadata of fields that there were not always. With its default such a field is not written, so that records and
@@ -21,6 +22,50 @@ class Config:
         # JSON and command lines know lists only; tuples keep the configuration hashable and comparable.
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             object.__setattr__(self, field.name, _tuples(getattr(self, field.name)))
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.__repr__ = Config.__repr__  # type: ignore[method-assign]  # before dataclass would make one of all fields
+
+    def __repr__(self) -> str:
+        """Fields with other values than their defaults, as they are typed."""
+        told = []
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if field.default is dataclasses.MISSING or value != field.default:
+                told.append(f"{field.name}={value!r}")
+        return f"{type(self).__name__}({', '.join(told)})"
+
+    @classmethod
+    def of(cls, config: object, fields: Mapping[str, Any]) -> Self:
+        """A configuration with some fields replaced, or where it is None the one of these fields.
+
+        Raises:
+            ArgumentError, ArgumentTypeError: something else, or fields that there are not; names the nearest.
+        """
+        if config is not None and not isinstance(config, cls):
+            raise ArgumentTypeError(
+                f"config: expected a {cls.__name__}, or its fields as keywords, got {type(config).__name__} {config!r}"
+            )
+        cls.require_fields(cls.__name__, fields)
+        if config is not None:
+            return dataclasses.replace(config, **fields) if fields else config  # type: ignore[type-var]
+        required = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]  # type: ignore[arg-type]
+        missing = [name for name in required if name not in fields]
+        if missing:
+            raise ArgumentError(f"{cls.__name__}: missing fields {missing}; give them as keywords, or a configuration")
+        return cls(**fields)
+
+    @classmethod
+    def require_fields(cls, name: str, given: Iterable[str]) -> None:
+        """
+        Raises:
+            ArgumentError: one of these is no field.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        for field in given:
+            if field not in known:
+                raise ArgumentError(f"{name}: no field {field!r}, expected one of {names_like(field, known)}")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain data; a field marked as `ADDED` is left out where it has its default."""

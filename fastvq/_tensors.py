@@ -23,6 +23,11 @@ from fastvq.errors import CorruptFileError, MissingFileError
 Specs = Mapping[str, tuple[tuple[int, ...], np.dtype]]
 
 _ZIP = b"PK\x03\x04"
+_MAPPED = {
+    **{f"I{bits}": f"<i{bits // 8}" for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": f"<u{bits // 8}" for bits in (8, 16, 32, 64)},
+    **{f"F{bits}": f"<f{bits // 8}" for bits in (16, 32, 64)},
+}
 _TYPES = {"uint8": "U8", "uint16": "U16", "int32": "I32", "int64": "I64"}
 
 
@@ -48,6 +53,28 @@ def read_rows(path: Path, name: str, rows: slice) -> np.ndarray:
     """
     with reading(f"{path}: not a whole safetensors file with {name}"), safe_open(path, "np") as file:
         found: np.ndarray = file.get_slice(name)[rows]
+        return found
+
+
+def mapped_safetensors(path: Path) -> dict[str, np.ndarray]:
+    """Memory maps, to read, of the tensors of a safetensors file that hold integers, or floats of NumPy.
+
+    Raises:
+        CorruptFileError: not a whole safetensors file.
+    """
+    with reading(f"{path}: not a whole safetensors file"):
+        with safe_open(path, "np"):  # which checks the header
+            pass
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            entries = json.loads(file.read(length))
+        found = {}
+        for name, entry in entries.items():
+            if name == "__metadata__" or entry["dtype"] not in _MAPPED:
+                continue
+            shape, dtype, (begin, end) = tuple(entry["shape"]), _MAPPED[entry["dtype"]], entry["data_offsets"]
+            empty = begin == end  # the system maps no empty stretch
+            found[name] = np.empty(shape, dtype) if empty else np.memmap(path, dtype, "r", 8 + length + begin, shape)
         return found
 
 

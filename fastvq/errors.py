@@ -37,6 +37,14 @@ class UnavailableError(FastvqError, RuntimeError):
     """An engine, a backend, the compiled extension or an optional dependency is not available here."""
 
 
+class TraceError(UnavailableError):
+    """A network could not be written as a plan for the cached engines."""
+
+
+class CausalityError(ArgumentError):
+    """Logits of a prior depend on codes that are not known when they are needed."""
+
+
 class PeerError(FastvqError, RuntimeError):
     """Another process of a group has failed, so this one cannot go on.
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastvq.models import Prior
 from fastvq.ops.draw import draw
-from fastvq.sampling.engines import static_inputs
+from fastvq.sampling.engines import RowDone, static_inputs
 from fastvq.sampling.engines.cuda_grid import CudaStep, sample_cuda
 from fastvq.sampling.engines.state import CompiledPlan, GridState, elementwise
 from fastvq.sampling.engines.step_tables import OP, TERM, kind_numbers
@@ -186,7 +186,7 @@ class Job:
         return CudaStep(self.compiled.plan, self.state.batch, CPU, precision=self.precision, extension=self.extension)
 
     @torch.inference_mode()
-    def run(self, row_done: Callable[[int], None] = lambda rows: None, **options: Any) -> Tensor:
+    def run(self, row_done: RowDone = lambda rows, codes: None, **options: Any) -> Tensor:
         return sample_cuda(self.step, self.state, self.request, row_done, **options)
 
 

@@ -149,9 +149,7 @@ class Emulated:
         """Codes [B, H, W], and logits [B, H, W, K] of all positions: NaN where none were asked for."""
         config = self.prior.config
         found = torch.full((self.batch, *config.shape, config.num_codes), float("nan"))
-        codes = sample_cuda(
-            self.step, self.state(request), request, lambda rows: None, logits=found if logits else None
-        )
+        codes = sample_cuda(self.step, self.state(request), request, lambda *_: None, logits=found if logits else None)
         return codes.clone(), found
 
     def logits(self, codes: Tensor, given: dict[str, Any]) -> Tensor:

@@ -110,11 +110,11 @@ def engine_logits(
         settings = {"kernels": options.pop("kernels", "auto"), "bf16": options.pop("bf16", False)}
         front = plan.front(options.pop("tile", None) or (1 if plan.skew else plan.shape[1]))
         filled = CpuPlan(plan, **settings).fill(
-            request, statics, front, lambda rows: None, **{"threads": 1, **options}, logits=logits
+            request, statics, front, lambda *_: None, **{"threads": 1, **options}, logits=logits
         )
     else:
         grid = TorchGrid(TorchPlan(plan, codes.device), front_of(plan, options.get("tile")), batch, statics)
-        filled = sample_torch(grid, request, lambda rows: None, logits=logits)
+        filled = sample_torch(grid, request, lambda *_: None, logits=logits)
     assert torch.equal(filled, codes)
     return logits
 

@@ -61,3 +61,41 @@ class ForeignPixelCNN(nn.Module):
         for layer in self.layers:
             x_v, x_h = layer(x_v, x_h, label)
         return self.output_conv(x_h)
+
+
+class ForeignMaskedConv2d(nn.Conv2d):
+    """Multiplies its weights by a mask in each pass; type A leaves the current position out."""
+
+    def __init__(self, kind: str, i: int, o: int, kernel: int, *, bias: bool) -> None:
+        super().__init__(i, o, kernel, padding=kernel // 2, bias=bias)
+        mask = torch.ones_like(self.weight)
+        mask[:, :, kernel // 2, kernel // 2 + (kind == "B") :] = 0
+        mask[:, :, kernel // 2 + 1 :] = 0
+        self.register_buffer("mask", mask)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight.data *= self.mask
+        return super().forward(x)
+
+
+def foreign_sequence(
+    num_codes: int = 6,
+    channels: int = 5,
+    layers: int = 2,
+    *,
+    inputs: int = 1,
+    norm: bool = False,
+    last: int = 1,
+    kernel: int = 5,
+) -> nn.Sequential:
+    """A plain PixelCNN as tutorials have it: masked convolutions, batch norm or none, ReLU, logits."""
+    found: list[nn.Module] = []
+    for index in range(layers + 1):
+        kind, width = ("B", channels) if index else ("A", inputs)
+        found.append(ForeignMaskedConv2d(kind, width, channels, kernel, bias=not norm))
+        found += [nn.BatchNorm2d(channels)] * norm + [nn.ReLU(inplace=True)]
+    if last > 1:
+        found.append(ForeignMaskedConv2d("B", channels, num_codes, last, bias=True))
+    else:
+        found.append(nn.Conv2d(channels, num_codes, 1))
+    return nn.Sequential(*found)

@@ -12,9 +12,10 @@ from engine_helpers import CACHED, grids, needs_extension, spread
 from helpers import pixelcnn, snail
 from torch import Tensor
 
-from fastvq import VQVAE2, Pipeline, ResidualVQ, VectorQuantizer, explain, sample
+from fastvq import FSQ, LFQ, VQVAE2, Pipeline, ResidualVQ, SimVQ, VectorQuantizer, explain, sample
 from fastvq.ops import causal_attention, causal_conv2d, ema_update, nearest_code, nearest_code_statistics
 from fastvq.ops.draw import draw
+from fastvq.sampling import Samples
 
 TYPES = (torch.float64, torch.bfloat16, torch.float16)
 Result = Any
@@ -35,11 +36,13 @@ def assert_same(found: Result, wanted: Result) -> None:
     elif isinstance(wanted, (tuple, list)):
         for one, other in zip(found, wanted, strict=True):
             assert_same(one, other)
+    elif isinstance(wanted, Samples):
+        assert_same([*vars(found).values()], [*vars(wanted).values()])
     else:
         assert found == wanted
 
 
-QUANTIZERS: dict[str, Callable[[], VectorQuantizer | ResidualVQ]] = {
+QUANTIZERS: dict[str, Callable[[], Any]] = {
     "plain": lambda: VectorQuantizer(16, 8),
     "data": lambda: VectorQuantizer(16, 8, init="data"),
     "kmeans": lambda: VectorQuantizer(16, 8, init="kmeans"),
@@ -51,10 +54,15 @@ QUANTIZERS: dict[str, Callable[[], VectorQuantizer | ResidualVQ]] = {
     "rotation": lambda: VectorQuantizer(16, 8, gradient="rotation"),
     "residual": lambda: ResidualVQ(3, 16, 8),
     "residual-shared": lambda: ResidualVQ(3, 16, 8, shared_codebook=True),
+    "projected": lambda: VectorQuantizer(16, 4, input_dim=8),
+    "residual-projected": lambda: ResidualVQ(3, 16, 4, input_dim=8),
+    "simvq": lambda: SimVQ(16, 8),
+    "fsq": lambda: FSQ((4, 5), heads=4),
+    "lfq": lambda: LFQ(4, heads=2, temperature=0.5),
 }
 
 
-def steps(quantizer: VectorQuantizer | ResidualVQ, x: Tensor) -> Result:
+def steps(quantizer: Any, x: Tensor) -> Result:
     torch.manual_seed(1)
     outputs = []
     for _ in range(3):

@@ -163,8 +163,8 @@ def test_fill_evaluates_by_itself(engine: str) -> None:
     prior = spread(snail(num_classes=3, dropout=0.5))
     _, given = grids(prior, 2)
     request = request_of(prior, 2, given)
-    want = fill(engine, prior.eval(), request, lambda rows: None)
-    assert torch.equal(fill(engine, prior.train(), request, lambda rows: None), want)
+    want = fill(engine, prior.eval(), request, lambda *_: None)
+    assert torch.equal(fill(engine, prior.train(), request, lambda *_: None), want)
     assert all(modes(prior))
 
 

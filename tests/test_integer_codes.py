@@ -10,7 +10,7 @@ import torch
 from helpers import refuses
 from torch import Tensor
 
-from fastvq import VQVAE2, Pipeline, PixelSNAIL, ResidualVQ, VectorQuantizer, sample
+from fastvq import LFQ, VQVAE2, Pipeline, PixelSNAIL, ResidualVQ, VectorQuantizer, sample
 from fastvq._check import INTEGER_DTYPES
 from fastvq.errors import ArgumentError, ArgumentTypeError
 from fastvq.ops import code_conv2d
@@ -47,6 +47,7 @@ def calls(count: int) -> dict[str, Callable[[Callable[[Tensor], Tensor]], Tensor
     return {
         "lookup": lambda to: quantizer.lookup(to(top)),
         "lookup-heads": lambda to: heads.lookup(to(top)),
+        "bits-lookup": lambda to: LFQ((count - 1).bit_length()).lookup(to(top)),
         "residual-lookup": lambda to: residual.lookup(to(top)),
         "decode": lambda to: decoder.decode((to(top), to(bottom))),
         "preview": lambda to: decoder.preview([to(top)]),

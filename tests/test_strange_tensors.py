@@ -12,7 +12,7 @@ from quantizer_helpers import normal
 from torch import Tensor
 
 from fastvq.errors import ArgumentTypeError
-from fastvq.models import VQVAE2, ResidualVQ, VectorQuantizer
+from fastvq.models import FSQ, LFQ, VQVAE2, ResidualVQ, SimVQ, VectorQuantizer
 from fastvq.models.classifier import Classifier, ClassifierConfig
 from fastvq.ops import (
     causal_attention,
@@ -119,6 +119,10 @@ def calls() -> dict[str, tuple[Callable[[Tensor], Any], Tensor]]:
         "VectorQuantizer: x": (quantizer, rows),
         "encode: x": (quantizer.encode, rows),
         "ResidualVQ: x": (residual, rows),
+        "VectorQuantizer between maps: x": (VectorQuantizer(6, 2, input_dim=4, channels_last=True), rows),
+        "SimVQ: x": (SimVQ(6, 4, channels_last=True), rows),
+        "FSQ: x": (FSQ((3, 4, 5, 6), channels_last=True), rows),
+        "LFQ: x": (LFQ(4, channels_last=True), rows),
         "VQVAE2: images": (autoencoder, images),
         "VQVAE2.encode: images": (autoencoder.encode, images),
         "Classifier: images": (classifier, normal(2, 3, 8, 8)),

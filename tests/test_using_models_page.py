@@ -55,6 +55,11 @@ def test_python_gives_what_it_says(work: tuple[Path, dict[str, Any]]) -> None:
     assert torch.equal(names["variations"].codes[0], names["top"][0].expand(10, -1, -1))
     assert names["cold"].images.shape == (20, 1, 32, 32)
     assert names["kept"].shape == image.shape
+    assert names["rows"] == [4, 8, 12, 16]
+    assert [bool((grid >= 0).all()) for grid in names["begun"].codes] == [True, False]
+    assert [picture.size for picture in names["pictures"]] == [(32, 32)] * 4
+    assert (folder / "sevens.png").is_file()
+    assert bool((names["bits"] > 0).all())
     assert len(pictures(folder / "filling.gif")) == 1 + 4 + 16
 
 

@@ -28,7 +28,7 @@ from fastvq._precision import full_float32
 from fastvq.models.prior import Prior
 from fastvq.ops.draw import draw
 from fastvq.sampling import EngineOptions, Explanation, describe
-from fastvq.sampling.engines import fill, why_not
+from fastvq.sampling.engines import RowDone, fill, why_not
 from fastvq.sampling.request import SampleRequest
 
 # That one line may take.
@@ -68,7 +68,7 @@ class Problem:
         request = request_of(prior, case.batch, case.inputs(prior))
         return cls(case, torch.device(device), prior, request, describe(prior), engine)
 
-    def run(self, options: EngineOptions, row_done: Callable[[int], None] = lambda rows: None) -> Tensor:
+    def run(self, options: EngineOptions, row_done: RowDone = lambda rows, codes: None) -> Tensor:
         return fill(self.engine, self.prior, self.request, row_done, options)
 
     def line(self, engine: str) -> Line:
@@ -191,7 +191,7 @@ def other_line(problem: Problem, line: Line) -> None:
 def warm_up(problem: Problem, options: EngineOptions) -> None:
     """Packs weights and loads kernels, or records the graph."""
 
-    def row_done(rows: int) -> None:
+    def row_done(rows: int, codes: Tensor) -> None:
         if not options.cuda_graph:
             raise _EnoughError
 

@@ -77,12 +77,11 @@ def info(arguments: argparse.Namespace) -> None:
         pipeline = load_pipeline(arguments.checkpoint, None, "cpu", arguments.weights)
     else:
         pipeline = load_pipeline(arguments.checkpoint, arguments.pretrained, "cpu", arguments.weights)
-    scale = pipeline.vqvae.total_stride
-    height, width = (side * scale for side in pipeline.priors[0].config.shape)
+    channels, height, width = pipeline.image_shape
     grids = [prior.config.shape for prior in pipeline.priors]
-    bits = sum(h * w for h, w in grids) * math.log2(pipeline.vqvae.config.num_codes)
-    pixels = height * width * pipeline.vqvae.config.in_channels
-    print(f"images      {height} x {width}, {pipeline.vqvae.config.in_channels} channel(s)")
+    bits = sum(math.prod(prior.config.shape) * math.log2(prior.config.num_codes) for prior in pipeline.priors)
+    pixels = channels * height * width
+    print(f"images      {height} x {width}, {channels} channel(s)")
     print(f"codes       {', '.join(f'{h} x {w}' for h, w in grids)} (top first), {bits:.0f} bits per image")
     print(f"compression {8 * pixels / bits:.0f}x against 8-bit pixels")
     if pipeline.num_classes:

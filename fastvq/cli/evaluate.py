@@ -57,6 +57,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         neighbours=arguments.neighbours,
         keep=arguments.vectors,
         fractions=tuple(arguments.keep),
+        classes_by=arguments.classes_by,
         batch_size=arguments.batch_size,
     )
     extractor, classifier = _networks(arguments, device)

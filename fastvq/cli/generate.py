@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvq._bar import bar
-from fastvq._files import remove_leftovers, replacing_folder, save_tensors, write_json
+from fastvq._check import names_like
+from fastvq._files import remove_leftovers
 from fastvq._shards import description_of
-from fastvq._version import __version__
 from fastvq.cli.images import open_data
 from fastvq.cli.project import Project, choose_device, is_one_model, load_pipeline
 from fastvq.data import load_images, load_picture, psnr, save_animation, save_grid
@@ -24,9 +24,11 @@ from fastvq.data.grid import PICTURES, grid_size, require_picture
 from fastvq.data.pictures import picture_types
 from fastvq.errors import ArgumentError, FileConflictError
 from fastvq.models import HierarchicalVQVAE
-from fastvq.sampling import Pipeline, Samples, Shard, sample_shard
+from fastvq.sampling import Pipeline, Shard, sample_shard
+from fastvq.sampling.autoencoder import AnyAutoencoder
 from fastvq.sampling.coding import reconstruct as reconstruct_images
-from fastvq.sampling.parts import CODES_FILE, PREFIX, SETTINGS_FILE
+from fastvq.sampling.parts import PREFIX
+from fastvq.sampling.samples import SETTINGS_FILE, write_samples
 from fastvq.training import load_weights
 
 # Of samples by class.
@@ -60,10 +62,10 @@ def sample(arguments: argparse.Namespace) -> None:
     if picture:
         save_grid(arguments.out, samples.images, columns, captions=captions, overwrite=arguments.overwrite)
     else:
-        settings = record(arguments, pipeline, samples, labels)
+        settings = record(arguments)
         if kept:
             settings |= {"like": str(arguments.like), "keep_levels": len(kept)}
-        write_folder(arguments.out, samples, settings, arguments.overwrite)
+        write_samples(arguments.out, samples, settings, overwrite=arguments.overwrite)
     print(f"{arguments.n} samples in {arguments.out} (seed {samples.seed})")
     if arguments.animate is not None:
         known = [torch.full_like(grid, level < len(kept), dtype=torch.bool) for level, grid in enumerate(samples.codes)]
@@ -156,7 +158,7 @@ def reconstruct(arguments: argparse.Namespace) -> None:
     print(f"{len(originals)} images and reconstructions in {arguments.out}: MSE {mse:.5f}, PSNR {psnr(mse):.2f} dB")
 
 
-def reconstruction(model: HierarchicalVQVAE, originals: Tensor) -> tuple[Tensor, float]:
+def reconstruction(model: AnyAutoencoder, originals: Tensor) -> tuple[Tensor, float]:
     """Decoded codes of images, on the CPU, and the mean squared error."""
     reconstructions = reconstruct_images(model, originals).cpu()
     return reconstructions, float(F.mse_loss(reconstructions, originals))
@@ -177,22 +179,14 @@ def draw_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def record(
-    arguments: argparse.Namespace, pipeline: Pipeline, samples: Samples, labels: Tensor | None
-) -> dict[str, object]:
-    """What a folder of samples says of them."""
+def record(arguments: argparse.Namespace) -> dict[str, object]:
+    """What a folder of samples says of how they were drawn."""
     return {
-        "n": arguments.n,
-        "labels": None if labels is None else labels.tolist(),
-        "class_names": pipeline.class_names,
         "temperature": arguments.temperature,
         "top_k": arguments.top_k,
         "top_p": arguments.top_p,
-        "seed": samples.seed,
-        "micro_batch": samples.micro_batch,
         "engine": arguments.engine,
         "precision": arguments.precision,
-        "fastvq_version": __version__,
     }
 
 
@@ -206,7 +200,7 @@ def classes_asked(pipeline: Pipeline, label: Sequence[str] | None) -> tuple[int,
     numbers = []
     for text in label:
         if text not in names and (not text.isdecimal() or int(text) >= classes):
-            known = f", or a name: {', '.join(names)}" if names else ""
+            known = f", or a name: {names_like(text, names)}" if names else ""
             raise ArgumentError(f"--label: expected a number in 0..{classes - 1}{known}; got {text!r}")
         numbers.append(names.index(text) if text in names else int(text))
     return tuple(numbers)
@@ -232,6 +226,7 @@ def _autoencoder(arguments: argparse.Namespace, device: str) -> tuple[Hierarchic
         project = Project(checkpoint)
         return project.load_vqvae(device), project.read_data()
     pipeline = load_pipeline(checkpoint, arguments.pretrained, device, arguments.weights)
+    assert isinstance(pipeline.vqvae, HierarchicalVQVAE)  # as all that are stored
     return pipeline.vqvae, {"size": pipeline.image_shape[1:], "skip_broken": False}
 
 
@@ -262,12 +257,3 @@ def check_free(out: Path, overwrite: bool, picture: bool, option: str = "--out")
         raise FileConflictError(f"{option}: {out} is a {'folder' if picture else 'file'} and stays as it is")
     if out.is_dir() and taken and not (out / SETTINGS_FILE).is_file():
         raise FileConflictError(f"{option}: {out} holds other things than samples and stays as it is")
-
-
-def write_folder(out: Path, samples: Samples, settings: dict[str, object], overwrite: bool) -> None:
-    with replacing_folder(out, overwrite=overwrite) as folder:
-        for index, image in enumerate(samples.images):
-            save_grid(folder / f"{index:06d}.png", image[None], padding=0)
-        codes = {f"level{level}": grid.cpu().contiguous() for level, grid in enumerate(samples.codes)}
-        save_tensors(codes, folder / CODES_FILE)
-        write_json(folder / SETTINGS_FILE, settings)

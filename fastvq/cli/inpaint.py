@@ -14,12 +14,12 @@ from fastvq.cli.generate import (
     draw_settings,
     record,
     require_free_outputs,
-    write_folder,
 )
 from fastvq.cli.project import choose_device, load_pipeline
 from fastvq.data import box_region, load_picture, mask_region, save_grid
 from fastvq.data.grid import grid_size, require_picture
 from fastvq.sampling import Pipeline
+from fastvq.sampling.samples import write_samples
 
 _COLUMNS = 8
 
@@ -56,7 +56,7 @@ def inpaint(arguments: argparse.Namespace) -> None:
         grid = _beside(image, mask, samples.images.cpu(), columns)
         save_grid(arguments.out, grid, columns, captions=captions, overwrite=arguments.overwrite)
     else:
-        settings = record(arguments, pipeline, samples, labels)
+        settings = record(arguments)
         settings |= {
             "image": str(arguments.image),
             "margin": arguments.margin,
@@ -64,7 +64,7 @@ def inpaint(arguments: argparse.Namespace) -> None:
             "paste": arguments.paste,
         }
         settings |= {"box": arguments.box} if arguments.mask is None else {"mask": str(arguments.mask)}
-        write_folder(arguments.out, samples, settings, arguments.overwrite)
+        write_samples(arguments.out, samples, settings, overwrite=arguments.overwrite)
     print(f"{arguments.n} results in {arguments.out} (seed {samples.seed})")
 
 

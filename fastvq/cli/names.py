@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from fastvq._check import closest_first
 from fastvq.errors import ArgumentError, ArgumentTypeError
 
 C = TypeVar("C")
@@ -106,11 +106,6 @@ def _model_option(arguments: argparse.Namespace, options: Mapping[str, str]) -> 
     return options.get("checkpoint") or options["run"]
 
 
-def _distance(word: str, field: str) -> tuple[bool, float]:
-    """Orders fields by how likely each was meant: those that hold the word, then by likeness."""
-    return word not in field, -difflib.SequenceMatcher(None, word, field).ratio()
-
-
 def configure(template: C, settings: Mapping[str, Any], typed: Mapping[str, str] | None = None) -> C:
     """A configuration with the fields of ``--set`` replaced.
 
@@ -124,7 +119,7 @@ def configure(template: C, settings: Mapping[str, Any], typed: Mapping[str, str]
     fields = [field.name for field in dataclasses.fields(template)]  # type: ignore[arg-type]
     for name in settings:
         if name not in fields:
-            closest = sorted(fields, key=lambda field: _distance(name, field))
+            closest = closest_first(name, fields)
             raise ArgumentError(f"--set {name}: {kind} has no such field; closest first, it has {', '.join(closest)}")
     try:
         return dataclasses.replace(template, **settings)  # type: ignore[type-var]

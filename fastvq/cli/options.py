@@ -19,11 +19,12 @@ def add_drawing(parser: argparse.ArgumentParser, *, seed_note: str = "") -> None
         nargs="+",
         default=[1.0],
         metavar="T",
-        help="below 1: likelier codes, above 1: more various ones; one value, or one per level, top first (default: 1)",
+        help="below 1: likelier codes, 0: always the likeliest, above 1: more various ones; one value, or one per "
+        "level, top first (default: 1)",
     )
     parser.add_argument("--top-k", type=int, help="draw from the likeliest K codes")
     parser.add_argument("--top-p", type=float, help="draw from the likeliest codes of together this probability")
-    parser.add_argument("--seed", type=int, help=f"seed (default: a new one, printed){seed_note}")
+    parser.add_argument("--seed", type=int, help=f"any integer, modulo 2**64 (default: a new one, printed){seed_note}")
     parser.add_argument(
         "--engine", default="auto", help="cuda, cpu, torch, naive, or auto for the fastest that runs (default: auto)"
     )

@@ -29,7 +29,7 @@ Hierarchical VQ-VAEs and priors over their codes.
 A project is one folder, given as --run. The steps fill it from left to right:
 
   train-vqvae -> RUN/vqvae     an autoencoder that turns images into grids of codes
-  extract     -> RUN/codes     the codes of all images
+  extract     -> RUN/codes     the codes of all images (or import-codes, of another autoencoder)
   train-prior -> RUN/prior0    one prior per level, 0 is the top (coarsest) level
   sample      <- RUN           new images: codes from the priors, decoded once
   evaluate    <- RUN           likelihood, reconstruction, sample metrics (with train-classifier -> RUN/classifier)
@@ -63,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_train_vqvae(commands)
     _add_extract(commands)
+    _add_import_codes(commands)
     _add_train_prior(commands)
     _add_sample(commands)
     _add_inpaint(commands)
@@ -172,6 +173,25 @@ def _add_extract(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--workers", type=int, help="threads that load images (default: 0 on a CPU, else by its number of cores)"
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def _add_import_codes(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(
+        commands,
+        "import-codes",
+        "fastvq.cli.import_codes:import_codes",
+        "take codes of another autoencoder",
+        "In place of extract, for codes that another project made. SOURCE holds level0.npy (top, the coarsest), ...,\n"
+        "each [N, h, w], and perhaps labels.npy, or codes.safetensors with tensors of these names; and codes.json\n"
+        "with num_codes, and class_names or num_classes. Writes RUN/codes/train and RUN/codes/validation.",
+        device=False,
+    )
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="folder of codes")
+    add_run(parser)
+    parser.add_argument(
+        "--validation", type=float, default=0.1, metavar="FRACTION", help="share held out (default: 0.1)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of what is held out (default: 0)")
 
 
 def _add_train_prior(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -366,6 +386,12 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     )
     parser.add_argument(
         "--accuracy-steps", type=int, default=0, metavar="STEPS", help="train for the classification accuracy score"
+    )
+    parser.add_argument(
+        "--classes-by",
+        choices=("turn", "frequency"),
+        default="turn",
+        help="classes of samples: all in turn, or as often as the training images have them (default: turn)",
     )
     parser.add_argument("--seed", type=int, help="of samples and random selections (default: 0)")
     parser.add_argument("--batch-size", type=int, default=64, help="images at a time (default: 64)")

@@ -9,6 +9,7 @@ from fastvq.data.digits import Digits
 from fastvq.data.extraction import extract_codes, extract_shard, merge_codes
 from fastvq.data.grid import image_grid, save_grid
 from fastvq.data.images import ImageFolder
+from fastvq.data.made_elsewhere import import_codes
 from fastvq.data.region import box_region, load_picture, mask_region
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "extract_codes",
     "extract_shard",
     "image_grid",
+    "import_codes",
     "load_images",
     "load_picture",
     "mask_region",

@@ -61,6 +61,17 @@ def model_checksum(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def checked_indices(indices: np.ndarray | Tensor | Sequence[int] | None, count: int) -> np.ndarray:
+    """Rows that were asked for, int64; all of them for None."""
+    rows = np.arange(count) if indices is None else np.asarray(indices)
+    if rows.ndim != 1 or len(rows) == 0 or rows.dtype.kind not in "iu":
+        raise ArgumentError(f"indices: expected a non-empty list of integers, got {rows.dtype} of shape {rows.shape}")
+    rows = rows.astype(np.int64)
+    if rows.min() < 0 or rows.max() >= count:
+        raise ArgumentError(f"indices: must lie in 0..{count - 1}, got {rows.min()}..{rows.max()}")
+    return rows
+
+
 def write_codes(
     folder: Path,
     description: dict[str, Any],

@@ -24,7 +24,7 @@ from fastvq._unwrap import unwrap
 from fastvq._version import __version__
 from fastvq.data.augment import Augment
 from fastvq.data.base import ImageDataset
-from fastvq.data.codes import FORMAT, LABELS, SOURCE, Encoded, model_checksum, write_codes
+from fastvq.data.codes import FORMAT, LABELS, SOURCE, Encoded, checked_indices, model_checksum, write_codes
 from fastvq.errors import ArgumentError
 
 KIND = PREFIX = "codes"
@@ -210,7 +210,7 @@ class _Extraction:
             require_positive_int(name, value)
         require_positive_int("num_workers", num_workers, minimum=0)
         require_seed("seed", seed)
-        images = _checked_indices(indices, len(dataset))
+        images = checked_indices(indices, len(dataset))
         if copies > 1 and augment is None:
             raise ArgumentError(f"copies: {copies} copies without augmentation would all be the same")
         if model.config.in_channels != dataset.channels:
@@ -277,13 +277,3 @@ class _Extraction:
                 shown.update(kept.stop - kept.start)
                 place = slice(kept.start - rows.start, kept.stop - rows.start)
                 yield place, [grid[kept.start - low : kept.stop - low] for grid in grids]
-
-
-def _checked_indices(indices: np.ndarray | Tensor | list[int] | None, count: int) -> np.ndarray:
-    rows = np.arange(count) if indices is None else np.asarray(indices)
-    if rows.ndim != 1 or len(rows) == 0 or rows.dtype.kind not in "iu":
-        raise ArgumentError(f"indices: expected a non-empty list of integers, got {rows.dtype} of shape {rows.shape}")
-    rows = rows.astype(np.int64)
-    if rows.min() < 0 or rows.max() >= count:
-        raise ArgumentError(f"indices: must lie in 0..{count - 1}, got {rows.min()}..{rows.max()}")
-    return rows

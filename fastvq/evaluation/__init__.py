@@ -11,7 +11,7 @@ from fastvq.evaluation.rejection import CurvePoint, RejectionSamples, rejection_
 from fastvq.evaluation.report import check_report, write_report
 from fastvq.evaluation.scores import InceptionScore, Score, kernel_distance
 from fastvq.evaluation.shards import samples_from_shards, score_shard, shard_settings, statistics_from_shards
-from fastvq.evaluation.sources import DrawnSamples, Reconstructions, draw_samples
+from fastvq.evaluation.sources import DrawnSamples, Reconstructions, draw_samples, labels_by_frequency
 from fastvq.evaluation.statistics import FeatureStatistics, SetScores, compare, dataset_statistics, gather
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "frechet_distance",
     "gather",
     "kernel_distance",
+    "labels_by_frequency",
     "manifold_scores",
     "measure_images",
     "nearest_neighbours",

@@ -7,16 +7,17 @@ import math
 import os
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastvq._check import require_positive_int, require_seed
+from fastvq._check import require_choice, require_positive_int, wrapped_seed
 from fastvq._nvtx import annotate
 from fastvq.data.augment import Augment
 from fastvq.data.base import ImageDataset, load_images
@@ -26,7 +27,7 @@ from fastvq.evaluation.features import FeatureExtractor, as_extractor
 from fastvq.evaluation.likelihood import ImageMetrics, check_images, measure_images
 from fastvq.evaluation.neighbours import nearest_neighbours
 from fastvq.evaluation.rejection import CurvePoint, class_scores, rejection_curve
-from fastvq.evaluation.sources import DrawnSamples, Reconstructions, draw_samples, once_if_same
+from fastvq.evaluation.sources import DrawnSamples, Reconstructions, draw_samples, labels_by_frequency, once_if_same
 from fastvq.evaluation.statistics import (
     KEPT_VECTORS,
     FeatureStatistics,
@@ -42,6 +43,8 @@ from fastvq.sampling import Pipeline
 from fastvq.training import TrainConfig
 
 T = TypeVar("T")
+ClassesBy = Literal["turn", "frequency"]
+CLASSES_BY: tuple[ClassesBy, ...] = ("turn", "frequency")
 
 FRACTIONS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 _PICTURED = 16
@@ -60,8 +63,10 @@ class EvaluationConfig:
         neighbours: k of precision, recall, density and coverage.
         keep: feature vectors of each set that enter metrics of neighbours and kernels.
         fractions: of the rejection curve.
-        seed: of the samples and of every random selection.
+        seed: of the samples and of every random selection, any integer, taken modulo 2**64.
         batch_size: images at a time.
+        classes_by: how samples get their classes: all in ``turn``, or each by its ``frequency`` in the training images
+            (:func:`labels_by_frequency`), so that scores against images of unequal classes compare the same mixture.
     """
 
     samples: int = 10_000
@@ -71,11 +76,13 @@ class EvaluationConfig:
     fractions: tuple[float, ...] = FRACTIONS
     seed: int = 0
     batch_size: int = 64
+    classes_by: ClassesBy = "turn"
 
     def __post_init__(self) -> None:
         for name in ("samples", "neighbours", "keep", "batch_size"):
             require_positive_int(name, getattr(self, name))
-        require_seed("seed", self.seed)
+        object.__setattr__(self, "seed", wrapped_seed("seed", self.seed))
+        require_choice("classes_by", self.classes_by, CLASSES_BY)
         if not self.temperature:
             raise ArgumentError("temperature: expected one value, or one per level, got none")
         if not self.fractions or not all(0 < fraction <= 1 for fraction in self.fractions):
@@ -109,7 +116,7 @@ class Pictures(NamedTuple):
 
     Attributes:
         originals, reconstructions: held-out images and what their codes keep.
-        samples: ``classes`` in turn.
+        samples: ``classes`` in turn, of many the first or the most frequent.
         classes: number of classes shown.
         queries, neighbours: samples, and the training images nearest to them, [queries, neighbours, C, H, W].
     """
@@ -134,7 +141,7 @@ class Evaluation:
         classifier: title of the classifier that rejects.
         curve: scores by fraction kept.
         accuracy: of classifiers trained on samples, reconstructions and real images, on validation images.
-        draws: settings that the samples were drawn with, beside the seed.
+        draws: settings that the samples were drawn with, beside the seed; with classes ``classes by`` as well.
         seconds: what each part took.
     """
 
@@ -175,6 +182,8 @@ def check_evaluation(
         raise ArgumentError(f"temperature: expected one value or {levels}, got {len(config.temperature)}")
     if accuracy and pipeline.num_classes is None:
         raise ArgumentError("accuracy: the priors are unconditional, so their samples have no labels to learn from")
+    if config.classes_by == "frequency" and pipeline.num_classes is None:
+        raise ArgumentError("classes_by: expected 'turn' of priors without classes, got 'frequency'")
     for temperature in config.temperature:
         for prior in pipeline.priors:
             check_options(prior.config.num_codes, temperature, None, None)
@@ -230,7 +239,13 @@ def evaluate(
     blank = torch.zeros(1, dataset.channels, *dataset.size, dtype=torch.float32)
     if features is not None:
         features.extract(blank)
-    _check_given(pipeline, config, samples, statistics, features)
+    labels = None
+    if pipeline.num_classes is not None:
+        assert dataset.labels is not None
+        labels = dataset.labels[torch.from_numpy(np.asarray(training))]
+        if features is not None and config.classes_by == "turn":
+            _warn_of_unequal_classes(labels, pipeline.num_classes)
+    _check_given(pipeline, config, labels, samples, statistics, features)
     if classifier is not None:
         class_scores(classifier, blank.to(pipeline.device), None, pipeline.num_classes)
     clock = _Clock()
@@ -252,7 +267,7 @@ def evaluate(
 
         if samples is None:
             wanted = config.samples if features is not None else _PICTURED_CLASSES * (pipeline.num_classes or 10)
-            samples = clock("sampling", lambda: draw(wanted, "samples"))
+            samples = clock("sampling", lambda: draw(wanted, "samples", _classes(pipeline, config, labels, wanted)))
         sets = memorisation = curve = real = None
         if features is not None:
             parts = (pipeline, dataset, training, validation, samples, statistics, features, config, cache, progress)
@@ -283,9 +298,7 @@ def evaluate(
             )
         scores = None
         if accuracy is not None:
-            assert dataset.labels is not None
-            labels = dataset.labels[torch.from_numpy(np.asarray(training))]
-            # Other draws than those of the metrics, and of the real images' classes in their shares.
+            # Other draws than those of the metrics, and of just the classes that the real images have.
             taught = clock("sampling for accuracy", lambda: draw(len(training), "taught", labels, config.seed + 1))
             scores = clock(
                 "accuracy",
@@ -303,7 +316,8 @@ def evaluate(
                     progress=progress,
                 ),
             )
-        pictures = _pictures(pipeline, dataset, training, validation, samples, features, real)
+        in_turn = config.classes_by == "turn"
+        pictures = _pictures(pipeline, dataset, training, validation, samples, features, real, in_turn)
     return Evaluation(
         config=config,
         images=images,
@@ -320,7 +334,7 @@ def evaluate(
         classifier=None if classifier is None else as_extractor(classifier).title,
         curve=curve,
         accuracy=scores,
-        draws=samples.settings,
+        draws=samples.settings if labels is None else {**samples.settings, "classes by": config.classes_by},
         pictures=pictures,
         seconds=clock.seconds,
     )
@@ -329,6 +343,7 @@ def evaluate(
 def _check_given(
     pipeline: Pipeline,
     config: EvaluationConfig,
+    labels: Tensor | None,
     samples: DrawnSamples | None,
     statistics: FeatureStatistics | None,
     extractor: FeatureExtractor | None,
@@ -345,11 +360,11 @@ def _check_given(
     ):
         if there != asked:
             raise ArgumentError(f"{name}: the samples given have {there}, expected {asked}")
-    in_turn = torch.arange(len(samples)) % (pipeline.num_classes or 1)
-    if pipeline.num_classes and (samples.labels is None or not torch.equal(samples.labels, in_turn)):
-        raise ArgumentError(
-            "label: expected samples of all classes in turn, since images of all are compared with them"
-        )
+    wanted = _classes(pipeline, config, labels, len(samples))
+    if wanted is not None and (samples.labels is None or not torch.equal(samples.labels, wanted)):
+        in_turn = config.classes_by == "turn"
+        how = "all classes in turn, since images of all" if in_turn else "labels_by_frequency, since images of these"
+        raise ArgumentError(f"label: expected samples of {how} are compared with them")
     if statistics is None:
         return
     if extractor is None:
@@ -362,6 +377,25 @@ def _check_given(
     ):
         if there != asked:
             raise ArgumentError(f"statistics: expected {name} {asked}, got {there}")
+
+
+def _classes(pipeline: Pipeline, config: EvaluationConfig, labels: Tensor | None, n: int) -> Tensor | None:
+    """Classes of n samples, [n], where the training images have ``labels``; None without classes."""
+    if labels is None or config.classes_by == "turn":
+        return pipeline.labels(range(n))
+    return labels_by_frequency(labels, range(n))
+
+
+def _warn_of_unequal_classes(labels: Tensor, classes: int) -> None:
+    counts = torch.bincount(labels, minlength=classes)
+    least, most = int(counts.min()), int(counts.max())
+    if most > 2 * least:
+        warnings.warn(
+            f"classes_by: samples are of all classes in turn, but the training images have from {least} to {most} of a "
+            "class, so that scores against them also tell this difference; 'frequency' draws classes as often as they "
+            "have them",
+            stacklevel=3,
+        )
 
 
 class _Clock:
@@ -420,6 +454,22 @@ def _memorisation(vectors: Tensor, training: Tensor) -> Memorisation:
     return Memorisation(float(distances.median()), float(distances.quantile(0.01)))
 
 
+def _pictured(samples: DrawnSamples, num_classes: int | None, in_turn: bool) -> tuple[np.ndarray, int]:
+    """Samples to show, row by row, and how many classes are beside each other in a row."""
+    classes = min(_PICTURED_CLASSES, num_classes or 10)
+    if in_turn or samples.labels is None:
+        # Of many classes the first are shown.
+        step = num_classes or classes
+        rows = np.array([row * step + column for row in range(10) for column in range(classes)])
+        return rows[rows < len(samples)], classes
+    counts = torch.bincount(samples.labels)
+    most = counts.argsort(descending=True, stable=True)[:classes]
+    shown = most[counts[most] > 0].sort().values
+    depth = min(10, int(counts[shown].min()))
+    columns = [(samples.labels == one).nonzero()[:depth, 0] for one in shown]
+    return torch.stack(columns, 1).flatten().numpy(), len(shown)
+
+
 def _pictures(
     pipeline: Pipeline,
     dataset: ImageDataset,
@@ -428,13 +478,11 @@ def _pictures(
     samples: DrawnSamples,
     extractor: FeatureExtractor | None,
     real: FeatureStatistics | None,
+    in_turn: bool,
 ) -> Pictures:
     shown = validation[:_PICTURED]
-    classes = min(_PICTURED_CLASSES, pipeline.num_classes or 10)
-    # Samples go through the classes in turn; of many classes the first are shown.
-    in_turn = pipeline.num_classes or classes
-    rows = np.array([row * in_turn + column for row in range(10) for column in range(classes)])
-    drawn = samples.batch(rows[rows < len(samples)])
+    rows, classes = _pictured(samples, pipeline.num_classes, in_turn)
+    drawn = samples.batch(rows)
     queries = neighbours = None
     if extractor is not None and real is not None:
         queries = drawn[:_QUERIES]

@@ -90,7 +90,7 @@ def measure_images(
         raise ArgumentError("indices: expected at least one image, got none")
     vqvae, priors, device = in_evaluation(pipeline.vqvae), pipeline.priors, pipeline.device
     evaluated = [in_evaluation(prior) for prior in priors]
-    counts = torch.zeros(len(priors), vqvae.config.num_codes, dtype=torch.int64)
+    counts = [torch.zeros(prior.config.num_codes, dtype=torch.int64) for prior in priors]
     nats = torch.zeros(len(priors), len(indices), dtype=torch.float64)  # 8 bytes per image and level
     squared, done = 0.0, 0
     for images in image_batches(dataset, indices, batch_size, "codes and reconstructions", progress=progress):
@@ -100,7 +100,7 @@ def measure_images(
         squared += float(F.mse_loss(vqvae.decode(codes), images)) * len(images)
         label = labels_of(pipeline, dataset, indices[rows])
         for level, prior in enumerate(evaluated):
-            counts[level] += torch.bincount(codes[level].flatten(), minlength=counts.shape[1]).cpu()
+            counts[level] += torch.bincount(codes[level].flatten(), minlength=len(counts[level])).cpu()
             nll = prior.nll(codes[level], codes[:level] or None, label)
             nats[level, rows] = nll.double().mean((1, 2)).cpu()
         done += len(images)

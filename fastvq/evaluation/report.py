@@ -118,7 +118,8 @@ def _page(evaluation: Evaluation, title: str, curves: bool) -> str:
     seconds = ", ".join(f"{name} {value.processor:.1f} s" for name, value in evaluation.seconds.items())
     wall = sum(value.wall for value in evaluation.seconds.values())
     lines = [f"# {title}", ""]
-    more = "".join(f", {name} {value}" for name, value in evaluation.draws.items() if name != "temperature")
+    told = ("temperature", "classes by")  # here, and beside the scores
+    more = "".join(f", {name} {value}" for name, value in evaluation.draws.items() if name not in told)
     what = f"{config.samples} samples at temperature {temperature}{more}, seed {config.seed}. "
     what = what if evaluation.sets else ""
     lines += [f"{what}{facts}.", "", f"Processor time: {seconds}. Wall-clock time: {wall:.0f} s.", ""]

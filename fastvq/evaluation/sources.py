@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvq._bar import bar
-from fastvq._check import require_positive_int
+from fastvq._check import require_integer, require_positive_int
 from fastvq._evaluation import in_evaluation
 from fastvq._files import new_array
 from fastvq._shards import StoredShard
@@ -24,9 +24,12 @@ from fastvq.data.codes import model_checksum
 from fastvq.errors import ArgumentError
 from fastvq.models import HierarchicalVQVAE
 from fastvq.sampling import Pipeline
+from fastvq.sampling.autoencoder import AnyAutoencoder, OwnAutoencoder, weight_of
 from fastvq.training.classifier import images_of
 
 _CHUNK = 512
+# The golden ratio, modulo 1, in units of 2^-64.
+_GOLDEN = 0x9E3779B97F4A7C15
 
 
 class StoredRows:
@@ -120,6 +123,19 @@ def once_if_same(values: Sequence[float]) -> tuple[float, ...]:
     return tuple(values[:1] if len(set(values)) == 1 else values)
 
 
+def labels_by_frequency(labels: Tensor, indices: range) -> Tensor:
+    """Classes of samples by their indices, int64 [n], as often as ``labels`` [N] has them.
+
+    Sample i has the label at i times the golden ratio, modulo 1, of the way through the sorted labels: any stretch of
+    samples is near the frequencies, and the class of a sample depends on nothing but its index.
+    """
+    if require_integer("labels", labels).ndim != 1 or len(labels) == 0:
+        raise ArgumentError(f"labels: expected one label or more, [N], got shape {list(labels.shape)}")
+    steps = np.arange(indices.start, indices.stop, indices.step, dtype=np.uint64) * np.uint64(_GOLDEN)
+    places = (steps >> np.uint64(32)) * np.uint64(len(labels)) >> np.uint64(32)
+    return labels.long().sort().values[torch.from_numpy(places.astype(np.int64))]
+
+
 def draw_samples(
     pipeline: Pipeline,
     n: int,
@@ -134,7 +150,7 @@ def draw_samples(
 
     Args:
         folder: an empty or new folder; it must outlive the result.
-        label: classes, int64 [n]; by default all in turn.
+        label: classes, int64 [n], such as those of :func:`labels_by_frequency`; by default all in turn.
         settings: of :meth:`Pipeline.sample`: temperature, top_k, top_p, engine, ...
     """
 
@@ -169,10 +185,11 @@ class Reconstructions:
 
     labels: Tensor | None
 
-    def __init__(self, vqvae: HierarchicalVQVAE | nn.Module, dataset: ImageDataset) -> None:
-        vqvae = require_model("vqvae", vqvae, HierarchicalVQVAE)
-        if dataset.channels != vqvae.config.in_channels:
-            wanted = vqvae.config.in_channels
+    def __init__(self, vqvae: AnyAutoencoder | nn.Module, dataset: ImageDataset) -> None:
+        if not isinstance(vqvae, OwnAutoencoder):
+            vqvae = require_model("vqvae", vqvae, HierarchicalVQVAE)
+        wanted = vqvae.image_shape[0] if isinstance(vqvae, OwnAutoencoder) else vqvae.config.in_channels
+        if dataset.channels != wanted:
             raise ArgumentError(f"dataset: has {dataset.channels} channel(s), the model takes {wanted}")
         self.size, self.channels, self.num_classes = dataset.size, dataset.channels, dataset.num_classes
         self.class_names, self.labels = dataset.class_names, dataset.labels
@@ -184,7 +201,7 @@ class Reconstructions:
     @torch.no_grad()
     def batch(self, indices: np.ndarray) -> Tensor:
         """float32 [B, C, H, W], clamped to [-1, 1]."""
-        images = images_of(self._dataset, indices).to(next(self._vqvae.parameters()).device)
+        images = images_of(self._dataset, indices).to(weight_of(self._vqvae).device)
         vqvae = in_evaluation(self._vqvae)
         return vqvae.decode(vqvae.encode(images)).float().clamp(-1, 1).cpu()
 

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from fastvq._bar import bar
-from fastvq._check import require_positive_int, require_seed
+from fastvq._check import require_positive_int, wrapped_seed
 from fastvq._files import reading, replacing_file, save_tensors
 from fastvq._tensors import read_safetensors
 from fastvq.data.base import ImageDataset, random_words
@@ -58,7 +58,7 @@ class FeatureStatistics:
         seed: int = 0,
         first: int = 0,
     ) -> None:
-        self.keep, self.seed = require_positive_int("keep", keep), require_seed("seed", seed)
+        self.keep, self.seed = require_positive_int("keep", keep), wrapped_seed("seed", seed)
         self.gaussian = GaussianStatistics(num_features)
         self.inception = None if num_classes is None else InceptionScore(num_classes, first=first)
         # What of the stream has been seen: ranges in order, the last of which goes on.

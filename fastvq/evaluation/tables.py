@@ -124,6 +124,12 @@ def _images(evaluation: Evaluation) -> str:
     return f"{note}\n\n{_table(head, rows)}"
 
 
+_CLASSES = {
+    "turn": " Samples are of all classes in turn.",
+    "frequency": " Samples are of each class as often as training\nimages.",
+}
+
+
 def _sets(evaluation: Evaluation) -> str:
     assert evaluation.sets is not None
     title, k = features_title(evaluation), evaluation.config.neighbours
@@ -152,6 +158,7 @@ def _sets(evaluation: Evaluation) -> str:
         "floor that the\nautoencoder sets, validation images what real images score. After ±: deviation between "
         "subsets (KID) or splits\n(Inception score). FID, recall and coverage depend on the number of images: compare "
         "columns of the same number.\nKID is unbiased, so it can be negative. -: too few images."
+        + _CLASSES.get(evaluation.draws.get("classes by", ""), "")
     )
     return f"{note}\n\n{_table(['', *evaluation.sets], rows)}"
 

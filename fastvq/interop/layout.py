@@ -11,17 +11,18 @@ from torch import Tensor, nn
 from fastvq._check import require_positive_int, require_tensor
 from fastvq._unwrap import WRAPPERS, unwrap
 from fastvq.errors import ArgumentError
-from fastvq.interop import gated, snail, vqvae
+from fastvq.interop import gated, masked, snail, vqvae
 from fastvq.interop.state import PREFIXES, normalise
-from fastvq.models import VQVAE2, GatedPixelCNN, PixelSNAIL
+from fastvq.models import VQVAE2, GatedPixelCNN, PixelCNN, PixelSNAIL
 
 # Every model of a layout has names that begin so.
 _MARKERS = {
     "pixelsnail": ("horizontal.conv.", "vertical.conv."),
     "gated_pixelcnn": ("embedding.weight", "layers.0.vert_stack.", "layers.0.vert_to_horiz."),
+    "pixelcnn": ("0.weight", "0.mask"),
     "vqvae": ("enc_b.blocks.", "quantize_t."),
 }
-Converted = PixelSNAIL | GatedPixelCNN | VQVAE2
+Converted = PixelSNAIL | GatedPixelCNN | PixelCNN | VQVAE2
 KINDS = tuple(_MARKERS)
 
 
@@ -31,7 +32,7 @@ class Options:
 
     Attributes:
         legacy: residual blocks add their activated input.
-        shape: grid of a prior, if other than the stored one; a gated PixelCNN stores none.
+        shape: grid of a prior, if other than the stored one; a PixelCNN stores none.
         heads: of attention.
         dropout: of a prior.
         decay: of a VQVAE's codebooks.
@@ -45,7 +46,9 @@ class Options:
 
 
 def recognise(source: nn.Module | Mapping[str, Tensor]) -> str | None:
-    """The layout of a module or state dict: ``"pixelsnail"``, ``"gated_pixelcnn"``, ``"vqvae"``, or None."""
+    """The layout of a module or state dict: ``"pixelsnail"``, ``"gated_pixelcnn"``, ``"pixelcnn"``, ``"vqvae"``, or
+    None for any other.
+    """
     inner = unwrap(source)
     live = isinstance(inner, nn.Module)
     tensors = inner.state_dict() if isinstance(inner, nn.Module) else source
@@ -87,6 +90,8 @@ def require_grid(shape: object) -> tuple[int, int]:
 
 def build(tensors: Mapping[str, Tensor], kind: str, options: Options) -> Converted:
     """Our model of a normalised state dict: float32, on the CPU, in evaluation mode."""
+    # Batch norm counts its batches; nothing is made of that.
+    tensors = {name: value for name, value in tensors.items() if not name.endswith(".num_batches_tracked")}
     for name, value in tensors.items():
         if not require_tensor(name, value).dtype.is_floating_point:
             raise ArgumentError(f"source: expected floating-point tensors, got {value.dtype} for {name}")
@@ -101,6 +106,8 @@ def build(tensors: Mapping[str, Tensor], kind: str, options: Options) -> Convert
         )
     elif kind == "gated_pixelcnn":
         model = gated.build(tensors, shape=options.shape)
+    elif kind == "pixelcnn":
+        model = masked.build(tensors, shape=options.shape)
     else:
         model = vqvae.build(tensors, legacy=options.legacy, decay=options.decay)
     return model.eval()

@@ -38,11 +38,11 @@ def convert(module: nn.Module, *, legacy: bool | None = None, shape: tuple[int, 
     """Our model with the present weights of a live module, which is recognised by its state dict.
 
     Args:
-        module: a VQVAE, PixelSNAIL or gated PixelCNN of a known layout, also inside DataParallel,
+        module: a VQVAE, PixelSNAIL or PixelCNN of a known layout, also inside DataParallel,
             DistributedDataParallel, AveragedModel or torch.compile.
         legacy: whether the activations at the start of its residual blocks work in place. None looks at the modules: if
             they are of type ``nn.ELU`` or ``nn.ReLU`` and in place, it is a legacy model.
-        shape: grid (H, W) of a gated PixelCNN, which does not know its own.
+        shape: grid (H, W) of a PixelCNN, which does not know its own.
 
     Returns:
         The model in float32, on the module's device, in evaluation mode. Weights are copied. It is kept, and returned

@@ -28,10 +28,11 @@ def load(
             script's ``args``, an argparse.Namespace. Its names may all begin with ``module.``, ``_orig_mod.``,
             ``model.`` or ``net.``; weight norm may have its old or its new names. Files are read without unpickling
             anything but tensors, plain containers and the namespace.
-        kind: ``"pixelsnail"``, ``"gated_pixelcnn"`` or ``"vqvae"``, to be sure of what comes; None takes any.
+        kind: ``"pixelsnail"``, ``"gated_pixelcnn"``, ``"pixelcnn"`` or ``"vqvae"``, to be sure of what comes;
+            None takes any.
         legacy: whether the activations at the start of residual blocks worked in place when the model was trained.
-        shape: grid (H, W) of a prior, for another one than it was trained on. A gated PixelCNN does not store its own,
-            so that it is needed there.
+        shape: grid (H, W) of a prior, for another one than it was trained on. A PixelCNN does not store its own, so
+            that it is needed there.
         heads: number of attention heads of a PixelSNAIL, which shapes do not tell; 8 in that port.
 
     Returns:

@@ -4,6 +4,7 @@ from fastvq._config import Config
 from fastvq.models.classifier import Classifier, ClassifierConfig
 from fastvq.models.pixelcnn import GatedPixelCNN, GatedPixelCNNConfig
 from fastvq.models.pixelsnail import PixelSNAIL, PixelSNAILConfig
+from fastvq.models.plain_pixelcnn import PixelCNN, PixelCNNConfig
 from fastvq.models.pretrained import MODEL_CLASSES, PRESETS, PretrainedModel, build, load_pretrained, preset
 from fastvq.models.prior import Prior, PriorConfig
 from fastvq.models.quantizer import FSQ, LFQ, QuantizerOutput, ResidualVQ, ResidualVQOutput, SimVQ, VectorQuantizer
@@ -22,6 +23,8 @@ __all__ = [
     "GatedPixelCNN",
     "GatedPixelCNNConfig",
     "HierarchicalVQVAE",
+    "PixelCNN",
+    "PixelCNNConfig",
     "PixelSNAIL",
     "PixelSNAILConfig",
     "PretrainedModel",

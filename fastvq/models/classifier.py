@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -73,9 +73,9 @@ class Classifier(PretrainedModel):
     config_class: ClassVar[type[ClassifierConfig]] = ClassifierConfig
     config: ClassifierConfig
 
-    def __init__(self, config: ClassifierConfig) -> None:
+    def __init__(self, config: ClassifierConfig | None = None, **fields: Any) -> None:
         super().__init__()
-        self.config = config
+        self.config = config = self.config_class.of(config, fields)
         layers: list[nn.Module] = []
         for narrow, wide in zip((config.in_channels, *config.channels[:-1]), config.channels, strict=True):
             layers += _stage(narrow, wide)

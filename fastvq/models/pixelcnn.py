@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvq._check import require_bool, require_odd, require_positive_int
+from fastvq._config import ADDED
 from fastvq.models.blocks import CodeConv2d
 from fastvq.models.limits import LARGEST, LARGEST_KERNEL, MOST_LAYERS
 from fastvq.models.prior import Prior, PriorConfig
@@ -32,9 +33,9 @@ class GatedPixelCNNConfig(PriorConfig):
     channels: int = 64
     layers: int = 15
     kernel_size: int = 3
-    input_kernel_size: int | None = None
+    input_kernel_size: int | None = field(default=None, metadata=ADDED)
     output_channels: int = 512
-    output_activation: bool = True
+    output_activation: bool = field(default=True, metadata=ADDED)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,7 +78,8 @@ class GatedPixelCNN(Prior):
         ),
     }
 
-    def __init__(self, config: GatedPixelCNNConfig) -> None:
+    def __init__(self, config: GatedPixelCNNConfig | None = None, **fields: Any) -> None:
+        config = self.config_class.of(config, fields)
         super().__init__(config)
         width, reach = config.channels, (config.input_kernel_size or config.kernel_size) // 2
         above = [(row, column) for row in range(-reach, 0) for column in range(-reach, reach + 1)]

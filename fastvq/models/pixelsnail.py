@@ -250,7 +250,8 @@ class PixelSNAIL(Prior):
         ),
     }
 
-    def __init__(self, config: PixelSNAILConfig) -> None:
+    def __init__(self, config: PixelSNAILConfig | None = None, **fields: Any) -> None:
+        config = self.config_class.of(config, fields)
         super().__init__(config, legacy_skip=config.legacy_skip)
         width = config.channels
         # A kernel of 2 still needs a first layer that sees its neighbours on both sides, hence the odd size.

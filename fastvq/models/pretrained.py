@@ -38,9 +38,12 @@ WEIGHTS_FILE = "model.safetensors"
 class PretrainedModel(nn.Module):
     """Base of all models: built from ``config``, saved to and loaded from a folder, made from a named preset.
 
-    A subclass is built from its configuration alone, an instance of its ``config_class``. From its definition on it is
-    known by its name and its presets, and is what `build` makes of its ``config_class`` if it names that itself and no
-    class did before. Of several classes of one name the last one counts, but names of this package stay its own.
+    A subclass is built from its configuration alone, an instance of its ``config_class``. Those of this package take
+    its fields as keywords as well, alone or to replace some: ``PixelSNAIL(shape=(8, 8), num_codes=512)``.
+
+    From its definition on a subclass is known by its name and its presets, and is what `build` makes of its
+    ``config_class`` if it names that itself and no class did before. Of several classes of one name the last one
+    counts, but names of this package stay its own.
 
     Attributes:
         presets: the class's named configurations; subclasses do not inherit them.

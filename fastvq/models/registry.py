@@ -51,10 +51,7 @@ class Registry(Generic[M]):
         if name not in self.presets:
             raise ArgumentError(f"name: unknown preset {name!r}, expected one of {', '.join(sorted(self.presets))}")
         model_class, config = self.presets[name]
-        fields = {field.name for field in dataclasses.fields(config)}  # type: ignore[arg-type]
-        unknown = sorted(set(overrides) - fields)
-        if unknown:
-            raise ArgumentError(f"overrides: {type(config).__name__} has no fields {unknown}")
+        config.require_fields("overrides", overrides)
         return model_class, dataclasses.replace(config, **overrides)  # type: ignore[type-var]
 
     def class_of(self, config: Config) -> type[M]:

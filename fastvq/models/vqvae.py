@@ -197,9 +197,9 @@ class HierarchicalVQVAE(PretrainedModel):
     config_class: ClassVar[type[VQVAEConfig]] = VQVAEConfig
     config: VQVAEConfig
 
-    def __init__(self, config: VQVAEConfig) -> None:
+    def __init__(self, config: VQVAEConfig | None = None, **fields: Any) -> None:
         super().__init__()
-        self.config = config
+        self.config = config = self.config_class.of(config, fields)
         dim, levels = config.code_dim, len(config.strides)
         conv = _CONVOLUTIONS[config.spatial_dims]
         sources = [config.in_channels, *[config.channels] * (levels - 1)]
@@ -376,7 +376,8 @@ class VQVAE(HierarchicalVQVAE):
         "tiny-single": VQVAEConfig(strides=(4,), **_TINY),
     }
 
-    def __init__(self, config: VQVAEConfig) -> None:
+    def __init__(self, config: VQVAEConfig | None = None, **fields: Any) -> None:
+        config = self.config_class.of(config, fields if config is not None else {"strides": (4,), **fields})
         if len(config.strides) != 1:
             raise ArgumentError(f"config.strides: VQVAE has one level, got {config.strides}; use VQVAE2")
         super().__init__(config)
@@ -406,7 +407,8 @@ class VQVAE2(HierarchicalVQVAE):
         "tiny": VQVAEConfig(strides=(4, 2), **_TINY),
     }
 
-    def __init__(self, config: VQVAEConfig) -> None:
+    def __init__(self, config: VQVAEConfig | None = None, **fields: Any) -> None:
+        config = self.config_class.of(config, fields)
         if len(config.strides) < 2:
             raise ArgumentError(f"config.strides: VQVAE2 has two levels or more, got {config.strides}; use VQVAE")
         super().__init__(config)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastvq._check import require_floating, require_positive_int, require_tensor
 from fastvq._evaluation import in_evaluation
-from fastvq.models.vqvae import HierarchicalVQVAE
+from fastvq.sampling.autoencoder import AnyAutoencoder, OwnAutoencoder, weight_of
 from fastvq.sampling.request import micro_batches
 
 # Images that go through the autoencoder together, whose features take more memory than the sampler's.
@@ -17,25 +17,24 @@ DECODED = 8
 
 
 @torch.no_grad()
-def encode(vqvae: HierarchicalVQVAE, images: Tensor) -> tuple[Tensor, ...]:
+def encode(vqvae: AnyAutoencoder, images: Tensor) -> tuple[Tensor, ...]:
     """Codes of images [n, C, H, W] in [-1, 1]: int64 [n, h, w] for each level, top first, on the model's device."""
     require_floating("images", require_tensor("images", images))
-    weight, vqvae = next(vqvae.parameters()), in_evaluation(vqvae)
+    weight, vqvae = weight_of(vqvae), in_evaluation(vqvae)
     parts = [images[part] for part in micro_batches(len(images), DECODED)] or [images]
     codes = [vqvae.encode(part.to(weight.device, weight.dtype)) for part in parts]
     return tuple(torch.cat(level) for level in zip(*codes, strict=True))
 
 
 @torch.no_grad()
-def decode(vqvae: HierarchicalVQVAE, codes: Sequence[Tensor], known: Sequence[Tensor] | None = None) -> Tensor:
+def decode(vqvae: AnyAutoencoder, codes: Sequence[Tensor], known: Sequence[Tensor] | None = None) -> Tensor:
     """Images of codes, int64 [n, h, w] of each level, top first: float32 [n, C, H, W], clamped to [-1, 1].
 
     Args:
         known: where codes are known, as of :meth:`HierarchicalVQVAE.preview`; by default everywhere.
     """
-    n, rows, columns = codes[0].shape
-    scale, vqvae = vqvae.total_stride, in_evaluation(vqvae)
-    size = (n, vqvae.config.in_channels, rows * scale, columns * scale)
+    n, vqvae = len(codes[0]), in_evaluation(vqvae)
+    size = (n, *image_shape_of(vqvae, codes[0].shape[1:]))
     images = torch.empty(size, dtype=torch.float32, device=codes[0].device)
     for part in micro_batches(n, DECODED):
         grids = [level[part] for level in codes]
@@ -44,13 +43,20 @@ def decode(vqvae: HierarchicalVQVAE, codes: Sequence[Tensor], known: Sequence[Te
     return images
 
 
-def reconstruct(vqvae: HierarchicalVQVAE, images: Tensor) -> Tensor:
+def image_shape_of(vqvae: AnyAutoencoder, top: Sequence[int]) -> tuple[int, int, int]:
+    """(C, H, W) of the images of a grid of the top level."""
+    if isinstance(vqvae, OwnAutoencoder):
+        return vqvae.image_shape
+    return vqvae.config.in_channels, top[0] * vqvae.total_stride, top[1] * vqvae.total_stride
+
+
+def reconstruct(vqvae: AnyAutoencoder, images: Tensor) -> Tensor:
     """What codes keep of images [n, C, H, W] in [-1, 1]: float32 [n, C, H, W], clamped, on the model's device."""
     return decode(vqvae, encode(vqvae, images))
 
 
 def frames(
-    vqvae: HierarchicalVQVAE, codes: Sequence[Tensor], *, known: Sequence[Tensor] | None = None, most: int = 60
+    vqvae: AnyAutoencoder, codes: Sequence[Tensor], *, known: Sequence[Tensor] | None = None, most: int = 60
 ) -> Iterator[Tensor]:
     """Images of grids being filled in the order of sampling: top level first, each in raster order.
 

@@ -10,7 +10,7 @@ from fastvq.sampling.engines import Engine
 from fastvq.sampling.options import EngineOptions
 from fastvq.sampling.plan.form import Plan
 
-# Bytes that a micro-batch may take where the caller sets no limit, and samples that it may have in any case.
+# Bytes that a micro-batch may take where the caller sets no limit, and of how many samples the caches alone count.
 DEFAULT_MEMORY = 2 << 30
 LEAST_MICRO_BATCH = 8
 
@@ -46,16 +46,18 @@ def choose_micro_batch(
     if engine.padded(plan, options):
         most = LEAST_MICRO_BATCH
 
+    limit = DEFAULT_MEMORY if memory_limit is None else memory_limit
+
     def memory(batch: int) -> int:
         return engine.schedule(plan, batch, options).memory
 
-    if asked is None:
-        limit = DEFAULT_MEMORY if memory_limit is None else memory_limit
-        # Without a limit from the caller, as many as ever were computed together are not refused.
-        least = 1 if memory_limit is not None else min(most, LEAST_MICRO_BATCH)
-        size = next((size for size in range(most, least, -1) if memory(size) <= limit), least)
-    else:
-        size = asked
+    def fits(batch: int) -> bool:
+        schedule = engine.schedule(plan, batch, options)
+        # Without a limit from the caller, weights that take it all are no reason to compute every sample alone.
+        few = memory_limit is None and batch <= LEAST_MICRO_BATCH
+        return (schedule.cache_bytes if few else schedule.memory) <= limit
+
+    size = next((size for size in range(most, 1, -1) if fits(size)), 1) if asked is None else asked
     if memory_limit is not None and memory(size) > memory_limit:
         raise ArgumentError(f"memory_limit: a micro-batch of {size} needs {memory(size)} bytes, got {memory_limit}")
     return size

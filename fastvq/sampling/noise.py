@@ -6,15 +6,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastvq._check import require_seed
+from fastvq._check import require_seed, wrapped_seed
 
 # A word of the generator's key.
 SEED_BITS = 64
+Seed = int | torch.Generator
 
 
-def fixed_seed(seed: int | None) -> int:
-    """A seed as it was given, or one drawn from PyTorch's global generator."""
-    return int(torch.randint(2**63 - 1, ())) if seed is None else require_seed("seed", seed, SEED_BITS)
+def fixed_seed(seed: Seed | None) -> int:
+    """The number 0..2**64-1 that a seed means.
+
+    Integers are taken modulo 2**64. A generator of PyTorch, or its global one for None, gives the next of its own.
+
+    Raises:
+        ArgumentTypeError: something else.
+    """
+    if seed is None:
+        return int(torch.randint(2**63 - 1, ()))
+    if isinstance(seed, torch.Generator):
+        return int(torch.randint(2**63 - 1, (), generator=seed, device=seed.device))
+    return wrapped_seed("seed", seed, "an int, a torch.Generator or None")
 
 
 def uniforms(seed: int, start: int, count: int, shape: tuple[int, int], *, level: int = 0) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import sys
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,9 +12,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from fastvq._check import require_choice, require_positive_int, require_seed
+from fastvq._bar import bar
+from fastvq._check import require_choice, require_positive_int, wrapped_seed
 from fastvq._files import remove_leftovers, replacing_file, replacing_folder, write_json
 from fastvq._shards import Shard, StoredShard, description_of, fill_shard, read_shards, working_on
 from fastvq._tensors import Specs, new_tensors, smallest_type
@@ -25,15 +24,14 @@ from fastvq.data.grid import image_grid, picture_bytes, save_grid
 from fastvq.errors import ArgumentError, FileConflictError
 from fastvq.sampling.api import living_threads
 from fastvq.sampling.coding import DECODED
-from fastvq.sampling.noise import SEED_BITS
 from fastvq.sampling.options import Precision, engine_options
 from fastvq.sampling.pipeline import Levels, Pipeline
 from fastvq.sampling.request import padded_micro_batches
+from fastvq.sampling.samples import CODES_FILE, SETTINGS_FILE
 
 KIND = PREFIX = "samples"
 IN_TURN = "in turn"
 LABELS = "labels"
-CODES_FILE, SETTINGS_FILE = "codes.safetensors", "samples.json"
 _LEAST_DRAWN = 64
 _INT64 = np.dtype(np.int64)
 
@@ -80,7 +78,7 @@ def sample_shard(
     Args:
         n: samples of all parts together.
         shard: which part, such as ``Shard(0, 8)``.
-        seed: 0..2**64-1, the same for all parts.
+        seed: any integer, taken modulo 2**64, the same for all parts.
         label: class of all samples, its number or name, or several that take turns; by default all classes in turn.
         temperature, top_k, top_p, engine, micro_batch, precision: as of :meth:`Pipeline.sample`.
         images: ``png`` also writes each image as ``000123.png``, named by its index; ``tar`` writes all of the part as
@@ -97,7 +95,7 @@ def sample_shard(
     """
     folder = Path(folder)
     require_positive_int("n", n)
-    require_seed("seed", seed, SEED_BITS)
+    seed = wrapped_seed("seed", seed)
     if images is not None:
         require_choice("images", images, ("png", "tar"))
     levels = pipeline.levels(
@@ -109,15 +107,15 @@ def sample_shard(
         micro_batch=micro_batch,
         options=engine_options(precision, None),
     )
+    if any(isinstance(given.temperature, tuple) for given in levels.settings):
+        raise ArgumentError("temperature: expected one value, or one per level; parts have none for each sample")
     indices, path = shard.range(n), shard.path(folder, PREFIX)
     identity = _identity(pipeline, levels, seed, label)
     pictures = _Pictures(folder, path, n, indices)
     levels.warn_slow(stacklevel=3)
 
     def fill(arrays: dict[str, np.ndarray], done: int) -> Iterator[int]:
-        with tqdm(
-            total=len(indices), initial=done, desc=f"samples {shard}", disable=not progress, file=sys.stderr
-        ) as bar:
+        with bar(f"samples {shard}", show=progress, total=len(indices), initial=done) as shown:
             for part in _stretches(indices[done:], levels.micro_batch):
                 rows = slice(part.start - indices.start, part.stop - indices.start)
                 labels = pipeline.labels(part, label)
@@ -126,7 +124,7 @@ def sample_shard(
                     arrays[f"level{level}"][rows] = grid.cpu().numpy()
                 if labels is not None:
                     arrays[LABELS][rows] = labels.numpy()
-                bar.update(len(part))
+                shown.update(len(part))
                 yield rows.stop
 
     specs = _specs(identity, len(indices))
@@ -150,7 +148,7 @@ def _identity(
         "vqvae": model_checksum(pipeline.vqvae),
         "priors": [model_checksum(prior) for prior in pipeline.priors],
         "seed": seed,
-        "temperature": [float(given.temperature) for given in levels.settings],
+        "temperature": [float(given.temperature) for given in levels.settings],  # type: ignore[arg-type]
         "top_k": [given.top_k for given in levels.settings],
         "top_p": [given.top_p for given in levels.settings],
         "label": None if classes is None else IN_TURN if classes == every else _alike(list(classes)),

@@ -4,63 +4,55 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import NamedTuple, Self, TypedDict, TypeVar, Unpack
+from typing import Self, TypedDict, TypeVar, Unpack
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastvq._check import require_choice, require_positive_int
+from fastvq._check import names_like, require_bool, require_choice, require_positive_int
 from fastvq._files import read_json, reading, replacing_folder, require_seal, sealed, write_json
 from fastvq._schema import TEXT, optional, several
-from fastvq._unwrap import require_model
+from fastvq._unwrap import require_model, unwrap
 from fastvq._version import __version__
 from fastvq.errors import ArgumentError, ArgumentTypeError, CorruptFileError, MissingFileError
 from fastvq.models.limits import MOST_LEVELS
 from fastvq.models.pretrained import load_pretrained
 from fastvq.models.prior import Prior
 from fastvq.models.vqvae import HierarchicalVQVAE
-from fastvq.sampling.api import Run, living_threads
-from fastvq.sampling.coding import decode, encode, frames, reconstruct
+from fastvq.sampling.api import Run, ends, living_threads, require_callback
+from fastvq.sampling.autoencoder import AnyAutoencoder, Autoencoder, OwnAutoencoder, own_autoencoder, weight_of
+from fastvq.sampling.coding import decode, encode, frames, image_shape_of, reconstruct
 from fastvq.sampling.engines import warn_slow
 from fastvq.sampling.known import Known, check_pictures, check_upper_codes, known_cells, without_region
-from fastvq.sampling.noise import fixed_seed, uniforms
+from fastvq.sampling.noise import Seed, fixed_seed, uniforms
 from fastvq.sampling.options import EngineOptions, Precision, engine_options
 from fastvq.sampling.project import DATA_FILE, class_names, is_project, load_priors, load_vqvae
 from fastvq.sampling.request import Settings, assemble, check_indices, check_labels
+from fastvq.sampling.samples import Samples
 
 PIPELINE_FILE = "pipeline.json"
 FORMAT = 1
+# Names of classes in a line.
+_SHOWN = 12
 
 T = TypeVar("T")
-# Classes: of all samples, in turn by their index, or (a tensor, int [n]) of each.
-Label = int | str | Sequence[int | str] | Tensor
-
-
-class Samples(NamedTuple):
-    """Result of :meth:`Pipeline.sample` and :meth:`Pipeline.inpaint`.
-
-    Attributes:
-        images: float32 [n, C, H, W], clamped to [-1, 1]; up to the decoder's rounding, which may depend on how many
-            images are decoded together.
-        codes: int64 [n, h, w] for each level, top first.
-        seed, micro_batch: what to pass to get the same codes again; ``micro_batch`` matters where engines round
-            differently for other sizes.
-    """
-
-    images: Tensor
-    codes: tuple[Tensor, ...]
-    seed: int
-    micro_batch: int
+# Classes: of all samples, in turn by their index, or (an array or a tensor, int [n]) of each.
+Label = int | str | Sequence[int | str] | np.ndarray | Tensor
+# Of all levels, or of each; and then of all samples, or (a sequence, an array or a tensor, [n]) of each.
+Temperature = float | np.ndarray | Tensor | Sequence[float | Sequence[float] | np.ndarray | Tensor]
+# What a callback is given: rows done, and the codes of each level.
+LevelsCallback = Callable[[int, tuple[Tensor, ...]], object]
 
 
 class Drawing(TypedDict, total=False):
     """How codes are drawn: arguments that :meth:`Pipeline.sample` explains."""
 
-    temperature: float | Sequence[float]
+    temperature: Temperature
     top_k: int | Sequence[int | None] | None
     top_p: float | Sequence[float | None] | None
     engine: str
@@ -97,33 +89,63 @@ class Levels:
         labels: Tensor | None = None,
         known: Sequence[Known] = (),
         progress: bool = False,
+        callback: LevelsCallback | None = None,
     ) -> tuple[Tensor, ...]:
         """Codes of samples ``start .. start + n - 1``: int64 [n, h, w] for each level, top first.
 
         Args:
             known: codes of the first levels.
+            callback: see :meth:`Pipeline.sample`.
         """
         codes: tuple[Tensor, ...] = ()
+        before, total, stopped = 0, 0, False
+
+        def told(rows: int, grids: Tensor) -> bool:
+            nonlocal total, stopped
+            assert callback is not None
+            total = before + rows
+            stopped = ends(callback(total, (*codes, grids)))
+            return not stopped
+
         for level, (run, given) in enumerate(zip(self.runs, self.settings, strict=True)):
             config = run.prior.config
             there, where = (known[level].codes, known[level].where) if level < len(known) else (None, None)
             if there is not None and where is None:
                 codes = (*codes, there.to(next(run.prior.parameters()).device))
                 continue
+            if stopped:
+                shape, device = (n, *config.shape), next(run.prior.parameters()).device
+                codes = (*codes, torch.full(shape, -1, dtype=torch.int64, device=device))
+                continue
             noise = uniforms(seed, start, n, config.shape, level=config.level)
             request = assemble(run.prior, given, noise, codes, labels, there, where)
-            codes = (*codes, run.draw(request, start, progress=progress))
+            drawn = run.draw(request, start, progress=progress, callback=None if callback is None else told)
+            codes, before = (*codes, drawn), total
         return codes
+
+    def log_probabilities(self, codes: tuple[Tensor, ...], labels: Tensor | None) -> tuple[Tensor, ...]:
+        """Of the codes of each level, see :func:`fastvq.sample`."""
+        found = []
+        for level, run in enumerate(self.runs):
+            above = [grid.clamp(min=0) for grid in codes[:level]]  # where these are missing, so are those below
+            found.append(run.log_probabilities(above, labels, codes[level]))
+        return tuple(found)
 
 
 class Pipeline:
     """An autoencoder and one prior per level, top first.
 
     Args:
-        vqvae: VQVAE or VQVAE2. It and the priors may lie inside torch.compile, DataParallel, DistributedDataParallel
-            or AveragedModel, which are taken off.
+        vqvae: VQVAE or VQVAE2, or an autoencoder of another project: any object with ``encode`` and ``decode`` as
+            :class:`fastvq.sampling.Autoencoder` has them. It and the priors may lie inside torch.compile,
+            DataParallel, DistributedDataParallel or AveragedModel, which are taken off.
         priors: the prior of each level; prior i is conditioned on the codes of levels 0..i-1.
         class_names: a name per label, for class-conditional priors.
+        image_shape: (C, H, W) of the images of an autoencoder of another project; by default its attribute of this
+            name. One such image is encoded and decoded here, to find out whether all fits.
+
+    Attributes:
+        vqvae: the autoencoder; one of another project is ``vqvae.model``.
 
     Raises:
         ArgumentError, ArgumentTypeError: priors that do not fit the autoencoder or each other, or are none.
@@ -131,34 +153,52 @@ class Pipeline:
 
     def __init__(
         self,
-        vqvae: HierarchicalVQVAE | nn.Module,
+        vqvae: HierarchicalVQVAE | Autoencoder | nn.Module,
         priors: Sequence[Prior | nn.Module],
         *,
         class_names: Sequence[str] | None = None,
+        image_shape: Sequence[int] | None = None,
     ) -> None:
-        self.vqvae = require_model("vqvae", vqvae, HierarchicalVQVAE)
         self.priors = tuple(
             require_model(f"priors[{i}]", prior, Prior)  # type: ignore[type-abstract]
             for i, prior in enumerate(priors)
         )
         self.class_names = None if class_names is None else tuple(class_names)
-        self._check()
+        inner = unwrap(vqvae)
+        configs = [prior.config for prior in self.priors]
+        shapes, num_codes = tuple(one.shape for one in configs), tuple(one.num_codes for one in configs)
+        if isinstance(inner, HierarchicalVQVAE):
+            if len(self.priors) != inner.num_levels:
+                raise ArgumentError(f"priors: expected {inner.num_levels}, one per level, got {len(self.priors)}")
+            scale = inner.total_stride
+            found = inner.code_shapes((shapes[0][0] * scale, shapes[0][1] * scale))
+            shapes = tuple((height, width) for height, width in found)
+            num_codes = (inner.config.num_codes,) * len(shapes)
+        elif not self.priors:
+            raise ArgumentError("priors: expected one per level, got none")
+        self._check(shapes, num_codes)
+        self.vqvae: AnyAutoencoder
+        if isinstance(inner, HierarchicalVQVAE):
+            self.vqvae = inner
+        else:
+            if isinstance(inner, OwnAutoencoder):  # of another pipeline, whose priors were others
+                inner, image_shape = inner.model, image_shape or inner.image_shape
+            device = next(self.priors[0].parameters()).device
+            self.vqvae = own_autoencoder(inner, image_shape, shapes, num_codes, device)
+        if image_shape is not None and tuple(image_shape) != self.image_shape:
+            raise ArgumentError(f"image_shape: this autoencoder has {self.image_shape}, got {tuple(image_shape)}")
 
-    def _check(self) -> None:
-        if len(self.priors) != self.vqvae.num_levels:
-            raise ArgumentError(f"priors: expected {self.vqvae.num_levels}, one per level, got {len(self.priors)}")
-        top = self.priors[0].config.shape
-        scale = self.vqvae.total_stride
-        shapes = self.vqvae.code_shapes((top[0] * scale, top[1] * scale))
+    def _check(self, shapes: tuple[tuple[int, int], ...], num_codes: tuple[int, ...]) -> None:
+        """Whether the priors are of these grids and codebooks, and of each other."""
         classes = {prior.config.num_classes for prior in self.priors}
         for level, (prior, shape) in enumerate(zip(self.priors, shapes, strict=True)):
             config = prior.config
             given = (config.shape, config.num_codes, config.level)
-            wanted = (shape, self.vqvae.config.num_codes, level)
+            wanted = (shape, num_codes[level], level)
             if given != wanted:
                 raise ArgumentError(f"priors[{level}]: (shape, num_codes, level) is {given}, expected {wanted}")
             above = (config.condition_shapes, config.condition_num_codes)
-            levels_above = (shapes[:level], (self.vqvae.config.num_codes,) * level)
+            levels_above = (shapes[:level], num_codes[:level])
             if above != levels_above:
                 raise ArgumentError(
                     f"priors[{level}]: (condition_shapes, condition_num_codes) is {above}, expected {levels_above}"
@@ -175,13 +215,24 @@ class Pipeline:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of samples."""
-        rows, columns = self.priors[0].config.shape
-        scale = self.vqvae.total_stride
-        return self.vqvae.config.in_channels, rows * scale, columns * scale
+        return image_shape_of(self.vqvae, self.priors[0].config.shape)
 
     @property
     def device(self) -> torch.device:
-        return next(self.vqvae.parameters()).device
+        return weight_of(self.vqvae).device
+
+    def __repr__(self) -> str:
+        own = self.vqvae.model if isinstance(self.vqvae, OwnAutoencoder) else self.vqvae
+        lines = [f"images {' x '.join(map(str, self.image_shape))} on {self.device}", f"vqvae  {type(own).__name__}"]
+        for level, prior in enumerate(self.priors):
+            config, size = prior.config, sum(weight.numel() for weight in prior.parameters())
+            grid = f"{config.shape[0]} x {config.shape[1]} of {config.num_codes} codes"
+            lines.append(f"prior{level} {type(prior).__name__}, {grid}, {size:,} parameters")
+        if self.num_classes is not None:
+            names = [repr(name) for name in (self.class_names or ())]
+            shown = names if len(names) <= _SHOWN else [*names[: _SHOWN - 1], "..."]
+            lines.append(f"labels 0..{self.num_classes - 1}" + (f": {', '.join(shown)}" if shown else ""))
+        return "\n  ".join(["Pipeline(", *lines]) + "\n)"
 
     def to(self, device: str | torch.device) -> Self:
         """Move all models; returns the pipeline itself."""
@@ -196,10 +247,10 @@ class Pipeline:
         *,
         label: Label | None = None,
         codes: Sequence[Tensor] = (),
-        temperature: float | Sequence[float] = 1.0,
+        temperature: Temperature = 1.0,
         top_k: int | Sequence[int | None] | None = None,
         top_p: float | Sequence[float | None] | None = None,
-        seed: int | None = None,
+        seed: Seed | None = None,
         progress: bool = False,
         engine: str = "auto",
         start: int = 0,
@@ -207,18 +258,29 @@ class Pipeline:
         memory_limit: int | None = None,
         precision: Precision = "float32",
         options: EngineOptions | None = None,
+        callback: LevelsCallback | None = None,
+        return_logprobs: bool = False,
     ) -> Samples:
-        """Draw all levels, top first, and decode them.
+        """Draw all levels, top first, and decode them; ``pipeline(...)`` is the same.
 
         Other arguments are those of :func:`fastvq.sample`; ``temperature``, ``top_k`` and ``top_p`` may also be a
         sequence with one value per level, top first.
 
         Args:
             label: class of all samples: a number, or a name of ``class_names``; a sequence of them, of which sample i
-                (counted from 0, not from ``start``) is of the one at i modulo their number; or a tensor, int [n].
+                (counted from 0, not from ``start``) is of the one at i modulo their number; or an array or a tensor,
+                int [n].
+            temperature: of all samples and levels; a sequence is one per level. An array or a tensor [n], in place of
+                any of these numbers, has one for each sample; per level such a one may be a sequence as well.
             codes: of the first levels, top first, int [n, h, w] or [1, h, w] each, such as from :meth:`encode`. The
                 levels below are drawn: given the top alone, what is coarse stays and the details vary.
+            callback: as of :func:`fastvq.sample`, called with the rows done of all levels that are drawn and with a
+                tuple of the codes of the levels so far. Where it ends sampling, images are of what there is: a missing
+                code is the mean vector of its level (with an autoencoder of another project: code 0).
+            return_logprobs: ``logprobs`` of the result are those of the codes of each level.
         """
+        require_callback(callback)
+        require_bool("return_logprobs", return_logprobs)
         check_indices(n, start)
         levels = self.levels(
             n,
@@ -234,8 +296,13 @@ class Pipeline:
         labels = self._labels_of(n, start, label)
         known = check_upper_codes(self.priors, codes, n)
         levels.warn_slow(stacklevel=3, first=len(known))  # past the decorator
-        drawn = levels.draw(n, seed=seed, start=start, labels=labels, known=known, progress=progress)
-        return Samples(self.decode(drawn), drawn, seed, levels.micro_batch)
+        drawn = levels.draw(n, seed=seed, start=start, labels=labels, known=known, progress=progress, callback=callback)
+        there = None if all(bool((grid >= 0).all()) for grid in drawn) else [grid >= 0 for grid in drawn]
+        images = decode(self.vqvae, [grid.clamp(min=0) for grid in drawn], there)
+        found = levels.log_probabilities(drawn, labels) if return_logprobs else None
+        return Samples(images, drawn, seed, levels.micro_batch, labels, self.class_names, found)
+
+    __call__ = sample
 
     @living_threads()
     def inpaint(
@@ -248,7 +315,7 @@ class Pipeline:
         margin: int = 0,
         rounds: int = 2,
         paste: bool = True,
-        seed: int | None = None,
+        seed: Seed | None = None,
         start: int = 0,
         progress: bool = False,
         precision: Precision = "float32",
@@ -283,6 +350,12 @@ class Pipeline:
         Raises:
             ArgumentError, ArgumentTypeError: arguments that do not fit; nothing has been computed then.
         """
+        for level, prior in enumerate(self.priors):
+            (_, *size), grid = self.image_shape, prior.config.shape
+            if size[0] % grid[0] or size[1] % grid[1]:
+                raise ArgumentError(
+                    f"inpaint: images of {tuple(size)} are no multiple of {grid}, the grid of level {level}"
+                )
         images, mask, n = check_pictures(images, mask, n, self.image_shape)
         check_indices(n, start)
         require_positive_int("margin", margin, minimum=0)
@@ -300,13 +373,13 @@ class Pipeline:
             drawn = levels.draw(n, seed=seed, start=start, labels=labels, known=known, progress=progress)
             painted = self.decode(drawn)
             filled = torch.where(region, painted, images)
-        return Samples(filled if paste else painted, drawn, seed, levels.micro_batch)
+        return Samples(filled if paste else painted, drawn, seed, levels.micro_batch, labels, self.class_names)
 
     def levels(
         self,
         n: int,
         *,
-        temperature: float | Sequence[float] = 1.0,
+        temperature: Temperature = 1.0,
         top_k: int | Sequence[int | None] | None = None,
         top_p: float | Sequence[float | None] | None = None,
         engine: str = "auto",
@@ -315,10 +388,11 @@ class Pipeline:
         options: EngineOptions,
     ) -> Levels:
         """How n samples will be drawn, from the arguments of :meth:`sample`."""
-        temperatures = self._per_level("temperature", temperature)
+        each = isinstance(temperature, (np.ndarray, Tensor)) and temperature.ndim > 0
+        temperatures = [temperature] * len(self.priors) if each else self._per_level("temperature", temperature)
         top_ks = self._per_level("top_k", top_k)
         top_ps = self._per_level("top_p", top_p)
-        settings = tuple(Settings(*given) for given in zip(temperatures, top_ks, top_ps, strict=True))
+        settings = tuple(Settings.of(*given, n) for given in zip(temperatures, top_ks, top_ps, strict=True))
         runs = []
         for prior, given in zip(self.priors, settings, strict=True):
             given.check(prior.config.num_codes)
@@ -333,14 +407,14 @@ class Pipeline:
         Raises:
             ArgumentError, ArgumentTypeError: there is no such class.
         """
-        if isinstance(label, Tensor):
+        if isinstance(label, Tensor) or (isinstance(label, np.ndarray) and label.dtype.kind in "iu"):
             return check_labels(self.priors[0], label, len(indices))
         classes = self.classes(label)
         if classes is None:
             return None
         return torch.tensor([classes[index % len(classes)] for index in indices], dtype=torch.int64)
 
-    def classes(self, label: int | str | Sequence[int | str] | None = None) -> tuple[int, ...] | None:
+    def classes(self, label: int | str | Sequence[int | str] | np.ndarray | None = None) -> tuple[int, ...] | None:
         """Numbers of the classes that ``label`` names, or of all; None without classes.
 
         Raises:
@@ -351,7 +425,9 @@ class Pipeline:
             return None if count is None else tuple(range(count))
         if count is None:
             raise ArgumentError(f"label: these priors are not class-conditional, got {label!r}")
-        given = [label] if isinstance(label, (int, str)) else label
+        given = [label] if isinstance(label, (int, np.integer, str)) else label
+        if isinstance(given, np.ndarray):
+            given = given.tolist()
         if not isinstance(given, Sequence):
             raise ArgumentTypeError(
                 f"label: expected a class, a sequence of them or an integer tensor, got {type(label).__name__}"
@@ -360,11 +436,11 @@ class Pipeline:
             raise ArgumentError("label: expected at least one class, got none")
         numbers = []
         for one in given:
-            if isinstance(one, bool) or not isinstance(one, (int, str)):
+            if isinstance(one, bool) or not isinstance(one, (int, np.integer, str)):
                 raise ArgumentTypeError(f"label: expected a class's number or name, got {type(one).__name__} {one!r}")
             if isinstance(one, str) and one not in names:
-                raise ArgumentError(f"label: expected one of the names {', '.join(names) or '(none)'}; got {one!r}")
-            number = names.index(one) if isinstance(one, str) else one
+                raise ArgumentError(f"label: expected one of the names {names_like(one, names)}; got {one!r}")
+            number = names.index(one) if isinstance(one, str) else int(one)
             if not 0 <= number < count:
                 raise ArgumentError(f"label: must lie in 0..{count - 1}, got {number}")
             numbers.append(number)
@@ -407,6 +483,11 @@ class Pipeline:
     def save_pretrained(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
         """Write all models to a folder, whole or not at all; returns its path."""
         folder = Path(folder)
+        if isinstance(self.vqvae, OwnAutoencoder):
+            raise ArgumentError(
+                f"save_pretrained: the autoencoder is a {type(self.vqvae.model).__name__}, which only its own project "
+                "can save; save each prior with prior.save_pretrained, and make the pipeline anew from what was loaded"
+            )
         with replacing_folder(folder, overwrite=overwrite) as temporary:
             self.vqvae.save_pretrained(temporary / "vqvae")
             for level, prior in enumerate(self.priors):

@@ -290,7 +290,7 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
         (["sample", "--pretrained", "digits", "--label", "ten"], "'ten'"),
         (["sample", "--pretrained", "digits", "--label", "10"], "0..9"),
         (["sample", "--pretrained", "digits", "-n", "0"], "-n"),
-        (["sample", "--pretrained", "digits", "--temperature", "0"], "--temperature:"),
+        (["sample", "--pretrained", "digits", "--temperature", "nan"], "--temperature:"),
         (["sample", "--pretrained", "digits", "--temperature", "1", "1", "1"], "--temperature:"),
         (["sample", "--pretrained", "digits", "--top-k", "0"], "--top-k:"),
         (["sample", "--pretrained", "digits", "--top-p", "2"], "--top-p:"),

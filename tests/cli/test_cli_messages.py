@@ -7,6 +7,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -37,6 +38,10 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         extract_codes(digits.vqvae, Digits(32), torch.arange(20), my / "codes" / part)
     classifier = Classifier(ClassifierConfig(in_channels=1, num_classes=10, channels=(4,), features=4))
     classifier.save_pretrained(my / "classifier" / "model")
+    made = root / "made"
+    made.mkdir()
+    np.save(made / "level0.npy", np.zeros((4, 2, 2), np.int64))
+    (made / "codes.json").write_text('{"num_codes": 5}')
     (root / "file").write_text("words")
     for name, side in (("digit", 32), ("larger", 40)):
         save_grid(root / f"{name}.png", -torch.ones(1, 1, side, side), padding=0)
@@ -55,6 +60,7 @@ COMMANDS = {
     "demo": "demo --out new",
     "train-vqvae": VQVAE,
     "extract": "extract --run my",
+    "import-codes": "import-codes made --run new",
     "train-prior": PRIOR,
     "sample": SAMPLE,
     "inpaint": INPAINT,
@@ -70,8 +76,8 @@ TRAINING += ["--warmup 3", "--ema 1", "--ema -0.5", "--workers -1", "--seed -1",
 TRAINING += ["--init-from nowhere", "--checkpoint-every 0", "--seed 9223372036854775808"]
 BOTH_STAGES = [*TRAINING, "--grad-clip 0", "--accumulate 0", "--accumulate 3", "--image-every 0", "--preset absent"]
 BOTH_STAGES += ["--set num_codes=0", "--set dropout", "--set chanels=3"]
-DRAWING = ["--temperature 0", "--temperature nan", "--temperature 1 2 3", "--label 10", "--label ten", "--label 3 ten"]
-DRAWING += ["-n 0", "--top-k 0", "--top-k 129", "--top-p 0", "--top-p 2", "--seed -1", "--engine gpu"]
+DRAWING = ["--temperature -1", "--temperature nan", "--temperature 1 2 3", "--label 10", "--label ten", "--label 3 ten"]
+DRAWING += ["-n 0", "--top-k 0", "--top-k 129", "--top-p 0", "--top-p 2", "--engine gpu"]
 DRAWING += ["--precision bfloat16 --engine torch", "--micro-batch 0"]
 # The end of a command line; the option whose value is bad is the first one.
 BAD: dict[str, list[str]] = {
@@ -103,6 +109,7 @@ BAD: dict[str, list[str]] = {
         "--workers -1",
         "--cache-images file",
     ],
+    "import-codes": ["--run my", "--validation 1", "--validation -0.1", "--seed -1"],
     "train-prior": [
         *BOTH_STAGES,
         "--run nowhere",
@@ -129,10 +136,9 @@ BAD: dict[str, list[str]] = {
         "--shard env --seed 0 --out new",
         "--images png",
         "--out new.png --shard 0/2 --seed 0",
-        f"--temperature 0 {PART}",
+        f"--temperature -1 {PART}",
         f"--label 10 {PART}",
         f"-n 0 {PART}",
-        f"--seed -1 {PART.replace('--seed 0', '')}",
         f"--micro-batch 0 {PART}",
         f"--label 3 10 {PART}",
         f"--like digit.png {PART}",
@@ -169,7 +175,7 @@ BAD: dict[str, list[str]] = {
         "-n 0",
         "--data nowhere",
         "--temperature 1 2 3",
-        "--temperature 0",
+        "--temperature -1",
         "--classifier nowhere",
         "--classifier my/vqvae",
         "--features nowhere",
@@ -181,7 +187,6 @@ BAD: dict[str, list[str]] = {
         "--keep 2",
         "--keep 0.01",
         "--accuracy-steps -1",
-        "--seed -1",
         "--batch-size 0",
         "--validation 1",
         "--shift -1",
@@ -231,12 +236,15 @@ WHOLE = {
         "--checkpoint my/prior0/model --data digits",
     ],
     "evaluate": ["nowhere", "--pretrained absent --data digits", "my --pretrained digits"],
+    "import-codes": ["nowhere --run new", "parts --run new"],
     "plot": ["nowhere", "file", "."],
 }
 # Options of which every value is one, or whose values argparse checks.
 FREE = {"help", "debug", "quiet", "overwrite", "resume", "skip_broken", "flip", "unconditional", "bf16", "compile"}
 FREE |= {"cuda_graph", "curves", "optimizer", "name", "cache", "changed_data", "weights", "draft", "plain", "paste"}
 FREE |= {"dry_run"}
+# Of these every integer is a seed.
+SAMPLING = ("sample", "inpaint", "evaluate")
 
 
 def blamed(line: str) -> str:
@@ -252,7 +260,7 @@ CASES += [(command, f"{command} {end}", blamed(end)) for command, ends in WHOLE.
 CASES += [
     (command, f"{line} --device abacus", "--device")
     for command, line in COMMANDS.items()
-    if command not in ("merge", "plot")
+    if command not in ("import-codes", "merge", "plot")
 ]
 
 
@@ -274,7 +282,8 @@ def test_the_option_is_named(
     found = error.removeprefix("fastvq: error: ")
     # Another option can mend these as well, and it is the one named.
     option = {"--set attention_heads": "--set attention_channels", "--channels": "--data"}.get(option, option)
-    option = "FOLDER" if command == "merge" and option == "RUN" else option
+    if option == "RUN":
+        option = {"merge": "FOLDER", "import-codes": "SOURCE"}.get(command, option)
     assert found.startswith(f"{option}: "), error
     python = set(build_parser().parse_args([*COMMANDS[command].split()]).options) | {
         "ema_decay",
@@ -296,7 +305,8 @@ def test_every_option_has_a_bad_value() -> None:
         ends = [end.split() for end in (*BAD[name], *WHOLE.get(name, []), "--device abacus")]
         typed = {word for end in ends for word in end if word.startswith("-")}
         given = {action.dest for action in command._actions if typed & set(action.option_strings)}
-        wanted = {action.dest for action in command._actions if action.option_strings} - FREE
+        free = FREE | {"seed"} if name in SAMPLING else FREE
+        wanted = {action.dest for action in command._actions if action.option_strings} - free
         assert wanted <= given, name
 
 

@@ -103,6 +103,7 @@ def test_a_report(classified: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         assert f"precision [{title}]" in part
         assert "flatters" in part
     assert "curve.png" not in page
+    assert "Samples are of all classes in turn" in page
     assert all(name in page for name in ("reconstructions.png", "samples.png", "neighbours.png"))
     assert numbers["sets"]["samples"]["images"] == 40
     assert numbers["sets"]["samples"]["frechet"] >= 0
@@ -164,8 +165,10 @@ def test_features_and_rejection_by_different_networks(
     fields = ["--set", "channels=8,", "--set", "features=3", "--seed", "7", "--name", "features"]
     assert main(["train-classifier", "--run", str(classified), *fields, *TINY]) == 0
     features = str(classified / "features")
-    assert main(["evaluate", str(classified), *QUICK, "--features", features, "--cache", str(tmp_path)]) == 0
+    options = ["--features", features, "--cache", str(tmp_path), "--classes-by", "frequency"]
+    assert main(["evaluate", str(classified), *QUICK, *options]) == 0
     text = capsys.readouterr().out
+    assert "Samples are of each class as often as training" in text
     assert "3 features" in text
     assert "flatters" not in text
     assert "No classification accuracy score: --accuracy-steps" in text

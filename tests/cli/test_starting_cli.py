@@ -157,12 +157,11 @@ REFUSED = {
     "train-classifier --run my --resume": ["--lr 1", "--batch-size 5", "--set channels=(8,)", "--seed 1"],
     EVALUATE: [
         "-n 0",
-        "--temperature 0",
+        "--temperature -1",
         "--keep 2",
         "--vectors 0",
         "--neighbours 0",
         "--batch-size 0",
-        "--seed -1",
         "--accuracy-steps -1",
         "--shift 32",
         "--shift -1",

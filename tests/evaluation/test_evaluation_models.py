@@ -219,7 +219,7 @@ def test_a_threshold_holds_for_all_and_gives_the_first(classes: int | None) -> N
         ({"keep": 0.5, "label": 2}, ArgumentError, "label: must lie in 0..1, got 2"),
         ({"keep": 0.5, "label": torch.zeros(3).long()}, ArgumentError, r"label: expected shape \[4\], got \[3\]"),
         ({"keep": 0.5, "label": "cat"}, ArgumentError, "label: expected one of the names .none.; got 'cat'"),
-        ({"keep": 0.5, "seed": -1}, ArgumentError, "seed: must lie in"),
+        ({"keep": 0.5, "seed": 0.5}, ArgumentTypeError, "seed: expected an int, a torch.Generator or None"),
         ({"keep": 0.5, "classifier": Ripples(3)}, ArgumentError, r"classifier's result: expected shape \[1, 2\]"),
     ],
     ids=str,

@@ -97,7 +97,7 @@ def test_unfit_values() -> None:
 def test_wrong_kind_and_layout() -> None:
     with refuses(ArgumentError, "kind: expected 'vqvae', but this is the state dict of a 'pixelsnail'"):
         load(foreign_prior().state_dict(), kind="vqvae")
-    with refuses(ArgumentError, "kind: expected one of 'pixelsnail', 'gated_pixelcnn', 'vqvae', got 'gan'"):
+    with refuses(ArgumentError, "kind: expected one of 'pixelsnail', 'gated_pixelcnn', 'pixelcnn', 'vqvae', got 'gan'"):
         load(foreign_prior().state_dict(), kind="gan")
     with refuses(ArgumentError, "source: unknown layout: expected keys such as horizontal.conv.*"):
         load(nn.Linear(2, 2).state_dict())

@@ -13,7 +13,7 @@ import torch._dynamo.config
 from quantizer_helpers import normal
 from torch import Tensor, nn
 
-from fastvq.models import ResidualVQ, VectorQuantizer
+from fastvq.models import ResidualVQ, SimVQ, VectorQuantizer
 
 pytestmark = pytest.mark.usefixtures("steady")
 
@@ -23,6 +23,7 @@ PLAIN: dict[str, dict[str, Any]] = {
     "data-cosine-heads-rotation": {"init": "data", "metric": "cosine", "heads": 2, "gradient": "rotation"},
     "own-codebooks": {"heads": 2, "separate_codebook_per_head": True, "init": "kmeans", "check_finite": True},
     "learnable": {"learnable_codebook": True, "init": "data", "revive_below": 0.9},
+    "projected": {"input_dim": 8, "init": "data"},
 }
 RESIDUAL: dict[str, dict[str, Any]] = {
     "levels": {"init": "kmeans"},
@@ -90,7 +91,12 @@ def assert_compiled_equals_eager(module: nn.Module, channels: int, masked: bool,
 @pytest.mark.parametrize(("name", "masked"), [(name, index % 2 == 1) for index, name in enumerate(PLAIN)], ids=PLAIN)
 def test_quantiser(name: str, masked: bool) -> None:
     quantizer = VectorQuantizer(6, 4, **PLAIN[name])
-    assert_compiled_equals_eager(quantizer, 4 * quantizer.heads, masked, frozen=name == "average")
+    channels = PLAIN[name].get("input_dim", 4 * quantizer.heads)
+    assert_compiled_equals_eager(quantizer, channels, masked, frozen=name == "average")
+
+
+def test_codes_under_a_map() -> None:
+    assert_compiled_equals_eager(SimVQ(6, 4), 4, masked=True)
 
 
 @pytest.mark.parametrize("name", RESIDUAL)

@@ -46,7 +46,7 @@ every_kind = pytest.mark.parametrize("kind", FEW)
 
 
 def cpu_codes(prior: Prior, request: SampleRequest) -> Tensor:
-    return fill("cpu", prior, request, lambda rows: None, EngineOptions(threads=1))
+    return fill("cpu", prior, request, lambda *_: None, EngineOptions(threads=1))
 
 
 def require_codes(device: Emulated, given: dict[str, Any], **changes: Any) -> Tensor:
@@ -275,7 +275,7 @@ def rounded_logits(prior: Prior, codes: Tensor, given: dict[str, Any]) -> Tensor
     }
     logits = torch.empty(*codes.shape, plan.num_codes)
     grid = TorchGrid(weights, front_of(plan, None), len(codes), static_inputs(prior, request))
-    sample_torch(grid, request, lambda rows: None, logits=logits)
+    sample_torch(grid, request, lambda *_: None, logits=logits)
     return logits
 
 

@@ -114,10 +114,8 @@ def test_a_prior_on_the_cpu() -> None:
     for call in (
         lambda: choose_engine("cuda", prior),
         lambda: sample(prior, 1, engine="cuda"),
-        lambda: fill("cuda", prior, request_of(prior, 1, {}, seed=0), lambda rows: None),
-        lambda: fill(
-            "cuda", prior, request_of(prior, 1, {}, seed=0), lambda rows: None, EngineOptions(cuda_graph=True)
-        ),
+        lambda: fill("cuda", prior, request_of(prior, 1, {}, seed=0), lambda *_: None),
+        lambda: fill("cuda", prior, request_of(prior, 1, {}, seed=0), lambda *_: None, EngineOptions(cuda_graph=True)),
     ):
         with refuses(UnavailableError, message):
             call()
@@ -193,7 +191,7 @@ def test_rows_in_flight(height: int) -> None:
     events: list[tuple[str, int]] = []
     job.extension.when_row = lambda row: events.append(("enqueued", row))
     done = iter(range(height))
-    job.run(lambda rows: events.extend(("done", next(done)) for _ in range(rows)))
+    job.run(lambda rows, codes: events.extend(("done", next(done)) for _ in range(rows)))
     assert [row for what, row in events if what == "enqueued"] == list(range(height))
     assert [row for what, row in events if what == "done"] == list(range(height))
     ahead = 0
@@ -211,7 +209,7 @@ def test_an_exception_leaves_the_step_usable() -> None:
     job = Job(spread(snail()))
     wanted = job.run().clone()
 
-    def stop(rows: int) -> None:
+    def stop(rows: int, codes: Tensor) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -238,10 +236,10 @@ def test_logits_that_are_not_finite() -> None:
     rows: list[int] = []
     message = "prior: its logits are not finite for sample 1 of the micro-batch at row 1, column 2$"
     with refuses(ArgumentError, message):
-        job.run(rows.append)
+        job.run(lambda count, _: rows.append(count))
     assert sum(rows) == 3
     with refuses(ArgumentError, message):
-        fill("cpu", prior, job.request, lambda rows: None)
+        fill("cpu", prior, job.request, lambda *_: None)
 
 
 # The public calls.
@@ -396,7 +394,7 @@ def gpu_codes(prior: Prior, **options: Any) -> Tensor:
     if (reason := why_not("cuda", prior)) is not None:
         pytest.skip(reason)
     request = request_of(prior, BATCH, given_to(prior, BATCH), seed=4)
-    return fill("cuda", prior, request, lambda rows: None, EngineOptions(**options)).cpu()
+    return fill("cuda", prior, request, lambda *_: None, EngineOptions(**options)).cpu()
 
 
 @needs_gpu
@@ -425,6 +423,6 @@ def test_a_graph_is_replayed_for_other_requests() -> None:
         pytest.skip(reason)
     for seed in range(3):
         request = request_of(prior, BATCH, {"label": (torch.arange(BATCH) + seed) % 3}, seed=seed)
-        plain = fill("cuda", prior, request, lambda rows: None)
-        replayed = fill("cuda", prior, request, lambda rows: None, EngineOptions(cuda_graph=True))
+        plain = fill("cuda", prior, request, lambda *_: None)
+        replayed = fill("cuda", prior, request, lambda *_: None, EngineOptions(cuda_graph=True))
         assert torch.equal(plain, replayed)

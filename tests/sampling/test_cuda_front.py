@@ -94,7 +94,7 @@ class Job:
         self.grid = FrontGrid(self.weights, n, self.statics, filtered=filtered, keep_logits=True)
 
     @torch.inference_mode()
-    def run(self, row_done: RowDone = lambda rows: None) -> tuple[Tensor, Tensor]:
+    def run(self, row_done: RowDone = lambda rows, codes: None) -> tuple[Tensor, Tensor]:
         """Codes, and logits [n, H, W, K]."""
         logits = self.grid.logits
         assert logits is not None
@@ -104,7 +104,7 @@ class Job:
 
     def wanted(self, prior: Prior) -> Tensor:
         """The codes of the interpreter of plans."""
-        return fill("torch", self.prior, self.request, lambda rows: None).cpu()
+        return fill("torch", self.prior, self.request, lambda *_: None).cpu()
 
 
 def check_codes(make: Callable[[], Prior], device: str, **changes: Any) -> str:
@@ -113,7 +113,7 @@ def check_codes(make: Callable[[], Prior], device: str, **changes: Any) -> str:
     height, width = prior.config.shape
     job = Job(prior, 2, device, **changes)
     rows: list[int] = []
-    codes, logits = job.run(rows.append)
+    codes, logits = job.run(lambda count, _: rows.append(count))
     assert rows == [1] * height
     known, settings = job.request.known.cpu(), job.request.settings
     drawn = {"temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p}
@@ -473,7 +473,7 @@ def test_recorded_steps_are_those_enqueued_one_by_one() -> None:
     for recorded in (False, True, True):
         job, rows = Job(prior, 3, "cuda"), []
         with torch.inference_mode():
-            job.grid.fill(job.request, job.statics, rows.append, recorded=recorded)
+            job.grid.fill(job.request, job.statics, lambda count, _, rows=rows: rows.append(count), recorded=recorded)
         assert rows == [1] * 6
         assert job.grid.logits is not None
         logits.append(job.grid.logits.view(torch.int32))
@@ -521,11 +521,11 @@ def test_memory() -> None:
     """What a grid takes is what its buffers hold."""
     prior = spread(BARE(shape=(16, 32), channels=64, residual_channels=64, kernel_size=5)).cuda()
     request = request_of(prior, 16, {}, seed=1)
-    fill("cuda", prior, request, lambda rows: None)
+    fill("cuda", prior, request, lambda *_: None)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    fill("cuda", prior, request, lambda rows: None)
+    fill("cuda", prior, request, lambda *_: None)
     taken = torch.cuda.max_memory_allocated() - before
     weights = FrontWeights(Work.front(compile_plan(prior)), torch.device("meta"), "float32")
     statics = {"background": torch.empty(1, 2, 16, 32, device="meta")}

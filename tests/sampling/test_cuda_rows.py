@@ -148,7 +148,7 @@ def check_grids(kind: str, told: str, batch: int, **changes: Any) -> str:
     given = grids(prior, batch)[1]
     request = request_of(prior, batch, given, **{"seed": 5, **changes})
     codes, logits = WithProducts(prior, batch).fill(request, logits=True)
-    wanted = fill("cpu", prior, request, lambda rows: None, EngineOptions(threads=1))
+    wanted = fill("cpu", prior, request, lambda *_: None, EngineOptions(threads=1))
     chosen = {name: getattr(request.settings, name) for name in ("temperature", "top_k", "top_p")}
     share = require_same_codes(prior, codes, wanted, request.noise, given, known=request.known, **chosen)
     assert codes.unique().numel() > 1

@@ -132,7 +132,13 @@ UNKNOWN_OPTIONS: dict[str, tuple[str, dict[str, Any], str]] = {
 def test_options_that_an_engine_does_not_have(engine: str, options: dict[str, Any], message: str) -> None:
     prior, rows = snail(), []
     with refuses(ArgumentError, message):
-        fill(engine, prior, request_of(prior, 1, {}, seed=0), rows.append, EngineOptions(**options))
+        fill(
+            engine,
+            prior,
+            request_of(prior, 1, {}, seed=0),
+            lambda count, _: rows.append(count),
+            EngineOptions(**options),
+        )
     assert rows == []
 
 
@@ -265,7 +271,7 @@ def test_weights_that_are_not_finite(engine: str, place: str, value: float) -> N
         NOT_FINITE[place](prior, value)
     rows = []
     with refuses(ArgumentError, "prior: its weights hold NaN or infinite values"):
-        fill(engine, prior, request_of(prior, 2, {}, seed=0), rows.append)
+        fill(engine, prior, request_of(prior, 2, {}, seed=0), lambda count, _: rows.append(count))
     assert rows == []
 
 
@@ -290,7 +296,13 @@ def test_logits_that_overflow(engine: str, kind: Callable[..., Any]) -> None:
     message = {"cpu": "prior: its logits are not finite for sample 0 of the micro-batch at row 0", "torch": "logits: "}
     for threads in (1, 2):
         with refuses(ArgumentError, message[engine]):
-            fill(engine, prior, request_of(prior, 2, {}, seed=0), lambda rows: None, EngineOptions(threads=threads))
+            fill(
+                engine,
+                prior,
+                request_of(prior, 2, {}, seed=0),
+                lambda *_: None,
+                EngineOptions(threads=threads),
+            )
 
 
 @every_engine
@@ -327,8 +339,8 @@ def test_sampling_goes_on_after_an_error(engine: str) -> None:
 @every_engine
 def test_rows_are_counted(engine: str) -> None:
     prior = snail()
-    rows = []
-    fill(engine, prior, request_of(prior, 2, {}, seed=0), rows.append)
+    rows: list[int] = []
+    fill(engine, prior, request_of(prior, 2, {}, seed=0), lambda count, _: rows.append(count))
     assert sum(rows) == 3
 
 

@@ -46,7 +46,7 @@ def test_threads_of_pytorch_stay_as_they_are(threads: int | None) -> None:
     prior = snail()
     for before in (1, 2):
         torch.set_num_threads(before)
-        fill("cpu", prior, request_of(prior, 2, {}, seed=0), lambda rows: None, EngineOptions(threads=threads))
+        fill("cpu", prior, request_of(prior, 2, {}, seed=0), lambda *_: None, EngineOptions(threads=threads))
         assert torch.get_num_threads() == before
     inner = torch.get_num_interop_threads()
     sample(prior, 2, seed=1, engine="cpu")
@@ -56,13 +56,13 @@ def test_threads_of_pytorch_stay_as_they_are(threads: int | None) -> None:
 def test_no_threads_are_left_over() -> None:
     prior = snail()
     request = request_of(prior, 2, {}, seed=0)
-    fill("cpu", prior, request, lambda rows: None, EngineOptions(threads=4))
+    fill("cpu", prior, request, lambda *_: None, EngineOptions(threads=4))
     tasks = Path("/proc/self/task")
     if not tasks.is_dir():
         pytest.skip("threads are counted in /proc")
     before = len(list(tasks.iterdir()))
     for _ in range(3):
-        fill("cpu", prior, request, lambda rows: None, EngineOptions(threads=4))
+        fill("cpu", prior, request, lambda *_: None, EngineOptions(threads=4))
     assert len(list(tasks.iterdir())) <= before
 
 
@@ -127,7 +127,7 @@ CpuPlan.fill = announce
 rows = []
 try:
     options = EngineOptions(threads={threads}, kernels="baseline")
-    fill("cpu", prior, request_of(prior, 8, {{}}, seed=0), rows.append, options)
+    fill("cpu", prior, request_of(prior, 8, {{}}, seed=0), lambda count, _: rows.append(count), options)
 except KeyboardInterrupt:
     print("interrupted after", len(rows), "rows", flush=True)
 CpuPlan.fill = fill_grids

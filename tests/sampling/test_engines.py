@@ -149,7 +149,7 @@ def test_instruction_sets(
     noise = uniforms(4, 0, 64, (6, 7), level=1)
     request = request_of(prior, 64, given, noise=noise)
     options = EngineOptions(kernels=kernels, threads=threads)
-    found = fill("cpu", prior, request, lambda rows: None, options)
+    found = fill("cpu", prior, request, lambda *_: None, options)
     share = require_same_codes(prior, found, naive, noise, given)
     record_property("identical_grids", share)
     print(f"{kind}, {kernels}, {threads} threads: {share:.1%} of grids identical to the naive sampler's")

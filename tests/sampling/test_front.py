@@ -142,7 +142,7 @@ def test_raster_order_has_a_reason(make: Callable[[], Prior], reason: str) -> No
         fastvq.explain(prior, engine="torch", options=narrow)
     rows: list[int] = []
     with refuses(ArgumentError, message):
-        fill("torch", prior, request_of(prior, 1, {}, seed=0), rows.append, narrow)
+        fill("torch", prior, request_of(prior, 1, {}, seed=0), lambda count, _: rows.append(count), narrow)
     assert rows == []
     wanted = sample(prior, 2, seed=1, engine="torch")
     assert torch.equal(sample(prior, 2, seed=1, engine="torch", options=raster), wanted)
@@ -239,8 +239,8 @@ def test_known_codes_and_settings(settings: dict[str, Any], tile: int) -> None:
     init = random_codes(5, *prior.config.shape, seed=9)
     known = torch.rand(init.shape) < 0.4
     request = request_of(prior, 5, told, noise=noise, init_codes=init, mask=known, settings=Settings(**settings))
-    naive = fill("naive", prior, request, lambda rows: None)
-    found = fill("torch", prior, request, lambda rows: None, EngineOptions(tile=tile))
+    naive = fill("naive", prior, request, lambda *_: None)
+    found = fill("torch", prior, request, lambda *_: None, EngineOptions(tile=tile))
     assert torch.equal(found[known], init[known])
     require_same_codes(prior, found, naive, noise, told, known=known, **settings)
 
@@ -251,7 +251,7 @@ def drawn_logits(prior: Prior, plan: Plan, tile: int) -> torch.Tensor:
     request = request_of(prior, 3, {}, seed=0)
     logits = torch.full((*request.noise.shape, plan.num_codes), float("nan"))
     grid = TorchGrid(TorchPlan(plan, logits.device), plan.front(tile), 3, static_inputs(prior, request))
-    sample_torch(grid, request, lambda rows: None, logits=logits)
+    sample_torch(grid, request, lambda *_: None, logits=logits)
     return logits
 
 
@@ -274,7 +274,14 @@ def test_rows_and_phases_are_told_step_by_step(tile: int | None) -> None:
     rows: list[int] = []
     phases: list[str] = []
     request = request_of(prior, 2, {}, seed=0)
-    fill("torch", prior, request, rows.append, EngineOptions(tile=tile), on_phase=lambda name, _: phases.append(name))
+    fill(
+        "torch",
+        prior,
+        request,
+        lambda count, _: rows.append(count),
+        EngineOptions(tile=tile),
+        on_phase=lambda name, _: phases.append(name),
+    )
     assert sum(rows) == prior.config.shape[0]
     assert min(rows) >= 1
     assert phases == ["row phase", "step phase"] * front.steps

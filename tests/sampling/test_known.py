@@ -116,7 +116,7 @@ def test_classes_take_turns_by_the_index_of_the_sample(label: Any, expected: lis
     [
         (3, ArgumentError, "label: must lie in 0..2, got 3"),
         ([0, -1], ArgumentError, "label: must lie in 0..2, got -1"),
-        ("dog", ArgumentError, "label: expected one of the names ant, bee, cow; got 'dog'"),
+        ("dog", ArgumentError, "label: expected one of the names cow, ant, bee; got 'dog'"),
         ([], ArgumentError, "label: expected at least one class, got none"),
         ([True], ArgumentTypeError, "label: expected a class's number or name, got bool True"),
         (True, ArgumentTypeError, "label: expected a class's number or name, got bool True"),

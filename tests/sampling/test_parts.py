@@ -183,7 +183,7 @@ def test_classes_that_take_turns(label: list[int | str], identity: Any, digits: 
     ("changes", "error", "words"),
     [
         ({"n": 0}, ArgumentError, "n: must be at least 1"),
-        ({"seed": -1}, ArgumentError, "seed: "),
+        ({"temperature": [[1.0] * 4, 1.0]}, ArgumentError, "temperature: expected one value, or one per level"),
         ({"seed": None}, ArgumentTypeError, "seed: "),
         ({"label": 10}, ArgumentError, "label: must lie in 0..9, got 10"),
         ({"temperature": [1.0]}, ArgumentError, "temperature: expected one value or 2"),

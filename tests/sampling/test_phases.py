@@ -23,11 +23,11 @@ def test_every_row_or_grid_tells_of_both(engine: str, times: int) -> None:
     request = request_of(prior, 2, {}, seed=0)
     told: list[tuple[str, float]] = []
     began = time.perf_counter()
-    codes = fill(engine, prior, request, lambda rows: None, on_phase=lambda name, seconds: told.append((name, seconds)))
+    codes = fill(engine, prior, request, lambda *_: None, on_phase=lambda name, seconds: told.append((name, seconds)))
     assert sum(seconds for _, seconds in told) < time.perf_counter() - began
     assert [name for name, _ in told] == ROW * times
     assert all(seconds > 0 for _, seconds in told)
-    assert torch.equal(codes, fill(engine, prior, request, lambda rows: None))
+    assert torch.equal(codes, fill(engine, prior, request, lambda *_: None))
 
 
 @needs_extension
@@ -40,7 +40,11 @@ def test_the_engine_for_gpus_tells_of_both() -> None:
 def test_the_naive_engine_has_no_phases() -> None:
     prior, told = spread(snail()), []
     fill(
-        "naive", prior, request_of(prior, 2, {}, seed=0), lambda rows: None, on_phase=lambda name, _: told.append(name)
+        "naive",
+        prior,
+        request_of(prior, 2, {}, seed=0),
+        lambda *_: None,
+        on_phase=lambda name, _: told.append(name),
     )
     assert told == []
 

@@ -28,14 +28,15 @@ def test_shapes_and_ranges(levels: int, n: int) -> None:
     # Amplified, so that images leave the range they are clamped to.
     with torch.no_grad():
         pipeline.vqvae.decoder[-1].weight.mul_(50)
-    images, codes, seed, micro_batch = pipeline.sample(n, label=1, seed=4, start=3)
+    found = pipeline.sample(n, label=1, seed=4, start=3)
+    images, codes = found.images, found.codes
     rows, columns = GRIDS[levels - 1]
     assert images.shape == (n, 1, 2 * rows, 2 * columns)
     assert images.dtype == torch.float32
     assert not images.is_inference()
     assert [tuple(level.shape) for level in codes] == [(n, *grid) for grid in GRIDS[:levels]]
     assert all(level.dtype == torch.int64 for level in codes)
-    assert (seed, micro_batch) == (4, max(n, 1))
+    assert (found.seed, found.micro_batch, len(found)) == (4, max(n, 1), n)
     if n:
         assert images.min() == -1
         assert images.max() == 1
@@ -129,15 +130,22 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "label-missing": ({"label": None}, ArgumentError, "label: this prior is class-conditional"),
     "label-beyond": ({"label": 3}, ArgumentError, "label: must lie in 0..2, got 3"),
     "label-shape": ({"label": torch.zeros(3).long()}, ArgumentError, r"label: expected shape \[2\]"),
-    "seed": ({"seed": -1}, ArgumentError, "seed: must lie in"),
+    "seed": ({"seed": "1"}, ArgumentTypeError, "seed: expected an int, a torch.Generator or None, got str '1'"),
     "seed-float": ({"seed": 0.5}, ArgumentTypeError, "seed: expected an int"),
     "temperatures": (
         {"temperature": [1.0]},
         ArgumentError,
         "temperature: expected one value or 2, one per level, got 1",
     ),
-    "temperature-tensor": ({"temperature": torch.ones(2)}, ArgumentTypeError, "temperature: expected a number"),
-    "bottom-temperature": ({"temperature": [1.0, 0.0]}, ArgumentError, "temperature: "),
+    "temperature-tensor": (
+        {"temperature": torch.ones(3)},
+        ArgumentError,
+        "temperature: expected one value, or one for each of 2 samples, got 3",
+    ),
+    "bottom-temperature": ({"temperature": [1.0, -1.0]}, ArgumentError, "temperature: "),
+    "bottom-temperatures": ({"temperature": [1.0, [1, 2, 3]]}, ArgumentError, "temperature: expected one value, or"),
+    "callback": ({"callback": "x"}, ArgumentTypeError, "callback: expected a callable or None, got str"),
+    "logprobs": ({"return_logprobs": None}, ArgumentTypeError, "return_logprobs: expected a bool"),
     "top-ks": ({"top_k": [1, 2, 3]}, ArgumentError, "top_k: expected one value or 2, one per level, got 3"),
     "bottom-top-k": ({"top_k": [None, 6]}, ArgumentError, "top_k: "),
     "top-ps": ({"top_p": ()}, ArgumentError, "top_p: expected one value or 2, one per level, got 0"),

@@ -51,7 +51,7 @@ def run(
             request,
             fixed_statics(prior, request),
             plan.front(tile),
-            lambda rows: None,
+            lambda *_: None,
             threads=threads,
             logits=logits,
         )

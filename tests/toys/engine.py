@@ -29,5 +29,5 @@ class ToyEngine(Engine[int]):
         for row in range(codes.shape[1]):
             for column in range(codes.shape[2]):
                 request.draw_into(codes, prior.logits(codes, context)[:, :, row, column], row, column)
-            row_done(1)
+            row_done(1, codes)
         return codes

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastvq._check import require_dense, require_floating, require_tensor
+from fastvq._check import require_codes, require_dense, require_floating, require_integer, require_tensor
 from fastvq.errors import ArgumentError, ArgumentTypeError
 from fastvq.models.quantizer.codebook import Codebook
 from fastvq.models.repeated_pass import Pass
@@ -85,3 +85,13 @@ def require_vectors(x: Tensor, mask: Tensor | None, channels: int, axis: int) ->
             raise ArgumentError(f"mask: expected shape {expected}, got {list(mask.shape)}")
         if mask.device != x.device:
             raise ArgumentError(f"mask: expected device {x.device} as for x, got {mask.device}")
+
+
+def require_code_grid(codes: Tensor, heads: int, num_codes: int) -> tuple[Tensor, Tensor]:
+    """Codes [...], or [..., heads] with several, as int64 with 0 in place of -1; and bool, where they are -1."""
+    codes = require_integer("codes", codes)
+    absent = codes == -1
+    codes = require_codes("codes", codes.masked_fill(absent, 0), [None] * codes.ndim, num_codes)
+    if heads > 1 and (codes.ndim < 2 or codes.shape[-1] != heads):
+        raise ArgumentError(f"codes: expected a last axis of {heads} heads, got shape {list(codes.shape)}")
+    return codes, absent

@@ -52,9 +52,8 @@ class FSQ(ScalarQuantizer):
         return f"{self.levels}" + (f", heads={self.heads}" if self.heads > 1 else "")
 
     def _quantize(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
-        half_width = self._levels // 2
-        half = ((self._levels - 1) * (0.5 + 0.5 * _MARGIN)).to(vectors.dtype)
-        offset = torch.where(self._levels % 2 == 0, 0.5, 0.0).to(vectors.dtype)
+        half_width, levels = self._levels // 2, self._levels.to(vectors.dtype)
+        half, offset = (levels - 1) * (0.5 + 0.5 * _MARGIN), 0.5 - levels % 2 / 2
         bounded = torch.tanh(vectors + torch.atanh(offset / half)) * half - offset
         rounded = pass_gradient(bounded, bounded.detach().round(), "straight_through")
         digits = (rounded.detach() + half_width).nan_to_num(0).long()
@@ -62,4 +61,4 @@ class FSQ(ScalarQuantizer):
 
     def _values(self, digits: Tensor) -> Tensor:
         half_width = self._levels // 2
-        return (digits - half_width) / half_width
+        return (digits - half_width).float() / half_width

@@ -65,7 +65,7 @@ class LFQ(ScalarQuantizer):
         return pass_gradient(vectors, (2 * bits - 1).to(vectors.dtype), "straight_through"), bits
 
     def _values(self, digits: Tensor) -> Tensor:
-        return (2 * digits - 1).to(torch.get_default_dtype())
+        return (2 * digits - 1).float()
 
     def _losses(self, vectors: Tensor, quantized: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
         errors = (vectors - quantized.detach()).square()

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastvq._check import require_bool, require_codes, require_integer, require_positive_int
+from fastvq._check import require_bool, require_positive_int
 from fastvq.errors import ArgumentError
 from fastvq.models.limits import LARGEST
-from fastvq.models.quantizer.assignment import require_vectors
+from fastvq.models.quantizer.assignment import require_code_grid, require_vectors
 from fastvq.models.quantizer.projected import Projected
 from fastvq.models.quantizer.vector import QuantizerOutput, perplexity
 
@@ -56,7 +56,7 @@ class ScalarQuantizer(Projected):
 
     @abstractmethod
     def _values(self, digits: Tensor) -> Tensor:
-        """Vectors [..., D] of digits, in the type of `torch.get_default_dtype`."""
+        """float32 [..., D] of digits."""
 
     def _losses(self, vectors: Tensor, quantized: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
         """Commitment and codebook loss of vectors [N, heads, D] where ``real`` [N]."""
@@ -109,11 +109,7 @@ class ScalarQuantizer(Projected):
         """Vectors of codes: integers [B, ...], with several heads [B, ..., heads], to [B, C, ...] (or [..., C] when
         ``channels_last``). Code -1, which stands for a masked position, gives zeros.
         """
-        codes = require_integer("codes", codes)
-        absent = codes == -1
-        codes = require_codes("codes", codes.masked_fill(absent, 0), [None] * codes.ndim, self.num_codes)
-        if self.heads > 1 and (codes.ndim < 2 or codes.shape[-1] != self.heads):
-            raise ArgumentError(f"codes: expected a last axis of {self.heads} heads, got shape {list(codes.shape)}")
+        codes, absent = require_code_grid(codes, self.heads, self.num_codes)
         digits = codes[..., None].div(self._places, rounding_mode="floor") % self._levels
         vectors = self._values(digits).masked_fill(absent[..., None], 0)
         if self.heads > 1:

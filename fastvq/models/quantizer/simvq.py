@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastvq.errors import ArgumentError
-from fastvq.models.quantizer.codebook import Codebook
 from fastvq.models.quantizer.vector import VectorQuantizer
 
 # What says how a codebook follows data, or has a codebook per head: nothing here does.
@@ -46,9 +44,8 @@ class SimVQ(VectorQuantizer):
         self.register_buffer("embedding", frozen)
         self.transform = nn.Linear(code_dim, code_dim, bias=False)
 
-    @property
-    def codebook(self) -> Codebook:
-        return dataclasses.replace(super().codebook, transform=self.transform.weight)
+    def _code_map(self) -> Tensor:
+        return self.transform.weight
 
     def extra_repr(self) -> str:
         return f"{self.num_codes}, {self.code_dim}, commitment={self.commitment}, gradient={self.gradient!r}"

@@ -12,13 +12,11 @@ from torch import Tensor, nn
 from fastvq._check import (
     require_bool,
     require_choice,
-    require_codes,
-    require_integer,
     require_number,
     require_positive_int,
 )
 from fastvq.errors import ArgumentError, UnavailableError
-from fastvq.models.quantizer.assignment import Assignment, OpenPass, Vectors, require_vectors
+from fastvq.models.quantizer.assignment import Assignment, OpenPass, Vectors, require_code_grid, require_vectors
 from fastvq.models.quantizer.codebook import CODEBOOK_INITS, Codebook, CodebookInit
 from fastvq.models.quantizer.gradient import CODE_GRADIENTS, CodeGradient, pass_gradient
 from fastvq.models.quantizer.projected import Projected
@@ -222,7 +220,12 @@ class VectorQuantizer(Projected):
             revive_below=self.revive_below,
             metric=self.metric,
             sync=self.sync_codebook,
+            transform=self._code_map(),
         )
+
+    def _code_map(self) -> Tensor | None:
+        """W, for a subclass whose codes are W c."""
+        return None
 
     def extra_repr(self) -> str:
         text = (
@@ -262,11 +265,7 @@ class VectorQuantizer(Projected):
         """Vectors of codes: integers [B, ...], with several heads [B, ..., heads], to [B, C, ...] (or [..., C] when
         ``channels_last``). Code -1, which stands for a masked position, gives zeros.
         """
-        codes = require_integer("codes", codes)
-        absent = codes == -1
-        codes = require_codes("codes", codes.masked_fill(absent, 0), [None] * codes.ndim, self.num_codes)
-        if self.heads > 1 and (codes.ndim < 2 or codes.shape[-1] != self.heads):
-            raise ArgumentError(f"codes: expected a last axis of {self.heads} heads, got shape {list(codes.shape)}")
+        codes, absent = require_code_grid(codes, self.heads, self.num_codes)
         vectors = self.codebook.lookup(codes).masked_fill(absent[..., None], 0)
         if self.heads > 1:
             vectors, absent = vectors.flatten(-2), absent.all(-1)

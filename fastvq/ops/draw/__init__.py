@@ -33,7 +33,8 @@ def draw(
     Args:
         logits: unnormalised log-probabilities [..., K], floating point. -inf excludes a code.
         uniforms: float32 [...], in [0, 1), on the same device.
-        temperature: divides the logits; a positive normal float32.
+        temperature: divides the logits; a positive normal float32, or 0 for the code of the largest logit, the lower
+            index first among equals.
         top_k: keep the top_k codes of the largest logits, 1..K; the lower index first among equals.
         top_p: keep the most probable codes (among those of top_k) up to and including the first at which their summed
             probability reaches top_p, in (0, 1]; the lower index first among equals (Holtzman et al. 2020).

@@ -15,7 +15,10 @@ _FLOAT32 = torch.finfo(torch.float32)
 
 @dataclass(frozen=True)
 class DrawOptions:
-    """Checked options; temperature and top_p are float32 values, top_k and top_p are None where they keep all."""
+    """Checked options; temperature and top_p are float32 values, top_k and top_p are None where they keep all.
+
+    Greedy drawing is the best one alone, at a temperature of 1.
+    """
 
     temperature: float
     top_k: int | None
@@ -25,8 +28,8 @@ class DrawOptions:
 def check_options(num_codes: int, temperature: object, top_k: object, top_p: object) -> DrawOptions:
     """The options of `draw` over ``num_codes`` codes, checked; errors are those of `draw`."""
     heat = require_real("temperature", temperature)
-    if not _FLOAT32.tiny <= heat <= _FLOAT32.max:
-        expected = f"a finite number > 0 (as float32: {_FLOAT32.tiny:.3g} to {_FLOAT32.max:.3g})"
+    if heat != 0 and not _FLOAT32.tiny <= heat <= _FLOAT32.max:
+        expected = f"0, or a finite number > 0 (as float32: {_FLOAT32.tiny:.3g} to {_FLOAT32.max:.3g})"
         raise ArgumentError(f"temperature: expected {expected}, got {temperature!r}")
     keep_k, keep_p = None, None
     if top_k is not None:
@@ -41,6 +44,8 @@ def check_options(num_codes: int, temperature: object, top_k: object, top_p: obj
             raise ArgumentError(f"top_p: expected a number in (0, 1], got {top_p!r}")
         share = max(_round32(share), _FLOAT32.tiny)
         keep_p = share if share < 1 else None
+    if heat == 0:
+        return DrawOptions(1.0, 1, None)
     return DrawOptions(_round32(heat), keep_k, keep_p)
 
 

@@ -178,7 +178,7 @@ def fill(
 
     Args:
         row_done: called with the number of rows, from the top, that have become complete in all samples since the last
-            call.
+            call, and the grids [n, H, W] in which they are; what lies below may change yet.
         evaluated: what the engine's `evaluated` gives, for callers that fill several.
         on_phase: called with ``"row phase"`` or ``"step phase"`` and the seconds that it took, for each row of each, or
             each tile step of a front. On a GPU these are seconds of the device, all told at the end of the grid. The

@@ -20,7 +20,7 @@ from fastvq.sampling.plan.front import Front
 from fastvq.sampling.request import SampleRequest
 
 P = TypeVar("P")
-RowDone = Callable[[int], None]
+RowDone = Callable[[int, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,6 @@ class Engine(ABC, Generic[P]):
         Args:
             prior: in evaluation mode, see :meth:`evaluated`.
             row_done: to call with the number of rows, from the top, that have become complete in all samples since
-                the last call.
+                the last call, and the grids [n, H, W] that these rows can be read from. What it raises ends the grid.
             on_phase: see :func:`fastvq.sampling.engines.fill`.
         """

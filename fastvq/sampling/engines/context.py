@@ -52,8 +52,10 @@ def fixed_statics(prior: Prior, request: SampleRequest, kept: Kept | None = None
         UnavailableError: there is no compiled extension, or no plan of this prior.
     """
     encoder, batch = prior.context_encoder, len(request.noise)
-    if encoder is None or batch == 0:
+    if batch == 0 or (encoder is None and not request.condition):
         return prior.statics(request.condition, request.label, batch=batch)
+    if encoder is None:
+        return _one_by_one(prior, request, batch)
     weights, kernel = None, prior.config.condition_kernel
     if _unchanged(encoder, kernel):
         kept = prepared(prior) if kept is None else kept

@@ -23,7 +23,7 @@ from fastvq.sampling.engines.state import padded, weight_bytes
 from fastvq.sampling.engines.step_tables import STATIC, PlanTables, above_terms, not_drawable, refused_options
 from fastvq.sampling.engines.tiles import best_front
 from fastvq.sampling.options import EngineOptions
-from fastvq.sampling.plan.form import Plan
+from fastvq.sampling.plan.form import Plan, static_places
 from fastvq.sampling.plan.front import Front
 from fastvq.sampling.request import SampleRequest
 
@@ -93,10 +93,8 @@ class CpuPlan:
                 address("noise", noise, torch.float32, count),
                 address("known", known, torch.bool, count),
                 0 if logits is None else strided_address("logits", logits, torch.float32, (*grid, self.plan.num_codes)),
-                settings.temperature,
-                self.plan.num_codes if settings.top_k is None else settings.top_k,
-                1.0 if settings.top_p is None else settings.top_p,
-                row_done,
+                *settings.numbers(self.plan.num_codes),
+                lambda rows: row_done(rows, codes),
             )
         kept.clear()  # until here the extension has read them
         if bad is not None:
@@ -149,7 +147,7 @@ def grid_bytes(plan: Plan, front: Front) -> int:
     for op in plan.ops:
         history, step = plan.history.get(op.index), plan.level[op.index] >= 0
         if op.kind == "static":
-            floats += op.channels * {"context": height * width, "label": 1}.get(op.variant, 0)
+            floats += op.channels * static_places(op, height * width)
         elif op.index in plan.uniform:
             floats += op.channels
         elif history is not None:

@@ -129,11 +129,14 @@ class CudaEngine(Engine[_Packed]):
                 return ProductState(rows, step.batch, statics)
             return GridState(rows, step.batch, statics)
 
+        def done(count: int, codes: Tensor) -> None:
+            row_done(count, codes[:n])
+
         if graphs is None:
-            return sample_cuda(step, make(), request, row_done, on_phase=on_phase)[:n]
+            return sample_cuda(step, make(), request, done, on_phase=on_phase)[:n]
         graph = graphs.get(
             _GRAPH,
             (rows, step, GraphedGrid.key(statics, request)),
             lambda: GraphedGrid(step, make(), request),
         )
-        return graph.fill(statics, request, row_done)[:n]
+        return graph.fill(statics, request, done)[:n]

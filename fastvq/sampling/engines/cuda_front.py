@@ -78,7 +78,8 @@ def takes_front(plan: Plan, options: EngineOptions) -> bool:
 
 def is_filtered(settings: Settings, num_codes: int) -> bool:
     """Whether codes are drawn by rank."""
-    return (settings.top_k or num_codes) < num_codes or (settings.top_p or 1.0) < 1
+    _, top_k, top_p = settings.numbers(num_codes)
+    return top_k < num_codes or top_p < 1
 
 
 class FrontPlan:
@@ -162,9 +163,7 @@ class FrontGrid(StepKernels):
         self.codes.copy_(request.start_codes())
         self.noise.copy_(request.noise)
         self.known.copy_(request.known)
-        settings, num_codes = request.settings, self.plan.num_codes
-        top_k, top_p = settings.top_k or num_codes, settings.top_p or 1.0
-        self._options.copy_(torch.tensor([settings.temperature, top_k, top_p]))
+        self._options.copy_(torch.tensor(request.settings.numbers(self.plan.num_codes)))
         self.step.zero_()
         self.status.fill_(NOTHING_BAD)
         self.put_statics(statics)
@@ -207,7 +206,7 @@ class FrontGrid(StepKernels):
         self,
         request: SampleRequest,
         statics: dict[str, Tensor],
-        row_done: RowDone = lambda rows: None,
+        row_done: RowDone = lambda rows, codes: None,
         on_phase: OnPhase | None = None,
         *,
         recorded: bool = True,
@@ -241,15 +240,15 @@ class FrontGrid(StepKernels):
                                 rows[-1].record()
                             else:
                                 done += 1
-                                row_done(1)
+                                row_done(1, self.codes)
                         # The host is to stay near the device, so that Ctrl-C and progress are prompt.
                         while len(rows) > ROWS_IN_FLIGHT:
                             rows.popleft().synchronize()
                             done += 1
-                            row_done(1)
+                            row_done(1, self.codes)
                 for event in rows:
                     event.synchronize()
-                    row_done(1)
+                    row_done(1, self.codes)
                 self._check()
                 phases.finish()
                 return self.codes.clone()

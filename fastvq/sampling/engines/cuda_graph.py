@@ -84,5 +84,5 @@ class GraphedGrid:
                 codes = self.state.codes.clone()
             finally:
                 synchronise(self.step.device)
-        row_done(codes.shape[1])
+        row_done(codes.shape[1], codes)
         return codes

@@ -236,7 +236,7 @@ def sample_cuda(
             event = rows.popleft()
             if event is not None:
                 event.synchronize()
-            row_done(1)
+            row_done(1, state.codes)
 
         try:
             grid.begin(request.start_codes())

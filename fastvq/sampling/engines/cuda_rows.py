@@ -23,7 +23,7 @@ from fastvq.sampling.engines.front_weights import PROGRAMS, Cut, FrontWeights
 from fastvq.sampling.engines.front_work import Work
 from fastvq.sampling.engines.state import SteadyState, common_bytes
 from fastvq.sampling.options import Precision
-from fastvq.sampling.plan.form import Plan
+from fastvq.sampling.plan.form import Plan, extent
 
 # Row numbers lie as far apart as Triton asks for to compile one kernel for all.
 _ALIGNED = 4
@@ -92,8 +92,10 @@ def row_launches(plan: Plan) -> int:
 def product_bytes(plan: Plan, batch: int, precision: Precision) -> int:
     """Bytes of a `ProductState` and what goes with it: two places for the current position's vectors."""
     height, width = plan.shape
-    sizes: dict[str, Sizes] = {"background": (1, height, width), "context": (batch, height, width)}
-    layout = Layout(_cut(plan, precision), batch, {**sizes, "label": (batch, 1, 1)})
+    sizes: dict[str, Sizes] = {"context": (batch, height, width), "label": (batch, 1, 1)}
+    names = [op.variant for op in plan.ops if op.kind == "static"]
+    statics = {name: sizes.get(extent(name), (1, height, width)) for name in names}
+    layout = Layout(_cut(plan, precision), batch, statics)
     return batch * common_bytes(plan, places=2) + layout.bytes
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from fastvq.kernels.front_tiles import PACKED_COLUMNS
 from fastvq.sampling.engines.front_tables import Layout, Sizes, Tables
 from fastvq.sampling.engines.front_weights import FrontWeights, as_planes
-from fastvq.sampling.engines.state import elementwise
+from fastvq.sampling.plan.evaluate import elementwise
 
 # Numbers of a program that makes planes of them.
 _BLOCK = 2048

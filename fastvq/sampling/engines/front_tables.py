@@ -10,7 +10,7 @@ from torch import Tensor
 from fastvq.kernels.front_tiles import PACKED_COLUMNS
 from fastvq.sampling.engines.front_program import Instruction, Level
 from fastvq.sampling.engines.front_weights import Cut, Part, Segment, Sum
-from fastvq.sampling.plan.form import Op, Plan
+from fastvq.sampling.plan.form import Op, Plan, static_places
 
 # Among values, and a place.
 _NOWHERE = [-1, -1, 1, 0, 1, 0, 0, 0]
@@ -149,7 +149,7 @@ def front_bytes(plan: Plan, element: int) -> int:
     rows, numbers = front_rows(plan, spans), 0
     for op in plan.ops:
         if op.kind == "static":
-            numbers += op.channels * {"context": height * width, "label": 1}.get(op.variant, 0)
+            numbers += op.channels * static_places(op, height * width)
         else:
             numbers += op.channels * rows * spans[op.index]
     step = plan.front(1).rows * sum(op.channels for op in plan.ops)

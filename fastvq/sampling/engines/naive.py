@@ -33,5 +33,5 @@ class NaiveEngine(Engine[None]):
                 if not bool(request.known[:, row, column].all()):
                     logits = prior.logits(codes[:, : row + 1], context)[:, :, row, column]
                     request.draw_into(codes, logits, row, column)
-            row_done(1)
+            row_done(1, codes)
         return codes

@@ -21,9 +21,11 @@ from fastvq.sampling.engines.base import Engine, RowDone, Schedule
 from fastvq.sampling.engines.front_state import Layout, Store, TileStep, Turn
 from fastvq.sampling.engines.phases import OnPhase, Phases
 from fastvq.sampling.engines.prepared import prepared
-from fastvq.sampling.engines.state import elementwise, static_inputs, weight_bytes
+from fastvq.sampling.engines.state import static_inputs, weight_bytes
 from fastvq.sampling.options import EngineOptions
 from fastvq.sampling.plan import Front, History, Op, Plan, Tap, Term, require_finite
+from fastvq.sampling.plan.evaluate import elementwise
+from fastvq.sampling.plan.form import extent, static_places
 from fastvq.sampling.request import SampleRequest
 
 _HERE: tuple[Tap, ...] = ((0, 0),)
@@ -116,7 +118,7 @@ class TorchGrid:
         # [B, C, H, W], or [B, C] of a label.
         self._statics = {
             name: features[:, :, 0, 0].float().expand(batch, -1)
-            if name == "label"
+            if extent(name) == "label"
             else features.float().expand(batch, -1, height, width)
             for name, features in statics.items()
         }
@@ -268,7 +270,7 @@ def sample_torch(
                 request.draw_at(grid.codes, found, at)
         complete = grid.front.last_rows(step)
         if complete > done:
-            row_done(complete - done)
+            row_done(complete - done, grid.codes)
             done = complete
     phases.finish()
     return grid.codes.contiguous()
@@ -284,7 +286,7 @@ def grid_bytes(plan: Plan, front: Front) -> int:
     largest = 0
     for op in plan.ops:
         if op.kind == "static":
-            floats += op.channels * {"context": height * width, "label": 1}.get(op.variant, 0)
+            floats += op.channels * static_places(op, height * width)
         elif op.kind == "attention":
             floats += height * width * (plan.ops[op.sources[1]].channels + plan.ops[op.sources[2]].channels)
         elif op.index in plan.uniform:

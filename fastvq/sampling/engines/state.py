@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvq.models.prior import Prior
-from fastvq.sampling.plan.form import History, Op, Plan, Term
+from fastvq.sampling.plan.evaluate import elementwise
+from fastvq.sampling.plan.form import History, Op, Plan, Term, extent, static_places
 from fastvq.sampling.request import SampleRequest
 
 # Samples whose conditions are worked out together, however few there are.
@@ -255,7 +256,7 @@ class GridState(RowState):
     def _row_value(self, op: Op, row: int, rows: dict[int, Tensor]) -> Tensor:
         if op.kind == "static":
             features = self.statics[op.variant]  # [B or 1, C, H or 1, W or 1]
-            features = features if features.shape[2] == 1 and op.variant == "label" else features[:, :, row : row + 1]
+            features = features if extent(op.variant) == "label" else features[:, :, row : row + 1]
             return features[:, :, 0].transpose(1, 2).expand(self.batch, -1, -1)
         if op.kind == "affine":
             total = self.compiled.bias[op.index].expand(self.batch, 1, -1)
@@ -302,31 +303,15 @@ def steady_statics(prior: Prior, request: SampleRequest) -> dict[str, Tensor]:
     batch = len(request.noise)
     some = torch.arange(-(-batch // _TOGETHER) * _TOGETHER, device=request.noise.device).clamp(max=batch - 1)
     each = [static_inputs(prior, request.rows(rows)) for rows in some.split(_TOGETHER)]
-    context = torch.cat([one["context"] for one in each])[:batch]
-    return {name: context if name == "context" else x for name, x in each[0].items()}
+    return {
+        name: torch.cat([one[name] for one in each])[:batch] if extent(name) in ("context", "label") else x
+        for name, x in each[0].items()
+    }
 
 
 def padded(positions: int) -> int:
     """Positions rounded up to whole vectors of the widest instruction set."""
     return -(-positions // 16) * 16
-
-
-def elementwise(op: Op, sources: list[Tensor]) -> Tensor:
-    """Activation, add or gate on vectors along the last axis."""
-    x = sources[0]
-    match op.variant:
-        case "elu":
-            return F.elu(x)
-        case "concat_elu":
-            return F.elu(torch.cat([x, -x], dim=-1))
-        case "relu":
-            return F.relu(x)
-        case "glu":
-            return F.glu(x, dim=-1)
-        case "tanh":
-            content, gate = x.chunk(2, dim=-1)
-            return torch.tanh(content) * torch.sigmoid(gate)
-    return x + sources[1]
 
 
 def common_bytes(plan: Plan, places: int) -> int:
@@ -339,7 +324,7 @@ def common_bytes(plan: Plan, places: int) -> int:
             _, key, value = op.sources
             floats += padded(height * width) * plan.ops[key].channels + height * width * plan.ops[value].channels
         if op.kind == "static":
-            floats += op.channels * {"context": height * width, "label": 1}.get(op.variant, 0)
+            floats += op.channels * static_places(op, height * width)
         if plan.level[op.index] >= 0 and op.index not in kept:
             floats += places * op.channels
     return torch.float32.itemsize * floats + torch.int64.itemsize * height * width

@@ -339,7 +339,6 @@ def row_arguments(
     state: RowState, noise: Tensor, known: Tensor, settings: Settings, row: int
 ) -> tuple[int | float, ...]:
     """What both engines draw a row by: its codes, uniform numbers and known places by address, and the settings."""
-    num_codes = state.plan.num_codes
     grids: list[int] = []
     for name, grid, dtype in (
         ("codes", state.codes, torch.int64),
@@ -348,12 +347,7 @@ def row_arguments(
     ):
         sizes = (state.batch, state.width)
         grids += [strided_address(name, grid[:, row], dtype, sizes, state.device), grid.stride(0)]
-    return (
-        *grids,
-        settings.temperature,
-        num_codes if settings.top_k is None else settings.top_k,
-        1.0 if settings.top_p is None else settings.top_p,
-    )
+    return (*grids, *settings.numbers(state.plan.num_codes))
 
 
 def not_drawable(sample: int, row: int, column: int) -> ArgumentError:

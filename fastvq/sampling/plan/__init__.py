@@ -6,6 +6,7 @@ imported below.
 
 from fastvq.sampling.plan import pixelcnn as pixelcnn
 from fastvq.sampling.plan import pixelsnail as pixelsnail
+from fastvq.sampling.plan import plain_pixelcnn as plain_pixelcnn
 from fastvq.sampling.plan.analysis import schedule
 from fastvq.sampling.plan.form import History, Op, Plan, Tap, Term, require_finite
 from fastvq.sampling.plan.front import Front

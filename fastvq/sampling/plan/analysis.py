@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from fastvq.sampling.plan.form import History, Op, Plan, Tap, Term, Timing
+from fastvq.sampling.plan.form import History, Op, Plan, Tap, Term, Timing, extent
 
 
 def schedule(ops: Sequence[Op], output: int, shape: tuple[int, int], num_codes: int) -> Plan:
@@ -74,7 +74,7 @@ def _when(
 
 def _is_uniform(op: Op, uniform: set[int]) -> bool:
     if op.kind == "static":
-        return op.variant == "label"
+        return extent(op.variant) == "label"
     sources = [*op.sources, *(term.source for term in op.terms)]
     return op.kind not in ("lookup", "attention") and bool(sources) and all(source in uniform for source in sources)
 

@@ -67,8 +67,8 @@ class Op:
             tanh(a) * sigmoid(b)), ``attention``.
         channels: length of the output vector.
         sources: inputs at the same position: of activation, add and gate; query, key and value of attention.
-        variant: ``elu``, ``concat_elu``, ``relu``; ``glu``, ``tanh``; ``background``, ``context``; ``strict``,
-            ``inclusive``.
+        variant: ``elu``, ``concat_elu``, ``relu``; ``glu``, ``tanh``; ``strict``, ``inclusive``; of static operations
+            their name, see :func:`extent`.
         terms, bias: of affine operations; ``taps``, ``weight`` [T, K, C] and ``bias`` of lookups; ``heads`` of
             attention.
     """
@@ -83,6 +83,18 @@ class Op:
     weight: Tensor | None = None
     bias: Tensor | None = None
     heads: int = 0
+
+
+def extent(name: str) -> str:
+    """What a static operation of this name differs by: ``label`` (samples), ``context`` (samples and positions), or
+    anything else (positions). There may be several of each, told apart by what follows a dot: ``label.1``.
+    """
+    return name.partition(".")[0]
+
+
+def static_places(op: Op, positions: int) -> int:
+    """How many vectors of a static operation a sample has of its own."""
+    return {"context": positions, "label": 1}.get(extent(op.variant), 0)
 
 
 @dataclass(frozen=True)

@@ -45,10 +45,13 @@ class Graph:
         return self.context
 
     def lookup(self, layer: CodeConv2d) -> int:
-        weight = numbers(layer.weight)
-        return self.add_op(
-            Op(self.next, "lookup", weight.shape[2], taps=layer.taps, weight=weight, bias=numbers(layer.bias))
-        )
+        return self.lookup_table(layer.taps, numbers(layer.weight), numbers(layer.bias))
+
+    def lookup_table(self, taps: tuple[Tap, ...], weight: Tensor, bias: Tensor | None) -> int:
+        """The sum over taps of a vector per code, weight [T, K, C]; taps of the position's row end at its neighbour."""
+        channels = weight.shape[2]
+        bias = weight.new_zeros(channels) if bias is None else bias
+        return self.add_op(Op(self.next, "lookup", channels, taps=taps, weight=weight, bias=bias))
 
     def affine(self, terms: Sequence[Term], bias: Tensor | None) -> int:
         channels = terms[0].weight.shape[2]

@@ -26,13 +26,18 @@ class _Writer:
     prior: type[Prior]
     write: Write[Any]
     known: Known
+    why_not: Callable[[Any], str | None] | None
 
 
 _WRITERS: dict[type[Prior], _Writer] = {}
 
 
 def writes(
-    prior: type[P], parts: Mapping[type[nn.Module], Mapping[str, Part]], *, also: tuple[str, ...] = ()
+    prior: type[P],
+    parts: Mapping[type[nn.Module], Mapping[str, Part]],
+    *,
+    also: tuple[str, ...] = (),
+    why_not: Callable[[P], str | None] | None = None,
 ) -> Callable[[Write[P]], Write[P]]:
     """Register the function that writes a class of priors, and its subclasses, as operations of a plan.
 
@@ -45,10 +50,11 @@ def writes(
             modules compute has no plan.
         also: methods and class attributes of these classes, beside those of every module and prior, that take part in
             the computation.
+        why_not: why a prior that consists of these parts has no plan all the same, or None.
     """
 
     def register(write: Write[P]) -> Write[P]:
-        _WRITERS[prior] = _Writer(prior, write, Known(parts, also))
+        _WRITERS[prior] = _Writer(prior, write, Known(parts, also), why_not)
         return write
 
     return register
@@ -73,6 +79,8 @@ def why_no_plan(prior: Prior) -> str | None:
     if writer is None:
         return f"no plan is known for a {type(prior).__name__}, only the naive engine runs it"
     found = difference(prior, (writer.prior,), "", writer.known)
+    if found is None and writer.why_not is not None:
+        found = writer.why_not(prior)
     return None if found is None else f"{found}, which only the naive engine runs"
 
 
