@@ -113,6 +113,9 @@ def describe(
     memory_limit: int | None = None,
     precision: Precision = "float32",
     options: EngineOptions | None = None,
+    shape: tuple[int, int] | None = None,
+    num_codes: int | None = None,
+    num_classes: int | None = None,
 ) -> Explanation:
     """Arithmetic and memory of sampling a prior; arguments are those of :func:`fastvq.sample`.
 
@@ -120,7 +123,7 @@ def describe(
         ArgumentError, ArgumentTypeError: arguments that :func:`fastvq.sample` refuses.
         UnavailableError: there is no plan of this prior, or the engine asked for cannot run it here.
     """
-    prior = as_prior(prior)
+    prior = as_prior(prior, shape=shape, num_codes=num_codes, num_classes=num_classes)
     options = engine_options(precision, options)
     require_positive_int("n", n)
     reason = why_no_values(prior)
@@ -182,12 +185,16 @@ def explain(
     memory_limit: int | None = None,
     precision: Precision = "float32",
     options: EngineOptions | None = None,
+    shape: tuple[int, int] | None = None,
+    num_codes: int | None = None,
+    num_classes: int | None = None,
 ) -> None:
     """Print how a prior is sampled and what that costs: engine, order, tiles, FLOPs, weights, memory, what is saved.
 
     Arguments are those of :func:`fastvq.sample`, and what it would refuse is refused here.
     """
     limits: dict[str, Any] = {"micro_batch": micro_batch, "memory_limit": memory_limit}
+    limits |= {"shape": shape, "num_codes": num_codes, "num_classes": num_classes}
     print(describe(prior, n, engine=engine, **limits, precision=precision, options=options))
 
 

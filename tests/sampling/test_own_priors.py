@@ -69,6 +69,29 @@ class Values(nn.Module):
         return self.output(F.leaky_relu_(self.second(torch.cat([x, told], 1)) - told.sum(1, keepdim=True)))
 
 
+class Library(nn.Module):
+    """PyTorch's own attention layer, sequence first, whose averaged weights nobody reads; log-probabilities."""
+
+    def __init__(self, batch_first: bool) -> None:
+        super().__init__()
+        self.batch_first = batch_first
+        self.embedding = nn.Embedding(K, 8)
+        self.conv = nets.MaskedConv2d("A", 8, 8, 3, padding=1)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=batch_first)
+        self.output = nn.Conv2d(8, K, 1)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        x = self.conv(self.embedding(codes).permute(0, 3, 1, 2))
+        mask = torch.ones(12, 12, dtype=torch.bool).triu(1)
+        if self.batch_first:
+            tokens = x.flatten(2).transpose(1, 2)
+            found, _ = self.attention(tokens, tokens, tokens, attn_mask=mask, need_weights=False)
+            return self.output(x + found.transpose(1, 2).view_as(x))
+        tokens = x.flatten(2).permute(2, 0, 1)
+        found, _ = self.attention(tokens, tokens, tokens, attn_mask=mask.float() * -1e9)
+        return self.output(x + found.permute(1, 2, 0).reshape(x.shape)).log_softmax(1)
+
+
 LABELS: dict[str, Any] = {"num_classes": 3}
 ABOVE: dict[str, Any] = {"condition_shapes": [(2, 3)], "condition_num_codes": [4]}
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
@@ -78,6 +101,8 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "shifts-and-a-level-above": (lambda: nets.Shifted(K, scale=(2, 1)), ABOVE),
     "channels-last": (ChannelsLast, {}),
     "numbers-and-labels": (Values, LABELS),
+    "attention-layer": (lambda: Library(True), {}),
+    "attention-layer-sequence-first": (lambda: Library(False), {}),
     **{f"attention-{form}": (lambda form=form: nets.Attending(K, form), {}) for form in nets.FORMS},
 }
 every_network = pytest.mark.parametrize("name", NETWORKS)
@@ -130,6 +155,8 @@ def test_a_plan_gives_the_logits_of_the_network(name: str) -> None:
         wanted = copy.deepcopy(module).eval()(codes, *told.values())
         statics = prior.statics(told.get("condition"), told.get("label"), batch=5)
         found = plan_logits(compile_plan(prior), codes, statics)
+    if name.endswith("sequence-first"):
+        found = found.log_softmax(1)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=2e-5)
 
 

@@ -599,9 +599,7 @@ def test_refuses_before_any_work(
 
 
 def test_refuses_what_is_no_prior() -> None:
-    with refuses(
-        ArgumentTypeError, "prior: expected a prior of fastvq.models or a layout that fastvq.interop knows, got Linear"
-    ):
+    with refuses(ArgumentError, "shape and num_codes: a Linear that fastvq does not know needs its grid and codes"):
         sample(torch.nn.Linear(2, 2), 1)  # type: ignore[arg-type]
 
 

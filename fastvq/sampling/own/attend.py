@@ -46,6 +46,19 @@ class Attention(Elementwise):
             return self._wrap(scores, (x, first, _renamed(fourth, _KEYS)), a.dtype)
         raise Untraceable("a product of features that is no attention over positions")
 
+    def _baddbmm(self, name: str, args: Any, kwargs: Any) -> Any:
+        if kwargs.get("beta", 1) != 1 or isinstance(args[0], Traced):
+            raise Untraceable("a product with factors of its own")
+        scores = self._bmm("bmm", args[1:3], {})
+        scores = self._times("mul", (scores, kwargs.get("alpha", 1)), {})
+        return self._added("add", (scores, args[0]), {})
+
+    def _library_attention(self, name: str, args: Any, kwargs: Any) -> Any:
+        """What PyTorch's own layers call: their second result is of no use without gradients."""
+        causal = args[4] if len(args) > 4 else kwargs.get("is_causal", False)
+        given = {"attn_mask": kwargs.get("attn_mask"), "scale": kwargs.get("scale"), "is_causal": causal}
+        return self._whole_attention(name, args[:3], given), torch.empty(0)
+
     def _weighted(self, name: str, args: Any, kwargs: Any) -> Any:
         """Weights times values, or values times weights."""
         a, b = args
@@ -223,6 +236,13 @@ class Attention(Elementwise):
             raise Untraceable("a softmax of scores over something else than positions")
         return self._wrap(dataclasses.replace(scores, weights=True), layout, args[0].dtype)
 
+    def _averaged(self, name: str, args: Any, kwargs: Any) -> Any:
+        """Over heads: what PyTorch's layers return beside their result. Nothing can be done with it here."""
+        held = self._held(args[0])
+        gone = {dim % args[0].ndim for dim in args[1]}
+        layout = tuple(dim for index, dim in enumerate(held.layout) if index not in gone)
+        return self._wrap(self._scores(args, weights=False, heads=0), layout)
+
     def _cleaned(self, name: str, args: Any, kwargs: Any) -> Any:
         return self._changed(name, args, clean=True)
 
@@ -256,4 +276,5 @@ SCORES: dict[str, Callable[[Any, str, Any, Any], Any]] = {
     "where": _A._where,
     "_softmax": _A._softmax,
     "nan_to_num": _A._cleaned,
+    "mean": _A._averaged,
 }

@@ -54,21 +54,23 @@ class Values(Tracer):
     """Keeps what tensors are, and what meets them.
 
     Args:
+        place: a tensor of the type and on the device of features.
         names: of its modules, by identity.
 
     Attributes:
         meetings: the static operations that depend on condition or label.
         doubts: what may be wrong, if the plan turns out to be.
+        normalised: logits are those of a plan up to what is the same for all codes.
     """
 
-    def __init__(
-        self, graph: Graph, grid: tuple[int, int], num_codes: int, device: torch.device, names: dict[int, str]
-    ) -> None:
-        super().__init__(device)
+    def __init__(self, grid: tuple[int, int], num_codes: int, place: Tensor, names: dict[int, str]) -> None:
+        super().__init__(place.device)
+        self.dtype = place.dtype
         self.grid, self.num_codes, self._names = grid, num_codes, names
-        self.emitter = Emitter(graph, grid, num_codes, device)
+        self.emitter = Emitter(Graph(spatial_context=False), grid, num_codes, place.device)
         self.meetings: list[Meeting] = []
         self.doubts: list[str] = []
+        self.normalised = False
         self._statics: dict[tuple[Given, Layout, bool], Linear] = {}
 
     def _held(self, x: Traced) -> Held:
@@ -77,7 +79,8 @@ class Values(Tracer):
 
     def _wrap(self, value: Value, layout: Layout, dtype: torch.dtype | None = None) -> Traced:
         if dtype is None:
-            dtype = value.values.dtype if isinstance(value, Table) else torch.get_default_dtype()
+            numbers = isinstance(value, Table) and not value.values.is_floating_point()
+            dtype = value.values.dtype if isinstance(value, Table) and numbers else self.dtype
         return Traced(self, Held(value, layout), lay.shape(layout), dtype)
 
     def _result(self, name: str, args: Any, value: Value, layout: Layout) -> Traced:

@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
+from fastvq.sampling.own import layout as lay
 from fastvq.sampling.own.base import Held, together
 from fastvq.sampling.own.emit import Untraceable
 from fastvq.sampling.own.products import Products
 from fastvq.sampling.own.tensors import Traced, is_given
 from fastvq.sampling.own.values import Joined, Linear, Pending, Table, Value, joined
 
-BY_VALUE = {"log_softmax", "_softmax"}
+BY_VALUE = {"_softmax"}
 REASONS = {
+    "copy_": "the network writes features into a part of a tensor; F.pad and torch.cat put them together as well",
     "_local_scalar_dense": "the network looks at the value of a code or feature, to decide something by it",
     "is_nonzero": "the network looks at the value of a code or feature, to decide something by it",
     "_softmax": "a softmax of features; a plan has attention over earlier positions",
@@ -61,6 +63,14 @@ class Elementwise(Products):
         positive = self.emitter.elementwise("activation", "relu", x)
         share = torch.full((x.channels,), slope, device=self.device)
         return positive.scaled(1 - share, self.emitter.dense).plus(x.scaled(share, self.emitter.dense))
+
+    def _log_softmax(self, name: str, args: Any, kwargs: Any) -> Any:
+        """What is subtracted from logits is the same for all codes, and of no consequence at the end of a network."""
+        held = self._held(args[0])
+        if isinstance(held.value, Table) or lay.shape(held.layout)[args[1]] != self.num_codes:
+            raise Untraceable("a log-softmax of something else than logits")
+        self.normalised = True
+        return args[0]
 
     def _glu(self, name: str, args: Any, kwargs: Any) -> Any:
         x = args[0]

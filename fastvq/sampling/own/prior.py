@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from fastvq._check import require_shape
 from fastvq._evaluation import in_evaluation
+from fastvq._files import first_line
 from fastvq._watch import Snapshot, contents_of
-from fastvq.errors import ArgumentError, TraceError
+from fastvq.errors import ArgumentError, FastvqError, TraceError
 from fastvq.models.prior import Condition, Prior, PriorConfig
 from fastvq.sampling.own.base import BATCH, Meeting
 from fastvq.sampling.own.builder import Feature, GivenValues, PlanBuilder
@@ -45,6 +46,7 @@ class Traced:
     ops: list[Op]
     output: int
     constants: dict[str, Tensor]
+    normalised: bool = False
     meetings: Sequence[Meeting] = ()
     doubts: Sequence[str] = ()
     values: Mapping[str, GivenValues] = field(default_factory=dict)
@@ -174,6 +176,9 @@ class OwnPrior(Prior):
         return draw(config.num_codes, *config.shape), Told(tuple(condition), label)
 
     def _traced(self) -> Traced:
+        small = next((w.dtype for w in self.parameters() if w.dtype in (torch.float16, torch.bfloat16)), None)
+        if small is not None:
+            raise TraceError(f"module: has weights in {small}, and plans compute in float32; give module.float()")
         codes, told = self._example(BATCH)
         self.logits(codes, told)
         try:
@@ -193,15 +198,21 @@ class OwnPrior(Prior):
             return Traced(weights, made.graph.ops, logits, made.constants, values=builder.values)
         network = self.network
         names = {} if not isinstance(network, nn.Module) else {id(m): name for name, m in network.named_modules()}
-        recorder = Recorder(Graph(spatial_context=False), config.shape, config.num_codes, device, names)
+        like = next((w for w in self.parameters() if w.is_floating_point()), torch.zeros((), device=device))
+        recorder = Recorder(config.shape, config.num_codes, like, names)
         _, told = self._example(BATCH)
         given = Told(
             tuple(recorder.given(codes) for codes in told.condition),
             None if told.label is None else recorder.given(told.label),
         )
-        output = recorder.output(network(*self.arguments(recorder.codes(), given)))
-        made = recorder.emitter
-        return Traced(weights, made.graph.ops, output, made.constants, recorder.meetings, recorder.doubts)
+        try:
+            output = recorder.output(network(*self.arguments(recorder.codes(), given)))
+        except FastvqError:
+            raise
+        except Exception as error:  # it ran on numbers a moment ago
+            raise TraceError(f"module: cannot be traced: {first_line(error)}") from error
+        made, normalised = recorder.emitter, recorder.normalised
+        return Traced(weights, made.graph.ops, output, made.constants, normalised, recorder.meetings, recorder.doubts)
 
     def _met(self, traced: Traced, told: Told, batch: int) -> dict[str, Tensor]:
         """The static operations that depend on condition or label."""
@@ -248,6 +259,8 @@ class OwnPrior(Prior):
         found = plan_logits(plan, codes, {**traced.constants, **self._met(traced, told, 3)})
         if not bool(wanted.isfinite().all()):
             raise TraceError("module: its logits are not finite for random codes")
+        if traced.normalised:
+            wanted, found = (x.log_softmax(1) for x in (wanted, found))
         off = (found - wanted).abs()
         bound = _ROUNDING * float(wanted.abs().max())
         if not float(off.max()) <= bound:
