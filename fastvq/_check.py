@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import numbers
 import operator
@@ -215,17 +214,6 @@ def require_odd(name: str, value: object, minimum: int, maximum: int) -> None:
 def require_tuple(name: str, value: object) -> None:
     if not isinstance(value, tuple):
         raise ArgumentTypeError(f"{name}: expected a tuple, got {value!r}")
-
-
-def names_like(given: object, names: Sequence[str], most: int = 20) -> str:
-    """Names for a message, the closest first and of many not all."""
-    more = f", ... ({len(names)} in all)" if len(names) > most else ""
-    return (", ".join(closest_first(str(given), names)[:most]) + more) or "(none)"
-
-
-def closest_first(word: str, names: Sequence[str]) -> list[str]:
-    """Names by how likely each was meant: those that hold the word, then by likeness."""
-    return sorted(names, key=lambda name: (word not in name, -difflib.SequenceMatcher(None, word, name).ratio()))
 
 
 def require_choice(name: str, value: object, choices: Sequence[str]) -> None:

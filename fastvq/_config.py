@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, Self
 
-from fastvq._check import names_like
+from fastvq._names import names_like
 from fastvq.errors import ArgumentError, ArgumentTypeError
 
 # Metadata of fields that there were not always. With its default such a field is not written, so that records and

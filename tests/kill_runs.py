@@ -1,6 +1,6 @@
 """Kills every command at random moments, lets it go on until it is done, and checks that nothing was lost or damaged.
 
-``python -m tests.kill_runs --kills 200 --seed 0``: a share of the kills are SIGTERM and SIGINT, the others SIGKILL. The
+``python tests/kill_runs.py --kills 200 --seed 0``: a share of the kills are SIGTERM and SIGINT, the others SIGKILL. The
 result must be, byte for byte, that of a run nobody disturbed; outputs must be whole or absent at any time, and nothing
 temporary may be left. Commands run in processes forked from this one, so that starting them takes no time.
 """

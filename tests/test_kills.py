@@ -1,4 +1,4 @@
-"""A few kills of real commands at random moments; ``python -m tests.kill_runs`` makes more of them, in all commands."""
+"""A few kills of real commands at random moments; ``python tests/kill_runs.py`` makes more of them, in all commands."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def test_killed_commands_go_on_to_the_same_result() -> None:
-    command = [sys.executable, "-m", "tests.kill_runs", "--kills", "4", "--seed", "3"]
+    command = [sys.executable, "tests/kill_runs.py", "--kills", "4", "--seed", "3"]
     done = subprocess.run(
         [*command, "--commands", "train-vqvae", "extract", "train-prior"],
         cwd=Path(__file__).parent.parent,

@@ -11,7 +11,11 @@ from typing import Any
 import pytest
 import torch
 from foreign_models import ForeignSnail, ForeignVQVAE, randomise
+from foreign_pixelcnn import ForeignPixelCNN, foreign_sequence
+from foreign_quantizers import Quantize
+from torch import nn
 
+import fastvq
 from fastvq.models import Classifier, ClassifierConfig
 from fastvq.sampling import Pipeline
 
@@ -38,7 +42,12 @@ def models_of_the_port(folder: Path) -> dict[str, Any]:
     theirs = randomise(ForeignSnail(channel=16, heads=8, spelling="new"))
     torch.save(theirs.state_dict(), folder / "pixelsnail_bottom.pt")
     torch.save(randomise(ForeignVQVAE()).state_dict(), folder / "vqvae.pt")
+    torch.save(foreign_sequence().state_dict(), folder / "pixelcnn.pt")
     return {"their_pixelsnail": theirs}
+
+
+def own_prior(folder: Path) -> dict[str, Any]:
+    return {"my_prior": ForeignPixelCNN(512, 4, 1).eval()}
 
 
 # By a word of the block: what it needs, and what it has to give.
@@ -66,11 +75,19 @@ NEEDS: dict[str, tuple[Callable[[Path], dict[str, Any]], dict[str, Callable[[Any
         lambda folder: {},
         {"y": lambda y: y.shape == (8, 256, 32, 32), "found": lambda found: found.shape == (8, 4, 1024, 64)},
     ),
+    "fastvq.accelerate": (
+        lambda folder: {"model": nn.Sequential(nn.Linear(3, 4), Quantize(4, 6))},
+        {"model": lambda model: [one.accelerated for one in fastvq.acceleration(model).quantizers] == [True]},
+    ),
+    "my_prior": (
+        own_prior,
+        {"codes": lambda codes: codes.shape == (8, 32, 32) and codes.unique().numel() > 100},
+    ),
     "fastvq.interop": (
         models_of_the_port,
         {
             "codes": lambda codes: codes.shape == (8, 4, 6),
-            "prior": lambda prior: type(prior).__name__ == "PixelSNAIL",
+            "prior": lambda prior: type(prior).__name__ == "PixelCNN",
             "vqvae": lambda vqvae: type(vqvae).__name__ == "VQVAE2",
         },
     ),

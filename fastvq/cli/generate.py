@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvq._bar import bar
-from fastvq._check import names_like
 from fastvq._files import remove_leftovers
+from fastvq._names import names_like
 from fastvq._shards import description_of
 from fastvq.cli.images import open_data
 from fastvq.cli.project import Project, choose_device, is_one_model, load_pipeline

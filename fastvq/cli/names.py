@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from fastvq._check import closest_first
+from fastvq._names import closest_first
 from fastvq.errors import ArgumentError, ArgumentTypeError
 
 C = TypeVar("C")

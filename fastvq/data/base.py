@@ -56,7 +56,7 @@ def random_words(seed: int, stream: int, domain: int, first: int, count: int) ->
 
     Raw words rather than NumPy's distributions: those may change from one NumPy version to the next.
     """
-    generator = np.random.Philox(key=[seed, stream], counter=[first, 0, 0, domain])
+    generator = np.random.Philox(key=np.array([seed, stream], dtype=np.uint64), counter=[first, 0, 0, domain])
     return np.asarray(generator.random_raw(4 * count)).reshape(count, 4)
 
 

@@ -1,5 +1,7 @@
 """Models trained with the widely used PyTorch port of VQ-VAE-2 and PixelSNAIL, as models of :mod:`fastvq.models`.
 
+:mod:`fastvq.interop.quantizers` accelerates quantisers of other libraries where they are.
+
 :func:`load` reads checkpoints, :func:`convert` takes live modules, :func:`recognise` tells whether a layout is known.
 
 That port has two generations whose state dicts look alike. The activation at the start of a residual block worked in

@@ -24,8 +24,9 @@ from fastvq.data.grid import image_grid, picture_bytes, save_grid
 from fastvq.errors import ArgumentError, FileConflictError
 from fastvq.sampling.api import living_threads
 from fastvq.sampling.coding import DECODED
+from fastvq.sampling.levels import Levels
 from fastvq.sampling.options import Precision, engine_options
-from fastvq.sampling.pipeline import Levels, Pipeline
+from fastvq.sampling.pipeline import Pipeline
 from fastvq.sampling.request import padded_micro_batches
 from fastvq.sampling.samples import CODES_FILE, SETTINGS_FILE
 

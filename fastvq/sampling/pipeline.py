@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Self, TypedDict, TypeVar, Unpack
@@ -14,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastvq._check import names_like, require_bool, require_choice, require_positive_int
+from fastvq._check import require_bool, require_choice, require_positive_int
 from fastvq._files import read_json, reading, replacing_folder, require_seal, sealed, write_json
+from fastvq._names import names_like
 from fastvq._schema import TEXT, optional, several
 from fastvq._unwrap import require_model, unwrap
 from fastvq._version import __version__
@@ -24,15 +24,15 @@ from fastvq.models.limits import MOST_LEVELS
 from fastvq.models.pretrained import load_pretrained
 from fastvq.models.prior import Prior
 from fastvq.models.vqvae import HierarchicalVQVAE
-from fastvq.sampling.api import Run, ends, living_threads, require_callback
+from fastvq.sampling.api import Run, living_threads, require_callback
 from fastvq.sampling.autoencoder import AnyAutoencoder, Autoencoder, OwnAutoencoder, own_autoencoder, weight_of
 from fastvq.sampling.coding import decode, encode, frames, image_shape_of, reconstruct
-from fastvq.sampling.engines import warn_slow
 from fastvq.sampling.known import Known, check_pictures, check_upper_codes, known_cells, without_region
-from fastvq.sampling.noise import Seed, fixed_seed, uniforms
+from fastvq.sampling.levels import Levels, LevelsCallback
+from fastvq.sampling.noise import Seed, fixed_seed
 from fastvq.sampling.options import EngineOptions, Precision, engine_options
 from fastvq.sampling.project import DATA_FILE, class_names, is_project, load_priors, load_vqvae
-from fastvq.sampling.request import Settings, assemble, check_indices, check_labels
+from fastvq.sampling.request import Settings, check_indices, check_labels
 from fastvq.sampling.samples import Samples
 
 PIPELINE_FILE = "pipeline.json"
@@ -45,8 +45,6 @@ T = TypeVar("T")
 Label = int | str | Sequence[int | str] | np.ndarray | Tensor
 # Of all levels, or of each; and then of all samples, or (a sequence, an array or a tensor, [n]) of each.
 Temperature = float | np.ndarray | Tensor | Sequence[float | Sequence[float] | np.ndarray | Tensor]
-# What a callback is given: rows done, and the codes of each level.
-LevelsCallback = Callable[[int, tuple[Tensor, ...]], object]
 
 
 class Drawing(TypedDict, total=False):
@@ -58,78 +56,6 @@ class Drawing(TypedDict, total=False):
     engine: str
     micro_batch: int | None
     memory_limit: int | None
-
-
-@dataclass(frozen=True)
-class Levels:
-    """How the codes of all levels will be drawn, decided before anything is.
-
-    Attributes:
-        runs: of each level, top first; all with the same micro-batch.
-        settings: of each level.
-    """
-
-    runs: tuple[Run, ...]
-    settings: tuple[Settings, ...]
-
-    @property
-    def micro_batch(self) -> int:
-        return self.runs[0].micro_batch
-
-    def warn_slow(self, stacklevel: int, *, first: int = 0) -> None:
-        """Say once what takes the naive engine from level ``first`` on; ``stacklevel`` 1 is the caller's line."""
-        warn_slow([run.slow for run in self.runs[first:] if run.slow is not None], stacklevel=stacklevel + 1)
-
-    def draw(
-        self,
-        n: int,
-        *,
-        seed: int,
-        start: int = 0,
-        labels: Tensor | None = None,
-        known: Sequence[Known] = (),
-        progress: bool = False,
-        callback: LevelsCallback | None = None,
-    ) -> tuple[Tensor, ...]:
-        """Codes of samples ``start .. start + n - 1``: int64 [n, h, w] for each level, top first.
-
-        Args:
-            known: codes of the first levels.
-            callback: see :meth:`Pipeline.sample`.
-        """
-        codes: tuple[Tensor, ...] = ()
-        before, total, stopped = 0, 0, False
-
-        def told(rows: int, grids: Tensor) -> bool:
-            nonlocal total, stopped
-            assert callback is not None
-            total = before + rows
-            stopped = ends(callback(total, (*codes, grids)))
-            return not stopped
-
-        for level, (run, given) in enumerate(zip(self.runs, self.settings, strict=True)):
-            config = run.prior.config
-            there, where = (known[level].codes, known[level].where) if level < len(known) else (None, None)
-            if there is not None and where is None:
-                codes = (*codes, there.to(next(run.prior.parameters()).device))
-                continue
-            if stopped:
-                shape, device = (n, *config.shape), next(run.prior.parameters()).device
-                codes = (*codes, torch.full(shape, -1, dtype=torch.int64, device=device))
-                continue
-            noise = uniforms(seed, start, n, config.shape, level=config.level)
-            request = assemble(run.prior, given, noise, codes, labels, there, where)
-            drawn = run.draw(request, start, progress=progress, callback=None if callback is None else told)
-            codes, before = (*codes, drawn), total
-        return codes
-
-    def log_probabilities(self, codes: tuple[Tensor, ...], labels: Tensor | None) -> tuple[Tensor, ...]:
-        """Of the codes of each level, see :func:`fastvq.sample`."""
-        found = []
-        for level, run in enumerate(self.runs):
-            above = [grid.clamp(min=0) for grid in codes[:level]]  # where these are missing, so are those below
-            found.append(run.log_probabilities(above, labels, codes[level]))
-        return tuple(found)
 
 
 class Pipeline:

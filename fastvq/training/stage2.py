@@ -51,7 +51,7 @@ def train_prior(
     per code. Several processes train together as there.
 
     Args:
-        codes_folder: written by :func:`fastvq.data.extract_codes`.
+        codes_folder: written by :func:`fastvq.data.extract_codes` or :func:`fastvq.data.import_codes`.
         level: 0 for the top.
         validation_folder: codes of held-out images, of the same stage-1 model; None: no validation.
         resume: go on with the run in ``run_dir`` from its newest checkpoint, to ``config.steps``; a run that has them

@@ -26,6 +26,7 @@ COMMANDS = (
     "demo",
     "train-vqvae",
     "extract",
+    "import-codes",
     "train-prior",
     "train-classifier",
     "sample",
@@ -279,7 +280,9 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit) as stop:
         build_parser().parse_args([command, "--help"])
     assert stop.value.code == 0
-    assert ("--device" in capsys.readouterr().out) == (command not in ("merge", "plot"))  # which compute nothing
+    assert ("--device" in capsys.readouterr().out) == (
+        command not in ("import-codes", "merge", "plot")
+    )  # which compute nothing
 
 
 @pytest.mark.parametrize(

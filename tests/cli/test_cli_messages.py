@@ -240,9 +240,21 @@ WHOLE = {
     "plot": ["nowhere", "file", "."],
 }
 # Options of which every value is one, or whose values argparse checks.
-FREE = {"help", "debug", "quiet", "overwrite", "resume", "skip_broken", "flip", "unconditional", "bf16", "compile"}
+FREE = {
+    "help",
+    "debug",
+    "quiet",
+    "overwrite",
+    "resume",
+    "skip_broken",
+    "flip",
+    "unconditional",
+    "bf16",
+    "compile",
+    "classes_by",
+}
 FREE |= {"cuda_graph", "curves", "optimizer", "name", "cache", "changed_data", "weights", "draft", "plain", "paste"}
-FREE |= {"dry_run"}
+FREE |= {"dry_run", "classes_by"}
 # Of these every integer is a seed.
 SAMPLING = ("sample", "inpaint", "evaluate")
 

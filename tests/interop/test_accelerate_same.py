@@ -109,7 +109,7 @@ def test_nothing_has_an_element_for_each_vector_and_code(name: str) -> None:
         assert seen.elements <= x.numel()
 
 
-@pytest.mark.parametrize("name", STEPPED)
+@pytest.mark.parametrize("name", [name for name in STEPPED if "no route" not in name and "ncodec" not in name])
 def test_outputs_may_be_changed_in_place(name: str) -> None:
     theirs, ours = STEPPED[name].pair(fastvq.accelerate)
     given = STEPPED[name].input(0)
@@ -118,8 +118,7 @@ def test_outputs_may_be_changed_in_place(name: str) -> None:
         torch.manual_seed(0)
         x = given.clone().requires_grad_()
         out, *others = pytree.tree_leaves(module(x))
-        if not out.requires_grad:
-            pytest.skip("its output has no gradient")
+        assert out.requires_grad
         out.mul_(2)
         loss = out.sum() + sum(other.sum() for other in others if isinstance(other, Tensor) and other.requires_grad)
         loss.backward()

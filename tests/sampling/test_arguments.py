@@ -12,6 +12,7 @@ from torch import Tensor
 
 import fastvq
 from fastvq.errors import ArgumentTypeError
+from fastvq.evaluation import EvaluationConfig, Features, FeatureStatistics
 from fastvq.ops.draw import draw, draw_margin
 from fastvq.sampling import EngineOptions, engines, sample
 from fastvq.sampling.request import Settings
@@ -59,6 +60,19 @@ def test_a_number_of_numpy_is_a_label() -> None:
 def test_seeds_are_taken_modulo_two_to_64(seed: Any, same: int) -> None:
     prior = snail()
     assert torch.equal(sample(prior, 2, seed=seed), sample(prior, 2, seed=same))
+
+
+def test_evaluation_knows_the_same_seeds() -> None:
+    assert [EvaluationConfig(seed=seed).seed for seed in (-1, 2**64 + 7, 2**63)] == [2**64 - 1, 7, 2**63]
+    kept = []
+    for seed in (0, 2**63, 2**63 + 1, 2**64 - 1, -1):
+        statistics = FeatureStatistics(1, keep=8, seed=seed)
+        statistics.update(Features(torch.arange(64.0)[:, None], None))
+        kept.append(tuple(statistics.numbers.tolist()))
+    assert len({*kept}) == 4
+    assert kept[3] == kept[4]
+    with refuses(ArgumentTypeError, "seed: expected an int, got float"):
+        EvaluationConfig(seed=0.5)  # type: ignore[arg-type]
 
 
 def test_a_generator_gives_a_seed_with_each_call() -> None:

@@ -219,6 +219,18 @@ def test_a_memory_limit_lowers_the_micro_batch(engine: str, fits: int, batches: 
 
 
 @every_engine
+@pytest.mark.parametrize(("fits", "sizes"), [(1, [1] * 9), (3, [3] * 3), (8, [4, 5])], ids=["one", "three", "eight"])
+def test_without_a_limit_caches_that_are_too_large_lower_it_too(
+    engine: str, fits: int, sizes: list[int], batches: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prior = spread(snail())
+    caches = describe(prior, fits, engine=engine, micro_batch=fits).cache_bytes
+    monkeypatch.setattr("fastvq.sampling.micro_batch.DEFAULT_MEMORY", caches)
+    sample(prior, 9, seed=1, engine=engine)
+    assert batches == sizes
+
+
+@every_engine
 def test_a_micro_batch_asked_for_is_kept(engine: str, batches: list[int]) -> None:
     prior = snail()
     sample(prior, 9, engine=engine, micro_batch=5, memory_limit=describe(prior, engine=engine).memory(5))

@@ -144,16 +144,17 @@ def _known(model: nn.Module) -> Iterator[tuple[nn.Module, type[Accelerated], Kno
         for methods in KINDS:
             original = next((cls for cls in type(module).__mro__ if cls.__name__ in methods.classes), None)
             if original is not None and methods.fits(module):
-                yield module, methods, Known(name, methods.kind, False, _why_not(module, methods, original))
+                try:
+                    reason = _why_not(module, methods, original)
+                except AttributeError as error:
+                    reason = f"it is of another version: {error}"
+                yield module, methods, Known(name, methods.kind, False, reason)
                 break
 
 
 def _why_not(module: nn.Module, methods: type[Accelerated], original: type) -> str | None:
     """Why a module cannot be accelerated, or None; ``original`` is the known class among those it derives from."""
-    try:
-        reason = methods.why_not(module)
-    except AttributeError as error:
-        reason = f"it is of another version: {error}"
+    reason = methods.why_not(module)
     if reason is not None:
         return reason
     for cls in type(module).__mro__[: type(module).__mro__.index(original)]:

@@ -101,6 +101,8 @@ def straight_through(x: Tensor, code: Tensor) -> Tensor:
     """``code`` whose gradient goes to ``x``, in memory of its own and with the strides of ``x``, as the originals' sum
     with ``x`` is: what comes next may change it, while the code is kept for the backward pass.
     """
+    if not (x.requires_grad and torch.is_grad_enabled()) and code.stride() == x.stride():
+        return code
     out: Tensor = _StraightThrough.apply(x, code.detach())
     return out
 
@@ -121,7 +123,8 @@ def look_up(indices: Tensor, codes: Tensor, like: Tensor) -> Tensor:
     """Codes [K, C] of indices [B, ...] as [B, C, ...], with the strides of ``like``; without gradients."""
     codes = codes.detach()
     if not like.is_contiguous():
-        return torch.empty_like(like, dtype=codes.dtype).copy_(F.embedding(indices, codes).movedim(-1, 1))
+        found = F.embedding(indices, codes).movedim(-1, 1)
+        return found if found.stride() == like.stride() else torch.empty_like(like, dtype=codes.dtype).copy_(found)
     batch, channels = like.shape[:2]
     table = codes.t().contiguous().expand(batch, -1, -1)
     return table.gather(2, indices.view(batch, 1, -1).expand(-1, channels, -1)).view(like.shape)

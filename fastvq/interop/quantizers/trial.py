@@ -17,6 +17,8 @@ from fastvq.interop.quantizers.kind import Accelerated, accelerated_class, proce
 _TOLERANCE = 1e-4
 # Two vectors can be so near to the middle between two codes that rounding decides; not time and again.
 _TRIALS = 3
+# Where hooks come from that make a weight from its parts.
+_OF_WEIGHTS = "torch.nn.utils."
 
 
 def what_differs(module: nn.Module, methods: type[Accelerated]) -> str | None:
@@ -41,7 +43,7 @@ def _trial(module: nn.Module, methods: type[Accelerated], seed: int) -> str | No
     first = _copied(module)
     with torch.no_grad():
         methods.ready(first, _Draw(module, methods, seed))
-    second = copy.deepcopy(first)
+    second = _copied(first)
     second.__class__ = accelerated_class(methods, type(first))
     alone = not (methods.meets and processes_meet())
     calls = [
@@ -73,7 +75,7 @@ def _run(module: nn.Module, method: str, given: tuple[Any, ...], named: dict[str
     learnt = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
     if learnt:
         # Each element counts differently, and none is lost in the sum.
-        weights = [torch.linspace(0.5, 1.5, leaf.numel(), device=leaf.device).view(leaf.shape) for leaf in learnt]
+        weights = [_ramp(leaf) for leaf in learnt]
         torch.autograd.backward(learnt, weights)
     found: dict[str, Any] = {"kind of output": str(structure)}
     found.update((f"output {number}", leaf) for number, leaf in enumerate(leaves))
@@ -82,6 +84,10 @@ def _run(module: nn.Module, method: str, given: tuple[Any, ...], named: dict[str
     found.update((f"{name} after a step", value) for name, value in module.named_buffers())
     found.update((f"{name} after a step", value) for name, value in module.named_parameters())
     return found
+
+
+def _ramp(value: Tensor) -> Tensor:
+    return torch.linspace(0.5, 1.5, value.numel(), device=value.device, dtype=value.dtype).view(value.shape)
 
 
 def _agree(expected: Any, actual: Any) -> bool:
@@ -108,13 +114,20 @@ class _Draw:
 
 
 def _copied(module: nn.Module) -> nn.Module:
-    """A copy without hooks, whose methods are the original's."""
-    # A loss that a module keeps for later cannot be copied with its graph, and is not needed.
-    made = copy.deepcopy(module)
+    """A copy without the hooks of whoever watches it; those that make a weight from its parts stay."""
+    known: dict[int, Any] = {}
+    for one in module.modules():
+        for value in vars(one).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                # Such a weight, or a result kept for later, whose graph cannot be copied.
+                known[id(value)] = value.detach().clone()
+    made = copy.deepcopy(module, known)
     for one in made.modules():
-        for name, value in one.__dict__.items():
-            if name.endswith("_hooks") and isinstance(value, dict):
-                value.clear()
+        for name, hooks in vars(one).items():
+            if name.endswith("_hooks") and isinstance(hooks, dict):
+                kept = {key: hook for key, hook in hooks.items() if type(hook).__module__.startswith(_OF_WEIGHTS)}
+                hooks.clear()
+                hooks.update(kept)
     return made
 
 

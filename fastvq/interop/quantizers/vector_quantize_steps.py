@@ -15,7 +15,7 @@ from fastvq.interop.quantizers.steps import assign, move
 from fastvq.ops.nearest_code import CodeStatistics
 from fastvq.ops.residual_codes import residual_codes, residual_codes_statistics
 
-# Lengths of codes that count as 1: a few roundings.
+# From 1, of squared lengths that count as 1: a few roundings.
 _UNIT = 1e-6
 # Attributes of the quantiser and of its codebook that ask for what the search does not give, and the option that sets
 # them.
@@ -132,7 +132,7 @@ def quantize_levels(levels: Sequence[Any], x: Tensor, moves: bool) -> tuple[Tens
     found = residual_codes_statistics(flat, codebooks)
     indices = found.indices.view(*x.shape[:-1], -1)
     weights = [level.commitment_weight if level.has_commitment_loss else 0.0 for level in levels]
-    losses = found.squared_errors * torch.tensor([weight / flat.numel() for weight in weights], device=x.device)
+    losses = found.squared_errors * found.squared_errors.new_tensor([weight / flat.numel() for weight in weights])
     out = found.quantized.view(x.shape)
     if x.requires_grad and torch.is_grad_enabled():
         routes = routes_gradients(first)
