@@ -28,10 +28,10 @@ def unwrap(module: Any) -> Any:
     """
     while isinstance(module, nn.Module):
         name = next((name for cls, name in _INSIDE.items() if isinstance(module, cls)), COMPILED)
-        inner = module._modules.get(name)
-        if inner is None:
+        # Those of TorchScript are no dictionary.
+        if name not in module._modules or module._modules[name] is None:
             break
-        module = inner
+        module = module._modules[name]
     return module
 
 

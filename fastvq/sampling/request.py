@@ -188,6 +188,7 @@ def as_prior(
             prior = convert(prior, shape=shape)
     found = as_own_prior(prior, shape=shape, num_codes=num_codes, num_classes=num_classes)
     if isinstance(found, OwnPrior) and found.why_no_plan() is not None:
+        found.require_call()
         require_causal(found)  # a plan cannot leak
     return found
 

@@ -46,11 +46,13 @@ class CausalReport:
     Attributes:
         leaks: some of each code that leaks, first codes first; none where all is well.
         checked: codes that were changed, out of ``positions``.
+        moved: whether any logits moved at all.
     """
 
     leaks: tuple[Leak, ...]
     checked: int
     positions: int
+    moved: bool = True
 
     @property
     def ok(self) -> bool:
@@ -61,6 +63,8 @@ class CausalReport:
 
     def __str__(self) -> str:
         many = f"{self.checked} of {self.positions} codes changed"
+        if not self.moved:
+            return f"no logits depend on any code, as if its last layer were zero: {many}"
         if self.ok:
             return f"causal: {many}, no logits moved that come before or at them"
         shown = "; ".join(str(leak) for leak in self.leaks[:3])
@@ -91,6 +95,7 @@ def find_leaks(prior: Prior, places: Sequence[int], *, seed: int = 0) -> CausalR
     base = torch.randint(count, (positions,), generator=generator)
     other = (base + torch.randint(1, count, (positions,), generator=generator)) % count
     leaks: list[Leak] = []
+    any_moved = False
     for first in range(0, len(places), _TOGETHER // 2):
         some = list(places[first : first + _TOGETHER // 2])
         grids = base.repeat(2 * len(some) + 1, 1)
@@ -99,6 +104,7 @@ def find_leaks(prior: Prior, places: Sequence[int], *, seed: int = 0) -> CausalR
             grids[2 * entry + 2, at:] = other[at:]
         found = logits(grids.view(-1, height, width)).flatten(2)  # [N, K, positions]
         moved = (found[1:] - found[:1]).abs().amax(1) > _ROUNDING * found.abs().max().clamp(min=1e-30)
+        any_moved = any_moved or bool(moved.any())
         if not bool(found.isfinite().all()):
             raise ArgumentError("prior: its logits hold NaN or infinite values")
         for entry, at in enumerate(some):
@@ -108,7 +114,8 @@ def find_leaks(prior: Prior, places: Sequence[int], *, seed: int = 0) -> CausalR
             elif rest and not leaks:
                 code = _culprit(logits, base, other, rest[0], at, (height, width))
                 leaks.append(Leak(divmod(rest[0], width), divmod(code, width)))
-    return CausalReport(tuple(dict.fromkeys(leaks)), len(places), positions)
+    last_alone = list(places) == [positions - 1]
+    return CausalReport(tuple(dict.fromkeys(leaks)), len(places), positions, any_moved or last_alone)
 
 
 def _culprit(logits: Callable[[Tensor], Tensor], base: Tensor, other: Tensor, at: int, first: int, grid: Place) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 from fastvq._check import require_positive_int
 from fastvq.sampling.own.causal import ALL, CHOSEN, CausalReport, Place, few_places, find_leaks
 from fastvq.sampling.own.kept import as_own_prior
+from fastvq.sampling.own.prior import OwnPrior
 
 
 def check_causal(
@@ -40,6 +41,8 @@ def check_causal(
         ArgumentError, ArgumentTypeError: arguments that do not fit, or logits that do not fit these.
     """
     found = as_own_prior(prior, shape=shape, num_codes=num_codes, num_classes=num_classes)
+    if isinstance(found, OwnPrior):
+        found.require_call()
     total = found.config.shape[0] * found.config.shape[1]
     whole = total if total <= ALL else CHOSEN
     wanted = whole if positions is None else require_positive_int("positions", positions)

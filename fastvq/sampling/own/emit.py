@@ -87,7 +87,9 @@ class Emitter:
         return self._whole(op, top, left, x.rows, x.columns)
 
     def settled(self, x: Linear) -> Linear:
-        """The same as one operation, unless that would read what is not known there."""
+        """The same as one operation, unless that would read what is not known there, or be more than the grid."""
+        if x.rows > self.grid[0] or x.columns > self.grid[1]:
+            return x
         try:
             return self.alone(x)
         except NotCausal:

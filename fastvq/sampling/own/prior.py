@@ -20,6 +20,7 @@ from fastvq.sampling.own.base import BATCH, Meeting
 from fastvq.sampling.own.builder import Feature, GivenValues, PlanBuilder
 from fastvq.sampling.own.causal import require_causal
 from fastvq.sampling.own.record import Recorder
+from fastvq.sampling.own.settings import settings_of
 from fastvq.sampling.own.tensors import Replayer
 from fastvq.sampling.plan import Graph, Op, schedule, writes
 from fastvq.sampling.plan.evaluate import plan_logits
@@ -60,6 +61,11 @@ class _Kept:
         self.lock = threading.RLock()
         self.traced: Traced | None = None
         self.obstacle: str | None = None
+        self.settings: tuple[object, ...] = ()
+
+    def __reduce__(self) -> tuple[type[_Kept], tuple[()]]:
+        """Copies of a prior trace anew."""
+        return _Kept, ()
 
 
 class OwnPrior(Prior):
@@ -76,6 +82,8 @@ class OwnPrior(Prior):
         untraced: why it is not to be written as a plan; then only the naive engine runs it.
         write: writes the plan by hand, instead of a trace: given a builder, gives the feature that is the logits.
     """
+
+    _changes: Tensor
 
     def __init__(
         self,
@@ -95,8 +103,9 @@ class OwnPrior(Prior):
             self._function = module
         if next(self.parameters(), None) is None:
             self.place = nn.Parameter(torch.zeros(()), requires_grad=False)
-        self._kept = _Kept()
-        self._kept.obstacle = untraced
+        self._kept, self._untraced = _Kept(), untraced
+        # Plans are kept for tensors that stay as they are. This one changes where other things do.
+        self.register_buffer("_changes", torch.zeros((), dtype=torch.int64), persistent=False)
 
     @property
     def network(self) -> Callable[..., Any]:
@@ -120,6 +129,34 @@ class OwnPrior(Prior):
         require_shape("prior: logits", found, [len(codes), self.config.num_codes, height, width])
         return found[:, :, :rows]
 
+    def require_call(self) -> None:
+        """Call the network once, as it will be.
+
+        Raises:
+            ArgumentError: see :meth:`try_out`.
+        """
+        with torch.no_grad():
+            in_evaluation(self).try_out(*self._example(BATCH))
+
+    def try_out(self, codes: Tensor, context: Told) -> None:
+        """
+        Raises:
+            ArgumentError: the network cannot be called so.
+        """
+        try:
+            self.logits(codes, context)
+        except FastvqError:
+            raise
+        except (TypeError, ValueError, IndexError, RuntimeError) as error:
+            given = [f"codes {list(codes.shape)} in 0..{self.config.num_codes - 1}"]
+            given += [f"a condition {list(one.shape)}" for one in context.condition]
+            given += [] if context.label is None else [f"labels [{len(context.label)}]"]
+            raise ArgumentError(
+                f"prior: calling it with {' and '.join(given)} failed: {first_line(error)}. num_codes= and "
+                "num_classes= say what it takes; a network that takes codes of other levels is given to fastvq.trace, with "
+                "condition_shapes= and condition_num_codes="
+            ) from error
+
     def arguments(self, codes: Any, context: Told) -> list[Any]:
         """What the network is called with."""
         condition: list[Any] = list(context.condition)
@@ -128,12 +165,36 @@ class OwnPrior(Prior):
 
     def why_no_plan(self) -> str | None:
         """Why there is no plan of this prior, or None."""
+        if self._untraced is not None:
+            return self._untraced
+        self._look_again()
         if self._kept.obstacle is None:
             try:
                 self.traced()
             except TraceError as error:
                 self._kept.obstacle = str(error).removeprefix("module: ")
+                self._kept.settings = self._settings()
         return self._kept.obstacle
+
+    def _settings(self) -> tuple[object, ...]:
+        network = self.network
+        return settings_of(network) if isinstance(network, nn.Module) else ()
+
+    def _look_again(self) -> None:
+        """Forget what is kept if anything but weights has changed, and with it what the network computes."""
+        kept = self._kept
+        if kept.traced is None and kept.obstacle is None:
+            return
+        if kept.settings == self._settings():
+            return
+        with kept.lock, torch.no_grad():
+            try:
+                if kept.traced is not None:
+                    in_evaluation(self)._check(kept.traced)
+            except (FastvqError, RuntimeError, TypeError):
+                kept.traced = None
+                self._changes.add_(1)
+            kept.obstacle, kept.settings = None, self._settings()
 
     def traced(self) -> Traced:
         """The network as it is now, followed and checked.
@@ -153,7 +214,7 @@ class OwnPrior(Prior):
                 # The first pass may change weights, as masks do that are applied in each.
                 with torch.no_grad():
                     found = in_evaluation(self)._traced()
-                kept.traced = found
+                kept.traced, kept.settings = found, self._settings()
             return found
 
     def statics(self, condition: Condition, label: Tensor | None, *, batch: int) -> dict[str, Tensor]:
@@ -180,7 +241,7 @@ class OwnPrior(Prior):
         if small is not None:
             raise TraceError(f"module: has weights in {small}, and plans compute in float32; give module.float()")
         codes, told = self._example(BATCH)
-        self.logits(codes, told)
+        self.try_out(codes, told)
         try:
             found = self._record(Snapshot(contents_of(self)[1]))
             self._check(found)

@@ -249,7 +249,7 @@ class Shapes(Values):
             found = self._table_around(value, top, bottom, left, right, fill)
             if found is not None:
                 return found
-        if isinstance(value, Pending) and value.name == "sigmoid":
+        if isinstance(value, Pending) and (value.name == "sigmoid" or (value.of.rows, value.of.columns) == self.grid):
             value = self._applied(value)
         if fill != 0:
             raise Untraceable(f"it pads features with {fill}, not 0")
