@@ -153,8 +153,8 @@ class OwnPrior(Prior):
             given += [] if context.label is None else [f"labels [{len(context.label)}]"]
             raise ArgumentError(
                 f"prior: calling it with {' and '.join(given)} failed: {first_line(error)}. num_codes= and "
-                "num_classes= say what it takes; a network that takes codes of other levels is given to fastvq.trace, with "
-                "condition_shapes= and condition_num_codes="
+                "num_classes= say what it takes; a network that takes codes of other levels is given to fastvq.trace, "
+                "with condition_shapes= and condition_num_codes="
             ) from error
 
     def arguments(self, codes: Any, context: Told) -> list[Any]:
