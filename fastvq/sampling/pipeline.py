@@ -467,7 +467,7 @@ class Pipeline:
         else:
             raise MissingFileError(
                 f"name: {folder} holds no {PIPELINE_FILE}, so it is not a saved pipeline, and neither {DATA_FILE} nor "
-                "a run in vqvae/, so it is neither a project folder"
+                "a run in vqvae/, so it is no project folder"
             )
         with reading(f"{folder}: the models do not fit together"):
             if not optional(several(TEXT)).test(names):
