@@ -125,11 +125,12 @@ def test_sampling_imported_codes_is_explained(
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "in", arrays(), TOLD)
     assert main(["import-codes", "in", "--run", "my", "--validation", "0"]) == 0
-    small = "channels=4 residual_channels=4 attention_heads=2 condition_channels=4 condition_blocks=1".split()
+    small = ["channels=4", "residual_channels=4", "attention_heads=2", "condition_channels=4", "condition_blocks=1"]
     settings = [word for setting in small for word in ("--set", setting)]
     train = ["train-prior", "--run", "my", "--level", "0", "--preset", "tiny-top", "--steps", "1", "--batch-size", "4"]
     assert main([*train, "--warmup", "0", "--quiet", "--device", "cpu", *settings]) == 0
-    how = "sample in Python from fastvq.Pipeline(your_autoencoder, priors), where priors are fastvq.training.load_weights("
+    how = "sample in Python from fastvq.Pipeline(your_autoencoder, priors), where priors are "
+    how += "fastvq.training.load_weights("
     told = capsys.readouterr().out
     assert f'once all levels have one: {how}"my/prior0"), ... (docs/own-autoencoders.md)' in told
     assert "fastvq sample" not in told
