@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Self, TypedDict, TypeVar, Unpack
@@ -480,9 +480,10 @@ class Pipeline:
 
 
 def _names(given: object) -> tuple[str, ...]:
-    if isinstance(given, str) or not isinstance(given, Sequence) or not all(isinstance(one, str) for one in given):
+    names = () if isinstance(given, str) or not isinstance(given, Iterable) else tuple(given)
+    if not names or not all(isinstance(one, str) for one in names):
         raise ArgumentTypeError(f"class_names: expected a sequence of names, one per class, got {given!r}")
-    return tuple(given)
+    return names
 
 
 def _saved(folder: Path, device: str | torch.device) -> tuple[HierarchicalVQVAE, list[Prior], object]:

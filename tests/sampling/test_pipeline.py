@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import pixelcnn, refuses
@@ -218,7 +219,7 @@ def test_refuses_priors_that_do_not_fit(priors: Callable[[], list[Any]], message
 
 
 def test_refuses_another_number_of_names() -> None:
-    assert Pipeline(vqvae_of(1), [prior_of(0)], class_names=["a", "b", "c"]).class_names == ("a", "b", "c")
+    assert Pipeline(vqvae_of(1), [prior_of(0)], class_names=np.array(["a", "b", "c"])).class_names == ("a", "b", "c")
     with refuses(ArgumentError, "class_names: expected 3 names, got 2"):
         Pipeline(vqvae_of(1), [prior_of(0)], class_names=["a", "b"])
     with refuses(ArgumentError, "class_names: these priors know no classes, got 2 names"):
