@@ -73,7 +73,7 @@ def reconstruct(vqvae: AnyAutoencoder, images: Tensor) -> Tensor:
 
 
 def frames(
-    vqvae: AnyAutoencoder, codes: Sequence[Tensor], *, known: Sequence[Tensor] | None = None, most: int = 60
+    vqvae: AnyAutoencoder, codes: Tensor | Sequence[Tensor], *, known: Sequence[Tensor] | None = None, most: int = 60
 ) -> Iterator[Tensor]:
     """Images of grids being filled in the order of sampling: top level first, each in raster order.
 
@@ -82,14 +82,15 @@ def frames(
     times as there are frames.
 
     Args:
-        codes: int64 [n, h, w] of all levels, top first.
+        codes: int64 [n, h, w] of all levels, top first, as of `decode`.
         known: bool [n, h, w] of all levels, True where a code was there before anything was drawn.
         most: frames after the first; where positions are more, each frame adds whole rows.
 
     Yields:
         float32 [n, C, H, W], clamped to [-1, 1]: first with nothing drawn, last with everything.
     """
-    require_positive_int("most", most, minimum=len(codes))
+    codes = _levels_of(vqvae, codes)
+    most = require_positive_int("most", most, minimum=len(codes))
     there = [torch.zeros_like(level, dtype=torch.bool) for level in codes] if known is None else [*known]
     shapes = [tuple(level.shape[1:]) for level, mask in zip(codes, there, strict=True) if not bool(mask.all())]
     # Positions that a frame adds in each of the levels that are drawn.

@@ -395,7 +395,7 @@ class Pipeline:
         return reconstruct(self.vqvae, images)
 
     def frames(
-        self, codes: Sequence[Tensor], *, known: Sequence[Tensor] | None = None, most: int = 60
+        self, codes: Tensor | Sequence[Tensor], *, known: Sequence[Tensor] | None = None, most: int = 60
     ) -> Iterator[Tensor]:
         """Images of the grids of :class:`Samples` being filled, see :func:`fastvq.sampling.frames`."""
         return frames(self.vqvae, codes, known=known, most=most)

@@ -65,6 +65,8 @@ def test_codes_of_a_single_level_may_be_a_tensor() -> None:
 def test_refuses_other_codes(given: Any, error: type[Exception], message: str) -> None:
     with refuses(error, f"codes.*{message}"):
         pipeline_of(2).decode(given)
+    with refuses(error, f"codes.*{message}"):
+        next(pipeline_of(2).frames(given))
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 8, 12), (1, 8, 12), ()], ids=["channels", "no-batch", "number"])
