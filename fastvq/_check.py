@@ -137,8 +137,10 @@ def require_mask(name: str, value: object, shape: Sequence[int | str | None], me
 
 
 def require_positive_int(name: str, value: object, minimum: int = 1, maximum: int | None = None) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
+    """An integer, of NumPy as well, as one of Python."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise ArgumentTypeError(f"{name}: expected an int, got {type(value).__name__} {value!r}")
+    value = int(value)
     if value < minimum:
         raise ArgumentError(f"{name}: must be at least {minimum}, got {value}")
     if maximum is not None and value > maximum:

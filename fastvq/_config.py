@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, Self
@@ -102,4 +103,7 @@ class Config:
 
 
 def _tuples(value: Any) -> Any:
-    return tuple(_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
+    if isinstance(value, (list, tuple)):
+        return tuple(_tuples(v) for v in value)
+    # NumPy's integers are none to JSON.
+    return int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else value

@@ -6,10 +6,26 @@ import math
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 
-from fastvq._check import require_bool, require_number, require_odd, require_real, require_seed
+from fastvq._check import require_bool, require_number, require_odd, require_positive_int, require_real, require_seed
 from fastvq.errors import ArgumentError, ArgumentTypeError
+from fastvq.training import TrainConfig
+
+
+@pytest.mark.parametrize("value", [3, np.int64(3), np.uint8(3)], ids=["int", "int64", "uint8"])
+def test_integers_become_those_of_python(value: Any) -> None:
+    assert require_positive_int("x", value) == 3
+    assert type(require_positive_int("x", value)) is int
+    widths = TrainConfig(steps=value, batch_size=2).to_dict()
+    assert type(widths["steps"]) is int
+
+
+@pytest.mark.parametrize("value", [True, np.bool_(True), 3.0, "3", None, np.array([3])], ids=repr)
+def test_what_is_no_integer(value: Any) -> None:
+    with pytest.raises(ArgumentTypeError, match="^x: expected an int, got "):
+        require_positive_int("x", value)
 
 
 @pytest.mark.parametrize(

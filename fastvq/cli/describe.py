@@ -20,12 +20,14 @@ from fastvq.cli.images import image_size
 from fastvq.cli.names import configure
 from fastvq.cli.project import Project, choose_device, is_one_model, load_pipeline, parse_overrides
 from fastvq.cli.summary import TOO_MANY_FOR_A_CPU, bytes_text
+from fastvq.data import CodeDataset
 from fastvq.errors import ArgumentError, UnavailableError
 from fastvq.models import PRESETS, HierarchicalVQVAE, Prior, build, preset
 from fastvq.models.pretrained import CONFIG_FILE
 from fastvq.models.stored import outline
 from fastvq.sampling import ENGINES, describe, shipped
 from fastvq.sampling.engines.cuda import cuda_summary
+from fastvq.sampling.project import how_to_sample_elsewhere, made_elsewhere
 from fastvq.training import TrainConfig, load_weights, training_memory
 from fastvq.training.recipes import MEASURED, RECIPES, Recipe
 from fastvq.training.run import RunFolder
@@ -62,6 +64,9 @@ def info(arguments: argparse.Namespace) -> None:
         model = load_weights(arguments.checkpoint, weights=arguments.weights)
         _print_model(type(model).__name__, model)
         return
+    if arguments.checkpoint is not None and made_elsewhere(arguments.checkpoint):
+        _print_imported(Project(arguments.checkpoint))
+        return
     if arguments.checkpoint is not None and Project(arguments.checkpoint).vqvae.is_dir():
         project = Project(arguments.checkpoint)
         states = project.stages()
@@ -90,6 +95,20 @@ def info(arguments: argparse.Namespace) -> None:
     _print_model("vqvae", pipeline.vqvae)
     for level, prior in enumerate(pipeline.priors):
         _print_model(f"prior {level}", prior)
+
+
+def _print_imported(project: Project) -> None:
+    """A project over codes that were made elsewhere."""
+    codes = CodeDataset(project.codes)
+    grids = ", ".join(f"{height} x {width}" for height, width in codes.shapes)
+    print(f"codes       {grids} (top first), {len(codes)} rows, made elsewhere, so there is no autoencoder here")
+    runs = [project.prior(level) for level in range(codes.num_levels)]
+    for run in runs:
+        print(f"{run.name:11} {project.state(run)}")
+    print(f"next        {how_to_sample_elsewhere(project.path)}")
+    for run in runs:
+        if _has_weights(run):
+            _print_model(run.name, load_weights(run))
 
 
 def _has_weights(run: Path) -> bool:

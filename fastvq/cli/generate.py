@@ -20,8 +20,7 @@ from fastvq.cli.project import Project, choose_device, is_one_model, load_pipeli
 from fastvq.data import load_images, load_picture, psnr, save_animation, save_grid
 from fastvq.data.animation import require_animation
 from fastvq.data.base import spread_over_classes
-from fastvq.data.grid import PICTURES, grid_size, require_picture
-from fastvq.data.pictures import picture_types
+from fastvq.data.grid import grid_size, is_picture, require_picture
 from fastvq.errors import ArgumentError, FileConflictError
 from fastvq.models import HierarchicalVQVAE
 from fastvq.sampling import Pipeline, Shard, sample_shard
@@ -77,7 +76,7 @@ def sample(arguments: argparse.Namespace) -> None:
 
 def require_free_outputs(arguments: argparse.Namespace) -> bool:
     """Find out what cannot be written before anything is loaded; returns whether ``--out`` is a picture."""
-    picture = _is_picture(arguments.out)
+    picture = is_picture("--out", arguments.out)
     check_free(arguments.out, arguments.overwrite, picture)
     if getattr(arguments, "animate", None) is not None:
         require_animation("--animate", arguments.animate)
@@ -112,7 +111,7 @@ def _sample_part(arguments: argparse.Namespace) -> None:
     for option in ("like", "keep_levels", "animate"):
         if getattr(arguments, option) is not None:
             raise ArgumentError(f"--{option.replace('_', '-')}: not for parts; leave out --shard")
-    if _is_picture(arguments.out):
+    if is_picture("--out", arguments.out):
         raise ArgumentError(f"--out: --shard writes to a folder, got {arguments.out}")
     pipeline = load_pipeline(
         arguments.checkpoint, arguments.pretrained, choose_device(arguments.device), arguments.weights
@@ -228,23 +227,6 @@ def _autoencoder(arguments: argparse.Namespace, device: str) -> tuple[Hierarchic
     pipeline = load_pipeline(checkpoint, arguments.pretrained, device, arguments.weights)
     assert isinstance(pipeline.vqvae, HierarchicalVQVAE)  # as all that are stored
     return pipeline.vqvae, {"size": pipeline.image_shape[1:], "skip_broken": False}
-
-
-def _is_picture(out: Path) -> bool:
-    """Whether samples become one picture or a folder.
-
-    Raises:
-        ArgumentError: the name ends like a picture's of a type that is not written.
-    """
-    suffix = out.suffix.lower()
-    if suffix in PICTURES:
-        return True
-    if not out.is_dir() and (suffix[1:].isalpha() or suffix in picture_types()):
-        raise ArgumentError(
-            f"--out: expected a picture's name that ends in {', '.join(PICTURES)}, or a folder's without an ending, "
-            f"got {out}"
-        )
-    return False
 
 
 def check_free(out: Path, overwrite: bool, picture: bool, option: str = "--out") -> None:

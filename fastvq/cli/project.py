@@ -19,7 +19,15 @@ from fastvq.models import HierarchicalVQVAE
 from fastvq.models.limits import MOST_LEVELS
 from fastvq.models.pretrained import CONFIG_FILE
 from fastvq.sampling import Pipeline
-from fastvq.sampling.project import DATA_FILE, is_project, load_vqvae, other_autoencoder, prior_run, vqvae_run
+from fastvq.sampling.project import (
+    DATA_FILE,
+    codes_folder,
+    is_project,
+    load_vqvae,
+    other_autoencoder,
+    prior_run,
+    vqvae_run,
+)
 from fastvq.training.checkpoint import DESCRIPTION as CHECKPOINT_FILE
 from fastvq.training.run import CONFIG, RunFolder
 from fastvq.training.weights import best_validation
@@ -56,7 +64,7 @@ class Project:
         self.files = path / "files.json"
         self.cache = path / "cache"
         self.vqvae = vqvae_run(path)
-        self.codes = path / "codes" / "train"
+        self.codes = codes_folder(path)
         self.validation_codes = path / "codes" / "validation"
         self.code_parts = path / "codes" / "parts"
 

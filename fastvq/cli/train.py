@@ -37,6 +37,7 @@ from fastvq.errors import ArgumentError, FileConflictError
 from fastvq.models import HierarchicalVQVAE, Prior, PriorConfig, VQVAEConfig, build
 from fastvq.models.stored import outline
 from fastvq.sampling import sample
+from fastvq.sampling.project import how_to_sample_elsewhere, made_elsewhere
 from fastvq.training import Picture, TrainConfig
 from fastvq.training import train_prior as train_prior_on_codes
 from fastvq.training import train_vqvae as train_vqvae_on_images
@@ -245,7 +246,9 @@ def train_prior(arguments: argparse.Namespace) -> None:
         )
         if group.first:
             print(f"prior in {run / 'model'}")
-            print(f"once all levels have one: fastvq sample --checkpoint {arguments.run}")
+            elsewhere = made_elsewhere(project.path)
+            then = how_to_sample_elsewhere(project.path) if elsewhere else f"fastvq sample --checkpoint {project.path}"
+            print(f"once all levels have one: {then}")
 
 
 class _Stage2(NamedTuple):

@@ -27,7 +27,7 @@ class Augment:
     horizontal_flip: bool = False
 
     def __post_init__(self) -> None:
-        require_positive_int("max_shift", self.max_shift, minimum=0)
+        object.__setattr__(self, "max_shift", require_positive_int("max_shift", self.max_shift, minimum=0))
         require_bool("horizontal_flip", self.horizontal_flip)
 
     def __call__(self, image: Tensor, *, seed: int, index: int, variant: int) -> Tensor:

@@ -206,9 +206,8 @@ class _Extraction:
         progress: bool,
     ) -> None:
         model = unwrap(model)
-        for name, value in (("batch_size", batch_size), ("copies", copies)):
-            require_positive_int(name, value)
-        require_positive_int("num_workers", num_workers, minimum=0)
+        batch_size, copies = require_positive_int("batch_size", batch_size), require_positive_int("copies", copies)
+        num_workers = require_positive_int("num_workers", num_workers, minimum=0)
         require_seed("seed", seed)
         images = checked_indices(indices, len(dataset))
         if copies > 1 and augment is None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastvq._check import require_floating, require_positive_int, require_shape, require_tensor
 from fastvq._files import replacing_file
+from fastvq.data.pictures import picture_types
 from fastvq.errors import ArgumentError, FileConflictError
 
 if TYPE_CHECKING:
@@ -61,6 +62,23 @@ def require_picture(name: str, path: Path, height: int = 1, width: int = 1) -> t
             "choose a name that ends in .png"
         )
     return known
+
+
+def is_picture(name: str, path: Path) -> bool:
+    """Whether images become one picture or a folder.
+
+    Raises:
+        ArgumentError: the name ends like a file's of a type that is not written.
+    """
+    suffix = path.suffix.lower()
+    if suffix in PICTURES:
+        return True
+    if not path.is_dir() and (suffix[1:].isalpha() or suffix in picture_types()):
+        raise ArgumentError(
+            f"{name}: expected a picture's name that ends in {', '.join(PICTURES)}, or a folder's without an ending, "
+            f"got {path}"
+        )
+    return False
 
 
 def require_free(path: Path, overwrite: bool) -> None:

@@ -138,7 +138,7 @@ def sample(
         ArgumentError, ArgumentTypeError: arguments that do not fit; nothing has been computed then.
     """
     prior = as_prior(prior, shape=shape, num_codes=num_codes, num_classes=num_classes)
-    check_indices(n, start)
+    n, start = check_indices(n, start)
     run = Run.chosen(prior, n, engine, engine_options(precision, options), micro_batch, memory_limit)
     require_callback(callback)
     require_bool("return_logprobs", return_logprobs)

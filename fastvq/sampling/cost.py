@@ -125,7 +125,7 @@ def describe(
     """
     prior = as_prior(prior, shape=shape, num_codes=num_codes, num_classes=num_classes)
     options = engine_options(precision, options)
-    require_positive_int("n", n)
+    n = require_positive_int("n", n)
     reason = why_no_values(prior)
     chosen: Engine[Any]
     if reason is None:

@@ -33,9 +33,9 @@ def choose_micro_batch(
         ArgumentError: the limit is below what is needed.
     """
     if asked is not None:
-        require_positive_int("micro_batch", asked)
+        asked = require_positive_int("micro_batch", asked)
     if memory_limit is not None:
-        require_positive_int("memory_limit", memory_limit)
+        memory_limit = require_positive_int("memory_limit", memory_limit)
         if not engine.plans:
             raise ArgumentError(
                 f"memory_limit: the {engine.name} engine cannot keep to one; its memory is the model's own"

@@ -56,9 +56,10 @@ class EngineOptions:
                 f"row_kernel: expected None, for the cuda engine's own products, or 'library', got {self.row_kernel!r}"
             )
         if self.threads is not None:
-            require_positive_int("threads", self.threads, maximum=_MOST_THREADS)
+            threads = require_positive_int("threads", self.threads, maximum=_MOST_THREADS)
+            object.__setattr__(self, "threads", threads)
         if self.tile is not None:
-            require_positive_int("tile", self.tile)
+            object.__setattr__(self, "tile", require_positive_int("tile", self.tile))
         require_bool("cuda_graph", self.cuda_graph)
 
 

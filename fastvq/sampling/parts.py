@@ -95,7 +95,7 @@ def sample_shard(
         DiskFullError: there is no room; for the codes found out before any is drawn.
     """
     folder = Path(folder)
-    require_positive_int("n", n)
+    n = require_positive_int("n", n)
     seed = wrapped_seed("seed", seed)
     if images is not None:
         require_choice("images", images, ("png", "tar"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Self, TypedDict, TypeVar, Unpack
@@ -41,7 +41,7 @@ FORMAT = 1
 _SHOWN = 12
 
 T = TypeVar("T")
-# Classes: of all samples, in turn by their index, or (an array or a tensor, int [n]) of each.
+# Classes: of all samples, in turn by their index, or (an array or a tensor [n]) of each.
 Label = int | str | Sequence[int | str] | np.ndarray | Tensor
 # Of all levels, or of each; and then of all samples, or (a sequence, an array or a tensor, [n]) of each.
 Temperature = float | np.ndarray | Tensor | Sequence[float | Sequence[float] | np.ndarray | Tensor]
@@ -89,7 +89,7 @@ class Pipeline:
             require_model(f"priors[{i}]", prior, Prior)  # type: ignore[type-abstract]
             for i, prior in enumerate(priors)
         )
-        self.class_names = None if class_names is None else tuple(class_names)
+        self.class_names = None if class_names is None else _names(class_names)
         inner = unwrap(vqvae)
         configs = [prior.config for prior in self.priors]
         shapes, num_codes = tuple(one.shape for one in configs), tuple(one.num_codes for one in configs)
@@ -131,6 +131,8 @@ class Pipeline:
                 )
         if len(classes) > 1:
             raise ArgumentError(f"priors: all levels must have the same num_classes, got {sorted(map(str, classes))}")
+        if self.class_names is not None and self.num_classes is None:
+            raise ArgumentError(f"class_names: these priors know no classes, got {len(self.class_names)} names")
         if self.class_names is not None and len(self.class_names) != self.num_classes:
             raise ArgumentError(f"class_names: expected {self.num_classes} names, got {len(self.class_names)}")
 
@@ -193,9 +195,9 @@ class Pipeline:
         sequence with one value per level, top first.
 
         Args:
-            label: class of all samples: a number, or a name of ``class_names``; a sequence of them, of which sample i
-                (counted from 0, not from ``start``) is of the one at i modulo their number; or an array or a tensor,
-                int [n].
+            label: class of all samples: a number, or a name of ``class_names``; or a sequence, an array or a tensor of
+                them, of which sample i (counted from 0, not from ``start``) is of the one at i modulo their number. An
+                array or a tensor [n] has the class of each sample drawn, in their order.
             temperature: of all samples and levels; a sequence is one per level. An array or a tensor [n], in place of
                 any of these numbers, has one for each sample; per level such a one may be a sequence as well.
             codes: of the first levels, top first, int [n, h, w] or [1, h, w] each, such as from :meth:`encode`. The
@@ -207,7 +209,7 @@ class Pipeline:
         """
         require_callback(callback)
         require_bool("return_logprobs", return_logprobs)
-        check_indices(n, start)
+        n, start = check_indices(n, start)
         levels = self.levels(
             n,
             temperature=temperature,
@@ -283,7 +285,7 @@ class Pipeline:
                     f"inpaint: images of {tuple(size)} are no multiple of {grid}, the grid of level {level}"
                 )
         images, mask, n = check_pictures(images, mask, n, self.image_shape)
-        check_indices(n, start)
+        n, start = check_indices(n, start)
         require_positive_int("margin", margin, minimum=0)
         require_positive_int("rounds", rounds)
         levels = self.levels(n, options=engine_options(precision, options), **drawing)
@@ -333,14 +335,14 @@ class Pipeline:
         Raises:
             ArgumentError, ArgumentTypeError: there is no such class.
         """
-        if isinstance(label, Tensor) or (isinstance(label, np.ndarray) and label.dtype.kind in "iu"):
-            return check_labels(self.priors[0], label, len(indices))
+        if isinstance(label, (np.ndarray, Tensor)) and label.shape == (len(indices),):
+            return torch.tensor(self.classes(label) if len(label) else (), dtype=torch.int64)
         classes = self.classes(label)
         if classes is None:
             return None
         return torch.tensor([classes[index % len(classes)] for index in indices], dtype=torch.int64)
 
-    def classes(self, label: int | str | Sequence[int | str] | np.ndarray | None = None) -> tuple[int, ...] | None:
+    def classes(self, label: Label | None = None) -> tuple[int, ...] | None:
         """Numbers of the classes that ``label`` names, or of all; None without classes.
 
         Raises:
@@ -351,12 +353,11 @@ class Pipeline:
             return None if count is None else tuple(range(count))
         if count is None:
             raise ArgumentError(f"label: these priors are not class-conditional, got {label!r}")
-        given = [label] if isinstance(label, (int, np.integer, str)) else label
-        if isinstance(given, np.ndarray):
-            given = given.tolist()
+        plain = label.tolist() if isinstance(label, (np.ndarray, Tensor)) else label
+        given = [plain] if isinstance(plain, (int, float, np.integer, str)) else plain
         if not isinstance(given, Sequence):
             raise ArgumentTypeError(
-                f"label: expected a class, a sequence of them or an integer tensor, got {type(label).__name__}"
+                f"label: expected a class, or a sequence, an array or a tensor of them, got {type(label).__name__}"
             )
         if not given:
             raise ArgumentError("label: expected at least one class, got none")
@@ -382,8 +383,11 @@ class Pipeline:
         """Codes of images [n, C, H, W] in [-1, 1]: int64 [n, h, w] for each level, top first."""
         return encode(self.vqvae, images)
 
-    def decode(self, codes: Sequence[Tensor]) -> Tensor:
-        """Images of codes, int64 [n, h, w] of each level, top first: float32 [n, C, H, W], clamped to [-1, 1]."""
+    def decode(self, codes: Tensor | Sequence[Tensor]) -> Tensor:
+        """Images of codes, int64 [n, h, w] of each level, top first: float32 [n, C, H, W], clamped to [-1, 1].
+
+        Of a single level they may come as the tensor alone.
+        """
         return decode(self.vqvae, codes)
 
     def reconstruct(self, images: Tensor) -> Tensor:
@@ -391,7 +395,7 @@ class Pipeline:
         return reconstruct(self.vqvae, images)
 
     def frames(
-        self, codes: Sequence[Tensor], *, known: Sequence[Tensor] | None = None, most: int = 60
+        self, codes: Tensor | Sequence[Tensor], *, known: Sequence[Tensor] | None = None, most: int = 60
     ) -> Iterator[Tensor]:
         """Images of the grids of :class:`Samples` being filled, see :func:`fastvq.sampling.frames`."""
         return frames(self.vqvae, codes, known=known, most=most)
@@ -467,12 +471,19 @@ class Pipeline:
         else:
             raise MissingFileError(
                 f"name: {folder} holds no {PIPELINE_FILE}, so it is not a saved pipeline, and neither {DATA_FILE} nor "
-                "a run in vqvae/, so it is neither a project folder"
+                "a run in vqvae/, so it is no project folder"
             )
         with reading(f"{folder}: the models do not fit together"):
             if not optional(several(TEXT)).test(names):
                 raise ArgumentError(f"class_names: expected a list of names, got {names!r}")
             return cls(vqvae, priors, class_names=names)  # type: ignore[arg-type]
+
+
+def _names(given: object) -> tuple[str, ...]:
+    names = () if isinstance(given, str) or not isinstance(given, Iterable) else tuple(given)
+    if not names or not all(isinstance(one, str) for one in names):
+        raise ArgumentTypeError(f"class_names: expected a sequence of names, one per class, got {given!r}")
+    return names
 
 
 def _saved(folder: Path, device: str | torch.device) -> tuple[HierarchicalVQVAE, list[Prior], object]:

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from fastvq._files import read_json
-from fastvq.data.codes import model_checksum
+from fastvq.data.codes import DESCRIPTION, model_checksum
+from fastvq.data.made_elsewhere import ELSEWHERE
 from fastvq.errors import CorruptFileError, FileConflictError, MissingFileError
 from fastvq.models.pretrained import CONFIG_FILE, WEIGHTS_FILE, load_pretrained
 from fastvq.models.prior import Prior
@@ -28,15 +29,41 @@ def prior_run(folder: Path, level: int) -> Path:
 def is_project(folder: Path) -> bool:
     """Whether training began here. A model itself in ``vqvae`` is part of a saved pipeline, a run holds one deeper."""
     run = vqvae_run(folder)
-    return (folder / DATA_FILE).is_file() or (run.is_dir() and not (run / WEIGHTS_FILE).is_file())
+    trained = run.is_dir() and not (run / WEIGHTS_FILE).is_file()
+    return trained or (folder / DATA_FILE).is_file() or made_elsewhere(folder)
+
+
+def codes_folder(folder: Path) -> Path:
+    return folder / "codes" / "train"
+
+
+def made_elsewhere(folder: Path) -> bool:
+    """Whether the project's codes were imported, so that it has no autoencoder."""
+    path = codes_folder(folder) / DESCRIPTION
+    if vqvae_run(folder).exists() or not path.is_file():
+        return False
+    arguments = read_json(path).get("arguments")
+    return isinstance(arguments, dict) and arguments.get("model") == ELSEWHERE
+
+
+def how_to_sample_elsewhere(folder: Path) -> str:
+    """With an autoencoder that the project does not have."""
+    return (
+        "sample in Python from fastvq.Pipeline(your_autoencoder, priors), where priors are "
+        f'fastvq.training.load_weights("{prior_run(folder, 0)}"), ... (docs/own-autoencoders.md)'
+    )
 
 
 def load_vqvae(folder: Path, device: Device) -> HierarchicalVQVAE:
     """
     Raises:
-        MissingFileError: it has not been trained, or not to the end.
+        MissingFileError: it has not been trained, or not to the end, or the codes were made elsewhere.
     """
     run = vqvae_run(folder)
+    if made_elsewhere(folder):
+        raise MissingFileError(
+            f"the codes of {folder} were made elsewhere, so it holds no autoencoder; {how_to_sample_elsewhere(folder)}"
+        )
     if not (run / "model").is_dir():
         state = "has not finished training" if (run / CONFIG_FILE).is_file() else "has not begun"
         raise MissingFileError(f"{run} {state}; run `fastvq train-vqvae --run {folder}`")

@@ -229,7 +229,7 @@ def build_request(
     start: int,
 ) -> SampleRequest:
     """Check the arguments of :func:`fastvq.sample` and bring them to the prior's device."""
-    check_indices(n, start)
+    n, start = check_indices(n, start)
     config = prior.config
     settings.check(config.num_codes)
     grid = [n, *config.shape]
@@ -279,10 +279,12 @@ def assemble(
     )
 
 
-def check_indices(n: int, start: int) -> None:
-    require_positive_int("n", n, minimum=0)
-    if require_positive_int("start", start, minimum=0) > INDEX_LIMIT:
+def check_indices(n: int, start: int) -> tuple[int, int]:
+    """Both as Python's integers."""
+    n, start = require_positive_int("n", n, minimum=0), require_positive_int("start", start, minimum=0)
+    if start > INDEX_LIMIT:
         raise ArgumentError(f"start: must be at most 2**62, got {start}")
+    return n, start
 
 
 def check_labels(prior: Prior, label: Labels | None, n: int) -> Tensor | None:
@@ -290,6 +292,9 @@ def check_labels(prior: Prior, label: Labels | None, n: int) -> Tensor | None:
     classes = prior.config.num_classes
     if label is None:
         return prior.check_label(None, n)
+    if isinstance(label, (np.ndarray, Tensor)) and label.ndim == 0:
+        one: Any = label.item()
+        label = one
     if isinstance(label, (int, np.integer)) and not isinstance(label, bool):
         if classes is not None and not 0 <= label < classes:
             raise ArgumentError(f"label: must lie in 0..{classes - 1}, got {label}")

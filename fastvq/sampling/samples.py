@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastvq._files import replacing_folder, save_tensors, write_json
 from fastvq._version import __version__
-from fastvq.data.grid import PICTURES, image_grid, picture_bytes, save_grid
+from fastvq.data.grid import image_grid, is_picture, picture_bytes, save_grid
 from fastvq.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -73,21 +73,21 @@ class Samples:
         """Write one picture of all images, or a folder of them; returns its path.
 
         Args:
-            path: a name that ends in .png, .jpg, .jpeg or .webp, for one picture; any other is a folder, in which
-                image i becomes ``00000i.png``, beside ``codes.safetensors`` (``level0``, ``level1``, ..., top first)
-                and ``samples.json`` with what there is to know of them.
+            path: a name that ends in .png, .jpg, .jpeg or .webp, for one picture; one without an ending is a folder, in
+                which image i becomes ``00000i.png``, beside ``codes.safetensors`` (``level0``, ``level1``, ..., top
+                first) and ``samples.json`` with what there is to know of them.
             columns: of the picture; by default as square as it gets.
             overwrite: replace the file, or a folder of earlier samples.
 
         Raises:
             FileConflictError: something is there already; it stays as it is.
-            ArgumentError: the images make no picture.
+            ArgumentError: the images make no picture, or the name ends in something else.
             DiskFullError: there is no room; what was there is as it was.
         """
         path = Path(path)
         if not self._is_picture():
             raise ArgumentError(f"images: expected at least one of 1 or 3 channels, got {list(self.images.shape)}")
-        if path.suffix.lower() in PICTURES:
+        if is_picture("path", path):
             return save_grid(path, self.images, columns, overwrite=overwrite)
         if columns is not None:
             raise ArgumentError(f"columns: {path} becomes a folder, only one picture has them")

@@ -190,7 +190,7 @@ def test_a_shipped_model_needs_data_and_takes_any_split(tmp_path: Path, capsys: 
     [
         ([], "RUN: expected a project folder, or --pretrained NAME, and not both"),
         (["absent"], "RUN: no folder absent"),
-        (["{photos}"], "is neither a project folder"),
+        (["{photos}"], "so it is no project folder"),
         (["{run}", "--classifier", "{photos}"], "--classifier: no trained classifier in"),
         (["{run}", "--classifier", "{run}/vqvae"], "--classifier: .* holds a VQVAE2, expected a classifier"),
         (["{run}", "--inception", "absent.pth"], "--inception: no file absent.pth"),

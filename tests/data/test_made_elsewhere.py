@@ -119,6 +119,34 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert not (tmp_path / "new").exists()
 
 
+def test_sampling_imported_codes_is_explained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "in", arrays(), TOLD)
+    assert main(["import-codes", "in", "--run", "my", "--validation", "0"]) == 0
+    small = ["channels=4", "residual_channels=4", "attention_heads=2", "condition_channels=4", "condition_blocks=1"]
+    settings = [word for setting in small for word in ("--set", setting)]
+    train = ["train-prior", "--run", "my", "--level", "0", "--preset", "tiny-top", "--steps", "1", "--batch-size", "4"]
+    assert main([*train, "--warmup", "0", "--quiet", "--device", "cpu", *settings]) == 0
+    how = "sample in Python from fastvq.Pipeline(your_autoencoder, priors), where priors are "
+    how += "fastvq.training.load_weights("
+    told = capsys.readouterr().out
+    assert f'once all levels have one: {how}"my/prior0"), ... (docs/own-autoencoders.md)' in told
+    assert "fastvq sample" not in told
+    for command in (["sample", "--checkpoint", "my"], ["reconstruct", "--checkpoint", "my", "--data", "digits"]):
+        assert main(command) == 1
+        error = capsys.readouterr().err
+        assert f"--checkpoint: the codes of my were made elsewhere, so it holds no autoencoder; {how}" in error
+    assert main(["info", "--checkpoint", "my"]) == 0
+    told = capsys.readouterr().out
+    assert "codes       2 x 3, 4 x 6 (top first), 12 rows, made elsewhere, so there is no autoencoder here" in told
+    assert "prior0      finished, 1 steps" in told
+    assert "prior1      has not begun" in told
+    assert f"next        {how}" in told
+    assert "prior0: PixelSNAIL" in told
+
+
 def changed(**changes: Any) -> Callable[[], dict[str, np.ndarray]]:
     return lambda: {name: array for name, array in {**arrays(), **changes}.items() if array is not None}
 

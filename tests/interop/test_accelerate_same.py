@@ -70,6 +70,30 @@ def test_ten_training_steps_are_the_same(name: str) -> None:
     same(result(theirs, x), result(ours, x))
 
 
+# Originals that multiply vectors by codes, which takes both to be of one type.
+_FLOAT32 = ("port", "Encodec", "encodec", "encodec, k-means", "transformers Encodec")
+
+
+@pytest.mark.parametrize("name", [name for name in {**STEPPED, **ENCODERS} if name not in _FLOAT32])
+def test_types_are_the_same(name: str) -> None:
+    case = {**STEPPED, **ENCODERS}[name]
+    theirs, ours = case.pair(fastvq.accelerate)
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+        for training in (True, False):
+            found = []
+            for module in (theirs.train(training), ours.train(training)):
+                torch.manual_seed(0)
+                x = case.input(0).to(dtype).requires_grad_()
+                try:
+                    outputs = pytree.tree_leaves(module.encode(x) if name in ENCODERS else module(x))
+                    if name not in ENCODERS and outputs[0].requires_grad:
+                        outputs[0].sum().backward()
+                    found.append([out.dtype for out in [*outputs, x.grad] if isinstance(out, Tensor)])
+                except RuntimeError as error:
+                    found.append([str(error)])
+            assert found[0] == found[1], (dtype, training)
+
+
 @pytest.mark.parametrize("name", ENCODERS)
 def test_codes_are_the_same(name: str) -> None:
     case = ENCODERS[name]

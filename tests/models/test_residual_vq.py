@@ -34,6 +34,15 @@ def test_it_is_exported() -> None:
     assert fastvq.ResidualVQ is ResidualVQ
 
 
+@pytest.mark.parametrize(
+    ("given", "options", "found"),
+    [(7, {}, 7), ((7, 5, 6), {}, (7, 5, 6)), ([5, 5, 5], {}, 5), (7, {"shared_codebook": True}, 7)],
+    ids=["alike", "each", "alike-each", "shared"],
+)
+def test_num_codes(given: Any, options: dict[str, Any], found: Any) -> None:
+    assert ResidualVQ(3, given, 4, **options).num_codes == found
+
+
 @pytest.mark.parametrize("options", [{}, {"revive_below": 0.9}, {"init": "kmeans"}], ids=["plain", "revive", "kmeans"])
 def test_separate_levels_equal_a_row_of_quantisers(options: dict[str, Any]) -> None:
     together = ResidualVQ(3, (7, 5, 6), 4, decay=0.6, channels_last=True, **options)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from helpers import random_codes, refuses
 from pipelines import GRIDS, pipeline_of, vqvae_of
 from torch import Tensor
 
-from fastvq.errors import ArgumentError
+from fastvq.errors import ArgumentError, ArgumentTypeError
 from fastvq.sampling import frames
 from fastvq.sampling.coding import decode
 
@@ -33,6 +35,46 @@ def test_reconstructions_are_decoded_codes(count: int) -> None:
     pipeline.vqvae.train()
     assert torch.equal(pipeline.reconstruct(images), found)
     assert pipeline.vqvae.training
+
+
+def test_codes_of_a_single_level_may_be_a_tensor() -> None:
+    pipeline, (codes,) = pipeline_of(1), all_codes(3, 1)
+    assert torch.equal(pipeline.decode(codes), pipeline.decode([codes]))
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        (torch.zeros(2, 2, 3).long(), ArgumentError, r"expected a sequence of 2 .* got a tensor of shape \[2, 2, 3\]"),
+        ((), ArgumentError, "expected a sequence of 2 tensors, one per level, got 0 of them"),
+        (all_codes(2)[:1], ArgumentError, "expected a sequence of 2 tensors, one per level, got 1 of them"),
+        (
+            [grid[level:] for level, grid in enumerate(all_codes(3))],
+            ArgumentError,
+            r"\[1\]: expected shape \[3, h, w\]",
+        ),
+        (
+            [grid[1 - level :] for level, grid in enumerate(all_codes(3))],
+            ArgumentError,
+            r"\[1\]: expected shape \[2, h",
+        ),
+        ([0, 1], ArgumentTypeError, r"\[0\]: expected a torch.Tensor, got int"),
+    ],
+    ids=["tensor", "none", "too-few", "fewer-rows", "more-rows", "numbers"],
+)
+def test_refuses_other_codes(given: Any, error: type[Exception], message: str) -> None:
+    with refuses(error, f"codes.*{message}"):
+        pipeline_of(2).decode(given)
+    with refuses(error, f"codes.*{message}"):
+        next(pipeline_of(2).frames(given))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 8, 12), (1, 8, 12), ()], ids=["channels", "no-batch", "number"])
+def test_refuses_images_of_another_shape(shape: tuple[int, ...]) -> None:
+    pipeline = pipeline_of(2)
+    for call in (pipeline.encode, pipeline.reconstruct):
+        with refuses(ArgumentError, rf"images: expected shape \[B, 1, H, W\], got \[{', '.join(map(str, shape))}\]"):
+            call(torch.zeros(shape))
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ def test_classes_take_turns_by_the_index_of_the_sample(label: Any, expected: lis
         ([], ArgumentError, "label: expected at least one class, got none"),
         ([True], ArgumentTypeError, "label: expected a class's number or name, got bool True"),
         (True, ArgumentTypeError, "label: expected a class's number or name, got bool True"),
-        (1.5, ArgumentTypeError, "label: expected a class, a sequence of them or an integer tensor, got float"),
+        (1.5, ArgumentTypeError, "label: expected a class's number or name, got float 1.5"),
         (None, ArgumentError, "label: this prior is class-conditional"),
     ],
     ids=str,

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import pixelcnn, refuses
@@ -129,7 +130,7 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "micro-batch": ({"micro_batch": 0}, ArgumentError, "micro_batch: must be at least 1"),
     "label-missing": ({"label": None}, ArgumentError, "label: this prior is class-conditional"),
     "label-beyond": ({"label": 3}, ArgumentError, "label: must lie in 0..2, got 3"),
-    "label-shape": ({"label": torch.zeros(3).long()}, ArgumentError, r"label: expected shape \[2\]"),
+    "label-shape": ({"label": torch.zeros(2, 1).long()}, ArgumentTypeError, "label: expected a class's number"),
     "seed": ({"seed": "1"}, ArgumentTypeError, "seed: expected an int, a torch.Generator or None, got str '1'"),
     "seed-float": ({"seed": 0.5}, ArgumentTypeError, "seed: expected an int"),
     "temperatures": (
@@ -218,11 +219,17 @@ def test_refuses_priors_that_do_not_fit(priors: Callable[[], list[Any]], message
 
 
 def test_refuses_another_number_of_names() -> None:
-    assert Pipeline(vqvae_of(1), [prior_of(0)], class_names=["a", "b", "c"]).class_names == ("a", "b", "c")
+    assert Pipeline(vqvae_of(1), [prior_of(0)], class_names=np.array(["a", "b", "c"])).class_names == ("a", "b", "c")
     with refuses(ArgumentError, "class_names: expected 3 names, got 2"):
         Pipeline(vqvae_of(1), [prior_of(0)], class_names=["a", "b"])
-    with refuses(ArgumentError, "class_names: expected None names, got 2"):
+    with refuses(ArgumentError, "class_names: these priors know no classes, got 2 names"):
         Pipeline(vqvae_of(1), [prior_of(0, num_classes=None)], class_names=["a", "b"])
+
+
+@pytest.mark.parametrize("names", ["abc", 3, ["a", "b", 3]], ids=["text", "number", "mixed"])
+def test_refuses_names_that_are_none(names: Any) -> None:
+    with refuses(ArgumentTypeError, "class_names: expected a sequence of names, one per class, got"):
+        Pipeline(vqvae_of(1), [prior_of(0)], class_names=names)
 
 
 def saved(folder: Path) -> Pipeline:

@@ -100,6 +100,6 @@ def test_a_path_is_a_folder_and_never_a_shipped_name(tmp_path: Path, monkeypatch
     with refuses(MissingFileError, "name: no folder digits$"):
         Pipeline.from_pretrained(Path("digits"))
     (tmp_path / "digits").mkdir()
-    with refuses(MissingFileError, "name: digits holds no pipeline.json, .* neither a project folder$"):
+    with refuses(MissingFileError, "name: digits holds no pipeline.json, .* so it is no project folder$"):
         Pipeline.from_pretrained(Path("digits"))
     assert Pipeline.from_pretrained("digits").num_classes == 10

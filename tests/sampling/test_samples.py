@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastvq.data import image_grid
 from fastvq.errors import ArgumentError, ArgumentTypeError, FileConflictError
-from fastvq.sampling import Pipeline, Samples
+from fastvq.sampling import Pipeline, Samples, sample
 
 pytestmark = pytest.mark.usefixtures("steady")
 
@@ -34,8 +34,15 @@ def test_a_pipeline_is_called(named: Pipeline) -> None:
 
 @pytest.mark.parametrize(
     "label",
-    [np.array([1, 2, 1]), np.array(["bee", "cat"]), ["bee", np.int64(2)], torch.tensor([1, 2, 1])],
-    ids=["array", "names", "mixed", "tensor"],
+    [
+        np.array([1, 2, 1]),
+        np.array(["bee", "cat"]),
+        ["bee", np.int64(2)],
+        torch.tensor([1, 2, 1]),
+        np.array([1, 2]),
+        torch.tensor([1, 2]),
+    ],
+    ids=["array", "names", "mixed", "tensor", "short-array", "short-tensor"],
 )
 def test_labels_come_in_any_form(label: Any, named: Pipeline) -> None:
     found, wanted = named(3, label=label, seed=1), named(3, label=[1, 2], seed=1)
@@ -43,6 +50,26 @@ def test_labels_come_in_any_form(label: Any, named: Pipeline) -> None:
     assert found.labels is not None
     assert found.labels.tolist() == [1, 2, 1]
     assert found.class_names == ("ant", "bee", "cat")
+
+
+@pytest.mark.parametrize("label", [torch.tensor(1), np.array(1), np.int64(1)], ids=["tensor", "array", "number"])
+def test_a_label_without_axes_is_of_all(label: Any, named: Pipeline) -> None:
+    assert named(2, label=label, seed=1).labels.tolist() == [1, 1]  # type: ignore[union-attr]
+    prior = named.priors[0]
+    assert torch.equal(sample(prior, 2, label=label, seed=1), sample(prior, 2, label=1, seed=1))
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor], ids=["array", "tensor"])
+def test_labels_of_samples_from_a_start_on(kind: Any, named: Pipeline) -> None:
+    """One for each sample is of that sample; as many as there are not take turns by the index."""
+    assert named.labels(range(1, 4), kind([0, 1, 2])).tolist() == [0, 1, 2]  # type: ignore[union-attr]
+    assert named.labels(range(1, 4), kind([0, 1])).tolist() == [1, 0, 1]  # type: ignore[union-attr]
+
+
+def test_numbers_of_numpy_are_numbers(named: Pipeline) -> None:
+    found = named(np.int64(2), label=1, seed=1, start=np.int32(1), micro_batch=np.uint8(2))  # type: ignore[arg-type]
+    assert torch.equal(found.images, named(2, label=1, seed=1, start=1).images)
+    assert type(found.micro_batch) is int
 
 
 def test_a_name_that_there_is_not_shows_the_nearest_first(named: Pipeline) -> None:
@@ -57,6 +84,15 @@ def test_a_name_that_there_is_not_shows_the_nearest_first(named: Pipeline) -> No
 def test_labels_that_are_none(label: Any, error: type[Exception], named: Pipeline) -> None:
     with refuses(error, "label: expected a class"):
         named(2, label=label)
+
+
+@pytest.mark.parametrize("name", ["x.gif", "x.bmp", "x.tif", "x.xyz", "x.PGN"])
+def test_other_endings_are_no_folders(name: str, named: Pipeline, tmp_path: Path) -> None:
+    with refuses(
+        ArgumentError, f"path: expected a picture's name that ends in .png, .jpg, .jpeg, .webp, .*, got .*{name}"
+    ):
+        named(1, label=1).save(tmp_path / name)
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_temperatures_of_levels_and_of_samples(named: Pipeline) -> None:

@@ -45,7 +45,8 @@ class MonaiQuantizer(Accelerated):
 
     def forward(self, inputs: Tensor) -> Any:
         codes = self.embedding.weight
-        fits = can_run(inputs, codes) and inputs.ndim == self.spatial_dims + 2
+        # Of float64 the original returns a sum with the input.
+        fits = can_run(inputs, codes) and inputs.ndim == self.spatial_dims + 2 and inputs.dtype is not torch.float64
         if not fits or codes.requires_grad or inputs.shape[1] != self.embedding_dim:
             return super().forward(inputs)
         vectors = compact(inputs.flatten(2).transpose(1, 2))

@@ -69,6 +69,9 @@ class ResidualVQ(Projected):
         input_dim: channels of the input, which a linear map takes to D channels before the first level and another one
             back after the sum; losses are those between the maps.
         options: of :class:`fastvq.VectorQuantizer`, for every level; no heads.
+
+    Attributes:
+        num_codes: K, or a tuple with that of each level where they differ.
     """
 
     def __init__(
@@ -112,6 +115,8 @@ class ResidualVQ(Projected):
                 for size in (sizes[:1] if shared_codebook else sizes)
             ]
         )
+        counts = tuple(self.quantizer(level).num_codes for level in range(num_quantizers))
+        self.num_codes = counts[0] if len(set(counts)) == 1 else counts
         self._make_projections(input_dim, code_dim)
 
     def extra_repr(self) -> str:
