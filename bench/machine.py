@@ -174,7 +174,7 @@ def describe_versions() -> dict[str, Any]:
         "torch": torch.__version__,
         "numpy": np.__version__,
         "fastvq": fastvq.__version__,
-        "peers": {name: _version(name) for name in ("vector-quantize-pytorch", "faiss-cpu", "triton")},
+        "peers": {name: _version(name) for name in ("vector-quantize-pytorch", "faiss-cpu", "monai", "triton")},
         "extension": dict(_engine.require().build_info()) if _engine.available() else _engine.why_unavailable(),
     }
 
