@@ -27,7 +27,7 @@ def phase_seconds(engine: str, prior: Prior, request: SampleRequest, options: En
     def on_phase(name: str, seconds: float) -> None:
         spent[name] = spent.get(name, 0.0) + seconds
 
-    fill(engine, prior, request, lambda rows: None, options, on_phase=on_phase)
+    fill(engine, prior, request, lambda *_: None, options, on_phase=on_phase)
     return spent
 
 
