@@ -49,6 +49,6 @@ def traced_row(
     native, width = step.native, kept.plan.shape[1]
     times = torch.zeros((native.blocks, width, native.instructions, 5), dtype=torch.int64, device=kept.device)
     native.set_trace(times.data_ptr(), times.numel())
-    engine.fill((rows, step, None), prior, request, lambda done: None, None)
+    engine.fill((rows, step, None), prior, request, lambda *_: None, None)
     native.set_trace(0, times.numel())
     return [native.program(block) for block in range(native.blocks)], times.cpu().numpy()
