@@ -12,8 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fastvq.errors import ArgumentError
-from fastvq.interop.links import Link, Shape, copied, fill, plain, require_depth, shape_of
+from fastvq.interop.links import Link, Shape, copied, fill, plain, require_depth, required_grid, shape_of
 from fastvq.models import GatedPixelCNN, GatedPixelCNNConfig
 from fastvq.models.stored import outline
 
@@ -29,10 +28,6 @@ def build(tensors: Mapping[str, Tensor], *, shape: tuple[int, int] | None) -> Ga
 
 def infer(tensors: Mapping[str, Tensor], *, shape: tuple[int, int] | None) -> GatedPixelCNNConfig:
     """The architecture, from names and shapes alone."""
-    if shape is None:
-        raise ArgumentError(
-            "shape: expected the grid (H, W) of this prior, which its state dict does not hold, got None"
-        )
     num_codes, channels = shape_of(tensors, "embedding.weight", 2)
     first = shape_of(tensors, "layers.0.vert_stack.weight", 4)[3]
     layers = max(int(found[1]) for name in tensors if (found := re.match(r"layers\.(\d{1,9})\.", name)))
@@ -41,7 +36,7 @@ def infer(tensors: Mapping[str, Tensor], *, shape: tuple[int, int] | None) -> Ga
     classes = shape_of(tensors, "layers.0.class_cond_embedding.weight", 2)[0] if labelled else None
     return GatedPixelCNNConfig.from_dict(
         {
-            "shape": shape,
+            "shape": required_grid(shape),
             "num_codes": num_codes,
             "num_classes": classes,
             # A label's vector is its one-hot code; the layers' projections hold their embeddings.

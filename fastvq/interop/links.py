@@ -184,6 +184,15 @@ def require_depth(config: Config, tensors: Mapping[str, Tensor]) -> None:
         )
 
 
+def required_grid(shape: tuple[int, int] | None) -> tuple[int, int]:
+    """The grid of a prior whose layout does not store it."""
+    if shape is None:
+        raise ArgumentError(
+            "shape: expected the grid (H, W) of this prior, which its state dict does not hold, got None"
+        )
+    return shape
+
+
 def shape_of(tensors: Mapping[str, Tensor], name: str, dimensions: int) -> tuple[int, ...]:
     """The shape of a tensor from which the architecture is told."""
     if name not in tensors:

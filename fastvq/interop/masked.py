@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastvq.errors import ArgumentError
-from fastvq.interop.links import Link, Shape, fill, require_depth, shape_of
+from fastvq.interop.links import Link, Shape, fill, require_depth, required_grid, shape_of
 from fastvq.models.blocks import causal_taps
 from fastvq.models.plain_pixelcnn import PixelCNN, PixelCNNConfig
 from fastvq.models.stored import outline
@@ -78,10 +78,6 @@ def infer(
     tensors: Mapping[str, Tensor], layers: list[Layer], *, shape: tuple[int, int] | None
 ) -> tuple[PixelCNNConfig, int]:
     """The architecture, from names and shapes alone, and how many channels the input has."""
-    if shape is None:
-        raise ArgumentError(
-            "shape: expected the grid (H, W) of this prior, which its state dict does not hold, got None"
-        )
     if len(layers) < 2:
         raise ArgumentError(f"source: expected two convolutions or more in the sequence, got {len(layers)}")
     first, *inner, last = layers
@@ -95,7 +91,7 @@ def infer(
     if last.norm is not None:
         raise ArgumentError(f"source: expected no normalisation after the last convolution, got {last.norm}")
     config = PixelCNNConfig(
-        shape=shape,
+        shape=required_grid(shape),
         num_codes=num_codes,
         channels=channels,
         layers=len(inner),

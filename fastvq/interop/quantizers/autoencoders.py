@@ -34,7 +34,7 @@ class MonaiQuantizer(Accelerated):
 
     @classmethod
     def ready(cls, copy: Any, draw: Draw) -> None:
-        copy.embedding.weight.copy_(draw(*copy.embedding.weight.shape))
+        super().ready(copy, draw)
         copy.ema_w.copy_(copy.embedding.weight)
         copy.ema_cluster_size.fill_(1)
         copy.ddp_sync = False
@@ -80,7 +80,7 @@ class PortQuantizer(Accelerated):
 
     @classmethod
     def ready(cls, copy: Any, draw: Draw) -> None:
-        copy.embed.copy_(draw(*copy.embed.shape))
+        super().ready(copy, draw)
         copy.embed_avg.copy_(copy.embed)
         copy.cluster_size.fill_(1)
 
@@ -115,10 +115,6 @@ class VqganQuantizer(Accelerated):
     @classmethod
     def codebooks_of(cls, module: Any) -> list[Tensor]:
         return [module.embedding.weight]
-
-    @classmethod
-    def ready(cls, copy: Any, draw: Draw) -> None:
-        copy.embedding.weight.copy_(draw(*copy.embedding.weight.shape))
 
     @classmethod
     def example(cls, module: Any, method: str, draw: Draw) -> tuple[Any, ...]:

@@ -34,10 +34,6 @@ class TransformersEncodec(SearchedCodebook):
     classes = ("EncodecEuclideanCodebook",)
     has = ("embed", "embed_avg", "cluster_size", "codebook_size")
 
-    @classmethod
-    def ready(cls, copy: Any, draw: Draw) -> None:
-        copy.embed.copy_(draw(*copy.embed.shape))
-
 
 class TransformersMimi(SearchedCodebook):
     kind = "transformers Mimi codebook"
@@ -61,7 +57,7 @@ class EncodecCodebook(SearchedCodebook):
 
     @classmethod
     def ready(cls, copy: Any, draw: Draw) -> None:
-        copy.embed.copy_(draw(*copy.embed.shape))
+        super().ready(copy, draw)
         copy.embed_avg.copy_(copy.embed)
         copy.cluster_size.fill_(1)
         copy.inited.fill_(1)
@@ -101,10 +97,6 @@ class DacQuantizer(Accelerated):
     @classmethod
     def codebooks_of(cls, module: Any) -> list[Tensor]:
         return [module.codebook.weight]
-
-    @classmethod
-    def ready(cls, copy: Any, draw: Draw) -> None:
-        copy.codebook.weight.copy_(draw(*copy.codebook.weight.shape))
 
     @classmethod
     def example(cls, module: Any, method: str, draw: Draw) -> tuple[Any, ...]:

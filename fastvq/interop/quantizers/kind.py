@@ -55,7 +55,8 @@ class Accelerated(nn.Module):
     @classmethod
     def ready(cls, copy: Any, draw: Draw) -> None:
         """Prepare a copy for a trial: its codes are random, and it waits neither for data nor for other processes."""
-        raise NotImplementedError
+        for codes in cls.codebooks_of(copy):
+            codes.copy_(draw(*codes.shape))
 
     @classmethod
     def example(cls, module: Any, method: str, draw: Draw) -> tuple[Any, ...]:
