@@ -19,7 +19,7 @@ import fastvq
 from fastvq import _engine
 from fastvq._version import __version__
 from fastvq.cli.summary import bytes_text
-from fastvq.models import build, preset
+from fastvq.models import GatedPixelCNN, PixelSNAIL, Prior
 from fastvq.ops.explain import usable_backends
 from fastvq.sampling import shipped
 from fastvq.sampling.engines import ENGINES
@@ -30,8 +30,6 @@ WIDTH = 100
 _PACKAGES = ("triton", "numpy", "safetensors", "pillow", "scikit-learn", "tensorboard", "matplotlib", "nvtx")
 # Variables of the environment that change what runs or how fast.
 _VARIABLES = re.compile(r"(FASTVQ|OMP|KMP|GOMP|MKL|TRITON|CUDA|PYTORCH|NCCL)_\w+|NVIDIA_TF32_OVERRIDE|LD_PRELOAD")
-# Two priors for which engines may differ.
-_PRIORS = {"with attention": "tiny-top", "without attention": "tiny-pixelcnn"}
 _CPU, _MEMORY = Path("/proc/cpuinfo"), Path("/proc/meminfo")
 _DRIVER = Path("/proc/driver/nvidia/version")
 
@@ -118,7 +116,11 @@ def _extension() -> dict[str, Any]:
 
 def _engines(device: torch.device) -> dict[str, str | None]:
     """Of each engine why it cannot run on a device, or None where it can for every kind of prior."""
-    priors = {kind: build(preset(name)[1]) for kind, name in _PRIORS.items()}
+    # Engines may differ for these.
+    priors: dict[str, Prior] = {
+        "with attention": PixelSNAIL.from_preset("tiny-top"),
+        "without attention": GatedPixelCNN.from_preset("tiny-pixelcnn"),
+    }
     found = {}
     for engine in ENGINES:
         reasons = {kind: engine.why_not(prior, device) for kind, prior in priors.items()}
