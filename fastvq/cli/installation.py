@@ -72,6 +72,8 @@ def print_json(device: str) -> None:
 
 def _lines(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
     own, pytorch, extension = found["fastvq"], found["pytorch"], found["extension"]
+    # Said in full once.
+    short = {extension["error"]: "it needs the extension"}
     commit = own["commit"] and f", commit {own['commit'][:8]}{' with changes' if own['changed'] else ''}"
     yield "fastvq", f"{own['version']}{commit or ''}, Python {found['python']}, in {own['path']}"
     yield "pytorch", f"{pytorch['version']}, {'CUDA ' + pytorch['cuda'] if pytorch['cuda'] else 'without CUDA'}"
@@ -90,10 +92,10 @@ def _lines(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "driver", found["driver"]
     yield "environment", " ".join(f"{name}={value}" for name, value in found["environment"].items()) or "nothing set"
     yield "engines", f"{_usable(found['engines'])} (on {found['device']})"
-    yield from (("", f"not {name}: {reason}") for name, reason in found["engines"].items() if reason)
+    yield from (("", f"not {name}: {short.get(reason, reason)}") for name, reason in found["engines"].items() if reason)
     yield "backends", "; ".join(f"{op}: {_usable(rows)}" for op, rows in found["backends"].items())
     against = {(name, reason) for rows in found["backends"].values() for name, reason in rows.items() if reason}
-    yield from (("", f"not {name}: {reason}") for name, reason in sorted(against))
+    yield from (("", f"not {name}: {short.get(reason, reason)}") for name, reason in sorted(against))
     yield "pretrained", ", ".join(found["pretrained"]) or "none"
 
 
