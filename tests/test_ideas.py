@@ -14,6 +14,7 @@ import torch
 from PIL import Image, ImageSequence
 
 from fastvq import PixelSNAIL
+from fastvq.models.blocks import CausalConv2d
 from fastvq.sampling import EngineOptions, describe
 from fastvq.sampling.plan import Front, compile_plan
 
@@ -22,6 +23,7 @@ pytest.importorskip("matplotlib")
 
 ROOT = Path(__file__).resolve().parents[1]
 IDEAS = ROOT / "docs" / "ideas"
+PARTS = [path.stem for path in sorted((IDEAS / "drawing").glob("*.py")) if path.stem != "__init__"]
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in sorted(IDEAS.glob("*.md"))}
 LARGEST = {".png": 150_000, ".gif": 400_000}
 
@@ -31,10 +33,7 @@ def imported() -> Iterator[dict[str, ModuleType]]:
     """The script and what it imports, as they are found where the script is run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(IDEAS))
-        yield {name: importlib.import_module(name) for name in ("draw", *(f"drawing.{path.stem}" for path in PARTS))}
-
-
-PARTS = [path for path in sorted((IDEAS / "drawing").glob("*.py")) if path.stem != "__init__"]
+        yield {name: importlib.import_module(name) for name in ("draw", *(f"drawing.{part}" for part in PARTS))}
 
 
 @pytest.fixture
@@ -79,8 +78,8 @@ def test_counts_are_those_of_explain(imported: dict[str, ModuleType]) -> None:
     assert [len(row) for row in found.naive] == [width] * height
     assert [row[0] // found.naive[0][0] for row in found.naive] == list(range(1, height + 1))
     # The picture's layers are the network's: only those that read other positions have a share in the row phase.
-    kernels = [module for module in prior.modules() if type(module).__name__ in ("CausalConv2d", "CodeConv2d")]
-    assert 2 * (sum(found.layers) - 1) + 1 == len(kernels)
+    causal = [module for module in prior.modules() if isinstance(module, CausalConv2d)]
+    assert 2 * (sum(found.layers) - 1) == len(causal)
     assert round(found.naive_total / found.cached_total) == 136
 
 
