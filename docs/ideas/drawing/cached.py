@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from drawing.style import INK, ORANGE, PALE, RED, SKY, amount, bare, cell, figure, frame
 from matplotlib.axes import Axes
 
+from drawing.style import INK, ORANGE, PALE, RED, SKY, amount, bare, cell, figure, frame
 from fastvq import Pipeline, PixelSNAIL
 from fastvq.sampling import describe
 
@@ -69,9 +69,9 @@ def counts(prior: PixelSNAIL) -> Counts:
 def draw(path: Path) -> None:
     found = counts(shipped())
     (height, width), (row, column) = found.shape, PLACE
-    with figure(path, 5.6) as drawn:
+    with figure(path, 5.3) as drawn:
         grid = drawn.add_gridspec(
-            3, 3, height_ratios=(1, 0.55, 0.95), left=0.08, right=0.985, top=0.9, bottom=0.09, hspace=0.28, wspace=0.16
+            3, 3, height_ratios=(1, 0.5, 0.95), left=0.08, right=0.98, top=0.915, bottom=0.09, hspace=0.2, wspace=0.1
         )
         kinds = (
             ("naive, at every position", ORANGE, found.naive[row][column]),
@@ -79,7 +79,7 @@ def draw(path: Path) -> None:
             ("cached, at every position", RED, found.step),
         )
         for place, (title, colour, flops) in enumerate(kinds):
-            top = drawn.add_subplot(grid[0, place], aspect="equal")
+            top = drawn.add_subplot(grid[0, place])
             top.set_title(f"{title}\n{amount(flops, 'FLOP')}", pad=6)
             _grid(top, found.shape, place, colour)
             below = drawn.add_subplot(grid[1, place])

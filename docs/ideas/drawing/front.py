@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from drawing.style import BLUE, INK, LINE, ORANGE, PALE, RED, SKY, bare, cell, figure, frame
 from matplotlib.axes import Axes
 from PIL import Image, ImageDraw, ImageFont
 
+from drawing.style import BLUE, INK, LINE, PALE, RED, SKY, bare, cell, figure, frame
 from fastvq import PixelSNAIL
 from fastvq.sampling.plan import Front, compile_plan
 
@@ -54,9 +54,8 @@ def reach(prior: PixelSNAIL, target: Place) -> set[Place]:
     shape, places = prior.config.shape, {target}
     for block in reversed(prior.blocks):
         for layer in reversed(block.layers):  # type: ignore[arg-type, union-attr]
-            for conv in (layer.conv2, layer.conv1):
-                # The residual connection keeps the position itself.
-                places |= _moved(places, conv.taps, shape)
+            # Around both convolutions of a layer goes a residual connection, which keeps the position itself.
+            places |= _moved(_moved(places, layer.conv2.taps, shape), layer.conv1.taps, shape)
     return _moved(places, prior.input.taps, shape)
 
 
@@ -68,9 +67,9 @@ def _moved(places: set[Place], taps: tuple[Place, ...], shape: tuple[int, int]) 
 def draw(path: Path) -> None:
     prior = example(SHOWN)
     front = compile_plan(prior).front(1)
-    with figure(path, 2.95) as drawn:
+    with figure(path, 2.75) as drawn:
         axes = drawn.subplots(1, 2)
-        drawn.subplots_adjust(left=0.01, right=0.99, top=0.87, bottom=0.01, wspace=0.04)
+        drawn.subplots_adjust(left=0.01, right=0.99, top=0.91, bottom=0.01, wspace=0.04)
         step = numbers(front)
         now = step[TARGET]
         axes[0].set_title(f"the step of each code: {front.steps} in place of {len(step)}")
@@ -105,7 +104,7 @@ def animate(path: Path) -> None:
     palette = _palette()
     frames = [_frame(orders, at).quantize(palette=palette, dither=Image.Dither.NONE) for at in range(-1, last + 1)]
     times = [FRAME_TIME] * (len(frames) - 1) + [LAST_TIME]
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=times, loop=0, optimize=False)
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=times, loop=0, optimize=True)
 
 
 def _frame(orders: tuple[tuple[str, dict[Place, int]], ...], at: int) -> Image.Image:
@@ -130,7 +129,8 @@ def _frame(orders: tuple[tuple[str, dict[Place, int]], ...], at: int) -> Image.I
 
 def _palette() -> Image.Image:
     """The colours of a frame, and greys for the edges of letters."""
-    colours = [INK, LINE, PALE, RED, SKY, ORANGE, *(f"#{grey:02x}{grey:02x}{grey:02x}" for grey in range(51, 256, 17))]
+    colours = [INK, LINE, RED, SKY, *(f"#{grey:02x}{grey:02x}{grey:02x}" for grey in range(0x44, 0x100, 0x11))]
+    assert len(colours) <= 16  # four bits a pixel
     palette = Image.new("P", (1, 1))
     palette.putpalette([value for colour in colours for value in bytes.fromhex(colour[1:])])
     return palette

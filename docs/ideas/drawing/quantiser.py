@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from drawing.style import BLUE, GREEN, INK, LINE, ORANGE, PALE, RED, SKY, amount, figure
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyArrowPatch, Rectangle
+
+from drawing.style import BLUE, GREEN, INK, LINE, ORANGE, PALE, RED, SKY, amount, figure
 
 SIZES = (65536, 8192, 64)  # N, K, D
 TILE = (32, 12)  # vectors and codes whose products are in registers at a time, with AVX-512
@@ -34,9 +35,9 @@ def in_one_pass(n: int, k: int, d: int) -> dict[str, int]:
 
 
 def draw(path: Path) -> None:
-    with figure(path, 3.6) as drawn:
+    with figure(path, 3.3) as drawn:
         grid = drawn.add_gridspec(
-            2, 1, height_ratios=(1.35, 1), left=0.02, right=0.98, top=0.93, bottom=0.03, hspace=0.3
+            2, 1, height_ratios=(1.35, 1), left=0.02, right=0.98, top=0.99, bottom=0.01, hspace=0.22
         )
         _tiling(drawn.add_subplot(grid[0]))
         _bytes(drawn.add_subplot(grid[1]))
@@ -45,9 +46,9 @@ def draw(path: Path) -> None:
 def _tiling(axes: Axes) -> None:
     """Not to scale: a block of vectors, and the codes that pass by."""
     axes.set_xlim(0, 14)
-    axes.set_ylim(4.6, -0.5)
+    axes.set_ylim(4.7, -0.1)
     axes.set_axis_off()
-    axes.add_patch(Rectangle((2.6, 0), 8, 4, facecolor="white", edgecolor=LINE, hatch="", linewidth=1))
+    axes.add_patch(Rectangle((2.6, 0), 8, 4, facecolor="white", edgecolor=LINE, linewidth=1))
     axes.text(6.6, 4.45, "K codes; the scores of this matrix never exist together", ha="center", va="center")
     axes.text(0.9, 2.0, "N vectors", rotation=90, ha="center", va="center")
     axes.add_patch(Rectangle((1.5, 0), 0.7, 4, facecolor=PALE, edgecolor=LINE))
@@ -71,7 +72,7 @@ def _bytes(axes: Axes) -> None:
     axes.set_title(f"bytes to and from memory, N = {n}, K = {k}, D = {d}, with the sums of the averages", pad=4)
     total = sum(by_matrix(*SIZES).values())
     colours = {"product": ORANGE, "least": BLUE, "one-hot": GREEN, "sums": SKY, "search": RED}
-    axes.set_xlim(-0.17 * total, 1.13 * total)
+    axes.set_xlim(-0.23 * total, 1.14 * total)
     axes.set_ylim(1.5, -0.5)
     axes.set_axis_off()
     for place, (name, parts) in enumerate(
@@ -80,8 +81,10 @@ def _bytes(axes: Axes) -> None:
         axes.text(-0.015 * total, place, name, ha="right", va="center")
         left = 0
         for part, size in parts.items():
-            axes.barh(place, size, left=left, height=0.62, color=colours[part], edgecolor="white", linewidth=0.8)
-            if size > total / 20:
+            wide = size > total / 20
+            edge = "white" if wide else colours[part]  # a white one would hide a thin bar
+            axes.barh(place, size, left=left, height=0.62, color=colours[part], edgecolor=edge, linewidth=0.8)
+            if wide:
                 ink = "white" if part in ("least", "one-hot") else INK
                 axes.text(left + size / 2, place, part, ha="center", va="center", color=ink)
             left += size

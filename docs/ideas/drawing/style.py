@@ -1,4 +1,4 @@
-"""How the pictures look: one palette (Okabe and Ito's, which colour-blind readers can tell apart), one font, one width."""
+"""How the pictures look: one palette (Okabe and Ito's, which colour-blind readers can tell apart), font and width."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from matplotlib.patches import Rectangle
 INK, LINE, PALE = "#222222", "#b8b8b8", "#e4e4e4"
 BLUE, SKY, ORANGE, RED, GREEN = "#0072B2", "#56B4E9", "#E69F00", "#D55E00", "#009E73"
 WIDTH = 7.0  # inches; pages show it 700 pixels wide
-DPI = 140
+DPI = 126
 
 
 @contextmanager
@@ -38,7 +38,7 @@ def figure(path: Path, height: float) -> Iterator[Figure]:
         drawn = Figure(figsize=(WIDTH, height), dpi=DPI, facecolor="white")
         yield drawn
         # Without the name of the program and its version, which readers would compare in vain.
-        drawn.savefig(path, metadata={"Software": None})
+        drawn.savefig(path, metadata={"Software": None}, pil_kwargs={"optimize": True})
 
 
 def bare(axes: Axes, rows: float, columns: float, *, margin: float = 0.1) -> None:
