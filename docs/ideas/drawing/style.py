@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,11 +11,12 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from PIL import Image
 
 INK, LINE, PALE = "#222222", "#b8b8b8", "#e4e4e4"
 BLUE, SKY, ORANGE, RED, GREEN = "#0072B2", "#56B4E9", "#E69F00", "#D55E00", "#009E73"
 WIDTH = 7.0  # inches; pages show it 700 pixels wide
-DPI = 126
+DPI = 140
 
 
 @contextmanager
@@ -37,8 +39,10 @@ def figure(path: Path, height: float) -> Iterator[Figure]:
         )
         drawn = Figure(figsize=(WIDTH, height), dpi=DPI, facecolor="white")
         yield drawn
-        # Without the name of the program and its version, which readers would compare in vain.
-        drawn.savefig(path, metadata={"Software": None}, pil_kwargs={"optimize": True})
+        written = io.BytesIO()
+        drawn.savefig(written, format="png")
+        # A palette makes a third of it.
+        Image.open(written).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def bare(axes: Axes, rows: float, columns: float, *, margin: float = 0.1) -> None:
