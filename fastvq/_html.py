@@ -76,7 +76,7 @@ class Page:
         """
         for paragraph in re.split(r"\n\s*\n", markdown.strip()):
             if paragraph:
-                self._blocks.append(f"<p>{_inline(paragraph)}</p>")
+                self._blocks.append(f"<p>{_inline(paragraph.strip())}</p>")
 
     def table(self, header: Sequence[object], rows: Iterable[Sequence[object]], numbers: Iterable[int] = ()) -> None:
         """A table, scrolled in its own box where it is wider than the page. A click on a name sorts by that column.
