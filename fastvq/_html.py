@@ -274,6 +274,8 @@ table { border-collapse: collapse; font-size: 0.92rem; }
 th, td { padding: 0.35rem 0.75rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 th { background: var(--shade); vertical-align: bottom; font-weight: 600; }
 .number { text-align: right; font-variant-numeric: tabular-nums; }
+td:not(.number) { min-width: 8rem; }
+th.number { min-width: 5rem; }
 td.number { white-space: nowrap; }
 th button { all: unset; cursor: pointer; }
 th button:hover { text-decoration: underline; }
