@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from fastvq._check import require_positive_int
-from fastvq._files import replacing_file
+from fastvq._files import write_text
 from fastvq.errors import ArgumentError, MissingFileError
 
 # What text() knows of Markdown.
@@ -167,10 +167,8 @@ class Page:
         Raises:
             DiskFullError: there is no room; the file is as it was.
         """
-        path = Path(path)
-        with replacing_file(path) as temporary:
-            temporary.write_text(self.html(), encoding="utf-8", newline="\n")
-        return path
+        write_text(Path(path), self.html())
+        return Path(path)
 
 
 def _escape(text: str) -> str:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from fastvq._files import replacing_file
+from fastvq._files import write_text
 
 
 class MarkdownPage:
@@ -51,7 +51,5 @@ class MarkdownPage:
         Raises:
             DiskFullError: there is no room; the file is as it was.
         """
-        path = Path(path)
-        with replacing_file(path) as temporary:
-            temporary.write_text(self.markdown(), encoding="utf-8", newline="\n")
-        return path
+        write_text(Path(path), self.markdown())
+        return Path(path)

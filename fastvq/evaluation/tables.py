@@ -77,7 +77,9 @@ def features_title(numbers: Numbers) -> str:
 
 def _sections(numbers: Numbers) -> list[Section]:
     found = [_codes(numbers), _images(numbers)]
-    shown = ("samples.png", "samples, a column per class")
+    # Reports made before there was a choice do not say how classes were drawn.
+    labelled = "classes by" in numbers.get("draws", {"classes by": None})
+    shown = ("samples.png", "samples, a column per class" if labelled else "samples")
     if numbers["sets"] is None:
         found.append(Section("Samples", "", (), (), picture=shown))
     else:
@@ -199,7 +201,6 @@ def _sets(numbers: Numbers) -> Section:
         "floor that the\nautoencoder sets, validation images what real images score. After ±: deviation between "
         "subsets (KID) or splits\n(Inception score). FID, recall and coverage depend on the number of images: compare "
         "columns of the same number.\nKID is unbiased, so it can be negative. -: too few images."
-        # Reports made before there was a choice do not say.
         + _CLASSES.get(numbers.get("draws", {}).get("classes by", ""), "")
     )
     return Section("Samples", note, ["", *numbers["sets"]], rows)

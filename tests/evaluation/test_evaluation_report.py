@@ -82,6 +82,7 @@ def test_both_forms_say_the_same(report: Path) -> None:
     page = Cells((report / "report.html").read_text(encoding="utf-8"))
     assert page.tables == markdown_tables(markdown)
     assert page.headings == re.findall(r"^#+ (.*)$", markdown, re.MULTILINE)
+    assert "![samples, a column per class](samples.png)" in markdown
     names = re.findall(r"!\[.*\]\((.*)\)", markdown)
     assert names == ["reconstructions.png", "samples.png", "neighbours.png"]
     inside = [base64.b64decode(source.removeprefix("data:image/png;base64,")) for source in page.sources]
@@ -133,6 +134,8 @@ def test_without_features_there_are_pictures_and_no_scores(tmp_path: Path) -> No
     page = Cells((tmp_path / "report" / "report.html").read_text(encoding="utf-8"))
     assert page.headings == ["Codes alone", "Codes", "Images", "Samples"]
     assert len(page.sources) == len(page.tables) == 2
+    # Without classes there are no columns of them.
+    assert (tmp_path / "report" / "README.md").read_text(encoding="utf-8").endswith("(samples.png)\n\n*Samples.*\n")
 
 
 @pytest.mark.parametrize("name", SHIPPED)
