@@ -275,7 +275,7 @@ class Prior(PretrainedModel):
         return codes
 
     def nll(self, codes: Tensor, condition: Condition = None, label: Tensor | None = None) -> Tensor:
-        """Negative log-likelihood in nats of every code, float32 [B, H', W]; arguments as of :meth:`forward`.
+        """Negative log-likelihood in nats of every code, float32 [B, H', W].
 
         Args:
             codes: int [B, H', W].
