@@ -270,7 +270,7 @@ nav li { padding: 0.1rem 0; break-inside: avoid; }
 .scroll { overflow-x: auto; max-width: 100%; margin: 1rem 0; }
 table { border-collapse: collapse; font-size: 0.92rem; }
 th, td { padding: 0.35rem 0.75rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
-th { background: var(--shade); vertical-align: bottom; font-weight: 600; }
+th { background: var(--shade); vertical-align: bottom; font-weight: 600; text-wrap: balance; }
 .number { text-align: right; font-variant-numeric: tabular-nums; }
 td:not(.number) { min-width: 8rem; }
 th.number { min-width: 5rem; }
