@@ -7,13 +7,13 @@ middle half of the rounds, and how many times as fast it is after.
 A gain or a loss is claimed only where the rounds lie apart: of 8 rounds or more their middle halves, of 3 to 7 all of
 them; never of fewer. It is never claimed where a check failed or was not made, of modes that are not exact, of parts of
 an operation, or of extrapolated times. The runs were not taken in turns: what the machine did in between counts as
-change, and peers that did not change show how much that is.
+change. How far peers of other libraries moved is said at the end: less than that is nothing.
 
 Runs of different machines (processor, vectors, caches, cores, threads, GPUs), or at full and at reduced size, are not
 compared. Other versions of PyTorch or Python are named.
 
-Exit status: 0 nothing was lost; 1 a loss is claimed, or a check that passed before fails; 2 the files cannot be read or
-compared.
+Exit status: 0 nothing was lost; 1 a loss is claimed of a peer of this package, or a check that passed before fails;
+2 the files cannot be read or compared.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 from bench.files import Session, load
 from bench.harness import Entry
-from bench.recorded import instruction_sets
+from bench.recorded import instruction_sets, is_own
 from bench.report import aligned
 from bench.units import number, seconds
 
@@ -163,7 +163,15 @@ def lines(before: Session, after: Session, rows: Sequence[Row]) -> list[str]:
         cells.append([*where, *_times(row.before), *_times(row.after), ratio, row.verdict or "-"])
     counts = [sum(row.verdict == kind for row in rows) for kind in (GAIN, LOSS, FAILS)]
     names = "{} faster, {} slower, {} failing now".format(*counts)
-    return [*said, "", *aligned(cells), "", f"{len(rows)} compared: {names}; nothing is claimed of the others."]
+    end = [f"{len(rows)} compared: {names}; nothing is claimed of the others."]
+    others = [row.before.median / row.after.median for row in rows if not is_own(row.after.peer) and _judged(row)]
+    if others:
+        end.append(f"Peers of other libraries: {number(min(others))} to {number(max(others))} times as fast.")
+    return [*said, "", *aligned(cells), "", *end]
+
+
+def _judged(row: Row) -> bool:
+    return row.verdict in (GAIN, LOSS, _NO_CLAIM)
 
 
 def _about(session: Session) -> str:
@@ -192,7 +200,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"not compared: {error}", file=sys.stderr)
         return 2
     print("\n".join(lines(before, after, rows)))
-    return 1 if any(row.verdict in (LOSS, FAILS) for row in rows) else 0
+    lost = [row for row in rows if row.verdict == FAILS or (row.verdict == LOSS and is_own(row.after.peer))]
+    return 1 if lost else 0
 
 
 if __name__ == "__main__":

@@ -129,6 +129,11 @@ def best_rival(result: Result) -> Entry | None:
     return min(rivals, key=lambda entry: entry.median, default=None)
 
 
+def is_own(peer: str) -> bool:
+    """Whether it is code of this package that runs, under that name or a longer one."""
+    return any(peer == name or peer.startswith(f"{name} ") for name in (*OURS, *NO_RIVALS, "naive", BEFORE))
+
+
 def is_rival(result: Result, entry: Entry) -> bool:
     return entry.peer not in NO_RIVALS or (entry.peer == "torch" and result.operation == "sampling")
 

@@ -67,9 +67,9 @@ def test_spread() -> None:
 
 
 def test_table_names_both_runs_and_every_peer_of_both() -> None:
-    before = session(result(entry("naive", *SLOW), entry("cpu", *SLOW), entry("gone", 1.0)), commit="1" * 40)
+    before = session(result(entry("eager", *SLOW), entry("cpu", *SLOW), entry("gone", 1.0)), commit="1" * 40)
     after = session(
-        result(entry("naive", *SLOW), entry("cpu", *FAST)),
+        result(entry("eager", *SLOW), entry("cpu", *FAST)),
         result(entry("cpu", 1.0), batch=32),
         commit="2" * 40,
         dirty=True,
@@ -80,12 +80,15 @@ def test_table_names_both_runs_and_every_peer_of_both() -> None:
         "after: commit 22222222 with changes, 2026-01-02, AMD EPYC",
         "",
     ]
-    assert said[5].split()[:4] == ["sampling:", "digits-top", "8", "naive"]
+    assert said[5].split()[:4] == ["sampling:", "digits-top", "8", "eager"]
     cpu = said[6].split()
     assert cpu[0] == "cpu"
     assert cpu[1:7] == ["4.1", "s", "4.05", "s", "to", "4.15"]
     assert cpu[-2:] == ["3.73", "faster"]
-    assert said[-1] == "2 compared: 1 faster, 0 slower, 0 failing now; nothing is claimed of the others."
+    assert said[-2:] == [
+        "2 compared: 1 faster, 0 slower, 0 failing now; nothing is claimed of the others.",
+        "Peers of other libraries: 1 to 1 times as fast.",
+    ]
 
 
 def test_what_is_wrong_has_no_ratio() -> None:
@@ -131,15 +134,16 @@ def test_full_and_reduced_size_are_not_compared() -> None:
         (session(result(entry("cpu", *FAST))), 0),
         (session(result(entry("cpu", *SLOW))), 0),
         (session(result(entry("cpu", 8.0, 8.1, 8.2))), 1),
+        (session(result(entry("cpu", *SLOW), entry("eager", 8.0, 8.1, 8.2))), 0),
         (session(result(entry("cpu", *SLOW, check=BAD))), 1),
         (session(result(entry("cpu", *FAST)), cpu="another"), 2),
     ],
-    ids=["gain", "nothing", "loss", "wrong", "refused"],
+    ids=["gain", "nothing", "loss", "loss-of-another-library", "wrong", "refused"],
 )
 def test_exit_status(
     after: Session, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sessions = {"a.json": session(result(entry("cpu", *SLOW))), "b.json": after}
+    sessions = {"a.json": session(result(entry("cpu", *SLOW), entry("eager", *SLOW))), "b.json": after}
     monkeypatch.setattr(compare, "load", lambda path: sessions[str(path)])
     assert compare.main(["a.json", "b.json"]) == status
     assert ("not compared: expected runs of one machine" in capsys.readouterr().err) == (status == 2)
