@@ -94,7 +94,7 @@ CLAIMS = (
     Claim("nearest code + EMA, N 65536, K 512, D 64", "nearest code", "K 512, D 64, forward + EMA", 65536, None),
     Claim("8 residual levels, N 12288, K 1024", "residual quantiser", "K 1024, D 128, Q 8, training", 12288, _VQP),
     Claim(
-        "`accelerate`d `VectorQuantize`, N 65536, K 512",
+        "`VectorQuantize` accelerated, N 65536, K 512",
         "accelerated quantiser",
         "VectorQuantize, N 65536, K 512",
         65536,

@@ -44,18 +44,17 @@ def _claim(claim: Claim, found: Found, link: Link) -> list[str]:
         times = ratio(result, mine, other.peer)
         against = f"{claim.against or other.peer}, {_time(other)}"
     on = MACHINES.get(found.run.machine, found.run.machine)
-    return [times, claim.what, _time(mine), against, on, link(found.run, found.run.commit)]
+    return [times, claim.what, _time(mine), against, on, link(found.run, found.run.commit[:8])]
 
 
 def _machines(found: Sequence[Found], machines: Sequence[str]) -> list[str]:
-    """What the short names of machines mean, with versions and dates."""
+    """What the short names of machines mean, with versions, commits and dates."""
     lines = []
     for machine in machines:
         runs = {one.run.name: one.run for one in found if one.run.machine == machine}.values()
         versions = "; ".join(dict.fromkeys(run.versions for run in runs))
-        dates = sorted({run.session.date[:10] for run in runs})
-        when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-        lines.append(f"{MACHINES.get(machine, machine)}: {machine}; {versions}; {when}")
+        commits = " and ".join(dict.fromkeys(f"{run.commit}, {run.session.date[:10]}" for run in runs))
+        lines.append(f"{MACHINES.get(machine, machine)}: {machine}; {versions}; commit {commits}")
     return lines
 
 

@@ -127,12 +127,12 @@ class TestTables:
         assert lines[2] == f"| 3 e | {what} | 2 s | naive sampler, 6 s e | CPU, AVX-512 | <a:abcdef01> |"
         what = "nearest code + EMA, N 65536, K 512, D 64"
         assert lines[3] == f"| 2.5 | {what} | 2 ms | eager, 5 ms | CPU, AVX-512 | <a:abcdef01> |"
-        rest = "not measured in this run | H200 | <g:abcdef01 with changes> |"
+        rest = "not measured in this run | H200 | <g:abcdef01> |"
         assert lines[4] == f"| - | 64 grids of 64 x 64, 256 channels | 500 ms | {rest}"
         assert lines[5:] == [
             "",
-            "- CPU, AVX-512: AMD EPYC with AVX-512, 48K of L1, 2 cores; PyTorch 2.13.0+cpu, Python 3.11.7; 2026-01-02",
-            "- H200: NVIDIA H200; PyTorch 2.13.0+cpu, Python 3.11.7; 2026-01-02",
+            f"- CPU, AVX-512: {WIDE}; PyTorch 2.13.0+cpu, Python 3.11.7; commit abcdef01, 2026-01-02",
+            f"- H200: {GPU}; PyTorch 2.13.0+cpu, Python 3.11.7; commit abcdef01 with changes, 2026-01-02",
         ]
 
     def test_no_ratio_in_a_claim_whose_check_failed(self) -> None:
