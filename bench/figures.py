@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from bench.drawing import Panel, Picture, Point, Series
 from bench.harness import Entry, Result
-from bench.recorded import GPU, MACHINES, WIDE, Found, Recorded, Run, ours
+from bench.recorded import BESIDE, GPU, MACHINES, WIDE, Found, Recorded, Run, ours
 
 # Peers as legends call them, each with a style of its own wherever it is drawn.
 _SAMPLERS = {
@@ -68,7 +68,7 @@ def _against_batch(
         points = {peer: tuple(_per_grid(result, peer) for result in results) for peer in peers}
         panels.append(_panel(title, points, "batch", "time per image"))
         runs.append(run)
-    said = "one grid of codes; numbers: times as fast as the naive sampler"
+    said = "One grid of codes; numbers: times as fast as the naive sampler"
     return _picture(name, alt, said, panels, runs)
 
 
@@ -116,7 +116,7 @@ def _picture(
     height = 3.3
     if rows := max(len(panel.rows) for panel in panels):
         height = 1.3 + 0.2 * rows
-    caption = f"{said[:1].upper()}{said[1:]}. {_sources(runs)}."
+    caption = f"{said}. {_sources(runs)}."
     files = tuple(dict.fromkeys(run.name for run in runs))
     return Picture(name, alt, caption, files, tuple(panels), share_y, height)
 
@@ -145,7 +145,7 @@ def grid(recorded: Recorded, machine: str) -> Picture | None:
             panels.append(_panel(title, points, "side of the grid", "time per image"))
             runs += [one.run for _, one in found]
     alt = "Time per image against the side of the grid of codes, for priors of digits, 64 and 256 channels"
-    said = "batch 8; the smaller grid of each pair has attention"
+    said = "Batch 8; priors have attention, but for the larger grid of 64 and of 256 channels"
     return _picture("grid", alt, said, panels, runs)
 
 
@@ -178,7 +178,7 @@ def nearest_code(recorded: Recorded, machine: str) -> Picture | None:
             panels.append(Panel(title, x_label, "time / floor", tuple(series), "times", ticks))
             runs += [one.run for _, one in found]
     alt = "Time over the floor of nearest code with the EMA update, against the number of vectors and of codes"
-    said = "nearest code and EMA update; floor: 2 N K D operations at the best rate of the session"
+    said = "Nearest code and EMA update; floor: 2 N K D operations at the best rate of the session"
     return _picture("nearest-code", alt, said, panels, runs)
 
 
@@ -190,7 +190,7 @@ def memory(recorded: Recorded, machine: str) -> Picture | None:
     titles = {"sampling": sampled, "nearest code + EMA": searched}
     panels = [_memory_panel(title, found) for title, found in titles.items() if found]
     alt = "Measured and predicted memory of sampling and of nearest code"
-    said = "peak of a fresh process beyond model and inputs; nearest code with K 8192 and D 64"
+    said = "Peak of a fresh process beyond model and inputs; nearest code with K 8192 and D 64"
     return _picture("memory", alt, said, panels, [one.run for one in (*sampled, *searched)], share_y=False)
 
 
@@ -219,7 +219,7 @@ def floor(recorded: Recorded, machine: str = "") -> Picture | None:
     for place in [machine] if machine else [place for place in MACHINES if place in recorded.machines]:
         for (operation, case, _), one in recorded.of(place).items():
             mine, least = ours(one.result), one.result.floor_seconds
-            if mine is None or not mine.comparable or not least or "beside" in operation:
+            if mine is None or not mine.comparable or not least or BESIDE in operation:
                 continue
             row = operation if operation != "sampling" else f"sampling, {_family(case)}"
             rows += [] if row in rows else [row]
@@ -233,7 +233,7 @@ def floor(recorded: Recorded, machine: str = "") -> Picture | None:
     )
     panel = Panel("", "time / floor", "", series, "times", rows=tuple(rows))
     alt = "Time over the floor of every case, by operation and machine"
-    return _picture("floor", alt, "a point per case", [panel], runs)
+    return _picture("floor", alt, "A point per case", [panel], runs)
 
 
 def _family(case: str) -> str:
