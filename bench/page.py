@@ -10,7 +10,7 @@ from bench.drawing import draw
 from bench.figures import FIGURES
 from bench.files import Session
 from bench.recorded import Recorded, Run
-from bench.report import TEXT, by_operation, legend
+from bench.report import MISSING, TEXT, by_operation, legend
 from fastvq._html import Page
 
 
@@ -33,8 +33,11 @@ def page(sessions: Mapping[Path, Session]) -> Page:
 
 
 def _tables(made: Page, session: Session) -> None:
-    for operation, (header, *rows) in by_operation(session.results, session.ceilings, brief=True).items():
+    for operation, every_row in by_operation(session.results, session.ceilings, brief=True).items():
         made.heading(operation.capitalize(), level=3)
+        # What no row has is left out.
+        told = [column for column in zip(*every_row, strict=True) if set(column[1:]) != {MISSING}]
+        header, *rows = zip(*told, strict=True)
         cells = [[_plain(cell) for cell in row] for row in rows]
         for row in cells:
             # Names stay on one line, however wide the table is.
