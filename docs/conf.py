@@ -95,10 +95,11 @@ def _plain_text(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines
         code = re.split(r"(``.+?``|`.+?`)", line)
         code[::2] = [re.sub(r"(?<=\S)\*|\*(?=\S)|\|", r"\\\g<0>", text) for text in code[::2]]
         lines[index] = "".join(code)
-    for index, line in enumerate(lines[:-1]):
-        if line.strip() == "Raises:" and not re.match(r"\s+\w+(, \w+)*: ", lines[index + 1]):
-            lines[index : index + 2] = [":raises: " + lines[index + 1].strip(), ""]
-            break
+    for index in reversed(range(len(lines) - 1)):
+        first = lines[index + 1]
+        if lines[index] == "Raises:" and not re.match(r"\s+\w+(, \w+)*: ", first):
+            more = lines[index + 2 : index + 3] != [] and lines[index + 2].startswith(" ")
+            lines[index : index + 2] = [f":raises: {first.strip()}", "", *(["Raises:"] if more else [])]
 
 
 def _is_field_of_a_tuple(app: Sphinx, what: str, name: str, obj: Any, skip: bool, options: Any) -> bool | None:
