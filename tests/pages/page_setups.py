@@ -20,15 +20,19 @@ from fastvq.evaluation import FeatureExtractor, score_shard
 from fastvq.models import Classifier, ClassifierConfig
 from fastvq.sampling import Shard, sample_shard
 
+def _set(**fields: int) -> str:
+    return " ".join(f"--set {name}={value}" for name, value in fields.items())
+
+
 # What makes the commands for photographs a matter of seconds.
-_TRAINING = "--steps 2 --batch-size 2 --warmup 0 --quiet --device cpu --set channels=8 residual_channels=8"
+_TRAINING = "--steps 2 --batch-size 2 --warmup 0 --quiet --device cpu"
+_WIDTHS = {"channels": 8, "residual_channels": 8}
 SMALL = {
-    "train-vqvae": f"{_TRAINING} num_codes=16 code_dim=4 --validation 0.25",
+    "train-vqvae": f"{_TRAINING} --validation 0.25 {_set(**_WIDTHS, num_codes=16, code_dim=4)}",
     "extract": "--quiet --device cpu",
-    "train-prior": f"{_TRAINING} blocks=1 layers_per_block=1 attention_heads=1",
+    "train-prior": f"{_TRAINING} {_set(**_WIDTHS, condition_channels=8, condition_blocks=1, blocks=1)}",
     "sample": "-n 2 --quiet --device cpu",
     "reconstruct": "-n 2 --device cpu",
-    "plot": "",
     "info": "--device cpu",
 }
 
