@@ -6,6 +6,7 @@ same here as on a code host. The order of the pages is that of the lists in inde
 
 from __future__ import annotations
 
+import pydoc
 import re
 import shutil
 from pathlib import Path
@@ -14,7 +15,10 @@ from typing import TYPE_CHECKING, Any
 from fastvq import __version__
 
 if TYPE_CHECKING:
+    from docutils.nodes import TextElement, document
+    from sphinx.addnodes import pending_xref
     from sphinx.application import Sphinx
+    from sphinx.environment import BuildEnvironment
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -107,6 +111,28 @@ def _is_field_of_a_tuple(app: Sphinx, what: str, name: str, obj: Any, skip: bool
     return True if type(obj).__name__ == "_tuplegetter" else None
 
 
+def _documented_elsewhere(app: Sphinx, env: BuildEnvironment, node: pending_xref, text: TextElement) -> Any:
+    """A name by another path than that it is documented under: ``fastvq.sampling.sample`` for ``fastvq.sample``."""
+    if node.get("refdomain") != "py":
+        return None
+    target, domain = node["reftarget"], env.domains.python_domain
+    for name in (target, f"{node.get('py:module')}.{target}"):
+        thing = pydoc.locate(name) if name.startswith("fastvq.") else None
+        known = f"{getattr(thing, '__module__', None)}.{getattr(thing, '__qualname__', None)}"
+        if known in domain.objects:
+            return domain.resolve_xref(env, node["refdoc"], app.builder, "obj", known, node, text)
+    return None
+
+
+def _keep_numbers_whole(app: Sphinx, doctree: document) -> None:
+    """Short cells of tables do not break: a number stays with its unit."""
+    from docutils.nodes import entry
+
+    for cell in doctree.findall(entry):
+        if len(cell.astext()) <= 20:
+            cell["classes"].append("short")
+
+
 def _add_index(app: Sphinx, error: Exception | None) -> None:
     if error is None and app.builder.name == "html":
         shutil.copy(Path(app.outdir) / f"{root_doc}.html", Path(app.outdir) / "index.html")
@@ -116,4 +142,6 @@ def setup(app: Sphinx) -> None:
     app.connect("source-read", _add_toctrees)
     app.connect("autodoc-process-docstring", _plain_text, priority=400)
     app.connect("autodoc-skip-member", _is_field_of_a_tuple)
+    app.connect("missing-reference", _documented_elsewhere)
+    app.connect("doctree-read", _keep_numbers_whole)
     app.connect("build-finished", _add_index)

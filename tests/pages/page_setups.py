@@ -20,6 +20,7 @@ from fastvq.evaluation import FeatureExtractor, score_shard
 from fastvq.models import Classifier, ClassifierConfig
 from fastvq.sampling import Shard, sample_shard
 
+
 def _set(**fields: int) -> str:
     return " ".join(f"--set {name}={value}" for name, value in fields.items())
 

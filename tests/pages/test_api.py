@@ -29,7 +29,9 @@ NAMED = [
     name
     for path in sorted(REFERENCE.glob("*.rst"))
     for name in re.findall(
-        r"^ *\.\. (?:auto)?(?:py:)?(?:class|data|exception|function):: ([\w.]+)$", path.read_text(encoding="utf-8"), re.M
+        r"^ *\.\. (?:auto)?(?:py:)?(?:class|data|exception|function):: ([\w.]+)$",
+        path.read_text(encoding="utf-8"),
+        re.M,
     )
 ]
 
@@ -51,7 +53,9 @@ def test_public_names_are_in_the_reference_once(module: str) -> None:
 
 
 def test_errors_are_in_the_reference_once() -> None:
-    own = {name for name, thing in vars(errors).items() if inspect.isclass(thing) and thing.__module__ == errors.__name__}
+    own = {
+        name for name, thing in vars(errors).items() if inspect.isclass(thing) and thing.__module__ == errors.__name__
+    }
     named = [name.rpartition(".")[2] for name in NAMED if name.startswith("fastvq.errors.")]
     assert sorted(named) == sorted(own)
 

@@ -40,7 +40,9 @@ class Runner:
         if entry.before is not None:
             self.work.names.update(entry.before(self.work))
         self.capsys.readouterr()
-        warning = contextlib.nullcontext() if entry.warns is None else pytest.warns(entry.warns[0], match=entry.warns[1])
+        warning = (
+            contextlib.nullcontext() if entry.warns is None else pytest.warns(entry.warns[0], match=entry.warns[1])
+        )
         with warning:
             self.run(block, entry)
         self.work.outputs.append(self.capsys.readouterr().out)
@@ -61,7 +63,9 @@ class Runner:
         elif block.text.startswith("$ "):
             self.session(block, entry)
         else:
-            pytest.fail(f"{block}: nothing says how to run a block of {block.language or 'no language'}; see page_table.py")
+            pytest.fail(
+                f"{block}: nothing says how to run a block of {block.language or 'no language'}; see page_table.py"
+            )
 
     def command(self, words: list[str], entry: Entry, block: Block) -> None:
         try:
