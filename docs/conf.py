@@ -111,11 +111,14 @@ def _is_field_of_a_tuple(app: Sphinx, what: str, name: str, obj: Any, skip: bool
     return True if type(obj).__name__ == "_tuplegetter" else None
 
 
-def _documented_elsewhere(app: Sphinx, env: BuildEnvironment, node: pending_xref, text: TextElement) -> Any:
-    """A name by another path than that it is documented under: ``fastvq.sampling.sample`` for ``fastvq.sample``."""
-    if node.get("refdomain") != "py":
-        return None
+def _elsewhere(app: Sphinx, env: BuildEnvironment, node: pending_xref, text: TextElement) -> Any:
+    """Names by other paths than they are documented under, and folders of sources.
+
+    ``fastvq.sampling.sample`` is ``fastvq.sample``. A code host shows a folder; here its name has to do.
+    """
     target, domain = node["reftarget"], env.domains.python_domain
+    if node.get("refdomain") != "py":
+        return text if (ROOT / node["refdoc"]).parent.joinpath(target).is_dir() else None
     for name in (target, f"{node.get('py:module')}.{target}"):
         thing = pydoc.locate(name) if name.startswith("fastvq.") else None
         known = f"{getattr(thing, '__module__', None)}.{getattr(thing, '__qualname__', None)}"
@@ -142,6 +145,6 @@ def setup(app: Sphinx) -> None:
     app.connect("source-read", _add_toctrees)
     app.connect("autodoc-process-docstring", _plain_text, priority=400)
     app.connect("autodoc-skip-member", _is_field_of_a_tuple)
-    app.connect("missing-reference", _documented_elsewhere)
+    app.connect("missing-reference", _elsewhere)
     app.connect("doctree-read", _keep_numbers_whole)
     app.connect("build-finished", _add_index)

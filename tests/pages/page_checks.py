@@ -67,7 +67,7 @@ def own_autoencoders(work: Work) -> None:
 
 
 def evaluation(work: Work) -> None:
-    """The report is there, rejection keeps what it says, and samples in parts give the scores that they give at once."""
+    """The report is there, rejection keeps what it says, and samples drawn in parts are found."""
     assert (work.folder / "report" / "README.md").is_file()
     assert work.names["best"].labels.tolist() == [7] * 64
     assert bool((work.names["sure"].scores >= 0.99).all())

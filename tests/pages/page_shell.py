@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import os
 import re
@@ -136,11 +137,11 @@ def _check_python(program: str, arguments: Sequence[str]) -> None:
         patch.setattr(sys, "argv", [program, *arguments])
         patch.setattr(argparse.ArgumentParser, "parse_args", accept)
         patch.setattr(argparse.ArgumentParser, "error", refuse)
+        script = program.endswith(".py")
+        run = runpy.run_path if script else functools.partial(runpy.run_module, alter_sys=True)
+        place = str(ROOT / program) if script else program
         with pytest.raises(_AcceptedError):
-            if program.endswith(".py"):
-                runpy.run_path(str(ROOT / program), run_name="__main__")
-            else:
-                runpy.run_module(program, run_name="__main__", alter_sys=True)
+            run(place, run_name="__main__")
 
 
 _RULES: dict[str, Callable[[Sequence[str]], None]] = {

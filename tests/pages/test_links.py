@@ -47,8 +47,8 @@ def test_links_and_pictures_lead_to_files_and_headings(page: str) -> None:
             continue
         name, _, anchor = link.partition("#")
         target = (ROOT / page).parent / name if name else ROOT / page
-        if not target.is_file() or not target.resolve().is_relative_to(ROOT):
-            wrong.append(f"{link}: no such file in the repository")
+        if not target.exists() or not target.resolve().is_relative_to(ROOT):
+            wrong.append(f"{link}: nothing there in the repository")
         elif anchor and target.suffix == ".md" and anchor not in anchors(target):
             wrong.append(f"{link}: no such heading")
     assert wrong == []
