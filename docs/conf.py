@@ -112,13 +112,10 @@ def _is_field_of_a_tuple(app: Sphinx, what: str, name: str, obj: Any, skip: bool
 
 
 def _elsewhere(app: Sphinx, env: BuildEnvironment, node: pending_xref, text: TextElement) -> Any:
-    """Names by other paths than they are documented under, and folders of sources.
-
-    ``fastvq.sampling.sample`` is ``fastvq.sample``. A code host shows a folder; here its name has to do.
-    """
-    target, domain = node["reftarget"], env.domains.python_domain
+    """Names by other paths than they are documented under: ``fastvq.sampling.sample`` is ``fastvq.sample``."""
     if node.get("refdomain") != "py":
-        return text if (ROOT / node["refdoc"]).parent.joinpath(target).is_dir() else None
+        return None
+    target, domain = node["reftarget"], env.domains.python_domain
     for name in (target, f"{node.get('py:module')}.{target}"):
         thing = pydoc.locate(name) if name.startswith("fastvq.") else None
         known = f"{getattr(thing, '__module__', None)}.{getattr(thing, '__qualname__', None)}"
@@ -127,10 +124,14 @@ def _elsewhere(app: Sphinx, env: BuildEnvironment, node: pending_xref, text: Tex
     return None
 
 
-def _keep_numbers_whole(app: Sphinx, doctree: document) -> None:
-    """Short cells of tables do not break: a number stays with its unit."""
+def _suit_pages(app: Sphinx, doctree: document) -> None:
+    """Links to folders, which a code host shows, become plain words; short cells of tables do not break."""
     from docutils.nodes import entry
+    from sphinx.addnodes import pending_xref
 
+    for link in list(doctree.findall(pending_xref)):
+        if link["reftype"] == "myst" and (ROOT / link["refdoc"]).parent.joinpath(link["reftarget"]).is_dir():
+            link.replace_self(link.children)
     for cell in doctree.findall(entry):
         if len(cell.astext()) <= 20:
             cell["classes"].append("short")
@@ -146,5 +147,5 @@ def setup(app: Sphinx) -> None:
     app.connect("autodoc-process-docstring", _plain_text, priority=400)
     app.connect("autodoc-skip-member", _is_field_of_a_tuple)
     app.connect("missing-reference", _elsewhere)
-    app.connect("doctree-read", _keep_numbers_whole)
+    app.connect("doctree-read", _suit_pages)
     app.connect("build-finished", _add_index)
