@@ -75,6 +75,15 @@ def evaluation(work: Work) -> None:
     assert work.names["statistics"] is not None
 
 
+def tutorial(work: Work) -> None:
+    """The pipeline draws a column of each class, and is the same when it is loaded again."""
+    out = work.names["out"]
+    assert out.images.shape == (20, 1, 32, 32)
+    assert Path("samples.png").is_file()
+    again = fastvq.Pipeline.from_pretrained("my/pipeline").sample(20, label=range(10), temperature=0.8, seed=0)
+    assert torch.equal(again.images, out.images)
+
+
 def using_models(work: Work) -> None:
     names = work.names
     image, mask, painted = names["image"], names["mask"], names["painted"]

@@ -15,7 +15,7 @@ from page_blocks import Work
 from PIL import Image
 from torch import Tensor, nn
 
-from fastvq import Pipeline, evaluation
+from fastvq import Pipeline, evaluation, training
 from fastvq.evaluation import FeatureExtractor, score_shard
 from fastvq.models import Classifier, ClassifierConfig
 from fastvq.sampling import Shard, sample_shard
@@ -119,4 +119,11 @@ def drawn_in_parts(work: Work) -> dict[str, Any]:
     for index in range(8):
         if index != 3:
             score_shard(pipeline, "my-samples", extractor, Shard(index, 8))
+    return {}
+
+
+def few_steps(work: Work) -> dict[str, Any]:
+    """Runs end after two steps, whatever they are told."""
+    config = training.TrainConfig
+    work.patch.setattr(training, "TrainConfig", lambda **given: config(**{**given, "steps": 2}))
     return {}

@@ -132,6 +132,7 @@ KNOWN: dict[str, Page] = {
     "docs/several-processes.md": Page(
         (Entry("fastvq info --preset imagenet256-top --train", runs={}),), packages=("distributed",)
     ),
+    "docs/tutorial.md": Page((Entry("train_vqvae(pictures", before=setups.few_steps),), after=checks.tutorial),
     "docs/using-models.md": Page(runs={}, after=checks.using_models),
 }
 
@@ -163,5 +164,12 @@ COMMANDS_NOT_CHECKED: dict[str, dict[str, str]] = {
     "docs/emoji/README.md": {
         "apt-get install": "installs packages of the system",
         "extract_emoji.py": "run by tests/data/test_emoji_script.py",
+    },
+    "docs/releasing.md": {
+        "python -m build": "a tool of the release, which no extra installs",
+        "auditwheel": "a tool of the release, which no extra installs",
+        "check-wheel-contents": "a tool of the release, which no extra installs",
+        "cibuildwheel": "a tool of the release, which needs Docker",
+        "twine": "a tool of the release, which no extra installs",
     },
 }
