@@ -39,7 +39,7 @@ class Config:
 
     @classmethod
     def of(cls, config: object, fields: Mapping[str, Any]) -> Self:
-        """A configuration with some fields replaced, or where it is None the one of these fields.
+        """The configuration ``config`` with some ``fields`` replaced, or where it is None the one of these fields.
 
         Raises:
             ArgumentError, ArgumentTypeError: something else, or fields that there are not; names the nearest.
@@ -59,9 +59,14 @@ class Config:
 
     @classmethod
     def require_fields(cls, name: str, given: Iterable[str]) -> None:
-        """
+        """Names of fields must be those of fields.
+
+        Args:
+            name: what the message calls it all.
+            given: the names.
+
         Raises:
-            ArgumentError: one of these is no field.
+            ArgumentError: one of these is no field; names the nearest.
         """
         known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
         for field in given:
@@ -78,7 +83,11 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The configuration stored by :meth:`to_dict`; unknown or missing fields are an error."""
+        """The configuration whose fields :meth:`to_dict` gave as ``values``.
+
+        Raises:
+            ArgumentError, ArgumentTypeError: unknown or missing fields, or no fields.
+        """
         if not isinstance(values, Mapping):
             raise ArgumentTypeError(f"{cls.__name__}: expected a mapping of fields, got {type(values).__name__}")
         fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]

@@ -67,7 +67,11 @@ Fill = Callable[[dict[str, np.ndarray], int], Iterator[int]]
 
 @dataclass(frozen=True)
 class Shard:
-    """Part ``index`` of ``count``, counted from 0."""
+    """Part ``index`` of ``count``, counted from 0.
+
+    Raises:
+        ArgumentError: there is no such part.
+    """
 
     index: int
     count: int
@@ -78,7 +82,7 @@ class Shard:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """``I/N``, or ``env`` for what the environment says.
+        """From ``text``: ``I/N``, or ``env`` for what the environment says.
 
         Raises:
             ArgumentError: neither.
@@ -118,11 +122,11 @@ class Shard:
         return alone
 
     def range(self, total: int) -> range:
-        """Indices of this part; those of all parts are 0..total-1 in order, and sizes differ by one at most."""
+        """Indices of this part of ``total``; all parts have 0..total-1, in order, and differ in size by one at most."""
         return range(total * self.index // self.count, total * (self.index + 1) // self.count)
 
     def path(self, folder: Path, prefix: str) -> Path:
-        """The part's file of tensors."""
+        """The part's file of tensors in a folder, whose name begins with ``prefix``."""
         return folder / f"{prefix}-{self.index:05d}-of-{self.count:05d}.safetensors"
 
     def __str__(self) -> str:

@@ -65,16 +65,20 @@ class Group:
         return self.rank == 0
 
     def share(self, count: int) -> slice:
-        """This process's part of ``count`` items; the parts of all of them, in order, are all items."""
+        """This process's part of ``count`` items; the parts of all processes, in order, are all items."""
         part = Shard(self.rank, self.size).range(count)
         return slice(part.start, part.stop)
 
     def turns(self, items: Sequence[T]) -> Sequence[T]:
-        """Those of some items, dealt one by one, that are this process's."""
+        """Those of some ``items``, dealt one by one, that are this process's."""
         return items[self.rank :: self.size]
 
     def sum(self, values: Iterable[float]) -> list[float]:
-        """Numbers added over processes, in float64; the same on each of them."""
+        """``values`` added over processes, in float64; the same on each of them.
+
+        Raises:
+            PeerError: another process has ended.
+        """
         if self.size == 1:
             return list(values)
         total = torch.tensor(list(values), dtype=torch.float64)
@@ -84,7 +88,11 @@ class Group:
         return found
 
     def from_first(self, value: T) -> T:
-        """What the first process passed."""
+        """The ``value`` that the first process passed.
+
+        Raises:
+            PeerError: another process has ended.
+        """
         if self.size == 1:
             return value
         box = [value]
@@ -93,7 +101,11 @@ class Group:
         return box[0]
 
     def equalise(self, tensors: Iterable[Tensor]) -> None:
-        """Give all processes the values that the first one has, in place."""
+        """Give ``tensors`` on all processes the values that they have on the first one, in place.
+
+        Raises:
+            PeerError: another process has ended.
+        """
         if self.size > 1:
             with _peers_alive():
                 for tensor in tensors:
@@ -103,6 +115,10 @@ class Group:
 
     def agree(self, error: Exception | None = None, *, flag: int = 0) -> int:
         """Wait for all processes; returns the largest flag.
+
+        Args:
+            error: with which this process has come, to be raised on all of them.
+            flag: an integer that is compared.
 
         Raises:
             PeerError: another process has come with an error; says which and what.
@@ -128,7 +144,8 @@ class Group:
         """Work that each process does by itself: if it fails on one of them, it ends with an error on all.
 
         Raises:
-            as :meth:`agree`.
+            PeerError: another process has failed.
+            Exception: the error of this one.
         """
         try:
             yield
@@ -249,7 +266,7 @@ def _address(slurm: bool) -> str:
 
 
 def first_host(nodes: str) -> str:
-    """The first of the machines in SLURM's notation: ``gpu[003-005,9],login`` begins with gpu003."""
+    """The first of the machines ``nodes`` in SLURM's notation: ``gpu[003-005,9],login`` begins with gpu003."""
     found = re.match(r"([^,\[]+)(?:\[(\w+)[^\]]*\]([^,]*))?", nodes)
     return nodes if found is None else "".join(part or "" for part in found.groups())
 

@@ -202,7 +202,7 @@ def forward(
     query: Tensor, key: Tensor, value: Tensor, *,
     mask: str, dropout: float = 0.0, seed: int = 0, precision: str = "ieee", tiles: Tiles | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Attention as `fastvq.ops.causal.causal_attention` defines it.
+    """Attention as `fastvq.ops.causal_attention` defines it.
 
     Args:
         query, key: [B, heads, N, D]; value: [B, heads, N, E]; float32, bfloat16 or float16, any strides; D, E <= 256.

@@ -26,8 +26,8 @@ class ForeignGatedLayer(nn.Module):
 
     def forward(self, x_v: Tensor, x_h: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.first:
-            self.vert_stack.weight.data[:, :, -1] = 0
-            self.horiz_stack.weight.data[:, :, :, -1] = 0
+            self.vert_stack.weight.data[:, :, -1].zero_()
+            self.horiz_stack.weight.data[:, :, :, -1].zero_()
         added = 0.0 if label is None else self.class_cond_embedding(label)[:, :, None, None]
         vertical = self.vert_stack(x_v)[:, :, : x_v.shape[2]]
         horizontal = self.horiz_stack(x_h)[:, :, :, : x_h.shape[3]]
@@ -57,7 +57,7 @@ class ForeignPixelCNN(nn.Module):
         )
 
     def forward(self, codes: Tensor, label: Tensor | None = None) -> Tensor:
-        x_v = x_h = self.embedding(codes).permute(0, 3, 1, 2)
+        x_v = x_h = self.embedding(codes.view(-1)).view(*codes.size(), -1).permute(0, 3, 1, 2)
         for layer in self.layers:
             x_v, x_h = layer(x_v, x_h, label)
         return self.output_conv(x_h)

@@ -77,54 +77,6 @@ class Residual(nn.Module):
         return self.last(F.leaky_relu(x, 0.1))
 
 
-class GatedLayer(nn.Module):
-    """Two stacks by padding and cropping; the label is added to both."""
-
-    def __init__(self, mask: str, width: int, kernel: int, residual: bool, classes: int) -> None:
-        super().__init__()
-        self.mask, self.residual = mask, residual
-        self.label = nn.Embedding(classes, 2 * width)
-        self.vertical = nn.Conv2d(width, 2 * width, (kernel // 2 + 1, kernel), 1, (kernel // 2, kernel // 2))
-        self.link = nn.Conv2d(2 * width, 2 * width, 1)
-        self.horizontal = nn.Conv2d(width, 2 * width, (1, kernel // 2 + 1), 1, (0, kernel // 2))
-        self.out = nn.Conv2d(width, width, 1)
-
-    @staticmethod
-    def gate(x: Tensor) -> Tensor:
-        a, b = x.chunk(2, dim=1)
-        return torch.tanh(a) * torch.sigmoid(b)
-
-    def forward(self, v: Tensor, h: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        if self.mask == "A":
-            self.vertical.weight.data[:, :, -1].zero_()
-            self.horizontal.weight.data[:, :, :, -1].zero_()
-        told = self.label(label)[:, :, None, None]
-        above = self.vertical(v)[:, :, : v.size(2), :]
-        left = self.horizontal(h)[:, :, :, : h.size(3)]
-        out = self.out(self.gate(self.link(above) + left + told))
-        return self.gate(above + told), out + h if self.residual else out
-
-
-class Gated(nn.Module):
-    """A class-conditional gated PixelCNN of a vertical and a horizontal stack."""
-
-    def __init__(self, num_codes: int, width: int = 6, layers: int = 3, classes: int = 3) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(num_codes, width)
-        self.layers = nn.ModuleList(
-            GatedLayer("A" if i == 0 else "B", width, 5 if i == 0 else 3, i > 0, classes) for i in range(layers)
-        )
-        self.output = nn.Sequential(nn.Conv2d(width, 16, 1), nn.ReLU(True), nn.Conv2d(16, num_codes, 1))
-
-    def forward(self, codes: Tensor, label: Tensor) -> Tensor:
-        shape = (*codes.size(), -1)
-        x = self.embedding(codes.view(-1)).view(shape).permute(0, 3, 1, 2)
-        v, h = x, x
-        for layer in self.layers:
-            v, h = layer(v, h, label)
-        return self.output(h)
-
-
 FORMS = ("sdpa", "start", "scaled", "first", "own-codes")
 
 

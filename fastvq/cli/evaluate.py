@@ -12,6 +12,7 @@ from torch import nn
 
 from fastvq._files import sweep
 from fastvq._lock import locked
+from fastvq._markdown import MarkdownPage
 from fastvq.cli.classify import CLASSIFIER, load_classifier
 from fastvq.cli.described import DescribedImages
 from fastvq.cli.loading import advise, keep_images, remember
@@ -33,7 +34,7 @@ from fastvq.evaluation import (
 from fastvq.evaluation import evaluate as measure
 from fastvq.evaluation.evaluate import check_evaluation
 from fastvq.evaluation.sources import once_if_same
-from fastvq.evaluation.tables import tables
+from fastvq.evaluation.tables import add_sections, to_dict
 from fastvq.models.classifier import Classifier, ClassifierConfig
 from fastvq.sampling import Pipeline, Shard
 from fastvq.training import TrainConfig
@@ -124,8 +125,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
             cache=cache,
             progress=not arguments.quiet,
         )
-    for title, text in tables(evaluation):
-        print(f"{title}\n\n{text}\n")
+    document = MarkdownPage()
+    add_sections(document, to_dict(evaluation))
+    print(document.markdown())
     if extractor is None:
         print(
             "No sample metrics: they need features. `fastvq train-classifier` trains them, --inception FILE gives "

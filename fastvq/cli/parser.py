@@ -355,7 +355,8 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         "measure a trained model",
         "Likelihood of the codes, reconstruction error and codebook use on training and validation images. With a\n"
         "classifier (RUN/classifier, or --classifier) also sample metrics in its features, nearest training images,\n"
-        "the rejection curve, and the classification accuracy score. OUT receives a page, pictures and the numbers.\n"
+        "the rejection curve, and the classification accuracy score. OUT receives a page (README.md, and report.html\n"
+        "with the pictures inside), pictures and the numbers.\n"
         "Samples that `fastvq sample --shard` drew in parts are taken with --from-shards; with --shard as well, only\n"
         "the features of that part of them are gathered, for the evaluation that follows.",
     )

@@ -57,6 +57,7 @@ def save_animation(
         frames: images of each frame, float [N, C, H, W], as :func:`image_grid` takes them.
         columns, padding, captions: as of :func:`image_grid`.
         seconds: how long all frames take; the last one stays for two more.
+        overwrite: replace a file that is there.
 
     Raises:
         FileConflictError: the file exists and ``overwrite`` is False.

@@ -31,12 +31,25 @@ class Augment:
         require_bool("horizontal_flip", self.horizontal_flip)
 
     def __call__(self, image: Tensor, *, seed: int, index: int, variant: int) -> Tensor:
-        """A variant of one image [C, H, W], a function of (seed, index, variant) alone."""
+        """A variant of one image [C, H, W], a function of (seed, index, variant) alone.
+
+        Raises:
+            ArgumentError: it is smaller than ``max_shift``, or numbers are negative.
+        """
         require_shape("image", image, ("C", "H", "W"))
         return self.batch(image[None], seed=seed, indices=np.array([index]), variants=np.array([variant]))[0]
 
     def batch(self, images: Tensor, *, seed: int, indices: np.ndarray, variants: np.ndarray) -> Tensor:
-        """The same for a batch [B, C, H, W] with int arrays [B] of image indices and variants."""
+        """Variants of a batch of images.
+
+        Args:
+            images: [B, C, H, W].
+            seed: in 0..2**63-1.
+            indices, variants: int arrays [B], not negative.
+
+        Raises:
+            ArgumentError: shapes or numbers that do not fit.
+        """
         require_shape("images", images, ("B", "C", "H", "W"))
         batch, _, height, width = images.shape
         if indices.shape != (batch,) or variants.shape != (batch,):
@@ -44,7 +57,9 @@ class Augment:
                 f"indices and variants: expected shape ({batch},), got {indices.shape} and {variants.shape}"
             )
         if batch and (indices.min() < 0 or variants.min() < 0):
-            raise ArgumentError("indices and variants: must not be negative")
+            raise ArgumentError(
+                f"indices and variants: must not be negative, got {indices.min()} and {variants.min()} as the least"
+            )
         if self.max_shift >= min(height, width):
             raise ArgumentError(f"max_shift: {self.max_shift} is not smaller than the image, {height} x {width}")
         changed = variants > 0

@@ -39,14 +39,14 @@ class ImageDataset(Protocol):
         """Number of labels, or None without labels."""
 
     def image(self, index: int) -> Tensor:
-        """float32 [C, H, W] in [-1, 1]."""
+        """Image number ``index``: float32 [C, H, W] in [-1, 1]."""
 
     def fingerprint(self) -> str:
         """A hash of what the data are, the same in every process."""
 
 
 def load_images(dataset: ImageDataset, indices: Iterable[int]) -> Tensor:
-    """The images of some indices: float32 [B, C, H, W] in [-1, 1]."""
+    """The images of a ``dataset`` at some ``indices``: float32 [B, C, H, W] in [-1, 1]."""
     images = [dataset.image(int(index)) for index in indices]
     return torch.stack(images) if images else torch.empty(0, dataset.channels, *dataset.size, dtype=torch.float32)
 
@@ -127,5 +127,8 @@ def require_size(name: str, size: object) -> tuple[int, int]:
 
 
 def psnr(mse: float) -> float:
-    """Peak signal-to-noise ratio in dB of a mean squared error between images in [-1, 1], whose peak range is 2."""
+    """Peak signal-to-noise ratio in dB of a mean squared error ``mse`` between images in [-1, 1].
+
+    Their range of 2 is the peak: 10 log10(4 / mse), infinite for 0.
+    """
     return math.inf if mse == 0 else 10 * (math.log10(4) - math.log10(mse))

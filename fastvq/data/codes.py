@@ -231,6 +231,9 @@ def _mapped(path: Path, shape: tuple[int, ...], dtype: np.dtype, *, writable: bo
 class CodeDataset:
     """Codes written by :func:`fastvq.data.extract_codes`, read through memory maps.
 
+    Args:
+        folder: where they are.
+
     Attributes:
         shapes: (h, w) of each level, top first.
         num_codes: codebook size of each level.
@@ -298,6 +301,7 @@ class CodeDataset:
 
     @property
     def num_levels(self) -> int:
+        """Number of grids of codes of an image."""
         return len(self.shapes)
 
     def fingerprint(self) -> str:
@@ -306,6 +310,10 @@ class CodeDataset:
 
     def codes(self, level: int, rows: np.ndarray | Tensor | slice) -> Tensor:
         """Codes of some rows: int64 [B, h, w].
+
+        Args:
+            level: 0 for the top.
+            rows: which of the N rows.
 
         Raises:
             ArgumentError: no such level.
@@ -323,7 +331,12 @@ class CodeDataset:
         return torch.from_numpy(codes)
 
     def use(self, level: int, *, most: int | None = None) -> CodeUse:
-        """How the codes of a level are used, counted over all rows, or over at most so many evenly spaced ones."""
+        """How the codes of a level are used.
+
+        Args:
+            level: 0 for the top.
+            most: count over so many evenly spaced rows; None: over all.
+        """
         rows = np.arange(self._rows) if most is None else spread_over_classes(None, self._rows, most)
         counts = torch.zeros(self.num_codes[level], dtype=torch.int64)
         for part in np.array_split(rows, -(-len(rows) // _COUNTED)):

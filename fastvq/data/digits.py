@@ -49,8 +49,9 @@ class Digits:
         return self._pixels.shape[0]
 
     def image(self, index: int) -> Tensor:
-        """float32 [1, H, W] in [-1, 1]."""
+        """Digit number ``index``: float32 [1, H, W] in [-1, 1]."""
         return self._pixels[index].clone()
 
     def fingerprint(self) -> str:
+        """A hash of the pictures, the labels and the size, the same in every process."""
         return f"digits-{self.size[0]}x{self.size[1]}-{self._hash}"

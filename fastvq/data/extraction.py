@@ -58,6 +58,7 @@ def extract_codes(
     Args:
         model: a VQVAE or VQVAE2, also inside torch.compile, DataParallel, DistributedDataParallel or AveragedModel. It
             is copied, so it keeps its mode and its device.
+        dataset: images of the model's channels, of a size that it takes.
         indices: images to encode, int [N]; None for all.
         batch_size: images encoded at a time.
         augment: how copies after the first differ from the image.
@@ -114,8 +115,8 @@ def extract_shard(
         batch_size: images encoded at a time. They are the images that an uncut extraction encodes together, so that
             codes are the same even where an encoder rounds differently for other batches.
 
-    The other arguments and errors are those of :func:`extract_codes`; a FileConflictError also says that another
-    process is at this part, or that the folder has parts of something else.
+    The other arguments are those of :func:`extract_codes`, and so are errors; a FileConflictError also says that
+    another process is at this part, or that the folder has parts of something else.
     """
     work = _Extraction(model, dataset, indices, batch_size, augment, copies, seed, device, num_workers, progress)
     rows = shard.range(work.total)
@@ -142,6 +143,10 @@ def merge_codes(parts: str | os.PathLike[str], folder: str | os.PathLike[str]) -
 
     Its files are, byte for byte, those of :func:`extract_codes`. Memory does not grow with the codes. After an
     interruption the same call goes on, and once complete it returns at once. The parts stay.
+
+    Args:
+        parts: the folder in which they lie.
+        folder: where the codes are to be.
 
     Raises:
         MissingFileError: there is no part, or rows are missing; names the gaps.

@@ -104,6 +104,9 @@ def image_grid(
     Returns:
         uint8 [rows * (H + padding) + padding, columns * (W + padding) + padding, 3], or without the last axis if C = 1;
         with captions as much higher as they need.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: no images, or numbers or captions that do not fit.
     """
     require_floating("images", require_tensor("images", images))
     require_shape("images", images, ("N", "C", "H", "W"))
@@ -153,6 +156,11 @@ def save_grid(
     overwrite: bool = False,
 ) -> Path:
     """Write :func:`image_grid` as PNG, JPEG or (lossless) WebP, as the name ends, whole or not; returns the path.
+
+    Args:
+        path: ends in .png, .jpg, .jpeg or .webp.
+        images, columns, padding, captions: as of :func:`image_grid`.
+        overwrite: replace a file that is there.
 
     Raises:
         FileConflictError: the file exists and ``overwrite`` is False.

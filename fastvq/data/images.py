@@ -82,7 +82,8 @@ class ImageFolder:
         progress: show a progress bar on stderr during the check.
 
     Attributes:
-        paths: the images' files. labels, class_names, channels, size: see :class:`ImageDataset`.
+        paths: the images' files.
+        labels, class_names, channels, size: see :class:`ImageDataset`.
         skipped: (path, reason) of the images left out because they cannot be read.
         left_out: (path, reason) of what is not taken for an image.
         suffixes: endings of the files that count.
@@ -285,10 +286,11 @@ class ImageFolder:
 
     @functools.cached_property
     def paths(self) -> list[Path]:
+        """The images' files, in the order of their indices."""
         return [self.root / name for name in self._names]
 
     def image(self, index: int) -> Tensor:
-        """float32 [C, H, W] in [-1, 1].
+        """Image number ``index``: float32 [C, H, W] in [-1, 1].
 
         Raises:
             CorruptFileError: the file cannot be read (any more).
@@ -310,7 +312,7 @@ class ImageFolder:
         return self._pixels is None
 
     def pixels_folder(self, folder: str | os.PathLike[str]) -> Path:
-        """Where in a folder of such folders :meth:`keep_pixels` stores these images at this size."""
+        """Where in ``folder`` :meth:`keep_pixels` stores these images at this size."""
         return Path(folder) / f"pixels-{self._identity()['files'][:16]}"
 
     @property

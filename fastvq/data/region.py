@@ -22,6 +22,11 @@ _WHITE = 128
 def load_picture(path: str | os.PathLike[str], size: tuple[int, int], *, channels: int = 3) -> Tensor:
     """A picture as :class:`ImageFolder` gives it, upright, cropped at the centre and resized: [1, C, H, W] in [-1, 1].
 
+    Args:
+        path: its file.
+        size: (H, W) in pixels.
+        channels: 3 (RGB) or 1 (grey).
+
     Raises:
         MissingFileError: there is no such file.
         CorruptFileError: it cannot be read.
@@ -34,11 +39,13 @@ def box_region(path: str | os.PathLike[str], box: Sequence[int], size: tuple[int
     """Where a box lies in a picture of :func:`load_picture`: bool [H, W], True at every pixel that it touches.
 
     Args:
+        path: the picture's file.
         box: x, y, width and height in pixels of the picture in the file, upright, from its upper left corner.
         size: (H, W).
 
     Raises:
         ArgumentError: the box does not lie in the picture, or where all of it is cropped away.
+        MissingFileError, CorruptFileError: there is no picture, or it cannot be read.
     """
     height, width = read_whole(_file("image", path), _rules()).shape
     x, y, w, h = box
@@ -56,13 +63,14 @@ def mask_region(path: str | os.PathLike[str], mask: str | os.PathLike[str], size
     """Where the white of a mask lies in a picture of :func:`load_picture`: bool [H, W], True at every pixel it touches.
 
     Args:
+        path: the picture's file.
         mask: a picture of the same width and height as the one at ``path``; light grey (from 128) counts as white, and
             so does what is transparent.
         size: (H, W).
 
     Raises:
         ArgumentError: the mask has another size, or no white, or all of it is cropped away.
-        MissingFileError, CorruptFileError: there is no mask, or it cannot be read.
+        MissingFileError, CorruptFileError: there is no picture or no mask, or it cannot be read.
     """
     there = read_whole(_file("image", path), _rules())
     region = read_whole(_file("mask", mask), _rules())

@@ -8,7 +8,7 @@ from fastvq.evaluation.inception import InceptionFeatures
 from fastvq.evaluation.likelihood import ImageMetrics, LevelMetrics, measure_images
 from fastvq.evaluation.neighbours import ManifoldScores, manifold_scores, nearest_neighbours
 from fastvq.evaluation.rejection import CurvePoint, RejectionSamples, rejection_curve, sample_with_rejection
-from fastvq.evaluation.report import check_report, write_report
+from fastvq.evaluation.report import check_report, render_report, write_report
 from fastvq.evaluation.scores import InceptionScore, Score, kernel_distance
 from fastvq.evaluation.shards import samples_from_shards, score_shard, shard_settings, statistics_from_shards
 from fastvq.evaluation.sources import DrawnSamples, Reconstructions, draw_samples, labels_by_frequency
@@ -48,6 +48,7 @@ __all__ = [
     "measure_images",
     "nearest_neighbours",
     "rejection_curve",
+    "render_report",
     "sample_with_rejection",
     "samples_from_shards",
     "score_shard",

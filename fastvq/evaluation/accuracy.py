@@ -38,6 +38,7 @@ def classification_accuracy(
         sets: images (data set and indices) to train on, by name; each trains a classifier of its own, alike in
             architecture, settings and seed.
         test: real images that none of them holds.
+        model_config, config: architecture of the classifiers, and how they learn.
         folder: receives a run per set.
         augment: of all sets alike.
 

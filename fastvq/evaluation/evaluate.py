@@ -90,7 +90,13 @@ class EvaluationConfig:
 
 
 class AccuracyPlan(NamedTuple):
-    """How the classifiers of the classification accuracy score learn: architecture, settings, augmentation."""
+    """How the classifiers of the classification accuracy score learn.
+
+    Attributes:
+        model: their architecture.
+        training: steps, batch, learning rate and so on.
+        augment: changes of the images that they see; None: none.
+    """
 
     model: ClassifierConfig
     training: TrainConfig
@@ -134,6 +140,7 @@ class Evaluation:
     """Result of :func:`evaluate`; parts that were not asked for are None.
 
     Attributes:
+        config: what was asked for.
         images: codes, likelihood and reconstruction on ``training`` and ``validation`` images.
         extractor: title, digest and size of the features behind ``sets``, ``memorisation`` and ``curve``.
         sets: each set of images against the training images.
@@ -142,6 +149,7 @@ class Evaluation:
         curve: scores by fraction kept.
         accuracy: of classifiers trained on samples, reconstructions and real images, on validation images.
         draws: settings that the samples were drawn with, beside the seed; with classes ``classes by`` as well.
+        pictures: images for the report.
         seconds: what each part took.
     """
 
@@ -208,7 +216,10 @@ def evaluate(
     """Likelihood, reconstruction, codebooks; with an extractor sample metrics; with a classifier the rejection curve.
 
     Args:
+        pipeline: what is measured.
+        dataset: real images of its channels, size and classes.
         training, validation: indices of the images, int; those held out must have had no part in training.
+        config: what is measured, and how; by default :class:`EvaluationConfig` as it is.
         extractor: features for the sample metrics.
         classifier: logits of the priors' classes, for rejection. Best another network than the extractor's: scores
             are flattered where both are one.

@@ -63,6 +63,11 @@ class FeatureExtractor(nn.Module):
 
     @property
     def num_features(self) -> int:
+        """F, the size of a vector.
+
+        Raises:
+            ArgumentError: it was not given, and there has been no image yet.
+        """
         if self._num_features is None:
             raise ArgumentError("num_features: not known before the first images; pass it to FeatureExtractor")
         return self._num_features
@@ -74,11 +79,12 @@ class FeatureExtractor(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Where the module is."""
         parameter = next(self.parameters(), None)
         return torch.device("cpu") if parameter is None else parameter.device
 
     def forward(self, images: Tensor) -> Tensor:
-        """Vectors [B, F]."""
+        """Vectors [B, F] of ``images``, as :meth:`extract` gives them."""
         return self.extract(images).vectors
 
     @annotate("features")
@@ -103,7 +109,15 @@ class FeatureExtractor(nn.Module):
 
 
 class ClassifierFeatures(FeatureExtractor):
-    """The vector before a :class:`Classifier`'s last layer, and its logits."""
+    """The vector before a :class:`fastvq.models.Classifier`'s last layer, and its logits.
+
+    Args:
+        classifier: also inside torch.compile, DataParallel, DistributedDataParallel or AveragedModel.
+        name: what scores are labelled with; by default ``classifier``.
+
+    Raises:
+        ArgumentTypeError: it is no such classifier.
+    """
 
     def __init__(self, classifier: Classifier | nn.Module, *, name: str | None = None) -> None:
         classifier = require_model("classifier", classifier, Classifier)

@@ -15,6 +15,9 @@ class GaussianStatistics:
     Batches are joined by their means and centred sums (Chan, Golub and LeVeque 1979), which loses no digits where a
     sum of squares would: features far from the origin keep their covariance.
 
+    Args:
+        num_features: F.
+
     Attributes:
         count: vectors seen.
         mean: float64 [F].
@@ -29,11 +32,16 @@ class GaussianStatistics:
 
     @property
     def num_features(self) -> int:
+        """F, the size of a vector."""
         return self.mean.shape[0]
 
     @property
     def covariance(self) -> Tensor:
-        """float64 [F, F], with N - 1 in the denominator."""
+        """float64 [F, F], with N - 1 in the denominator.
+
+        Raises:
+            ArgumentError: fewer than two vectors.
+        """
         if self.count < 2:
             raise ArgumentError(f"statistics: a covariance needs two vectors or more, got {self.count}")
         return self.scatter / (self.count - 1)
@@ -58,7 +66,11 @@ class GaussianStatistics:
         self.merge(batch)
 
     def merge(self, other: GaussianStatistics) -> None:
-        """Add the vectors that another object has seen."""
+        """Add the vectors that the ``other`` object has seen.
+
+        Raises:
+            ArgumentError: they have another size.
+        """
         _check_sizes(self, other)
         if other.count == 0:
             return
@@ -70,12 +82,18 @@ class GaussianStatistics:
 
 
 def frechet_distance(first: GaussianStatistics, second: GaussianStatistics) -> float:
-    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of two sets of vectors (Dowson and Landau 1982; Heusel et al. 2017).
+    """The Fréchet distance of two sets of vectors, taken for Gaussians of their means and covariances.
+
+    m1, m2 and C1, C2 being those, ``(m1 - m2)^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))`` (Dowson and Landau 1982; FID: Heusel
+    et al. 2017).
 
     The trace of the root is the sum of the singular values of R1^T R2, where C = R R^T: real and not negative by
     construction, where the root of C1 C2 itself has imaginary parts from rounding. Nor is a root taken of a product's
     eigenvalues: one that should be 0, of features that are constant or depend on each other, is 1e-16 by rounding and
     would add 1e-8.
+
+    Args:
+        first, second: statistics of the sets.
 
     Raises:
         ArgumentError: different sizes of features, or no more vectors than features, whose covariance has no inverse

@@ -80,6 +80,10 @@ def measure_images(
 ) -> ImageMetrics:
     """Encode, decode and score images, in one pass whose memory does not depend on their number.
 
+    Args:
+        pipeline: the autoencoder and the priors that are measured.
+        dataset, indices: the images: all of them, and which, int [N].
+
     Raises:
         ArgumentError: no images, of other channels or another size than the models', or without the labels that the
             priors need.

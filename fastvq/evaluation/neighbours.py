@@ -32,8 +32,10 @@ class ManifoldScores(NamedTuple):
 
 
 def manifold_scores(real: Tensor, fake: Tensor, *, neighbours: int = 3) -> ManifoldScores:
-    """Improved precision and recall (Kynkaanniemi et al. 2019, eqs. 1 to 3), density and coverage (Naeem et al. 2020,
-    eqs. 2 and 4).
+    """Precision, recall, density and coverage of a set of feature vectors.
+
+    Kynkaanniemi et al. 2019, equations 1 to 3 (improved precision and recall); Naeem et al. 2020, equations 2 and 4
+    (density and coverage).
 
     The manifold of a set is the union of closed balls, one around each vector, that reach to its k-th nearest
     neighbour in the same set, itself not counted. Distances are computed in float64, a block at a time.
@@ -76,6 +78,10 @@ def nearest_neighbours(queries: Tensor, vectors: Tensor, *, count: int = 1) -> t
 
     Args:
         queries, vectors: floating [Q, F] and [N, F].
+        count: how many of each, 1..N.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: shapes, dtypes or numbers that do not fit, or values that are not finite.
     """
     _check_vectors("vectors", vectors, vectors.shape[-1])
     _check_vectors("queries", queries, vectors.shape[-1])

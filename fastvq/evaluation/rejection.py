@@ -77,11 +77,13 @@ def sample_with_rejection(
     the samples kept come in the order of their index.
 
     Args:
+        pipeline: what draws them.
         n: samples to return.
         classifier: logits [B, num_classes] of images [B, C, H, W] in [-1, 1].
         keep: fraction in (0, 1]: of every class, ``ceil(wanted / keep)`` candidates are drawn and the best are kept.
         threshold: probability in [0, 1): candidates are drawn until enough of every class reach it.
         label: as of :meth:`Pipeline.sample`; by default all classes in turn.
+        seed: any integer, taken modulo 2**64; None draws one from PyTorch's global generator.
         max_drawn: candidates after which a threshold is given up; by default 100 for each sample.
         settings: of :meth:`Pipeline.sample`: temperature, top_k, top_p, engine, ...
 
@@ -124,7 +126,7 @@ def _wanted(pipeline: Pipeline, n: int, label: Label | None) -> dict[int, int]:
 
 def _check_choice(keep: float | None, threshold: float | None) -> None:
     if (keep is None) == (threshold is None):
-        raise ArgumentError("keep and threshold: expected exactly one of them")
+        raise ArgumentError(f"keep and threshold: expected exactly one of them, got {keep} and {threshold}")
     if keep is not None:
         require_number("keep", keep, above=0, most=1)
     if threshold is not None:
@@ -227,6 +229,7 @@ class CurvePoint(NamedTuple):
         samples: how many of those are left entered the scores; the same at every point, because all of these scores
             also depend on the number of samples.
         least_score: the lowest classifier score among those left.
+        precision, recall, density, coverage: see :class:`ManifoldScores`.
         frechet: None with no more samples than features.
     """
 
@@ -254,6 +257,14 @@ def rejection_curve(
     """Scores against the real images as a falling fraction of the samples, those best recognised, is kept.
 
     Each sample is decoded once; features go to a temporary file.
+
+    Args:
+        samples: all of them.
+        classifier: logits [B, num_classes] of images [B, C, H, W] in [-1, 1].
+        extractor: features of the scores.
+        real: statistics of the real images' features.
+        fractions: to keep of each class, in (0, 1].
+        neighbours: k of precision, recall, density and coverage.
 
     Raises:
         ArgumentError: fractions outside (0, 1], or so few samples that the smallest leaves too few for k neighbours.

@@ -1,4 +1,4 @@
-"""An evaluation as a folder: ``README.md``, pictures, and the numbers as JSON."""
+"""An evaluation as a folder: two forms of one page, pictures, and the numbers as JSON."""
 
 from __future__ import annotations
 
@@ -10,19 +10,26 @@ from pathlib import Path
 
 import torch
 
-from fastvq._files import remove_leftovers, replacing_folder, write_json
+from fastvq._files import read_json, reading, remove_leftovers, replacing_folder, write_json
+from fastvq._html import Page
+from fastvq._markdown import MarkdownPage
 from fastvq._version import __version__
 from fastvq.data.grid import save_grid
 from fastvq.errors import FileConflictError
 from fastvq.evaluation.curves import draw_curve, require_matplotlib
 from fastvq.evaluation.evaluate import Evaluation, Pictures
-from fastvq.evaluation.tables import features_title, frechet_name, tables, to_dict
+from fastvq.evaluation.tables import Numbers, add_sections, features_title, frechet_name, to_dict
 
-PAGE, NUMBERS, CURVE = "README.md", "evaluation.json", "curve.json"
+MARKDOWN, HTML, NUMBERS, CURVE = "README.md", "report.html", "evaluation.json", "curve.json"
 
 
 def check_report(folder: str | os.PathLike[str], *, overwrite: bool = False, curves: bool = True) -> None:
     """Find out that a report cannot be written before measuring anything.
+
+    Args:
+        folder: where :func:`write_report` is to put it.
+        overwrite: whether an earlier report there may be replaced.
+        curves: whether the rejection curve is to be drawn, which needs matplotlib.
 
     Raises:
         FileConflictError: the folder is not empty and ``overwrite`` is False, or it holds something else than a report.
@@ -51,26 +58,68 @@ def write_report(
 ) -> Path:
     """Write a report, whole or not at all; returns the folder.
 
+    It holds the same page twice, as ``README.md`` beside its pictures and as ``report.html`` with the pictures inside,
+    and the numbers as ``evaluation.json`` and ``curve.json``.
+
     Args:
+        evaluation: what :func:`evaluate` found.
+        folder: a new or an empty one.
         title: heading of the page.
         curves: draw the rejection curve as a picture, which needs matplotlib; its numbers are written either way.
+        overwrite: replace an earlier report there.
 
     Raises:
-        as :func:`check_report`.
+        FileConflictError, UnavailableError: as :func:`check_report`.
+        DiskFullError: there is no room; what was there stays.
     """
     folder = Path(folder)
     check_report(folder, overwrite=overwrite, curves=curves and evaluation.curve is not None)
+    numbers = {"title": title, "environment": environment(), **to_dict(evaluation)}
     with replacing_folder(folder, overwrite=overwrite) as temporary:
         _write_pictures(evaluation.pictures, temporary)
         if evaluation.curve is not None:
-            write_json(temporary / CURVE, {"points": to_dict(evaluation)["curve"]})
+            write_json(temporary / CURVE, {"points": numbers["curve"]})
             if curves:
-                path, features = temporary / "curve.png", features_title(evaluation)
-                draw_curve(evaluation.curve, path, frechet_name=frechet_name(evaluation), features=features)
-        write_json(temporary / NUMBERS, {"environment": environment(), **to_dict(evaluation)})
-        page = _page(evaluation, title, curves)
-        (temporary / PAGE).write_text(page, encoding="utf-8")
+                path, features = temporary / "curve.png", features_title(numbers)
+                draw_curve(evaluation.curve, path, frechet_name=frechet_name(numbers), features=features)
+        write_json(temporary / NUMBERS, numbers)
+        for name, page in _pages(title, numbers, temporary).items():
+            page.save(temporary / name)
     return folder
+
+
+def render_report(folder: str | os.PathLike[str], *, title: str | None = None) -> Path:
+    """Write both forms of a report's page anew from its ``evaluation.json`` and pictures; returns the folder.
+
+    Nothing is measured, and no other file is changed.
+
+    Args:
+        folder: what :func:`write_report` wrote.
+        title: another heading for this time. By default the report's own; of reports that do not store it, the first
+            line of ``README.md``.
+
+    Raises:
+        MissingFileError: no ``evaluation.json`` in the folder.
+        CorruptFileError: it does not hold the numbers of a report.
+        DiskFullError: there is no room; the page is as it was.
+    """
+    folder = Path(folder)
+    numbers = read_json(folder / NUMBERS)
+    if title is None:
+        title = str(numbers.get("title") or _written_title(folder / MARKDOWN) or folder.resolve().name)
+    with reading(f"{folder / NUMBERS}: not the numbers of a report"):
+        pages = _pages(title, numbers, folder)
+    for name, page in pages.items():
+        page.save(folder / name)
+    return folder
+
+
+def _written_title(path: Path) -> str:
+    """Heading of a page of Markdown; nothing where there is none."""
+    if not path.is_file():
+        return ""
+    first, _, _ = path.read_text(encoding="utf-8", errors="replace").partition("\n")
+    return first.removeprefix("# ").strip() if first.startswith("# ") else ""
 
 
 def environment() -> dict[str, str]:
@@ -111,32 +160,29 @@ def _write_pictures(pictures: Pictures, folder: Path) -> None:
         save_grid(folder / "neighbours.png", columns.transpose(0, 1).flatten(0, 1), len(columns))
 
 
-def _page(evaluation: Evaluation, title: str, curves: bool) -> str:
-    config = evaluation.config
-    temperature = ", ".join(f"{value:g}" for value in config.temperature)
-    facts = ", ".join(f"{name} {value}" for name, value in environment().items() if value != "none")
-    seconds = ", ".join(f"{name} {value.processor:.1f} s" for name, value in evaluation.seconds.items())
-    wall = sum(value.wall for value in evaluation.seconds.values())
-    lines = [f"# {title}", ""]
-    told = ("temperature", "classes by")  # here, and beside the scores
-    more = "".join(f", {name} {value}" for name, value in evaluation.draws.items() if name not in told)
-    what = f"{config.samples} samples at temperature {temperature}{more}, seed {config.seed}. "
-    what = what if evaluation.sets else ""
-    lines += [f"{what}{facts}.", "", f"Processor time: {seconds}. Wall-clock time: {wall:.0f} s.", ""]
-    captions = {
-        "Images": ("reconstructions.png", "held-out images above, what their codes keep below"),
-        "Samples": ("samples.png", "samples, a column per class"),
-        "Distance to the nearest training image": (
-            "neighbours.png",
-            "samples in the first row, the training images nearest in feature space below",
-        ),
-        "Rejection sampling": ("curve.png", "scores by the fraction of samples kept"),
-    }
-    for heading, text in tables(evaluation):
-        lines += [f"## {heading}", "", text, ""]
-        if heading in captions and (heading != "Rejection sampling" or curves):
-            name, caption = captions[heading]
-            lines += [f"![{caption}]({name})", "", f"*{caption[0].upper()}{caption[1:]}.*", ""]
-    if evaluation.sets is None:
-        lines += ["## Samples", "", "![samples](samples.png)", ""]
-    return "\n".join(lines)
+def _pages(title: str, numbers: Numbers, folder: Path) -> dict[str, Page | MarkdownPage]:
+    """Both forms of the page by the names of their files; pictures are those in the folder."""
+    pages: dict[str, Page | MarkdownPage] = {MARKDOWN: MarkdownPage(title), HTML: Page(title)}
+    for page in pages.values():
+        page.text(_drawn(numbers))
+        page.text(_durations(numbers))
+        add_sections(page, numbers, folder)
+    return pages
+
+
+def _drawn(numbers: Numbers) -> str:
+    """How many samples, drawn how, and by which versions on what."""
+    config, what = numbers["config"], ""
+    if numbers["sets"] is not None:
+        temperature = ", ".join(f"{value:g}" for value in config["temperature"])
+        told = ("temperature", "classes by")  # here, and beside the scores
+        more = "".join(f", {name} {value}" for name, value in numbers.get("draws", {}).items() if name not in told)
+        what = f"{config['samples']} samples at temperature {temperature}{more}, seed {config['seed']}. "
+    facts = ", ".join(f"{name} {value}" for name, value in numbers["environment"].items() if value != "none")
+    return f"{what}{facts}."
+
+
+def _durations(numbers: Numbers) -> str:
+    seconds = ", ".join(f"{name} {value['processor']:.1f} s" for name, value in numbers["seconds"].items())
+    wall = sum(value["wall"] for value in numbers["seconds"].values())
+    return f"Processor time: {seconds}. Wall-clock time: {wall:.0f} s."

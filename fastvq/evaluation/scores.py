@@ -68,12 +68,16 @@ def _summary(values: Tensor) -> Score:
 
 
 class InceptionScore:
-    """exp of the mean KL(p(y|x) || p(y)) of a stream of class logits (Salimans et al. 2016), per split.
+    """The Inception score of a stream of class logits, per split (Salimans et al. 2016).
+
+    It is exp of the mean over images of the Kullback-Leibler divergence of p(y | x) from p(y), its mean.
 
     The split of image i is drawn from its number alone, so that only sums are kept, batches of any size give the same
     score, and a stream that goes through the classes in turn still puts all of them into every split.
 
     Args:
+        num_classes: of the logits.
+        splits: parts of the stream that have a score each.
         first: number of the first image to come in the stream.
 
     Attributes:
@@ -91,6 +95,7 @@ class InceptionScore:
 
     @property
     def num_classes(self) -> int:
+        """Number of classes that the logits are of."""
         return self._probabilities.shape[1]
 
     def update(self, logits: Tensor) -> None:
@@ -107,7 +112,7 @@ class InceptionScore:
         self._next += len(logs)
 
     def merge(self, other: InceptionScore) -> None:
-        """Add the images that another object has seen of the same stream.
+        """Add the images that the ``other`` object has seen of the same stream.
 
         Raises:
             ArgumentError: another number of classes or splits.
@@ -132,6 +137,7 @@ class InceptionScore:
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor], seen: int, *, first: int = 0) -> InceptionScore:
+        """The score of ``seen`` images from number ``first`` on, of whose ``state`` :meth:`state` gave the sums."""
         splits, num_classes = state["probabilities"].shape
         score = cls(num_classes, splits=splits, first=first)
         score._counts, score._probabilities = state["counts"], state["probabilities"]

@@ -37,11 +37,16 @@ FEATURES = "features"
 
 
 def shard_settings(pipeline: Pipeline, folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """``samples`` (their number), ``seed`` and ``temperature`` of the samples in a folder of parts, as fields of
-    :class:`EvaluationConfig`.
+    """What samples in a folder of parts were drawn with, as fields of :class:`EvaluationConfig`.
+
+    Args:
+        pipeline: what drew them.
+
+    Returns:
+        ``samples`` (their number), ``seed`` and ``temperature``.
 
     Raises:
-        as :func:`samples_from_shards`.
+        MissingFileError, FileConflictError, CorruptFileError: as :func:`samples_from_shards`.
     """
     first = _sample_parts(pipeline, Path(folder))[0]
     temperature = once_if_same(first.identity["temperature"])
@@ -88,15 +93,17 @@ def score_shard(
     other sizes: parts take whole batches. A part that is there already is kept.
 
     Args:
+        pipeline: what drew the samples.
         folder: with all parts of the samples.
+        extractor: what gives features.
         shard: which part, such as ``Shard(0, 8)``.
         keep: feature vectors to keep of all samples together.
         batch_size: images at a time; the same for all parts.
 
     Raises:
-        as :func:`samples_from_shards`;
-        FileConflictError: parts are there for other samples, another extractor or other settings, or another process
-            is at this one.
+        MissingFileError, CorruptFileError: as :func:`samples_from_shards`.
+        FileConflictError: as there; or parts are there for other samples, another extractor or other settings, or
+            another process is at this one.
     """
     folder, features = Path(folder), as_extractor(extractor)
     parts = _sample_parts(pipeline, folder)
@@ -138,8 +145,11 @@ def statistics_from_shards(
 
     Some parts without the others, as jobs that failed leave them, are warned of.
 
+    Args:
+        pipeline, folder, extractor, keep, batch_size: as :func:`score_shard` was given them.
+
     Raises:
-        as :func:`samples_from_shards`;
+        MissingFileError: as :func:`samples_from_shards`.
         FileConflictError: they are of other samples, another extractor or other settings; names what differs.
         CorruptFileError: one has changed since it was written.
     """

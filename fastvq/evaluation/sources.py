@@ -62,6 +62,13 @@ class StoredRows:
 class DrawnSamples:
     """Samples as codes in files, decoded when they are asked for: memory does not grow with them.
 
+    :func:`draw_samples` and :func:`samples_from_shards` make them.
+
+    Args:
+        pipeline: what drew them, and decodes them.
+        arrays: codes of each level, integers [n, h, w], top first.
+        labels, seed, settings: see below.
+
     Attributes:
         labels: class of each sample, int64 [n]; None for unconditional priors.
         seed: of the draws.
@@ -96,20 +103,22 @@ class DrawnSamples:
         return once_if_same(given if isinstance(given, (list, tuple)) else [given])
 
     def codes(self, indices: np.ndarray) -> tuple[Tensor, ...]:
-        """Codes of some samples: int64 [B, h, w] for each level, top first."""
+        """Codes of the samples at ``indices``: int64 [B, h, w] for each level, top first."""
         return tuple(torch.from_numpy(np.asarray(array[indices], dtype=np.int64)) for array in self._arrays)
 
     @torch.no_grad()
     def batch(self, indices: np.ndarray) -> Tensor:
-        """float32 [B, C, H, W], clamped to [-1, 1]."""
+        """The images at ``indices``: float32 [B, C, H, W], clamped to [-1, 1]."""
         vqvae, device = self._pipeline.vqvae, self._pipeline.device
         images = in_evaluation(vqvae).decode([codes.to(device) for codes in self.codes(indices)])
         return images.float().clamp(-1, 1).cpu()
 
     def image(self, index: int) -> Tensor:
+        """Image number ``index``: float32 [C, H, W], clamped to [-1, 1]."""
         return self.batch(np.array([index]))[0]
 
     def fingerprint(self) -> str:
+        """A hash of the autoencoder and all codes and labels, the same in every process."""
         digest = hashlib.sha256(model_checksum(self._pipeline.vqvae).encode())
         for array in self._arrays:
             for start in range(0, len(array), _CHUNK):
@@ -124,10 +133,13 @@ def once_if_same(values: Sequence[float]) -> tuple[float, ...]:
 
 
 def labels_by_frequency(labels: Tensor, indices: range) -> Tensor:
-    """Classes of samples by their indices, int64 [n], as often as ``labels`` [N] has them.
+    """Classes of samples by their ``indices``, int64 [n], as often as ``labels`` [N] has them.
 
     Sample i has the label at i times the golden ratio, modulo 1, of the way through the sorted labels: any stretch of
     samples is near the frequencies, and the class of a sample depends on nothing but its index.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: no integers [N], or none at all.
     """
     if require_integer("labels", labels).ndim != 1 or len(labels) == 0:
         raise ArgumentError(f"labels: expected one label or more, [N], got shape {list(labels.shape)}")
@@ -149,11 +161,17 @@ def draw_samples(
     """Draw samples, some hundreds at a time, into files of a folder; sample i is that of ``pipeline.sample``.
 
     Args:
+        pipeline: what draws them.
+        n: how many.
         folder: an empty or new folder; it must outlive the result.
         label: classes, int64 [n], such as those of :func:`labels_by_frequency`; by default all in turn.
+        seed: any integer, taken modulo 2**64.
         settings: of :meth:`Pipeline.sample`: temperature, top_k, top_p, engine, ...
-    """
 
+    Raises:
+        ArgumentError, ArgumentTypeError: arguments that do not fit.
+        DiskFullError: there is no room for all codes; nothing has been drawn then.
+    """
     require_positive_int("n", n)
     if label is None:
         label = pipeline.labels(range(n))
@@ -181,7 +199,15 @@ def draw_samples(
 
 
 class Reconstructions:
-    """What an autoencoder makes of a data set's images, with their labels."""
+    """What an autoencoder makes of a data set's images, with their labels.
+
+    Args:
+        vqvae: the autoencoder.
+        dataset: images of its channels and size.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: no autoencoder, or images of other channels.
+    """
 
     labels: Tensor | None
 
@@ -200,13 +226,15 @@ class Reconstructions:
 
     @torch.no_grad()
     def batch(self, indices: np.ndarray) -> Tensor:
-        """float32 [B, C, H, W], clamped to [-1, 1]."""
+        """The images at ``indices``: float32 [B, C, H, W], clamped to [-1, 1]."""
         images = images_of(self._dataset, indices).to(weight_of(self._vqvae).device)
         vqvae = in_evaluation(self._vqvae)
         return vqvae.decode(vqvae.encode(images)).float().clamp(-1, 1).cpu()
 
     def image(self, index: int) -> Tensor:
+        """Image number ``index``: float32 [C, H, W], clamped to [-1, 1]."""
         return self.batch(np.array([index]))[0]
 
     def fingerprint(self) -> str:
+        """A hash of the autoencoder and the images, the same in every process."""
         return f"reconstructions-{model_checksum(self._vqvae)}-{self._dataset.fingerprint()}"

@@ -69,6 +69,7 @@ class FeatureStatistics:
 
     @property
     def count(self) -> int:
+        """Number of vectors seen."""
         return self.gaussian.count
 
     @property
@@ -82,7 +83,11 @@ class FeatureStatistics:
         return torch.from_numpy(self._numbers)
 
     def update(self, features: Features) -> None:
-        """Add the features of a batch of images."""
+        """Add the ``features`` of a batch of images.
+
+        Raises:
+            ArgumentError, ArgumentTypeError: of another size, without logits, or not finite.
+        """
         first, size = self._spans[-1].stop, features.vectors.shape[0]
         self.gaussian.update(features.vectors)
         if self.inception is not None:
@@ -100,7 +105,7 @@ class FeatureStatistics:
         self._select(words[new], first + new, features.vectors[torch.from_numpy(new)].detach().cpu().float())
 
     def merge(self, other: FeatureStatistics) -> None:
-        """Add what another object has seen of the same stream.
+        """Add what the ``other`` object has seen of the same stream.
 
         The count and the vectors kept are those of one object that saw both; means, covariances and the sums of the
         Inception score are, up to the rounding of float64 sums in another order.
@@ -146,7 +151,12 @@ class FeatureStatistics:
     def from_state(
         cls, state: Mapping[str, Tensor], count: int, *, keep: int, seed: int, first: int = 0
     ) -> FeatureStatistics:
-        """Statistics of the vectors ``first .. first + count - 1`` of a stream.
+        """Statistics of the vectors ``first .. first + count - 1`` of a stream, from what :meth:`state` gave.
+
+        Args:
+            state: the tensors.
+            count: number of vectors that were seen.
+            keep, seed, first: as the object was made with.
 
         Raises:
             ArgumentError: a tensor of another type or shape than :meth:`state` gives.
@@ -204,10 +214,15 @@ def gather(
     seed: int = 0,
     first: int = 0,
 ) -> FeatureStatistics:
-    """Statistics of a stream of batches of images [B, C, H, W] in [-1, 1].
+    """Statistics of a stream of images.
 
     Args:
+        batches: images [B, C, H, W] in [-1, 1].
+        extractor: what gives their features.
         keep, seed, first: of :class:`FeatureStatistics`.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: no batch, or images or features that do not fit.
     """
     statistics: FeatureStatistics | None = None
     for images in batches:
@@ -245,6 +260,9 @@ def dataset_statistics(
     """Statistics of real images, read from ``cache`` when the same have been gathered before.
 
     Args:
+        dataset, indices: the images: all of them, and which, int [N].
+        extractor: what gives their features.
+        keep, seed: of :class:`FeatureStatistics`.
         cache: folder of ``features-*.safetensors`` files, each named by a hash of the data's fingerprint, the indices,
             the extractor's digest, ``keep`` and ``seed``. A damaged file is written anew, with a warning.
     """
@@ -329,6 +347,11 @@ _KERNEL_SUBSET = 1000
 
 def compare(real: FeatureStatistics, fake: FeatureStatistics, *, neighbours: int = 3, seed: int = 0) -> SetScores:
     """All scores of a set against the real images.
+
+    Args:
+        real, fake: statistics of the real images' features, and of the set's.
+        neighbours: k of precision, recall, density and coverage.
+        seed: of the subsets of KID.
 
     Raises:
         ArgumentError: features of different sizes.

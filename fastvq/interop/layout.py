@@ -46,8 +46,13 @@ class Options:
 
 
 def recognise(source: nn.Module | Mapping[str, Tensor]) -> str | None:
-    """The layout of a module or state dict: ``"pixelsnail"``, ``"gated_pixelcnn"``, ``"pixelcnn"``, ``"vqvae"``, or
-    None for any other.
+    """The layout of a module or state dict, or None if it is none that :func:`load` and :func:`convert` know.
+
+    Args:
+        source: a module, or names and tensors.
+
+    Returns:
+        ``"pixelsnail"``, ``"gated_pixelcnn"``, ``"pixelcnn"``, ``"vqvae"`` or None.
     """
     inner = unwrap(source)
     live = isinstance(inner, nn.Module)

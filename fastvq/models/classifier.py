@@ -68,7 +68,11 @@ def _stage(narrow: int, wide: int) -> list[nn.Module]:
 
 
 class Classifier(PretrainedModel):
-    """Convolutions, the mean over positions, a feature vector, and one logit per class."""
+    """Convolutions, the mean over positions, a feature vector, and one logit per class.
+
+    Args:
+        config, fields: a configuration, or its fields as keywords, alone or to replace some.
+    """
 
     config_class: ClassVar[type[ClassifierConfig]] = ClassifierConfig
     config: ClassifierConfig
@@ -94,7 +98,7 @@ class Classifier(PretrainedModel):
         return self.embedding(self.body(images).mean((2, 3)))
 
     def classify(self, features: Tensor) -> Tensor:
-        """Logits [B, num_classes] of feature vectors."""
+        """Logits [B, num_classes] of the feature vectors ``features`` [B, features]."""
         return self.head(F.dropout(F.relu(features), self.config.dropout, self.training))
 
     def forward(self, images: Tensor) -> Tensor:

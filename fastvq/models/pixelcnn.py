@@ -21,6 +21,8 @@ from fastvq.models.prior import Prior, PriorConfig
 class GatedPixelCNNConfig(PriorConfig):
     """Gated PixelCNN with a vertical and a horizontal stack (van den Oord et al. 2016).
 
+    Other fields are those of :class:`PriorConfig`.
+
     Args:
         channels: width of both stacks.
         layers: gated layers after the first.
@@ -52,11 +54,16 @@ class GatedPixelCNNConfig(PriorConfig):
 
 
 class GatedPixelCNN(Prior):
-    """van den Oord et al. 2016, "Conditional Image Generation with PixelCNN Decoders", section 2 and figure 2.
+    """A prior of two stacks of gated masked convolutions, so that no earlier position is in a blind spot.
+
+    van den Oord et al. 2016, "Conditional Image Generation with PixelCNN Decoders", section 2 and figure 2.
 
     The vertical stack reads the rows above, the horizontal stack the current row up to the current position and, at
     the same position, the vertical stack. Only the first layer leaves the current code out, which is what makes every
     later layer free to read the current position.
+
+    Args:
+        config, fields: a configuration, or its fields as keywords, alone or to replace some.
     """
 
     config_class: ClassVar[type[GatedPixelCNNConfig]] = GatedPixelCNNConfig

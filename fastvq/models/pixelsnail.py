@@ -32,6 +32,8 @@ from fastvq.ops.grid import FORMS, MASKS, Form, Mask
 class PixelSNAILConfig(PriorConfig):
     """Residual gated causal convolutions with interspersed causal attention (Chen et al. 2017; Razavi et al. 2019).
 
+    Other fields are those of :class:`PriorConfig`.
+
     Args:
         channels, residual_channels: width of the trunk and inner width of the gated blocks.
         kernel_size, form: causal kernel, see :func:`fastvq.ops.causal_conv2d`.
@@ -128,11 +130,16 @@ def _pair(name: str, side: int, channels: int, **fields: Any) -> dict[str, Pixel
 
 
 class PixelSNAIL(Prior):
-    """Chen et al. 2017, in the form used by Razavi et al. 2019, section 3.2 and appendix.
+    """A prior of gated residual causal convolutions with causal attention between them.
+
+    Chen et al. 2017, in the form used by Razavi et al. 2019, section 3.2 and appendix.
 
     The first layer looks up the codes before the current position; ``blocks`` blocks of gated residual layers follow,
     each ending in causal attention or a 1 x 1 convolution that also sees the position in the grid; ``output_blocks``
     1 x 1 gated blocks precede the logits. Condition and label enter every gated layer.
+
+    Args:
+        config, fields: a configuration, or its fields as keywords, alone or to replace some.
     """
 
     config_class: ClassVar[type[PixelSNAILConfig]] = PixelSNAILConfig

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from fastvq.models.prior import Prior, PriorConfig
 @dataclass(frozen=True, kw_only=True)
 class PixelCNNConfig(PriorConfig):
     """Masked convolutions with ReLU between them (van den Oord et al. 2016, "Pixel Recurrent Neural Networks").
+
+    Other fields are those of :class:`PriorConfig`.
 
     Args:
         channels: width of the layers.
@@ -44,17 +46,23 @@ class PixelCNNConfig(PriorConfig):
 
 
 class PixelCNN(Prior):
-    """van den Oord et al. 2016, "Pixel Recurrent Neural Networks", section 3.5, without residual connections.
+    """A prior of masked convolutions, one after the other.
+
+    van den Oord et al. 2016, "Pixel Recurrent Neural Networks", section 3.5, without residual connections.
 
     The first layer leaves the current code out. With square masked kernels, some positions above right of the current
     one are never seen, however many layers there are; :class:`fastvq.GatedPixelCNN` has no such blind spot.
+
+    Args:
+        config, fields: a configuration, or its fields as keywords, alone or to replace some.
     """
 
     config_class: ClassVar[type[PixelCNNConfig]] = PixelCNNConfig
     config: PixelCNNConfig
     presets: ClassVar[Mapping[str, PixelCNNConfig]] = {}
 
-    def __init__(self, config: PixelCNNConfig) -> None:
+    def __init__(self, config: PixelCNNConfig | None = None, **fields: Any) -> None:
+        config = self.config_class.of(config, fields)
         super().__init__(config)
         width, kernel, last = config.channels, config.kernel_size, config.output_kernel_size
         self.input = CodeConv2d(config.num_codes, width, causal_taps(kernel))

@@ -60,12 +60,20 @@ class PretrainedModel(nn.Module):
 
     @classmethod
     def class_for(cls, config: Any) -> type[PretrainedModel]:
-        """The class that is built from a configuration: this one, or one for just such configurations."""
+        """The class that is built from a configuration ``config``: this one, or one for just such configurations."""
         return cls
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> Self:
-        """A freshly initialised model of the preset table, some fields of its configuration replaced."""
+        """A freshly initialised model of the preset table.
+
+        Args:
+            name: of the preset, see ``fastvq.models.PRESETS``.
+            overrides: fields of its configuration to replace.
+
+        Raises:
+            ArgumentError: no such preset or field, or a preset of another class; names what there is.
+        """
         model_class, config = REGISTRY.preset(name, **overrides)
         if model_class is not cls:
             raise ArgumentError(f"name: preset {name!r} is a {model_class.__name__}, not a {cls.__name__}")
@@ -119,12 +127,28 @@ MODEL_CLASSES, PRESETS, preset = REGISTRY.classes, REGISTRY.presets, REGISTRY.pr
 
 
 def build(config: Config) -> PretrainedModel:
-    """A freshly initialised model of a configuration."""
+    """A freshly initialised model of a configuration.
+
+    Args:
+        config: of any class of model that is known.
+
+    Raises:
+        ArgumentError: no model is built from it.
+    """
     return REGISTRY.class_of(config).class_for(config)(config)
 
 
 def load_pretrained(folder: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> PretrainedModel:
-    """Whatever model a folder holds, in the types that were stored; see :meth:`PretrainedModel.from_pretrained`."""
+    """Whatever model a folder holds, in evaluation mode, in the types that were stored.
+
+    Args:
+        folder: what :meth:`PretrainedModel.save_pretrained` wrote.
+        device: where to put it.
+
+    Raises:
+        MissingFileError: no such folder, or a file is missing in it.
+        CorruptFileError: damaged files, an unknown class of model, or weights that do not belong to the configuration.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise MissingFileError(

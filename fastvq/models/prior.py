@@ -160,6 +160,10 @@ class Prior(PretrainedModel):
 
     ``prior(codes, condition, label)`` gives logits for every position at once; those at a position depend on earlier
     positions only, so the codes given there and later are of no consequence to it.
+
+    Args:
+        config: grid, codes, classes and levels above.
+        legacy_skip: of the blocks over the levels above; see :class:`fastvq.models.PixelSNAILConfig`.
     """
 
     config_class: ClassVar[type[PriorConfig]] = PriorConfig
@@ -173,6 +177,7 @@ class Prior(PretrainedModel):
 
     @property
     def context_channels(self) -> int:
+        """Width of the features of condition and label; 0 without either."""
         return self.config.condition_channels if self.context_encoder is not None else 0
 
     def forward(self, codes: Tensor, condition: Condition = None, label: Tensor | None = None) -> Tensor:
@@ -193,13 +198,25 @@ class Prior(PretrainedModel):
         return self.logits(codes, self.context(condition, label, batch=codes.shape[0]))
 
     def context(self, condition: Condition, label: Tensor | None, *, batch: int) -> Tensor | None:
-        """Features of condition and label, the same for all positions to come: [B, C, H, W], [B, C, 1, 1] or None."""
+        """Features of condition and label, the same for all positions to come.
+
+        Args:
+            condition, label: as of :meth:`forward`.
+            batch: number of samples.
+
+        Returns:
+            [B, C, H, W], or [B, C, 1, 1] of a label alone, or None without either.
+        """
         conditions = self.check_condition(condition, batch)
         label = self.check_label(label, batch)
         return None if self.context_encoder is None else self.context_encoder(conditions, label)
 
     def statics(self, condition: Condition, label: Tensor | None, *, batch: int) -> dict[str, Tensor]:
         """What is known before the first position, by the names that plans of the prior use: float32 [B or 1, C, H, W].
+
+        Args:
+            condition, label: as of :meth:`forward`.
+            batch: number of samples.
 
         Features of condition and label are ``context``, or ``label`` [B, C, 1, 1] where there is a label alone. Of the
         prior's modules only the context encoder may run here.
@@ -210,7 +227,12 @@ class Prior(PretrainedModel):
         return {"context" if self.config.condition_shapes else "label": context.float()}
 
     def check_condition(self, condition: Condition, batch: int) -> tuple[Tensor, ...]:
-        """The levels above as a checked tuple of int64 tensors."""
+        """The levels above, ``condition`` of :meth:`forward`, as a checked tuple of int64 tensors [batch, h, w].
+
+        Raises:
+            ArgumentError, ArgumentTypeError: another number of levels, or shapes, dtypes or (on the CPU) values that do
+                not fit ``config``.
+        """
         shapes = self.config.condition_shapes
         given = condition_levels(condition)
         if len(given) != len(shapes):
@@ -222,6 +244,11 @@ class Prior(PretrainedModel):
         )
 
     def check_label(self, label: Tensor | None, batch: int) -> Tensor | None:
+        """The ``label`` of :meth:`forward` as a checked int64 tensor [batch]; None for an unconditional prior.
+
+        Raises:
+            ArgumentError, ArgumentTypeError: labels that are missing, not asked for, or do not fit ``config``.
+        """
         classes = self.config.num_classes
         if classes is None:
             if label is not None:
@@ -236,6 +263,11 @@ class Prior(PretrainedModel):
         return label
 
     def check_codes(self, codes: Tensor) -> Tensor:
+        """Checked codes int64 [B, H', W] of the first H' rows of the grid.
+
+        Raises:
+            ArgumentError, ArgumentTypeError: shapes, dtypes or (on the CPU) values that do not fit ``config``.
+        """
         height, width = self.config.shape
         codes = require_codes("codes", codes, ["B", "H'", width], self.config.num_codes)
         if not 1 <= codes.shape[1] <= height:
@@ -243,10 +275,23 @@ class Prior(PretrainedModel):
         return codes
 
     def nll(self, codes: Tensor, condition: Condition = None, label: Tensor | None = None) -> Tensor:
-        """Negative log-likelihood in nats of every code, [B, H', W]."""
+        """Negative log-likelihood in nats of every code, float32 [B, H', W].
+
+        Args:
+            codes: int [B, H', W].
+            condition, label: as of :meth:`forward`.
+        """
         codes = require_integer("codes", codes)
         return F.cross_entropy(self(codes, condition, label).float(), codes, reduction="none")
 
     @abstractmethod
     def logits(self, codes: Tensor, context: Tensor | None) -> Tensor:
-        """:meth:`forward` with the result of :meth:`context`, for callers that need it more than once."""
+        """:meth:`forward` with the result of :meth:`context`, for callers that need it more than once.
+
+        Args:
+            codes: int [B, H', W].
+            context: what :meth:`context` gave.
+
+        Returns:
+            [B, K, H', W].
+        """

@@ -47,7 +47,15 @@ class Registry(Generic[M]):
             self._built[config_class] = model_class
 
     def preset(self, name: str, **overrides: Any) -> tuple[type[M], Config]:
-        """Model class and configuration of a named preset, some fields replaced."""
+        """Model class and configuration of a preset.
+
+        Args:
+            name: of the preset.
+            overrides: fields of the configuration to replace.
+
+        Raises:
+            ArgumentError: there is no such preset, or no such field; names what there is.
+        """
         if name not in self.presets:
             raise ArgumentError(f"name: unknown preset {name!r}, expected one of {', '.join(sorted(self.presets))}")
         model_class, config = self.presets[name]

@@ -192,6 +192,9 @@ class HierarchicalVQVAE(PretrainedModel):
 
     Shapes below are those of images; with ``config.spatial_dims`` of 1 or 3 images [B, C, L] or [B, C, D, H, W] have
     codes [B, l] or [B, d, h, w].
+
+    Args:
+        config, fields: a configuration, or its fields as keywords, alone or to replace some.
     """
 
     config_class: ClassVar[type[VQVAEConfig]] = VQVAEConfig
@@ -238,6 +241,7 @@ class HierarchicalVQVAE(PretrainedModel):
 
     @property
     def num_levels(self) -> int:
+        """Number of grids of codes."""
         return len(self.config.strides)
 
     @property
@@ -246,7 +250,14 @@ class HierarchicalVQVAE(PretrainedModel):
         return math.prod(self.config.strides)
 
     def code_shapes(self, image_size: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-        """Grids of codes (h, w) of an image of size (H, W), top first."""
+        """Grids of codes (h, w) of an image of size (H, W), top first.
+
+        Args:
+            image_size: (H, W) in pixels, multiples of ``total_stride``.
+
+        Raises:
+            ArgumentError: another number of sides, or no such multiples.
+        """
         if len(image_size) != self.config.spatial_dims:
             raise ArgumentError(
                 f"image_size: expected {_SIDES[self.config.spatial_dims]} (spatial_dims="
@@ -263,7 +274,12 @@ class HierarchicalVQVAE(PretrainedModel):
         return all(side >= 1 and side % self.total_stride == 0 for side in image_size)
 
     def forward(self, images: Tensor) -> VQVAEOutput:
-        """Encode, quantise and decode images [B, C, H, W] in [-1, 1]; in training mode moves the codebooks."""
+        """Encode, quantise and decode images [B, C, H, W] in [-1, 1]; in training mode moves the codebooks.
+
+        Raises:
+            ArgumentError, ArgumentTypeError: not images, of other channels, or of sides that ``total_stride`` does not
+                divide.
+        """
         context, outputs = self._quantize(images)
         return VQVAEOutput(
             self.decoder(context),
@@ -275,7 +291,11 @@ class HierarchicalVQVAE(PretrainedModel):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Codes of images [B, C, H, W] in [-1, 1]: int64 [B, h, w] for each level, top first."""
+        """Codes of images [B, C, H, W] in [-1, 1]: int64 [B, h, w] for each level, top first.
+
+        Raises:
+            ArgumentError, ArgumentTypeError: images that do not fit, or the model is in training mode.
+        """
         if self.training:
             raise ArgumentError(
                 "encode: the model is in training mode, in which a pass would move the codebooks; call eval()"
@@ -283,7 +303,12 @@ class HierarchicalVQVAE(PretrainedModel):
         return tuple(out.codes for out in self._quantize(images)[1])
 
     def decode(self, codes: Sequence[Tensor]) -> Tensor:
-        """Images [B, C, H, W] in about [-1, 1] from the codes of all levels, top first, as from :meth:`encode`."""
+        """Images [B, C, H, W] in about [-1, 1] from the codes of all levels, top first, as from :meth:`encode`.
+
+        Raises:
+            ArgumentError, ArgumentTypeError: another number of levels, or shapes, dtypes or (on the CPU) values that do
+                not fit.
+        """
         if isinstance(codes, Tensor) or len(codes) != self.num_levels:
             count = "a single tensor" if isinstance(codes, Tensor) else f"{len(codes)} levels"
             raise ArgumentError(f"codes: expected a sequence of {self.num_levels} levels, top first, got {count}")
@@ -295,6 +320,9 @@ class HierarchicalVQVAE(PretrainedModel):
         Args:
             codes: of one level or more, top first; the levels below are missing.
             known: bool [B, h, w] for each level of ``codes``: False where a code is missing, whatever its value.
+
+        Raises:
+            ArgumentError, ArgumentTypeError: as of :meth:`decode`, or masks that do not fit the codes.
         """
         if isinstance(codes, Tensor) or not 1 <= len(codes) <= self.num_levels:
             raise ArgumentError(f"codes: expected a sequence of 1 to {self.num_levels} levels, top first")
@@ -368,7 +396,12 @@ def _upsampler(channels: int, stride: int, spatial_dims: int) -> nn.Module:
 
 
 class VQVAE(HierarchicalVQVAE):
-    """The single-level autoencoder (van den Oord et al. 2017); ``config.strides`` has one entry."""
+    """The single-level autoencoder (van den Oord et al. 2017).
+
+    Args:
+        config, fields: a configuration with one entry of ``strides``, or its fields as keywords, alone or to replace
+            some.
+    """
 
     presets: ClassVar[Mapping[str, VQVAEConfig]] = {
         # Section 4.1 there: 128 x 128 images in 32 x 32 codes, 256 hidden units.
@@ -384,7 +417,12 @@ class VQVAE(HierarchicalVQVAE):
 
 
 class VQVAE2(HierarchicalVQVAE):
-    """The hierarchical autoencoder (Razavi et al. 2019); ``config.strides`` has two entries or more."""
+    """The hierarchical autoencoder (Razavi et al. 2019).
+
+    Args:
+        config, fields: a configuration with two entries of ``strides`` or more, or its fields as keywords, alone or to
+            replace some.
+    """
 
     presets: ClassVar[Mapping[str, VQVAEConfig]] = {
         # The first two follow the appendix there, except that their codebooks start from data and stay in use.

@@ -26,6 +26,9 @@ def code_conv2d(codes: Tensor, table: Tensor, taps: Sequence[tuple[int, int]], b
 
     Returns:
         [B, C, H, W]: the sum over t of table[t, codes[b, r + taps[t][0], c + taps[t][1]]].
+
+    Raises:
+        ArgumentError, ArgumentTypeError: shapes, dtypes or (on the CPU) codes that do not fit.
     """
     require_floating("table", table)
     require_shape("table", table, [len(taps), "K", "C"])

@@ -31,8 +31,14 @@ class Autoencoder(Protocol):
         ...
 
     def decode(self, codes: Any, /) -> Tensor:
-        """Images, floating point [B, C, H, W] in about [-1, 1], of codes int64 [B, h, w]: a tuple with those of each
-        level, or the tensor alone if that is what :meth:`encode` gives.
+        """Images of codes.
+
+        Args:
+            codes: int64 [B, h, w]: a tuple with those of each level, or the tensor alone if that is what :meth:`encode`
+                gives.
+
+        Returns:
+            Floating point [B, C, H, W] in about [-1, 1].
         """
         ...
 

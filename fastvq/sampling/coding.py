@@ -82,7 +82,8 @@ def frames(
     times as there are frames.
 
     Args:
-        codes: int64 [n, h, w] of all levels, top first, as of `decode`.
+        vqvae: whose codes they are.
+        codes: int64 [n, h, w] of all levels, top first; of a single level also the tensor alone.
         known: bool [n, h, w] of all levels, True where a code was there before anything was drawn.
         most: frames after the first; where positions are more, each frame adds whole rows.
 

@@ -26,6 +26,7 @@ class Explanation:
     """Arithmetic and memory of sampling one prior. FLOPs count a multiplication and an addition as two.
 
     Attributes:
+        name, shape: class of the prior, and its grid (H, W).
         engine, reason: what :func:`fastvq.sample` would take, and why; ``none`` for weights on the meta device, which
             can be described and not sampled.
         levels: groups of operations per position that wait for each other, the draw included.
@@ -33,8 +34,8 @@ class Explanation:
         row_flops, step_flops: per sample, of what is known before the steps of a row or tile, and of the steps.
         naive_flops: per sample, of the naive sampler on the same prior.
         row_weight_bytes, step_weight_bytes: float32 weights read per row or tile step, and per position.
-        skew: positions of equal column + skew * row can be sampled together; None if only raster order samples this
-            prior, for ``raster_reason``.
+        skew, raster_reason: positions of equal column + skew * row can be sampled together; or None, and why only
+            raster order samples this prior.
         micro_batch: samples computed together, of those that were asked about.
         schedule: of such a micro-batch: its front with the width of tiles, why that width, and what it keeps in memory.
     """
@@ -65,12 +66,12 @@ class Explanation:
 
     @property
     def weight_bytes(self) -> int:
-        """Of the plan and its packed copies, shared by all samples."""
+        """Bytes of the plan and its packed copies, shared by all samples."""
         return self.schedule.weight_bytes
 
     @property
     def cache_bytes(self) -> int:
-        """Of the micro-batch: what is kept while grids are filled."""
+        """Bytes that the micro-batch keeps while grids are filled."""
         return self.schedule.cache_bytes
 
     @property
@@ -79,7 +80,7 @@ class Explanation:
         return self.micro_batch * math.prod(self.shape) / self.schedule.front.dependent_steps
 
     def memory(self, batch: int) -> int:
-        """Bytes that sampling a micro-batch takes beyond the prior itself."""
+        """Bytes that sampling a micro-batch of ``batch`` samples takes beyond the prior itself."""
         return self._schedule_of(batch).memory
 
     def __str__(self) -> str:
@@ -191,7 +192,10 @@ def explain(
 ) -> None:
     """Print how a prior is sampled and what that costs: engine, order, tiles, FLOPs, weights, memory, what is saved.
 
-    Arguments are those of :func:`fastvq.sample`, and what it would refuse is refused here.
+    Arguments are those of :func:`fastvq.sample`. What is printed is what :func:`fastvq.sampling.describe` returns.
+
+    Raises:
+        ArgumentError, ArgumentTypeError, UnavailableError: as of :func:`fastvq.sampling.describe`.
     """
     limits: dict[str, Any] = {"micro_batch": micro_batch, "memory_limit": memory_limit}
     limits |= {"shape": shape, "num_codes": num_codes, "num_classes": num_classes}

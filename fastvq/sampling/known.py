@@ -68,8 +68,9 @@ def check_pictures(images: Tensor, mask: Tensor, n: int | None, shape: Sequence[
     if len(mask) not in (1, n):
         raise ArgumentError(f"mask: expected [H, W], or one for each of the {n} samples, got {len(mask)}")
     images = images.float()
-    if not bool(((images >= -1) & (images <= 1)).all()):
-        raise ArgumentError("images: values must lie in [-1, 1]")
+    outside = ~((images >= -1) & (images <= 1))
+    if bool(outside.any()):
+        raise ArgumentError(f"images: values must lie in [-1, 1], got {float(images[outside][0])}")
     if not bool(mask.flatten(1).any(1).all()):
         raise ArgumentError("mask: nothing is to be painted, no pixel is True")
     return images, mask, n

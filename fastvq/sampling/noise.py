@@ -33,6 +33,15 @@ def uniforms(seed: int, start: int, count: int, shape: tuple[int, int], *, level
 
     Each sample has its own stream of the counter-based generator Philox (Salmon et al. 2011), keyed by (seed, level)
     with the sample's index in the counter, so its numbers depend on (seed, index, level) alone.
+
+    Args:
+        seed: in 0..2**64-1.
+        start, count: which samples.
+        shape: grid (H, W).
+        level: of the grid, 0 for the top.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: a seed out of range, or none.
     """
     require_seed("seed", seed, SEED_BITS)
     positions = shape[0] * shape[1]

@@ -77,6 +77,7 @@ def sample_shard(
     - ``num_classes`` and ``class_names``, or null; ``fastvq_version``.
 
     Args:
+        pipeline: what draws them.
         n: samples of all parts together.
         shard: which part, such as ``Shard(0, 8)``.
         seed: any integer, taken modulo 2**64, the same for all parts.

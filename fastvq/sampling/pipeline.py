@@ -138,6 +138,7 @@ class Pipeline:
 
     @property
     def num_classes(self) -> int | None:
+        """Number of labels, the same for all priors; None without."""
         return self.priors[0].config.num_classes
 
     @property
@@ -147,6 +148,7 @@ class Pipeline:
 
     @property
     def device(self) -> torch.device:
+        """Where the autoencoder is."""
         return weight_of(self.vqvae).device
 
     def __repr__(self) -> str:
@@ -193,6 +195,10 @@ class Pipeline:
 
         Other arguments are those of :func:`fastvq.sample`; ``temperature``, ``top_k`` and ``top_p`` may also be a
         sequence with one value per level, top first.
+
+        Raises:
+            ArgumentError, ArgumentTypeError: arguments that do not fit; nothing has been computed then.
+            UnavailableError: the engine asked for cannot run here.
 
         Args:
             label: class of all samples: a number, or a name of ``class_names``; or a sequence, an array or a tensor of
@@ -273,7 +279,8 @@ class Pipeline:
             rounds: how often the region is drawn; 1 takes half the time of 2, and leaves more of a seam.
             paste: give the pixels outside of the region back as they came; False: as decoded.
             seed: sample i depends on (seed, i, level), and on its image and mask.
-            drawing: temperature, top_k, top_p, engine, micro_batch and memory_limit.
+            start, precision, options: as of :func:`fastvq.sample`.
+            drawing: temperature, top_k, top_p, engine, micro_batch and memory_limit, as of :meth:`sample`.
 
         Raises:
             ArgumentError, ArgumentTypeError: arguments that do not fit; nothing has been computed then.
@@ -315,7 +322,11 @@ class Pipeline:
         memory_limit: int | None = None,
         options: EngineOptions,
     ) -> Levels:
-        """How n samples will be drawn, from the arguments of :meth:`sample`."""
+        """How n samples will be drawn; arguments are those of :meth:`Pipeline.sample`.
+
+        Raises:
+            ArgumentError, ArgumentTypeError, UnavailableError: as of :meth:`Pipeline.sample`.
+        """
         each = isinstance(temperature, (np.ndarray, Tensor)) and temperature.ndim > 0
         temperatures = [temperature] * len(self.priors) if each else self._per_level("temperature", temperature)
         top_ks = self._per_level("top_k", top_k)
@@ -329,8 +340,14 @@ class Pipeline:
         return Levels(tuple(dataclasses.replace(run, micro_batch=size) for run in runs), settings)
 
     def labels(self, indices: range, label: Label | None = None) -> Tensor | None:
-        """Labels of samples by their indices, int64 [n]: as ``label`` of :meth:`sample` says, all classes in turn where
-        it is None; None without classes.
+        """Labels of samples by their indices.
+
+        Args:
+            indices: of the n samples.
+            label: as of :meth:`sample`; None: all classes in turn.
+
+        Returns:
+            int64 [n]; None without classes.
 
         Raises:
             ArgumentError, ArgumentTypeError: there is no such class.
@@ -380,24 +397,39 @@ class Pipeline:
         return self.labels(range(start, start + n), label)
 
     def encode(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Codes of images [n, C, H, W] in [-1, 1]: int64 [n, h, w] for each level, top first."""
+        """Codes of images [n, C, H, W] in [-1, 1]: int64 [n, h, w] for each level, top first.
+
+        Raises:
+            ArgumentError, ArgumentTypeError: images that do not fit the autoencoder.
+        """
         return encode(self.vqvae, images)
 
     def decode(self, codes: Tensor | Sequence[Tensor]) -> Tensor:
         """Images of codes, int64 [n, h, w] of each level, top first: float32 [n, C, H, W], clamped to [-1, 1].
 
         Of a single level they may come as the tensor alone.
+
+        Raises:
+            ArgumentError, ArgumentTypeError: codes that do not fit the autoencoder.
         """
         return decode(self.vqvae, codes)
 
     def reconstruct(self, images: Tensor) -> Tensor:
-        """What codes keep of images [n, C, H, W] in [-1, 1]: float32 [n, C, H, W], clamped to [-1, 1]."""
+        """What codes keep of images [n, C, H, W] in [-1, 1]: float32 [n, C, H, W], clamped to [-1, 1].
+
+        Raises:
+            ArgumentError, ArgumentTypeError: images that do not fit the autoencoder.
+        """
         return reconstruct(self.vqvae, images)
 
     def frames(
         self, codes: Tensor | Sequence[Tensor], *, known: Sequence[Tensor] | None = None, most: int = 60
     ) -> Iterator[Tensor]:
-        """Images of the grids of :class:`Samples` being filled, see :func:`fastvq.sampling.frames`."""
+        """Images of the grids of :class:`Samples` being filled; arguments are those of :func:`fastvq.sampling.frames`.
+
+        Yields:
+            float32 [n, C, H, W], clamped to [-1, 1].
+        """
         return frames(self.vqvae, codes, known=known, most=most)
 
     def _per_level(self, name: str, value: T | Sequence[T]) -> list[T]:
@@ -411,7 +443,13 @@ class Pipeline:
         return [value] * levels  # type: ignore[list-item]
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-        """Write all models to a folder, whole or not at all; returns its path."""
+        """Write all models to a folder, whole or not at all; returns its path.
+
+        Raises:
+            FileConflictError: the folder holds something and ``overwrite`` is False.
+            ArgumentError: the autoencoder is of another project, or a model could not be loaded again.
+            DiskFullError: there is no room; what was there is as it was.
+        """
         folder = Path(folder)
         if isinstance(self.vqvae, OwnAutoencoder):
             raise ArgumentError(

@@ -347,8 +347,9 @@ def _check_noise(noise: Tensor, grid: list[int]) -> Tensor:
     if noise.dtype != torch.float32:
         raise ArgumentTypeError(f"noise: expected float32, got {noise.dtype}")
     require_shape("noise", noise, grid)
-    if not bool(((noise >= 0) & (noise < 1)).all()):
-        raise ArgumentError("noise: values must lie in [0, 1)")
+    outside = ~((noise >= 0) & (noise < 1))
+    if bool(outside.any()):
+        raise ArgumentError(f"noise: values must lie in [0, 1), got {float(noise[outside][0])}")
     return noise
 
 

@@ -123,7 +123,12 @@ class TrainConfig(Config):
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Learning rate of the step that follows ``step`` finished ones: a linear warm-up, then half a cosine."""
+    """Learning rate of the step that follows ``step`` finished ones: a linear warm-up, then half a cosine.
+
+    Args:
+        step: from 0.
+        config: ``learning_rate``, ``warmup_steps``, ``steps`` and ``final_lr_fraction`` count.
+    """
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)

@@ -14,6 +14,10 @@ class WeightAverage:
     Early on d = min(decay, (1 + t) / (10 + t)) after t updates, so that the random initial weights do not linger for
     1 / (1 - decay) steps. Buffers, codebooks among them, are averages or constants already and are copied.
 
+    Args:
+        model: whose weights the average begins with.
+        decay: d at most.
+
     Attributes:
         model: the average, in evaluation mode.
     """

@@ -72,6 +72,7 @@ def training_memory(
     between steps: validation, pictures, checkpoints (which copy weights, averages and moments).
 
     Args:
+        model_config: of an autoencoder, a prior or a classifier.
         config: ``batch_size``, ``accumulate``, ``ema_decay``, ``bf16`` and ``optimizer`` count.
         image_size: (H, W) of an autoencoder's or classifier's images; priors know their grids.
         processes: that have a share of every batch; the largest share counts.

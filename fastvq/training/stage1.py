@@ -57,6 +57,10 @@ def train_vqvae(
     the rounding of sums, as long as the model has no dropout, whose masks differ.
 
     Args:
+        dataset: images of the model's channels, of a size that it takes.
+        model_config: what is trained.
+        config: how.
+        run_dir: a new or empty folder, or with ``resume`` that of a run.
         augment: changes of the training images, drawn anew each epoch.
         resume: go on with the run in ``run_dir`` from its newest checkpoint, to ``config.steps``; a run that has them
             (or more) and its model returns that at once.

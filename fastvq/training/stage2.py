@@ -53,6 +53,9 @@ def train_prior(
     Args:
         codes_folder: written by :func:`fastvq.data.extract_codes` or :func:`fastvq.data.import_codes`.
         level: 0 for the top.
+        model_config: what is trained; its grid, codes, classes and levels above are those of the codes.
+        config: how.
+        run_dir: a new or empty folder, or with ``resume`` that of a run.
         validation_folder: codes of held-out images, of the same stage-1 model; None: no validation.
         resume: go on with the run in ``run_dir`` from its newest checkpoint, to ``config.steps``; a run that has them
             (or more) and its model returns that at once.

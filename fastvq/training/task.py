@@ -16,7 +16,13 @@ from fastvq.training.progress import Words
 
 
 class Picture(NamedTuple):
-    """A grid of images [N, C, H, W] in [-1, 1] to be written while training, perhaps with names under its columns."""
+    """A grid of images to be written while training.
+
+    Attributes:
+        name: of the file, without step and ending.
+        images: [N, C, H, W] in [-1, 1].
+        columns, captions: as of :func:`fastvq.data.image_grid`.
+    """
 
     name: str
     images: Tensor

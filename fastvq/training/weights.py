@@ -46,6 +46,7 @@ def load_weights(
         folder: a saved model, a run, or one checkpoint of a run.
         weights: of a run: ``last``, the finished model or else the newest checkpoint, or ``best``, those with the
             lowest validation loss. Checkpoints give the averaged weights.
+        device: where to put it.
 
     Raises:
         MissingFileError: nothing of the kind there.

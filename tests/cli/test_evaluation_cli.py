@@ -94,7 +94,8 @@ def test_a_report(classified: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     numbers = json.loads((out / "evaluation.json").read_text())
     title = numbers["extractor"]["title"]
     assert numbers["extractor"]["digest"].startswith(title.split()[1])
-    names = {"README.md", "evaluation.json", "curve.json", "reconstructions.png", "samples.png", "neighbours.png"}
+    pictures = {"reconstructions.png", "samples.png", "neighbours.png"}
+    names = {"README.md", "report.html", "evaluation.json", "curve.json", *pictures}
     assert {path.name for path in out.iterdir()} == names
     page = (out / "README.md").read_text()
     for part in (text, page):

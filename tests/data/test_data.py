@@ -443,7 +443,7 @@ def test_augmentation_that_does_nothing_and_bad_ones() -> None:
         Augment(1, "yes")  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="max_shift: 4 is not smaller than the image"):
         Augment(4)(image, seed=0, index=0, variant=1)
-    with pytest.raises(ArgumentError, match="must not be negative"):
+    with pytest.raises(ArgumentError, match="must not be negative, got -1 and 1 as the least"):
         Augment(1)(image, seed=0, index=-1, variant=1)
     with pytest.raises(ArgumentError, match=r"expected shape \(1,\)"):
         Augment(1).batch(image[None], seed=0, indices=np.arange(2), variants=np.ones(2, int))

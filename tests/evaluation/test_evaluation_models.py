@@ -209,8 +209,8 @@ def test_a_threshold_holds_for_all_and_gives_the_first(classes: int | None) -> N
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({}, ArgumentError, "keep and threshold: expected exactly one"),
-        ({"keep": 0.5, "threshold": 0.5}, ArgumentError, "keep and threshold: expected exactly one"),
+        ({}, ArgumentError, "keep and threshold: expected exactly one of them, got None and None"),
+        ({"keep": 0.5, "threshold": 0.5}, ArgumentError, "keep and threshold: expected exactly one of them, got 0.5"),
         ({"keep": 0}, ArgumentError, r"keep: must lie in \(0, 1\], got 0"),
         ({"keep": 1.5}, ArgumentError, r"keep: must lie in \(0, 1\], got 1.5"),
         ({"keep": "half"}, ArgumentTypeError, "keep: expected a number, got str"),

@@ -10,6 +10,7 @@ from helpers import random_codes
 from torch import Tensor
 
 import fastvq
+from fastvq.errors import ArgumentError
 from fastvq.models import PixelCNN, PixelCNNConfig
 
 FIELDS: dict[str, Any] = {"shape": (4, 5), "num_codes": 6, "channels": 8, "layers": 2, "kernel_size": 3, "dropout": 0.0}
@@ -62,3 +63,11 @@ def test_every_parameter_learns() -> None:
     logits = model(random_codes(2, 4, 6, num_codes=6), **conditions(2))
     torch.nn.functional.cross_entropy(logits, random_codes(2, 4, 6, num_codes=6, seed=2)).backward()
     assert all(p.grad is not None and bool(p.grad.any()) for p in model.parameters())
+
+
+def test_fields_come_as_keywords_as_of_other_models() -> None:
+    assert PixelCNN(**FIELDS).config == PixelCNNConfig(**FIELDS)
+    changed = PixelCNN(PixelCNNConfig(**FIELDS), layers=1)
+    assert (changed.config.layers, len(changed.layers)) == (1, 1)
+    with pytest.raises(ArgumentError, match="PixelCNNConfig: no field 'widths'"):
+        PixelCNN(**FIELDS, widths=3)

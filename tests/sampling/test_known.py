@@ -234,8 +234,16 @@ HOLE = box(0, 0, 2, 2)
 BAD_PICTURES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "images-size": ({"images": torch.zeros(2, 1, 8, 8)}, ArgumentError, r"images: expected shape \[B, 1, 8, 12\]"),
     "images-uint8": ({"images": torch.zeros(2, 1, 8, 12).byte()}, ArgumentTypeError, "images: expected a floating"),
-    "images-255": ({"images": pictures(2) * 255}, ArgumentError, r"images: values must lie in \[-1, 1\]"),
-    "images-nan": ({"images": pictures(2) * torch.nan}, ArgumentError, r"images: values must lie in \[-1, 1\]"),
+    "images-255": (
+        {"images": torch.full_like(pictures(2), 255)},
+        ArgumentError,
+        r"images: values must lie in \[-1, 1\], got 255.0",
+    ),
+    "images-nan": (
+        {"images": pictures(2) * torch.nan},
+        ArgumentError,
+        r"images: values must lie in \[-1, 1\], got nan",
+    ),
     "images-count": ({"n": 3}, ArgumentError, "images: expected 1, or one for each of the 3 samples, got 2"),
     "mask-float": ({"mask": HOLE.float()}, ArgumentTypeError, r"mask: expected bool \(True where the image is painted"),
     "mask-size": ({"mask": HOLE[:4]}, ArgumentError, r"mask: expected shape \[8, 12\], got \[4, 12\]"),

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from engine_helpers import needs_extension
+from foreign_pixelcnn import ForeignGatedLayer, ForeignPixelCNN
 from helpers import random_codes, refuses
 from torch import Tensor, nn
 
@@ -97,7 +98,7 @@ ABOVE: dict[str, Any] = {"condition_shapes": [(2, 3)], "condition_num_codes": [4
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "masked-weights-and-batch-norm": (lambda: nets.Masked(K), {}),
     "residual": (lambda: nets.Residual(K), {}),
-    "two-stacks-and-labels": (lambda: nets.Gated(K), LABELS),
+    "two-stacks-and-labels": (lambda: ForeignPixelCNN(K, classes=3, kernels=(5, 3)), LABELS),
     "shifts-and-a-level-above": (lambda: nets.Shifted(K, scale=(2, 1)), ABOVE),
     "channels-last": (ChannelsLast, {}),
     "numbers-and-labels": (Values, LABELS),
@@ -397,41 +398,41 @@ def test_a_few_positions_of_a_large_grid() -> None:
 # Plans written by hand.
 
 
-def gated_plan(module: nets.Gated, build: fastvq.PlanBuilder) -> Any:
+def gated_plan(module: ForeignPixelCNN, build: fastvq.PlanBuilder) -> Any:
     """The operations of the two stacks, without a trace."""
     v = h = build.embedding(module.embedding.weight)
     for layer in module.layers:
-        assert isinstance(layer, nets.GatedLayer)
-        first = layer.mask == "A"
-        rows, columns = layer.vertical.kernel_size
-        above = layer.vertical.weight.clone()
-        left = layer.horizontal.weight.clone()
-        if first:
+        assert isinstance(layer, ForeignGatedLayer)
+        rows, columns = layer.vert_stack.kernel_size
+        above = layer.vert_stack.weight.clone()
+        left = layer.horiz_stack.weight.clone()
+        if layer.first:
             above[:, :, -1], left[:, :, :, -1] = 0, 0
-        vectors = layer.label
+        vectors = layer.class_cond_embedding
         told = build.given(
             lambda condition, label, vectors=vectors: vectors(label)[:, :, None, None],
             vectors.embedding_dim,
             everywhere=True,
         )
-        seen = build.conv(v, above, layer.vertical.bias, at=(rows - 1, columns // 2))
-        before = build.conv(h, left, layer.horizontal.bias, at=(0, left.shape[3] - 1))
-        link = build.conv(seen, layer.link.weight, layer.link.bias)
+        seen = build.conv(v, above, layer.vert_stack.bias, at=(rows - 1, columns // 2))
+        before = build.conv(h, left, layer.horiz_stack.bias, at=(0, left.shape[3] - 1))
+        link = build.conv(seen, layer.vert_to_horiz.weight, layer.vert_to_horiz.bias)
         half = vectors.embedding_dim // 2
 
         def gated(x: Any, half: int = half) -> Any:
             return build.gate(build.channels(x, 0, half), build.channels(x, half, 2 * half))
 
-        out = build.conv(gated(build.add(build.add(link, before), told)), layer.out.weight, layer.out.bias)
-        v, h = gated(build.add(seen, told)), build.add(out, h) if layer.residual else out
-    first_layer, _, second_layer = module.output
+        inner = gated(build.add(build.add(link, before), told))
+        out = build.conv(inner, layer.horiz_resid.weight, layer.horiz_resid.bias)
+        v, h = gated(build.add(seen, told)), out if layer.first else build.add(out, h)
+    first_layer, _, second_layer = module.output_conv
     hidden = build.activation(build.conv(h, first_layer.weight, first_layer.bias), "relu")
     return build.linear(hidden, second_layer.weight[:, :, 0, 0], second_layer.bias)
 
 
 def test_a_plan_by_hand_gives_the_naive_samplers_codes() -> None:
     module, config = network("two-stacks-and-labels")
-    assert isinstance(module, nets.Gated)
+    assert isinstance(module, ForeignPixelCNN)
     prior = fastvq.with_plan(module, lambda build: gated_plan(module, build), **GRID, **config)
     told = given(config, 5)
     for _ in range(2):
@@ -439,12 +440,12 @@ def test_a_plan_by_hand_gives_the_naive_samplers_codes() -> None:
         assert torch.equal(fastvq.sample(prior, 5, seed=1, engine="torch", **told), wanted)
         with torch.no_grad():
             module.embedding.weight.mul_(-1)
-            module.layers[1].get_parameter("label.weight").mul_(-1)
+            module.layers[1].get_parameter("class_cond_embedding.weight").mul_(-1)
 
 
 def test_a_wrong_plan_is_refused() -> None:
     module, config = network("two-stacks-and-labels")
-    assert isinstance(module, nets.Gated)
+    assert isinstance(module, ForeignPixelCNN)
 
     def write(build: fastvq.PlanBuilder) -> Any:
         return build.activation(gated_plan(module, build), "relu")

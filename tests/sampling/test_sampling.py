@@ -513,7 +513,7 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         r"noise: expected shape \[2, 3, 4\], got \[2, 4, 3\]",
     ),
     "noise-float64": ({"noise": torch.zeros(2, 3, 4).double()}, ArgumentTypeError, "noise: expected float32"),
-    "noise-one": ({"noise": torch.ones(2, 3, 4)}, ArgumentError, r"noise: values must lie in \[0, 1\)"),
+    "noise-one": ({"noise": torch.ones(2, 3, 4)}, ArgumentError, r"noise: values must lie in \[0, 1\), got 1.0"),
     "noise-negative": ({"noise": torch.full((2, 3, 4), -0.1)}, ArgumentError, "noise: values must lie in"),
     "noise-nan": ({"noise": torch.full((2, 3, 4), float("nan"))}, ArgumentError, "noise: values must lie in"),
     "condition-missing": ({"condition": None}, ArgumentError, "condition: this prior expects codes of 2 level"),

@@ -57,7 +57,11 @@ class Known:
 
 @dataclass(frozen=True)
 class Acceleration:
-    """The known quantisers of a model; as text, a table of them."""
+    """The known quantisers of a model; as text, a table of them.
+
+    Attributes:
+        quantizers: each of them, in the order of ``named_modules``.
+    """
 
     quantizers: tuple[Known, ...]
 

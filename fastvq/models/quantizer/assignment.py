@@ -59,8 +59,8 @@ class Assignment(NamedTuple):
         quantized: [N, heads, D], 0 where masked; its gradient goes to the vectors.
         codes: int64 [N, heads], -1 where masked.
         statistics: counts [G, K] and sums [G, K, D], by which the codebook moves, and errors.
-        commitment_error: mean |x - sg[e]|^2, a scalar.
-        codebook_error: mean |sg[x] - e|^2, a scalar; 0 unless the codebook is learnable.
+        commitment_error: ``mean |x - sg[e]|^2``, a scalar.
+        codebook_error: ``mean |sg[x] - e|^2``, a scalar; 0 unless the codebook is learnable.
     """
 
     vectors: Vectors

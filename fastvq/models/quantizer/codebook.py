@@ -53,7 +53,7 @@ class Codebook:
         return self.embedding if self.embedding.ndim == 3 else self.embedding[None]
 
     def compared(self, stored: Tensor) -> Tensor:
-        """What becomes of the state's codes [G, K, D], of now or of earlier, to be compared."""
+        """What becomes of the state's codes, ``stored`` [G, K, D] now or earlier, to be compared."""
         if self.transform is not None:
             # The same codes whatever surrounds the call.
             with torch.autocast(stored.device.type, enabled=False):
@@ -89,8 +89,11 @@ class Codebook:
         )
 
     def move(self, counts: Tensor, sums: Tensor, vectors: Tensor, mask: Tensor | None = None) -> Tensor:
-        """One step by what L passes found: counts [L, G, K] and sums [G, K, D], of this process. Dead codes find new
-        places among vectors [G, M, D] where ``mask`` [G, M].
+        """One step by what L passes found.
+
+        Args:
+            counts, sums: [L, G, K] and [G, K, D], of this process.
+            vectors, mask: among which dead codes find new places, [G, M, D], where ``mask`` [G, M] is True.
 
         Returns:
             counts of all processes, as floating point.
@@ -111,7 +114,7 @@ class Codebook:
         )
 
     def error(self, stored: Tensor, counts: Tensor, sums: Tensor, value: Tensor) -> Tensor:
-        """sum |sg[x] - e|^2: of a known value, with the gradient 2 (n_i e_i - s_i) that counts and sums give.
+        """``sum |sg[x] - e|^2``: of a known value, with the gradient 2 (n_i e_i - s_i) that counts and sums give.
 
         ``stored`` are the codes that were searched in, before the pass moves them.
         """

@@ -19,12 +19,12 @@ def pass_gradient(x: Tensor, code: Tensor, kind: CodeGradient) -> Tensor:
 
     With ``straight_through`` it goes there unchanged (van den Oord et al. 2017, section 3.2). With ``rotation`` it goes
     as through the rotation and scaling that take x onto the code q, both held constant (Fifty et al. 2024,
-    arXiv 2410.06424, section 4.2):
+    arXiv 2410.06424, section 4.2)::
 
         q = s R x,  s = |q| / |x|,  R = I - 2 r r' + 2 b a',  a = x / |x|,  b = q / |q|,  r = (a + b) / |a + b|,
 
-    so that g becomes s R' g = s (g - 2 r (r.g) + 2 a (b.g)). That is the identity where x = q; its length is s |g|, and
-    its angle to x that of g to q. Where x or q is 0 there is no rotation and g passes unchanged; where they are
+    so that g becomes s R' g = s (g - 2 r (r.g) + 2 a (b.g)). That is the identity where x = q; its length is ``s |g|``,
+    and its angle to x that of g to q. Where x or q is 0 there is no rotation and g passes unchanged; where they are
     opposite, R is the reflection I - 2 a a'. Computed in float32 at least, without D x D matrices.
     """
     if is_batched() or is_differentiated():

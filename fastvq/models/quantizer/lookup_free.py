@@ -15,7 +15,7 @@ class LFQ(ScalarQuantizer):
     """Lookup-free quantisation (Yu et al. 2023, arXiv 2310.05737, section 3.1): the codes are the signs of D channels.
 
     A channel becomes 1 if it is positive, else -1, with straight-through gradient; the code is the number of these
-    bits, the first channel's counting most. The entropy loss makes vectors decide and keeps all codes in use:
+    bits, the first channel's counting most. The entropy loss makes vectors decide and keeps all codes in use::
 
         entropy_weight * (mean H(p(c|x)) - diversity * H(mean p(c|x))),  p(c|x) = softmax of -|x - c|^2 / temperature
 
@@ -25,7 +25,7 @@ class LFQ(ScalarQuantizer):
 
     Args:
         code_dim: D, the bits of a code, at most 24.
-        commitment: beta of mean |x - sg[q]|^2, which keeps vectors near the codes.
+        commitment: beta of mean ``|x - sg[q]|^2``, which keeps vectors near the codes.
         entropy_weight: of the entropy loss, given as ``codebook_loss``; 0: it is not computed.
         diversity: weight of the second entropy against the first.
         temperature: of p(c|x).

@@ -131,7 +131,11 @@ class ResidualVQ(Projected):
     def forward(
         self, x: Tensor, mask: Tensor | None = None, *, freeze_codebook: bool | None = None
     ) -> ResidualVQOutput:
-        """Quantise vectors [B, D, ...] (or [..., D] when ``channels_last``); arguments as of the plain quantiser."""
+        """Quantise vectors [B, D, ...] (or [..., D] when ``channels_last``).
+
+        Args:
+            x, mask, freeze_codebook: as of :meth:`VectorQuantizer.forward`.
+        """
         start = self._checked(x, mask)
         with torch.autocast(x.device.type, enabled=False):
             found = self._quantize(start, mask, self._kept(start), freeze_codebook)
@@ -151,7 +155,14 @@ class ResidualVQ(Projected):
 
     @torch.no_grad()
     def encode(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Codes [B, ..., Q] of all levels, without statistics or dropout; moves nothing."""
+        """Codes of all levels, without statistics or dropout; moves nothing.
+
+        Args:
+            x, mask: as of :meth:`forward`.
+
+        Returns:
+            int64 [B, ..., Q]; -1 where masked.
+        """
         residual = self._checked(x, mask)
         levels = self._all_levels()
         if why_in_turn(levels, moves=False, remembers=False) is None:
@@ -164,8 +175,12 @@ class ResidualVQ(Projected):
         return torch.stack(codes, -1)
 
     def explain(self, x: Tensor, *, freeze_codebook: bool | None = None) -> str:
-        """How a pass over x would be taken, and why: all levels in one, by which backend of
-        `fastvq.ops.residual_codes`, or one after the other.
+        """How a pass over x would be taken, and why.
+
+        All levels in one, by which backend of `fastvq.ops.residual_codes`, or one after the other.
+
+        Args:
+            x, freeze_codebook: as of :meth:`forward`.
         """
         start, levels = self._checked(x, None), self._all_levels()
         reason = why_in_turn(levels, moves=self._moves(freeze_codebook), remembers=True)
@@ -175,8 +190,16 @@ class ResidualVQ(Projected):
         return "one pass\n" + explain_backend("residual_codes", flat, codebooks)
 
     def lookup(self, codes: Tensor) -> Tensor:
-        """Sum of the vectors of codes [B, ..., q], of the first q <= Q levels: [B, D, ...] (or [..., D] when
-        ``channels_last``). Code -1 adds nothing.
+        """Sum of the vectors of codes.
+
+        Args:
+            codes: integers [B, ..., q], of the first q <= Q levels. Code -1 adds nothing.
+
+        Returns:
+            [B, D, ...], or [..., D] when ``channels_last``.
+
+        Raises:
+            ArgumentError, ArgumentTypeError: codes of another shape, type or (on the CPU) range.
         """
         if require_tensor("codes", codes).ndim < 2 or not 1 <= codes.shape[-1] <= self.num_quantizers:
             raise ArgumentError(

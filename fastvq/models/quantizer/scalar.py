@@ -96,7 +96,14 @@ class ScalarQuantizer(Projected):
 
     @torch.no_grad()
     def encode(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The codes alone, as :meth:`forward` gives them."""
+        """The codes alone.
+
+        Args:
+            x, mask: as of :meth:`forward`.
+
+        Returns:
+            int64, as ``codes`` of :class:`fastvq.models.QuantizerOutput`.
+        """
         narrow = self._arranged(x, mask)
         with torch.autocast(x.device.type, enabled=False):
             codes = self._codes(self._quantize(self._vectors(narrow, None))[1])
@@ -106,8 +113,17 @@ class ScalarQuantizer(Projected):
         return torch.where(mask if self.heads == 1 else mask[..., None], grid, -1)
 
     def lookup(self, codes: Tensor) -> Tensor:
-        """Vectors of codes: integers [B, ...], with several heads [B, ..., heads], to [B, C, ...] (or [..., C] when
-        ``channels_last``). Code -1, which stands for a masked position, gives zeros.
+        """Vectors of codes.
+
+        Args:
+            codes: integers [B, ...], with several heads [B, ..., heads]. Code -1, which stands for a masked position,
+                gives zeros.
+
+        Returns:
+            [B, C, ...], or [..., C] when ``channels_last``.
+
+        Raises:
+            ArgumentError, ArgumentTypeError: codes of another shape, type or (on the CPU) range.
         """
         codes, absent = require_code_grid(codes, self.heads, self.num_codes)
         digits = codes[..., None].div(self._places, rounding_mode="floor") % self._levels

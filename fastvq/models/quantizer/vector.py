@@ -33,10 +33,10 @@ class QuantizerOutput(NamedTuple):
         quantized: codes' vectors, shape and dtype of the input; its gradient passes straight to the input, or as the
             option ``gradient`` says. Zero where masked.
         codes: int64, the input's shape without the vector axis; with several heads [..., heads]. -1 where masked.
-        commitment_loss: beta * mean |x - sg[e]|^2, a scalar.
+        commitment_loss: ``beta * mean |x - sg[e]|^2``, a scalar.
         perplexity: exp of the entropy of code use in this batch, between 1 and K, a scalar without gradient; averaged
             over heads that have a codebook each.
-        codebook_loss: mean |sg[x] - e|^2, a scalar; 0 unless the codebook is learnable.
+        codebook_loss: ``mean |sg[x] - e|^2``, a scalar; 0 unless the codebook is learnable.
         dead_codes: int64 scalar, how many codes no vector of this batch has, of all codebooks.
     """
 
@@ -81,7 +81,7 @@ class VectorQuantizer(Projected):
         revive_below: codes whose N_i falls below this many vectors per batch are moved onto random vectors of the
             batch, with N_i = max(1, revive_below); 0 switches this off.
         channels_last: whether vectors lie along the last axis ([..., C]) rather than axis 1 ([B, C, ...]).
-        metric: ``euclidean``, or ``cosine``: vectors and codes are scaled to unit length, e_i = m_i / |m_i|, and
+        metric: ``euclidean``, or ``cosine``: vectors and codes are scaled to unit length, ``e_i = m_i / |m_i|``, and
             ``quantized`` holds unit vectors (Yu et al. 2022, ViT-VQGAN, section 3.2).
         heads: into how many vectors of D channels each input vector of C = heads * D channels is split.
         separate_codebook_per_head: a codebook for each head instead of one for all.
@@ -253,7 +253,14 @@ class VectorQuantizer(Projected):
 
     @torch.no_grad()
     def encode(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The codes alone, as :meth:`forward` gives them, without statistics; moves nothing."""
+        """The codes alone, without statistics; moves nothing.
+
+        Args:
+            x, mask: as of :meth:`forward`.
+
+        Returns:
+            int64, as ``codes`` of :class:`QuantizerOutput`.
+        """
         vectors, codebook = self.arrange(x, mask), self.codebook
         searched = vectors.searched
         if vectors.mask is not None and self.check_finite:
@@ -262,8 +269,17 @@ class VectorQuantizer(Projected):
         return _absent(self._ungrouped(indices), vectors.real, -1).view(self._grid(vectors.shape))
 
     def lookup(self, codes: Tensor) -> Tensor:
-        """Vectors of codes: integers [B, ...], with several heads [B, ..., heads], to [B, C, ...] (or [..., C] when
-        ``channels_last``). Code -1, which stands for a masked position, gives zeros.
+        """Vectors of codes.
+
+        Args:
+            codes: integers [B, ...], with several heads [B, ..., heads]. Code -1, which stands for a masked position,
+                gives zeros.
+
+        Returns:
+            [B, C, ...], or [..., C] when ``channels_last``.
+
+        Raises:
+            ArgumentError, ArgumentTypeError: codes of another shape, type or (on the CPU) range.
         """
         codes, absent = require_code_grid(codes, self.heads, self.num_codes)
         vectors = self.codebook.lookup(codes).masked_fill(absent[..., None], 0)
@@ -274,7 +290,10 @@ class VectorQuantizer(Projected):
 
     @torch.no_grad()
     def initialize(self, x: Tensor, mask: Tensor | None = None) -> None:
-        """Start the codes anew from vectors, shaped as for a pass, as the first training pass would.
+        """Start the codes anew from vectors, as the first training pass would.
+
+        Args:
+            x, mask: as of :meth:`forward`.
 
         Raises:
             ArgumentError: ``init`` is ``normal``, or no vector is finite; x or mask do not fit.
@@ -287,15 +306,16 @@ class VectorQuantizer(Projected):
         self.start(vectors)
 
     def orthogonal_loss(self) -> Tensor:
-        """How far the codes' directions are from orthogonal: mean over pairs of cos^2, less what a code has with
-        itself, sum of (e_i.e_j)^2 / K^2 - 1 / K over unit vectors, averaged over codebooks; a scalar.
+        """How far the codes' directions are from orthogonal, a scalar.
 
-        To be added to the loss of a learnable codebook (Shin et al. 2021, arXiv 2112.00384, equation 2).
+        The mean over pairs of cos^2, less what a code has with itself: sum of (e_i.e_j)^2 / K^2 - 1 / K over unit
+        vectors, averaged over codebooks. To be added to the loss of a learnable codebook (Shin et al. 2021, arXiv
+        2112.00384, equation 2).
         """
         return self.codebook.orthogonal_loss()
 
     def arrange(self, x: Tensor, mask: Tensor | None) -> Vectors:
-        """Input of a pass, checked and ready to be searched."""
+        """Input of a pass, ``x`` and ``mask`` of :meth:`forward`, checked and ready to be searched."""
         axis = -1 if self.channels_last else 1
         require_vectors(x, mask, self._channels(self.heads * self.code_dim), axis)
         given = self._narrowed(x.movedim(axis, -1), mask).reshape(-1, self.heads, self.code_dim)
@@ -311,7 +331,7 @@ class VectorQuantizer(Projected):
         return Vectors(x.shape, x.dtype, given, self._grouped(searched), real, grouped)
 
     def moves(self, freeze_codebook: bool | None) -> bool:
-        """Whether a pass moves the codebook."""
+        """Whether a pass moves the codebook, given ``freeze_codebook`` of :meth:`forward`."""
         moves = self.training and not (self.freeze_codebook if freeze_codebook is None else freeze_codebook)
         if moves and is_batched():
             raise UnavailableError(
@@ -327,7 +347,12 @@ class VectorQuantizer(Projected):
             self._may_have_to_start = False
 
     def open_pass(self, vectors: Vectors, freeze_codebook: bool | None = None) -> OpenPass:
-        """Begin a pass over vectors, which are those that codes start from; a repetition has its first run's codes."""
+        """Begin a pass over vectors, which are those that codes start from; a repetition has its first run's codes.
+
+        Args:
+            vectors: what :meth:`arrange` gave.
+            freeze_codebook: as of :meth:`forward`.
+        """
         codebook, moves = self.codebook, self.moves(freeze_codebook)
         if is_repetition():
             first = self._passes.recall(vectors.given)
@@ -343,7 +368,7 @@ class VectorQuantizer(Projected):
         return OpenPass(vectors.given, codebook, codes, moves, None)
 
     def assign(self, vectors: Vectors, opened: OpenPass) -> Assignment:
-        """The nearest codes of vectors, in a pass that is open."""
+        """The nearest codes of ``vectors``, in a pass that :meth:`open_pass` has ``opened``."""
         codebook, stored, given, real = opened.codebook, opened.codes, vectors.given, vectors.real
         # A learnt map gets its gradient from the codebook's error, and none from the vectors'.
         table = codebook.compared(stored).detach()
@@ -378,6 +403,10 @@ class VectorQuantizer(Projected):
     def close_pass(self, opened: OpenPass, found: Sequence[Assignment]) -> Tensor:
         """Move the codebook by what L assignments of a pass found together, unless it is a repetition.
 
+        Args:
+            opened: the pass.
+            found: what :meth:`assign` gave.
+
         Returns:
             counts [L, G, K] of all processes.
         """
@@ -396,7 +425,7 @@ class VectorQuantizer(Projected):
         return used
 
     def output(self, found: Assignment, used: Tensor) -> QuantizerOutput:
-        """What a pass gives for an assignment, with its counts [G, K] of all processes."""
+        """What a pass gives for the assignment ``found``, with its counts ``used`` [G, K] of all processes."""
         shape, real = found.vectors.shape, found.vectors.real
         quantized = self._widened(found.quantized.flatten(1), real).to(found.vectors.dtype)
         if self.channels_last:

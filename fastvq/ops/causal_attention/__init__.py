@@ -44,7 +44,8 @@ def causal_attention(
     """Causal softmax attention over positions in raster order.
 
     Args:
-        query, key: [B, heads, N, D]; value: [B, heads, N, E]; floating point.
+        query, key: [B, heads, N, D], floating point.
+        value: [B, heads, N, E], of the same dtype.
         mask: ``strict`` lets position i attend to positions before i, and position 0 gets zeros; ``inclusive`` lets it
             attend to itself too.
         dropout: probability in [0, 1) of setting a logit to 0 (Razavi et al. 2019, section 3.2); the others are scaled

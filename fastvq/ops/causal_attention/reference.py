@@ -17,7 +17,15 @@ def causal_attention_reference(
     dropout: float = 0.0,
     kept: Tensor | None = None,
 ) -> Tensor:
-    """`fastvq.ops.causal_attention` with all logits at once; ``kept`` [B, heads, N, N] says which dropout leaves."""
+    """`fastvq.ops.causal_attention` in plain PyTorch, with all logits at once: the definition.
+
+    Args:
+        query, key, value, mask, dropout: as of `fastvq.ops.causal_attention`.
+        kept: bool [B, heads, N, N], which logits dropout leaves; None: all.
+
+    Returns:
+        [B, heads, N, E].
+    """
     logits = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5
     if kept is not None:
         logits = logits * kept / (1 - dropout)

@@ -87,7 +87,7 @@ def fused_causal_conv2d(
         if it is wider.
 
     Raises:
-        As `causal_conv2d`.
+        ArgumentError, ArgumentTypeError, UnavailableError: as `causal_conv2d`.
     """
     options = Options(mask, form, activation, gate, False, backend)
     _check(x, weight, bias, context, residual, options)
@@ -130,7 +130,7 @@ def gated_block(x: Tensor, first: Step, second: Step) -> Tensor:
     """x + gate(second(first(x))): two steps of `fused_causal_conv2d`, of which the second is gated.
 
     Raises:
-        As `causal_conv2d`.
+        ArgumentError, ArgumentTypeError, UnavailableError: as `causal_conv2d`.
     """
     given, extras = (x, first.weight, second.weight), (first.bias, first.context, second.bias, second.context)
     if learns(*given, *extras) and runs_directly(*given, optional=extras) and backends.runs_blocks(*given):

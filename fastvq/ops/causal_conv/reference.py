@@ -13,7 +13,14 @@ from fastvq.ops.grid import Form, Mask, Prologue
 def causal_conv2d_reference(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, mask: Mask = "strict", form: Form = "rows"
 ) -> Tensor:
-    """`fastvq.ops.causal_conv2d` as a sum over the taps that are read."""
+    """`fastvq.ops.causal_conv2d` in plain PyTorch, as a sum over the taps that are read: the definition.
+
+    Args:
+        x, weight, bias, mask, form: as of `fastvq.ops.causal_conv2d`.
+
+    Returns:
+        [B, O, H, W].
+    """
     kernel = weight.shape[-1]
     height, width = x.shape[2:]
     taps = read_taps(kernel, mask, form)
@@ -38,7 +45,14 @@ def fused_causal_conv2d_reference(
     gate: bool = False,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """`fastvq.ops.fused_causal_conv2d`, one step after the other."""
+    """`fastvq.ops.fused_causal_conv2d` in plain PyTorch, one step after the other: the definition.
+
+    Args:
+        x, weight, bias, mask, form, activation, context, gate, residual: as of `fastvq.ops.fused_causal_conv2d`.
+
+    Returns:
+        [B, O, H, W] or, with a gate, [B, O / 2, H, W].
+    """
     out = causal_conv2d_reference(activate(x, activation), weight, bias, mask=mask, form=form)
     out = out if context is None else out + context
     out = F.glu(out, dim=1) if gate else out

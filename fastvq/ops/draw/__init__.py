@@ -69,7 +69,17 @@ def draw_reference(
     top_k: int | None = None,
     top_p: float | None = None,
 ) -> Tensor:
-    """`draw` in plain PyTorch on any device: the definition that other backends are measured against."""
+    """`draw` in plain PyTorch on any device: the definition that other backends are measured against.
+
+    Args:
+        logits, uniforms, temperature, top_k, top_p: as for `draw`.
+
+    Returns:
+        int64 [...].
+
+    Raises:
+        ArgumentError, ArgumentTypeError: as for `draw`.
+    """
     return draw_torch(logits, uniforms, _check(logits, uniforms, temperature, top_k, top_p))
 
 

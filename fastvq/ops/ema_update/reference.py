@@ -17,7 +17,13 @@ def ema_update_reference(
     eps: float,
     skip_unusable: bool,
 ) -> None:
-    """counts, cluster_size [..., K]; sums, embedding_sum, embedding [..., K, D]. The last three move in place."""
+    """`fastvq.ops.ema_update` in plain PyTorch: the definition.
+
+    Args:
+        counts, sums: statistics of the batch, [..., K] and [..., K, D].
+        cluster_size, embedding_sum, embedding: [..., K], [..., K, D] and [..., K, D], moved in place.
+        decay, eps, skip_unusable: as of `fastvq.ops.ema_update`.
+    """
     dtype = torch.promote_types(torch.promote_types(cluster_size.dtype, sums.dtype), torch.float32)
     before, counts, sums = cluster_size.to(dtype), counts.to(dtype), sums.to(dtype)
     size = decay * before + (1 - decay) * counts

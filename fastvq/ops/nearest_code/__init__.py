@@ -32,7 +32,7 @@ class CodeStatistics(NamedTuple):
         indices: int64 [H, N], as `nearest_code` returns.
         counts: int64 [H, K], how many vectors each code has.
         sums: [H, K, D], the sum of these vectors, in float32 (float64 for float64 input).
-        squared_error: [H], sum of |x - codebook[index]|^2, differentiable in both.
+        squared_error: [H], sum of ``|x - codebook[index]|^2``, differentiable in both.
     """
 
     indices: Tensor
@@ -58,7 +58,7 @@ def nearest_code(
         codebook: codes [K, D], or [H, K, D], a codebook per head; floating point, K >= 1, on the same device.
         metric: ``euclidean``, or ``cosine``: both sides are scaled to unit length first.
         mode: ``exact`` gives the float32 result everywhere. ``fast`` allows scores of bfloat16 products where that is
-            faster (GPU): the chosen code may be farther than the nearest by about 2^-7 |x| max|c|, where codes
+            faster (GPU): the chosen code may be farther than the nearest by about ``2^-7 |x| max|c|``, where codes
             count that are up to some 10 times as long as the vectors or the shortest code.
         check_finite: raise for a vector that is not finite, instead of giving it index 0. Reads x once more, and waits
             for a GPU.
@@ -66,13 +66,13 @@ def nearest_code(
             `fastvq.ops.explain_backend`.
 
     Returns:
-        int64 [N] or [H, N]: argmin over k of |x - codebook[k]|^2. Computed in float32 (float64 for float64 input) as
-        |c|^2 / 2 - x.c, with both sides shifted by a centre of the codes where that helps. The distance of the code
-        found exceeds the least one by rounding alone: with u = 2^-24 at most 16 u (|x| + |c|)^2 for D <= 256, c being
-        the farther from the origin of the code found and the nearest, whatever the other codes are. Beyond D = 256,
-        sqrt(D) in place of 16, since errors of D products add up like a random walk. Among equal codes the one of
-        lowest index (``torch`` may return another copy). Codes that are not finite are never chosen. A vector for which
-        no code has a finite score (NaN, infinite, too long) has index 0.
+        int64 [N] or [H, N]: argmin over k of ``|x - codebook[k]|^2``. Computed in float32 (float64 for float64 input)
+        as ``|c|^2 / 2 - x.c``, with both sides shifted by a centre of the codes where that helps. The distance of the
+        code found exceeds the least one by rounding alone: with u = 2^-24 at most ``16 u (|x| + |c|)^2`` for D <= 256,
+        c being the farther from the origin of the code found and the nearest, whatever the other codes are. Beyond
+        D = 256, sqrt(D) in place of 16, since errors of D products add up like a random walk. Among equal codes the one
+        of lowest index (``torch`` may return another copy). Codes that are not finite are never chosen. A vector for
+        which no code has a finite score (NaN, infinite, too long) has index 0.
 
         All this holds for lengths of vectors and codes from about 1e-18 to 1e18, whose squares are normal float32
         numbers. Codes longer than about 1e19 are never chosen, and where everything is shorter than about 1e-19 all
@@ -118,7 +118,7 @@ def nearest_code_statistics(
         codebook, while squared_error shows them. Nothing is averaged over processes or applied to the codebook.
 
     Raises:
-        As `nearest_code`; also a mask that does not fit.
+        ArgumentError, ArgumentTypeError, UnavailableError: as `nearest_code`; also a mask that does not fit.
 
     van den Oord et al. 2017, appendix A.1.
     """

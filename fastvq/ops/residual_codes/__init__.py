@@ -36,7 +36,7 @@ class ResidualStatistics(NamedTuple):
         indices, quantized: as of `ResidualCodes`.
         counts: int64 [Q, K], how many vectors each code has.
         sums: [Q, K, D], the sum of the residuals of these vectors, in float32 (float64 for float64 input).
-        squared_errors: [Q], sum of |r_q - code|^2 over the vectors of level q, differentiable in x.
+        squared_errors: [Q], sum of ``|r_q - code|^2`` over the vectors of level q, differentiable in x.
     """
 
     indices: Tensor
@@ -107,7 +107,7 @@ def residual_codes_statistics(
         CPU bit for bit. All levels are searched in the codebooks as they are given.
 
     Raises:
-        As `residual_codes`.
+        ArgumentError, ArgumentTypeError, UnavailableError: as `residual_codes`.
     """
     _check(x, codebooks, depths, mode)
     if deterministic is None:

@@ -138,6 +138,9 @@ def choose_engine(
 ) -> tuple[str, str]:
     """Name of the engine that would fill this prior's grids, and why that one.
 
+    Args:
+        engine, prior, precision, options: as of :func:`fastvq.sample`.
+
     Raises:
         ArgumentError: there is no engine of that name, or it does not have the precision or the options.
         UnavailableError: the engine asked for, or what the options ask of it, cannot run this prior here.

@@ -42,6 +42,10 @@ class PlanBuilder:
     Args:
         shape: grid (H, W).
         num_codes: K.
+        device: where weights are taken to.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: every method, where what it is given does not fit.
     """
 
     def __init__(self, shape: tuple[int, int], num_codes: int, device: torch.device | str = "cpu") -> None:
@@ -50,7 +54,7 @@ class PlanBuilder:
         self.values: dict[str, GivenValues] = {}
 
     def embedding(self, weight: Tensor) -> Feature:
-        """A vector for the code at each position, weight [K, C]. Masked convolutions read it; nothing else may."""
+        """A vector for the code at each position, by ``weight`` [K, C]; convolutions read it, nothing else may."""
         weight = self._weight("weight", weight, [self.num_codes, None])
         return Feature(self, Table(weight, None, 0, 0, *self.shape))
 
@@ -66,6 +70,7 @@ class PlanBuilder:
         """A convolution with zeros around the grid.
 
         Args:
+            x: what it reads.
             weight: [C_out, C_in, h, w]; entries that are zero for all channels are not read.
             bias: [C_out].
             mask: broadcasts to the weights, and is multiplied into them.
@@ -91,17 +96,17 @@ class PlanBuilder:
         return self._made(self.emitter.convolved([(one, *matrix) for matrix in matrices], bias))
 
     def linear(self, x: Feature, weight: Tensor, bias: Tensor | None = None) -> Feature:
-        """A 1 x 1 convolution, weight [C_out, C_in] and bias [C_out]."""
+        """A 1 x 1 convolution of ``x``, weight [C_out, C_in] and bias [C_out]."""
         weight = self._weight("weight", weight, [None, self._feature("x", x).channels])
         return self.conv(x, weight[:, :, None, None], bias)
 
     def activation(self, x: Feature, name: Literal["relu", "elu", "concat_elu"]) -> Feature:
-        """ReLU, ELU, or ELU of [x, -x] with twice the channels."""
+        """ReLU, ELU, or ELU of [x, -x] with twice the channels, by ``name``."""
         require_choice("name", name, ("relu", "elu", "concat_elu"))
         return self._made(self.emitter.elementwise("activation", name, self._vector("x", x)))
 
     def gate(self, x: Feature, gate: Feature, name: Literal["tanh", "glu"] = "tanh") -> Feature:
-        """tanh(x) * sigmoid(gate), or x * sigmoid(gate)."""
+        """tanh(x) * sigmoid(gate), or with the ``name`` ``glu`` x * sigmoid(gate)."""
         require_choice("name", name, ("tanh", "glu"))
         both = self.concat([x, gate])
         if x.channels != gate.channels:
@@ -109,18 +114,18 @@ class PlanBuilder:
         return self._made(self.emitter.elementwise("gate", name, self._vector("x", both)))
 
     def add(self, x: Feature, y: Feature) -> Feature:
-        """The sum of two features of the same number of channels."""
+        """x + y, two features of the same number of channels."""
         a, b = self._vector("x", x), self._vector("y", y)
         if a.channels != b.channels:
             raise ArgumentError(f"y: expected {a.channels} channels as x has, got {b.channels}")
         return self._made(self.emitter.ready(a).plus(self.emitter.ready(b)))
 
     def concat(self, features: Sequence[Feature]) -> Feature:
-        """Channels of several features, one after the other."""
+        """Channels of several ``features``, one after the other."""
         return Feature(self, Joined(tuple(self._vector(f"features[{i}]", x) for i, x in enumerate(features))))
 
     def channels(self, x: Feature, start: int, stop: int) -> Feature:
-        """Channels start..stop-1."""
+        """Channels ``start`` to ``stop`` - 1 of ``x``."""
         one = self._vector("x", x)
         if not 0 <= start < stop <= one.channels:
             raise ArgumentError(f"start, stop: expected a part of {one.channels} channels, got {start}, {stop}")
@@ -129,8 +134,13 @@ class PlanBuilder:
     def attention(
         self, query: Feature, key: Feature, value: Feature, *, heads: int = 1, mask: Literal["strict", "inclusive"]
     ) -> Feature:
-        """softmax(q . k / sqrt(width of a head)) v over positions before (``strict``; nothing at the first position),
-        or these and the position itself (``inclusive``). Heads are parts of the channels, one after the other.
+        """softmax(q . k / sqrt(width of a head)) v over positions.
+
+        Args:
+            query, key, value: q and k of the same number of channels, and v.
+            heads: parts of the channels, one after the other.
+            mask: ``strict`` for the positions before (nothing at the first one), ``inclusive`` for these and the
+                position itself.
         """
         require_choice("mask", mask, ("strict", "inclusive"))
         q, k, v = (self._vector(*pair) for pair in (("query", query), ("key", key), ("value", value)))
@@ -143,7 +153,7 @@ class PlanBuilder:
         return self._made(self.emitter.attention(q, k, v, heads, mask))
 
     def constant(self, values: Tensor) -> Feature:
-        """What is always the same, [C, H, W]."""
+        """What is always the same, ``values`` [C, H, W]."""
         values = self._weight("values", values, [None, *self.shape])
         return self._made(self.emitter.constant(values[None]))
 
@@ -163,7 +173,7 @@ class PlanBuilder:
         return self._made(self.emitter.static(name, require_positive_int("channels", channels)))
 
     def output(self, logits: Feature) -> int:
-        """The operation that gives logits [K]."""
+        """Number of the operation that gives ``logits``, a feature of K channels."""
         one = self._vector("logits", logits)
         if one.channels != self.num_codes:
             raise ArgumentError(f"logits: expected {self.num_codes} channels, one for each code, got {one.channels}")

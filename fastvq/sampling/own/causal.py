@@ -45,7 +45,7 @@ class CausalReport:
 
     Attributes:
         leaks: some of each code that leaks, first codes first; none where all is well.
-        checked: codes that were changed, out of ``positions``.
+        checked, positions: codes that were changed, and codes of a grid.
         moved: whether any logits moved at all.
     """
 
@@ -56,6 +56,7 @@ class CausalReport:
 
     @property
     def ok(self) -> bool:
+        """Whether there are no leaks."""
         return not self.leaks
 
     def __bool__(self) -> bool:
@@ -72,9 +73,10 @@ class CausalReport:
         return f"not causal: {shown}{more} ({many})"
 
     def require(self) -> None:
-        """
+        """There must be no leaks.
+
         Raises:
-            CausalityError: there are leaks.
+            CausalityError: there are some.
         """
         if not self.ok:
             raise CausalityError(f"prior: {self}")

@@ -109,10 +109,16 @@ class OwnPrior(Prior):
 
     @property
     def network(self) -> Callable[..., Any]:
+        """The module or function that gives logits."""
         found = self._modules.get("module")
         return self._function if found is None else found
 
     def save_pretrained(self, folder: Any, *, overwrite: bool = False) -> Any:
+        """Refused: only the network's own code can build it again.
+
+        Raises:
+            ArgumentError: always.
+        """
         raise ArgumentError("save_pretrained: this prior is a module of your own, which only your code can build again")
 
     def context(self, condition: Condition, label: Tensor | None, *, batch: int) -> Any:
@@ -139,7 +145,8 @@ class OwnPrior(Prior):
             in_evaluation(self).try_out(*self._example(BATCH))
 
     def try_out(self, codes: Tensor, context: Told) -> None:
-        """
+        """The network must take ``codes`` and ``context``.
+
         Raises:
             ArgumentError: the network cannot be called so.
         """
@@ -158,7 +165,7 @@ class OwnPrior(Prior):
             ) from error
 
     def arguments(self, codes: Any, context: Told) -> list[Any]:
-        """What the network is called with."""
+        """What the network is called with for ``codes`` and ``context``."""
         condition: list[Any] = list(context.condition)
         given: list[Any] = [] if not condition else [condition[0] if len(condition) == 1 else tuple(condition)]
         return [codes, *given, *([] if context.label is None else [context.label])]
