@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
+import json
 import os
 import re
 import runpy
@@ -12,6 +13,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
+import warnings
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -97,10 +99,26 @@ def _check_pip(arguments: Sequence[str]) -> None:
 
 
 def _check_pytest(arguments: Sequence[str]) -> None:
+    """Files and folders that it names; its options are checked by `check_pytest_options`."""
     targets = [word for word in arguments if re.fullmatch(r"[\w.-]+/[\w./-]*|[\w/]+\.py", word)]
     assert [target for target in targets if not (ROOT / target).exists()] == []
+
+
+_HELP = """
+import json, sys
+import pytest
+refused = [given for given in json.loads(sys.argv[1]) if pytest.main(["-p", "no:cacheprovider", "--help", *given]) != 0]
+print(json.dumps(refused), file=sys.stderr)
+"""
+
+
+def check_pytest_options(commands: Sequence[Sequence[str]]) -> None:
+    """
+    Raises:
+        AssertionError: pytest, with what the conftest of the folder adds, would not take the words of one.
+    """
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--help", *arguments],
+        [sys.executable, "-c", _HELP, json.dumps(commands)],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -108,6 +126,7 @@ def _check_pytest(arguments: Sequence[str]) -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
+    assert json.loads(done.stderr.splitlines()[-1]) == [], done.stderr
 
 
 def _check_make(arguments: Sequence[str]) -> None:
@@ -132,7 +151,7 @@ def _check_python(program: str, arguments: Sequence[str]) -> None:
     def refuse(self: argparse.ArgumentParser, message: str) -> None:
         raise AssertionError(f"{program} {shlex.join(arguments)}: {message}")
 
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         patch.syspath_prepend(ROOT)
         patch.setattr(sys, "argv", [program, *arguments])
         patch.setattr(argparse.ArgumentParser, "parse_args", accept)
@@ -140,6 +159,8 @@ def _check_python(program: str, arguments: Sequence[str]) -> None:
         script = program.endswith(".py")
         run = runpy.run_path if script else functools.partial(runpy.run_module, alter_sys=True)
         place = str(ROOT / program) if script else program
+        # A module of bench may be imported already, by another of its rooms.
+        warnings.filterwarnings("ignore", "'.*' found in sys.modules after import of package", RuntimeWarning)
         with pytest.raises(_AcceptedError):
             run(place, run_name="__main__")
 

@@ -21,6 +21,7 @@ PUBLIC = (
     "fastvq.interop",
     "fastvq.interop.quantizers",
     "fastvq.models",
+    "fastvq.models.quantizer",
     "fastvq.ops",
     "fastvq.sampling",
     "fastvq.training",

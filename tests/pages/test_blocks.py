@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from accelerate_cases import package
 from page_blocks import PAGES, ROOT, Block, Entry, Page, Work, blocks, document, run_python
-from page_shell import check, commands
+from page_shell import check, check_pytest_options, commands
 from page_table import BLOCKS_NOT_RUN, COMMANDS_NOT_CHECKED, KNOWN
 
 from fastvq.cli import main
@@ -100,18 +100,29 @@ def test_the_blocks_of_a_page_run(
         known.after(work)
 
 
+def shell_commands(page: str) -> list[list[str]]:
+    """Commands of a page, in blocks that are not left out."""
+    left_out = BLOCKS_NOT_RUN.get(page, {})
+    found = [block for block in blocks(page) if block.language in SHELL]
+    return [
+        words for block in found if not any(text in block.text for text in left_out) for words in commands(block.text)
+    ]
+
+
+def test_pytest_takes_the_options_that_pages_give_it() -> None:
+    given = [words for page in WITH_BLOCKS for words in shell_commands(page)]
+    found = [words[words.index("pytest") + 1 :] for words in given if "pytest" in words[:3]]
+    assert found != []
+    check_pytest_options(found)
+
+
 @pytest.mark.parametrize("page", sorted({*KNOWN, *BLOCKS_NOT_RUN, *COMMANDS_NOT_CHECKED}))
 def test_the_table_names_what_is_there(page: str) -> None:
     """Each entry means one block; none is left over from a block that has gone."""
     entries = [*(entry.text for entry in KNOWN.get(page, Page()).entries), *BLOCKS_NOT_RUN.get(page, {})]
     meant = {text: [str(block) for block in blocks(page) if text in block.text] for text in entries}
     assert {text: found for text, found in meant.items() if len(found) != 1} == {}
-    lines = [
-        shlex.join(words)
-        for block in blocks(page)
-        if block.language in SHELL and not any(text in block.text for text in BLOCKS_NOT_RUN.get(page, {}))
-        for words in commands(block.text)
-    ]
+    lines = [shlex.join(words) for words in shell_commands(page)]
     unused = [text for text in COMMANDS_NOT_CHECKED.get(page, {}) if not any(text in line for line in lines)]
     assert unused == []
 
