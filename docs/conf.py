@@ -35,6 +35,7 @@ exclude_patterns = [".*", "build", "csrc", "dist", "docs/_build", "fastvq", "ker
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_heading_anchors = 4
 highlight_language = "text"
+smartquotes = False
 
 html_theme = "furo"
 html_static_path = ["_static"]
@@ -98,7 +99,8 @@ def _plain_text(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines
     for index, line in enumerate(lines):
         code = re.split(r"(``.+?``|`.+?`)", line)
         code[::2] = [re.sub(r"(?<=\S)\*|\*(?=\S)|\|", r"\\\g<0>", text) for text in code[::2]]
-        lines[index] = "".join(code)
+        # "num_codes: K." has no list in it.
+        lines[index] = re.sub(r"^(\s+[\w, ]+: )(\w\.)", r"\1\\\2", "".join(code))
     for index in reversed(range(len(lines) - 1)):
         first = lines[index + 1]
         if lines[index] == "Raises:" and not re.match(r"\s+\w+(, \w+)*: ", first):
