@@ -35,7 +35,7 @@ exclude_patterns = [".*", "build", "csrc", "dist", "docs/_build", "fastvq", "ker
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_heading_anchors = 4
 highlight_language = "text"
-smartquotes = False
+smartquotes_action = "D"
 
 html_theme = "furo"
 html_static_path = ["_static"]
