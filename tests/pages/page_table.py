@@ -151,7 +151,7 @@ BLOCKS_NOT_RUN: dict[str, dict[str, str]] = {
     "docs/watching-a-run.md": {
         "step 12/24": "a line of a run; tests/training/test_progress.py holds its form",
         "validation at step 400": "lines of a run; tests/training/test_progress.py holds their form",
-        "few codes in use in validation": "a warning; tests/data/test_usage.py holds its words",
+        "few codes in use in validation": "a warning; tests/cli/test_watching_cli.py holds its words",
     },
 }
 
