@@ -1,4 +1,4 @@
-"""Results as JSON: files of a session, and those that pytest-benchmark writes; either is read as the same."""
+"""Results as JSON: files of a session, of pytest-benchmark, and of engines on a GPU; all are read as the same."""
 
 from __future__ import annotations
 
@@ -16,11 +16,18 @@ from bench.machine import Ceilings, describe_commit, describe_machine, describe_
 FORMAT = 2
 # Where pytest-benchmark's files hold what it has no place for: the session, and its results without their entries.
 KEY = "fastvq"
+# What of its statistics stands for rounds that were not kept, in the entry's fact of that name.
+STATISTICS = ("rounds", "min", "q1", "q3", "max")
 
 
 @dataclass
 class Session:
-    """What a file holds; see :class:`bench.harness.Recorder`."""
+    """What a file holds; see :class:`bench.harness.Recorder`.
+
+    Attributes:
+        load: of the machine before the first case, where it was noted.
+        quick: inputs were shrunk.
+    """
 
     date: str
     machine: dict[str, Any]
@@ -29,18 +36,28 @@ class Session:
     dirty: bool | None
     ceilings: Ceilings
     results: list[Result]
+    load: float | None = None
+    quick: bool = False
 
 
 def load(path: Path) -> Session:
-    """Read a file of ``--results`` or of ``--benchmark-json``, ``--benchmark-save`` and ``--benchmark-autosave``.
+    """Read a file of ``--results``, of ``--benchmark-json``, ``--benchmark-save`` and ``--benchmark-autosave``, or of
+    :mod:`bench.gpu.sampler`.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: it is none of them.
     """
-    stored = json.loads(path.read_text())
+    try:
+        stored = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(stored, dict):
+        raise ValueError(f"{path}: expected results of benchmarks, got a {type(stored).__name__}")
     if "benchmarks" in stored and KEY in stored:
         stored = _united(stored)
-    if "results" not in stored:
+    if "lines" in stored and "gpu_flops_per_s" in stored:
+        stored = _lines_as_results(stored)
+    if not {"results", "ceilings"} <= stored.keys():
         raise ValueError(f"{path}: expected results of benchmarks, got a file with {', '.join(stored) or 'nothing'}")
     return session_of(stored)
 
@@ -51,7 +68,9 @@ def session_of(stored: Mapping[str, Any]) -> Session:
     ceilings.gemm, ceilings.gpu = rates["flops_per_s"], rates.get("gpu_flops_per_s", {})
     ceilings.read = {int(size): found for size, found in rates["read_bytes_per_s"].items()}
     names = ("date", "machine", "versions", "commit", "dirty")
-    return Session(*(stored[name] for name in names), ceilings, [_result(one) for one in stored["results"]])
+    results = [_result(one) for one in stored["results"]]
+    facts = (stored[name] for name in names)
+    return Session(*facts, ceilings, results, stored.get("load_before"), stored.get("quick", False))
 
 
 def _result(stored: Mapping[str, Any]) -> Result:
@@ -82,14 +101,34 @@ def _united(stored: Mapping[str, Any]) -> dict[str, Any]:
     for one in stored["benchmarks"]:
         info, stats = one["extra_info"], one["stats"]
         if "peer" in info:
-            # Without --benchmark-save-data only statistics are kept.
             entry = {**info, "seconds": stats.get("data") or [stats["median"]]}
+            if not stats.get("data") and stats.keys() >= set(STATISTICS):
+                # Without --benchmark-save-data only statistics are kept.
+                kept = {name: stats[name] for name in STATISTICS}
+                entry["facts"] = {**info.get("facts", {}), "statistics": kept}
             found.setdefault((info["operation"], info["case"], info["batch"]), []).append(entry)
     keys = [(one["operation"], one["case"], one["batch"]) for one in session["results"]]
     session["results"] = [
         {**one, "entries": found.get(key, [])} for key, one in zip(keys, session["results"], strict=True)
     ]
     return session
+
+
+def _lines_as_results(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """A file of :mod:`bench.gpu.sampler` in the form of the others: a line there is an entry here."""
+    found: dict[tuple[str, int], dict[str, Any]] = {}
+    for line in stored["lines"]:
+        case = {"operation": "sampling", "case": line["case"], "batch": line["batch"], "floor_seconds": None}
+        result = found.setdefault((line["case"], line["batch"]), {**case, "entries": [], "memory": [], "left_out": {}})
+        if line["left_out"] is not None:
+            result["left_out"][line["engine"]] = line["left_out"]
+            continue
+        check = {"passed": line["passed"], "summary": line["said"]}
+        facts = {**line["facts"], "device_seconds": line["device_seconds"]}
+        kept = {name: line[name] for name in ("seconds", "exact", "extrapolated")}
+        result["entries"].append({"peer": line["engine"], **kept, "check": check, "facts": facts})
+    ceilings = {"flops_per_s": {}, "gpu_flops_per_s": stored["gpu_flops_per_s"], "read_bytes_per_s": {}}
+    return {**stored, "ceilings": ceilings, "results": list(found.values())}
 
 
 def benchmark_json(recorder: Recorder, output: dict[str, Any]) -> None:

@@ -91,6 +91,11 @@ class Entry:
         return statistics.median(self.seconds)
 
     @property
+    def rounds(self) -> int:
+        """How often it ran, whether or not every time was kept."""
+        return int(self.facts.get("statistics", {}).get("rounds", len(self.seconds)))
+
+    @property
     def comparable(self) -> bool:
         return self.exact and self.whole and self.check is not None and self.check.passed
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import time
 from pathlib import Path
@@ -10,13 +9,14 @@ from typing import Any
 
 import pytest
 
-from bench import markdown
-from bench.files import Session, benchmark_json, free_path, load, session_of, to_json, write_json
+from bench import report
+from bench.files import benchmark_json, free_path, load, session_of, to_json, write_json
 from bench.harness import Check, Entry, Memory, Peer, Recorder, Result, Work, measure, repeats
 from bench.machine import ROOT
-from bench.report import legend, number, seconds, tables
-
-GOOD, BAD = Check(True, "0 of 9 codes differ"), Check(False, "3 of 9 codes differ")
+from bench.made_up import BAD, GOOD
+from bench.recorded import recorded_files
+from bench.report import legend, tables
+from bench.units import number, seconds, size
 
 
 def _recorder(*entries: Entry) -> Recorder:
@@ -191,33 +191,7 @@ def test_numbers_are_readable() -> None:
         "2 ns",
     ]
     assert number(1999.6) == "2000"
-
-
-def _session(tmp_path: Path, *entries: Entry) -> Session:
-    recorder = _recorder(*entries)
-    path = tmp_path / f"{len(list(tmp_path.iterdir()))}.json"
-    write_json(recorder, path)
-    return load(path)
-
-
-def test_page_of_tables(tmp_path: Path) -> None:
-    first = _session(tmp_path, Entry("naive", [20.0], GOOD), Entry("cpu", [4.0], GOOD))
-    guess = Entry("naive", [20.0], GOOD, extrapolated="from a few rows")
-    second = _session(tmp_path, guess, Entry("torch", [3.0], GOOD), Entry("cpu", [2.0], GOOD))
-    failed = _session(tmp_path, Entry("naive", [20.0], GOOD), Entry("cpu", [1.0], BAD))
-    row = "| a case | 8 | 2 s | 1.5 (torch) | torch 1.5, naive 10 e | 1.33 | [2] |"
-    assert row in markdown.page({"1.json": first, "2.json": second})
-    assert "| a case | 8 | 4 s | 5 (naive) | naive 5 | 2.67 | [2] |" in markdown.page(
-        {"1.json": second, "2.json": first}
-    )
-    assert "| a case | 8 | not comparable | | | | [2] |" in markdown.page({"1.json": first, "2.json": failed})
-
-
-def test_page_of_one_machine_only(tmp_path: Path) -> None:
-    session = _session(tmp_path, Entry("naive", [20.0], GOOD), Entry("cpu", [4.0], GOOD))
-    other = dataclasses.replace(session, machine={**session.machine, "cpu": "another"})
-    with pytest.raises(ValueError, match="expected results of one machine, got those of"):
-        markdown.page({"1.json": session, "2.json": other})
+    assert [size(value) for value in (8.6e9, 12_300_000, 4e3)] == ["8.6 GB", "12.3 MB", "0.004 MB"]
 
 
 def test_files_of_pytest_benchmark_are_read_like_the_others(tmp_path: Path) -> None:
@@ -241,9 +215,19 @@ def test_files_of_pytest_benchmark_are_read_like_the_others(tmp_path: Path) -> N
     del output["benchmarks"][1]["stats"]["data"]
     path.write_text(json.dumps(output))
     assert load(path).results[0].entries[1].seconds == [3.0]
+    kept = {"rounds": 3, "min": 2.0, "q1": 2.5, "q3": 3.5, "max": 4.0}
+    output["benchmarks"][1]["stats"] |= kept
+    path.write_text(json.dumps(output))
+    cpu = load(path).results[0].entries[1]
+    assert cpu.facts == {"threads": 2, "statistics": kept}
+    assert cpu.rounds == 3
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "bench" / "results").glob("*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    recorded_files(ROOT / "bench" / "results"),
+    ids=lambda path: path.stem,
+)
 def test_recorded_results_stay_readable(path: Path) -> None:
     session = load(path)
     lines = tables(session.results, session.ceilings)
@@ -257,3 +241,32 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     path.write_text('{"machine_info": {}, "benchmarks": []}')
     with pytest.raises(ValueError, match="expected results of benchmarks, got a file with machine_info, benchmarks"):
         load(path)
+
+
+def test_files_of_engines_on_a_gpu_are_read_like_the_others(tmp_path: Path) -> None:
+    line = {"case": "a", "batch": 8, "exact": True, "passed": True, "said": "fine", "extrapolated": None, "facts": {}}
+    found = [
+        {**line, "engine": "cuda", "seconds": [2.0, 3.0, 4.0], "device_seconds": [1.0], "left_out": None},
+        {**line, "engine": "cuda bf16", "exact": False, "seconds": [1.0], "device_seconds": [], "left_out": None},
+        {**line, "engine": "naive", "seconds": [], "device_seconds": [], "left_out": "out of time"},
+        {**line, "batch": 1, "engine": "cuda", "seconds": [1.0], "device_seconds": [], "left_out": None},
+    ]
+    facts = {"date": "2026-01-02", "machine": {"cpu": "a"}, "versions": {}, "commit": None, "dirty": None}
+    path = tmp_path / "sampler.json"
+    path.write_text(json.dumps({**facts, "gpu_flops_per_s": {"cuda tf32": {"mm": [1e12]}}, "lines": found}))
+    session = load(path)
+    first, second = session.results
+    assert [(one.operation, one.case, one.batch) for one in (first, second)] == [("sampling", "a", n) for n in (8, 1)]
+    assert first.entries[0] == Entry("cuda", [2.0, 3.0, 4.0], Check(True, "fine"), facts={"device_seconds": [1.0]})
+    assert not first.entries[1].comparable
+    assert first.left_out == {"naive": "out of time"}
+    assert second.entries[0].median == 1.0
+    # What a processor does at best was not measured there, and is not now.
+    assert "floor: the case's work at the best rates of this session." in legend(session.results, session.ceilings)
+
+
+def test_files_that_are_no_results_end_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('{"results": []}')
+    assert report.main([str(path)]) == 1
+    assert "expected results of benchmarks, got a file with results" in capsys.readouterr().err

@@ -9,6 +9,7 @@ from typing import Any
 
 from bench.clock import Timed
 from bench.gpu.files import aligned
+from bench.units import number, seconds
 
 # Why something was left out without that being a failure.
 LATE = "out of time"
@@ -64,18 +65,7 @@ class Line:
     def __str__(self) -> str:
         if self.left_out is not None:
             return f"{self.engine}: {self.left_out}"
-        return f"{self.engine}: {in_unit(self.median)} x {len(self.seconds)}; {self.extrapolated or self.said}"
-
-
-def in_unit(seconds: float) -> str:
-    """Three digits, in a unit that suits."""
-    unit, size = next((pair for pair in (("s", 1.0), ("ms", 1e-3)) if seconds >= pair[1]), ("us", 1e-6))
-    return f"{number(seconds / size)} {unit}"
-
-
-def number(value: float) -> str:
-    """Three digits, never with an exponent."""
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+        return f"{self.engine}: {seconds(self.median)} x {len(self.seconds)}; {self.extrapolated or self.said}"
 
 
 def failures(lines: Sequence[Line]) -> list[str]:
@@ -98,11 +88,11 @@ def table(lines: Sequence[Line]) -> list[str]:
             continue
         over = naive.get((line.case, line.batch)) if line.exact and line.passed and line.engine != "naive" else None
         cells = (
-            in_unit(line.median),
-            in_unit(statistics.median(line.device_seconds)),
+            seconds(line.median),
+            seconds(statistics.median(line.device_seconds)),
             "e" if line.extrapolated else str(len(line.seconds)),
             "-" if over is None else f"{number(over / line.median)} e",
-            "-" if line.floor is None else in_unit(line.floor),
+            "-" if line.floor is None else seconds(line.floor),
             "-" if line.floor is None or not line.passed else number(line.median / line.floor),
             "FAILED" if not line.passed else "ok" if line.exact else "not exact",
         )
@@ -122,6 +112,6 @@ def both_levels(lines: Sequence[Line]) -> list[str]:
         if len(both) == 2:
             time, floor = sum(line.median for line in both), sum(line.floor or 0.0 for line in both)
             label = " e" if any(line.extrapolated for line in both) else ""
-            over = f"floor {in_unit(floor)}, time/floor {number(time / floor)}"
-            said.append(f"{family}, top + bottom, batch {batch}, {engine}: {in_unit(time)}{label}; {over}")
+            over = f"floor {seconds(floor)}, time/floor {number(time / floor)}"
+            said.append(f"{family}, top + bottom, batch {batch}, {engine}: {seconds(time)}{label}; {over}")
     return said

@@ -6,10 +6,11 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from bench.gpu.lines import Line, in_unit, number
+from bench.gpu.lines import Line
 from bench.gpu.measure import VARIANTS
 from bench.harness import Result
 from bench.machine import Ceilings
+from bench.units import number, seconds
 
 
 class Row(NamedTuple):
@@ -34,9 +35,9 @@ def table(lines: Sequence[Line], results: Sequence[Result], ceilings: Ceilings) 
         guessed = " e" if row.extrapolated else ""
         cells = [
             row.case,
-            in_unit(row.ours),
-            "-" if row.device is None else in_unit(row.device),
-            "-" if row.other is None else f"{row.peer} {in_unit(row.other)}{guessed}",
+            seconds(row.ours),
+            "-" if row.device is None else seconds(row.device),
+            "-" if row.other is None else f"{row.peer} {seconds(row.other)}{guessed}",
             "-" if row.other is None else number(row.other / row.ours) + guessed,
             "-" if not row.floor else number(row.ours / row.floor),
         ]

@@ -30,9 +30,9 @@ from bench.gpu import sampler
 from bench.gpu.ahead import in_processes
 from bench.gpu.files import save
 from bench.gpu.limit import OutOfTimeError, at_most
-from bench.gpu.lines import in_unit
 from bench.gpu.measure import Problem
 from bench.registry import contender
+from bench.units import seconds
 from fastvq.kernels import tuning
 from fastvq.kernels.launch import hardware
 from fastvq.kernels.tuning import Asked, asking
@@ -195,8 +195,8 @@ def tune(table: Table, some: Mapping[str, Make], timer: Timer, end: float, log: 
             taken = table.add(asked, times, rule, name)
             table.write()
             count = sum(isinstance(found, float) for found in times.values())
-            what = "as before" if taken is None else f"{tuple(taken)}, {in_unit(times[taken])}"
-            log(f"{name}: {asked.kernel}, {asked.sizes}: rule {in_unit(rule)}; {what}; {count} candidates timed")
+            what = "as before" if taken is None else f"{tuple(taken)}, {seconds(times[taken])}"
+            log(f"{name}: {asked.kernel}, {asked.sizes}: rule {seconds(rule)}; {what}; {count} candidates timed")
 
 
 def _times(

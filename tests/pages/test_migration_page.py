@@ -1,21 +1,22 @@
-"""The code on the page for those who come from vector-quantize-pytorch runs, and the options it names exist."""
+"""The page for those who come from vector-quantize-pytorch converts states rightly, and the options it names exist."""
 
 from __future__ import annotations
 
 import inspect
 import re
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from page_blocks import ROOT, blocks, run_python
 
 from fastvq.models import FSQ, LFQ, ResidualVQ, SimVQ, VectorQuantizer
 
 pytestmark = pytest.mark.usefixtures("steady")
 
-PAGE = (Path(__file__).resolve().parents[2] / "docs" / "migrating-from-vector-quantize-pytorch.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+NAME = "docs/migrating-from-vector-quantize-pytorch.md"
+PAGE = (ROOT / NAME).read_text(encoding="utf-8")
 
 
 def table(title: str) -> list[list[str]]:
@@ -25,38 +26,31 @@ def table(title: str) -> list[list[str]]:
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
 
 
-def test_code_of_our_own_runs() -> None:
-    first, second = [block for block in BLOCKS if "fastvq" in block and "vector_quantize_pytorch" not in block]
+def converted(state: dict[str, Any]) -> dict[str, Any]:
+    """By the function on the page, which is the beginning of its block."""
+    (block,) = [block for block in blocks(NAME) if "def converted" in block.text]
     names: dict[str, Any] = {}
-    exec(first, names)
-    assert names["quantized"].shape == names["vectors"].shape == (2, 64, 8, 8)
-    assert names["loss"].requires_grad
-    exec(second, names)
-    assert type(names["quantizer"]) is LFQ
+    run_python(replace(block, text=block.text.split("\n\n\nours.")[0]), names)
+    found: dict[str, Any] = names["converted"](state)
+    return found
 
 
-def test_all_code_runs() -> None:
-    """It compares codes, codebooks and losses of both packages itself."""
-    pytest.importorskip("vector_quantize_pytorch")
-    assert len(BLOCKS) == 5
-    assert sum(block.count("assert") for block in BLOCKS) == 8
-    names: dict[str, Any] = {}
-    for block in BLOCKS:
-        exec(block, names)
+def test_the_page_compares_both_packages() -> None:
+    """Its blocks are run by test_blocks.py; they compare codes, codebooks and losses themselves."""
+    assert [block.language for block in blocks(NAME)] == ["python"] * 5
+    assert sum(block.text.count("assert") for block in blocks(NAME)) == 8
 
 
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize("cosine", [False, True], ids=["euclidean", "cosine"])
 def test_converted_states_train_on_alike(heads: int, cosine: bool) -> None:
     package = pytest.importorskip("vector_quantize_pytorch")
-    names: dict[str, Any] = {}
-    exec(next(block for block in BLOCKS if "def converted" in block).split("\n\n\nours.")[0], names)
     apart = {"heads": heads, "separate_codebook_per_head": heads > 1}
     theirs = package.VectorQuantize(4 * heads, 12, codebook_dim=4, use_cosine_sim=cosine, rotation_trick=False, **apart)
     ours = VectorQuantizer(
         12, 4, decay=0.8, commitment=1.0, channels_last=True, metric="cosine" if cosine else "euclidean", **apart
     )
-    ours.load_state_dict(names["converted"](theirs.state_dict()))
+    ours.load_state_dict(converted(theirs.state_dict()))
     for seed in range(4):
         x = torch.randn(3, 20, 4 * heads, generator=torch.Generator().manual_seed(seed))
         quantized, indices, loss = theirs(x)
@@ -70,11 +64,9 @@ def test_converted_states_train_on_alike(heads: int, cosine: bool) -> None:
 
 def test_states_are_converted_with_their_projections() -> None:
     package = pytest.importorskip("vector_quantize_pytorch")
-    names: dict[str, Any] = {}
-    exec(next(block for block in BLOCKS if "def converted" in block).split("\n\n\nours.")[0], names)
     theirs = package.VectorQuantize(6, 12, codebook_dim=4, rotation_trick=False).eval()
     ours = VectorQuantizer(12, 4, input_dim=6, channels_last=True).eval()
-    ours.load_state_dict(names["converted"](theirs.state_dict()))
+    ours.load_state_dict(converted(theirs.state_dict()))
     x = torch.randn(3, 20, 6)
     torch.testing.assert_close(ours(x).quantized, theirs(x)[0])
 
