@@ -81,7 +81,8 @@ def exponent_of(value):
 @triton.jit
 def scale_exponent(largest):
     """Exponent that brings ``largest`` >= 0 into [2^_TOP, 2^(_TOP + 1)); less for what is below 2^-100."""
-    return _TOP - tl.maximum(exponent_of(largest), -100)
+    # The block comes first: what a constant computes with one is a constant to the interpreter of Triton 3.8.
+    return -tl.maximum(exponent_of(largest), -100) + _TOP
 
 
 @triton.jit
@@ -169,7 +170,7 @@ def _prepare_kernel(
     reach = tl.maximum(typical, tl.min(bins, axis=0)) + _REACH
     longest = tl.max(tl.where(bins < reach, bins, 0), axis=0)
     reach = tl.minimum(reach, longest + (1 if ALL else 2))
-    exponent = _TOP - tl.maximum(reach - 1 - _ZERO_BIN, -100)
+    exponent = -tl.maximum(reach - 1 - _ZERO_BIN, -100) + _TOP
     if program == 0:
         tl.store(mean_ptr + offs_d, centre, mask=offs_d < padded)
         if crowded_ptr is not None:

@@ -9,12 +9,13 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
 
-from fastvq import _engine
+from fastvq import __version__, _engine
 
 ROOT = Path(__file__).resolve().parents[1]
 WITHOUT_EXTENSION = "import sys; sys.modules['fastvq._ext'] = None\n"
@@ -40,7 +41,7 @@ def test_extension_loads_without_torch(tmp_path: Path) -> None:
         pytest.skip(_engine.why_unavailable() or "")
     code = """
 import sys
-from fastvq import _engine
+from fastvq import __version__, _engine
 print(_engine.available(), _engine.why_unavailable(), "build_info" in dir(_engine.require()), "torch" in sys.modules)
 """
     assert run_python(code, tmp_path).strip() == "True None True False"
@@ -49,7 +50,7 @@ print(_engine.available(), _engine.why_unavailable(), "build_info" in dir(_engin
 def test_everything_with_a_pytorch_path_runs_without_the_extension(tmp_path: Path) -> None:
     code = """
 import fastvq, torch
-from fastvq import _engine
+from fastvq import __version__, _engine
 from fastvq.errors import UnavailableError
 from fastvq.ops import explain_backend
 from fastvq.ops.draw import draw
@@ -77,7 +78,7 @@ stale.INTERFACE = -1
 sys.modules["fastvq._ext"] = stale
 import fastvq
 fastvq._ext = stale
-from fastvq import _engine
+from fastvq import __version__, _engine
 print(_engine.available(), _engine.why_unavailable())
 """
     answer = run_python(code, tmp_path)
@@ -116,20 +117,69 @@ def missing_build_tools() -> list[str]:
     return [name for name in ("setuptools", "cmake", "ninja", "nanobind") if importlib.util.find_spec(name) is None]
 
 
-def packages(folder: Path, name: str) -> set[str]:
-    return {f"{name}/{path.relative_to(folder).as_posix()}" for path in folder.rglob("*.py")}
+needs_build_tools = pytest.mark.skipif(
+    bool(missing_build_tools()), reason=f"build tools not installed: {missing_build_tools()}"
+)
+FOLDERS = (".ci", "bench", "csrc", "docs", "fastvq", "kernels", "tests")
+FILES = ("CHANGELOG.md", "CITATION.cff", "CMakeLists.txt", "CONTRIBUTING.md", "LICENSE", "LICENSE-DATA.md")
+FILES += ("MANIFEST.in", "README.md", "pyproject.toml", "setup.py")
+LICENSES = ("LICENSE", "LICENSE-DATA.md")
+# What work in a checkout leaves behind.
+JUNK = (
+    "build/lib/fastvq/removed.py",
+    "docs/_build/html/index.html",
+    "fastvq/_ext.cpython-311-x86_64-linux-gnu.so",
+    "kernels/__pycache__/ema.cpython-311.pyc",
+    "runs/my/vqvae/config.json",
+    "tests/ops/__pycache__/test_draw.cpython-311.pyc",
+)
 
 
-@pytest.mark.skipif(bool(missing_build_tools()), reason=f"build tools not installed: {missing_build_tools()}")
-def test_wheel_holds_every_module_and_data_file(tmp_path: Path) -> None:
-    # From a copy, so that nothing is written into the tree and nothing left there by a build gets in.
-    source, wheels = tmp_path / "source", tmp_path / "wheels"
-    ignore = shutil.ignore_patterns("__pycache__", "*.so", "*.pyd", "*.dylib")
-    for folder in ("fastvq", "kernels", "csrc"):
-        shutil.copytree(ROOT / folder, source / folder, ignore=ignore)
-    for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "LICENSE", "README.md"):
-        shutil.copy(ROOT / name, source / name)
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", wheels, source]
+def files(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the tree, so that nothing is written into it and nothing left there by a build gets in."""
+    folder = tmp_path_factory.mktemp("source")
+    ignore = shutil.ignore_patterns("__pycache__", "*.so", "*.pyd", "*.dylib", "_build")
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, folder / name, ignore=ignore)
+    for name in FILES:
+        shutil.copy(ROOT / name, folder / name)
+    for weights in folder.rglob("*.safetensors"):
+        weights.write_bytes(b"many megabytes, which take seconds to pack")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def archive(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The source archive, unpacked."""
+    tree, out = tmp_path_factory.mktemp("tree") / "tree", tmp_path_factory.mktemp("archive")
+    shutil.copytree(source, tree)
+    for name in JUNK:
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).write_text("junk")
+    code = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+    command = [sys.executable, "-c", code, str(out)]
+    done = subprocess.run(command, cwd=tree, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    with tarfile.open(out / f"fastvq-{__version__}.tar.gz") as packed:
+        packed.extractall(out, filter="data")
+    return out / f"fastvq-{__version__}"
+
+
+@needs_build_tools
+def test_source_archive_holds_the_tree_and_no_junk(source: Path, archive: Path) -> None:
+    added = {"PKG-INFO", "setup.cfg"}
+    found = {name for name in files(archive) if not name.startswith("fastvq.egg-info/")}
+    assert found - added == files(source)
+
+
+@needs_build_tools
+def test_wheel_from_the_archive_holds_every_module_and_data_file(source: Path, archive: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, archive]
     # What a wheel holds depends neither on CUDA, whose kernels take a minute to compile, nor on how fast the code is.
     compiling = "<CMAKE_CXX_COMPILER> <DEFINES> <INCLUDES> <FLAGS> -O0 -o <OBJECT> -c <SOURCE>"
     options = shlex.join(["-DFASTVQ_CUDA=OFF", f"-DCMAKE_CXX_COMPILE_OBJECT={compiling}"])
@@ -137,19 +187,22 @@ def test_wheel_holds_every_module_and_data_file(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=600)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
 
-    (wheel,) = wheels.glob("*.whl")
+    (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert packages(source / "fastvq", "fastvq") <= names
-    assert packages(source / "kernels", "fastvq/kernels") <= names
-    data = {
-        f"fastvq/{path.relative_to(source / 'fastvq').as_posix()}"
-        for path in (source / "fastvq" / "pretrained").rglob("*")
-        if path.is_file() and path.suffix in (".json", ".safetensors")
-    }
-    assert data <= names
-    assert "fastvq/kernels/tuned.json" in names
-    assert "fastvq/py.typed" in names
-    assert any(re.fullmatch(r"fastvq/_ext\..*(so|pyd)", name) for name in names)
-    top = {name.split("/")[0] for name in names}
-    assert {name for name in top if not name.endswith(".dist-info")} == {"fastvq"}
-    assert any(name.endswith("/licenses/LICENSE") for name in names)
+    about = f"fastvq-{__version__}.dist-info"
+    described = {name for name in names if name.startswith(f"{about}/")}
+    assert {f"{about}/licenses/{name}" for name in LICENSES} <= described
+    (binary,) = (name for name in names if re.fullmatch(r"fastvq/_ext\..*(so|pyd)", name))
+    shipped = {f"fastvq/{name}" for name in files(source / "fastvq")}
+    kernels = {f"fastvq/kernels/{name}" for name in files(source / "kernels")}
+    assert names - described - {binary} == shipped | kernels
+
+
+def test_one_version_everywhere() -> None:
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    stated = dict(re.findall(r"^(version|date-released): (.+)$", citation, re.MULTILINE))
+    heading = re.search(r"^## (\S+) (?:- (\d{4}-\d\d-\d\d)|\(not released yet\))$", changes, re.MULTILINE)
+    assert heading is not None
+    assert (stated["version"], stated.get("date-released")) == heading.groups()
+    assert stated["version"] == __version__

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import pkgutil
+import re
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -86,6 +88,39 @@ def test_rooms_are_there(graph: dict[str, set[str]]) -> None:
     assert {room(name) for name in graph} >= RANK.keys()
     packages = {room(name) for name in graph if name.count(".") > 1}
     assert packages <= RANK.keys()
+
+
+def test_private_names_of_pytorch_are_there() -> None:
+    """Nobody promises that the next version has them, so each is looked up: this says what is gone."""
+    found = set()
+    for tree in modules().values():
+        homes = {"torch": "torch"}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == "torch":
+                homes |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+        found |= set(homes.values())
+        for node in ast.walk(tree):
+            head, *rest = chain(node)
+            if rest and head in homes:
+                found.add(".".join([homes[head], *rest]))
+    private = {name for name in found if re.search(r"\._(?!_)", name)}
+    assert {"torch._C._get_tracing_state", "torch.autograd.forward_ad._current_level"} <= private
+    assert [name for name in sorted(private) if not exists(name)] == []
+
+
+def chain(node: ast.AST) -> list[str]:
+    """The names of ``a.b.c``; of anything else one that is none."""
+    if isinstance(node, ast.Name):
+        return [node.id]
+    return [*chain(node.value), node.attr] if isinstance(node, ast.Attribute) else [""]
+
+
+def exists(name: str) -> bool:
+    try:
+        pkgutil.resolve_name(name)
+    except (ImportError, AttributeError):
+        return False
+    return True
 
 
 def test_signatures_are_short() -> None:

@@ -5,18 +5,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-import platform
-import textwrap
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastvq import _engine
 from fastvq._config import Config
-from fastvq._version import __version__
 from fastvq.cli.codebook import say_use_of_codes, say_use_of_run
 from fastvq.cli.images import image_size
+from fastvq.cli.installation import print_installation, print_json
 from fastvq.cli.names import configure
 from fastvq.cli.project import Project, choose_device, is_one_model, load_pipeline, parse_overrides
 from fastvq.cli.summary import TOO_MANY_FOR_A_CPU, bytes_text
@@ -25,8 +22,7 @@ from fastvq.errors import ArgumentError, UnavailableError
 from fastvq.models import PRESETS, HierarchicalVQVAE, Prior, build, preset
 from fastvq.models.pretrained import CONFIG_FILE
 from fastvq.models.stored import outline
-from fastvq.sampling import ENGINES, describe, shipped
-from fastvq.sampling.engines.cuda import cuda_summary
+from fastvq.sampling import describe
 from fastvq.sampling.project import how_to_sample_elsewhere, made_elsewhere
 from fastvq.training import TrainConfig, load_weights, training_memory
 from fastvq.training.recipes import MEASURED, RECIPES, Recipe
@@ -50,13 +46,20 @@ _TEXTS = {
 
 
 def info(arguments: argparse.Namespace) -> None:
-    choose_device(getattr(arguments, "device", None))
+    device = choose_device(getattr(arguments, "device", None))
+    described = (arguments.preset, arguments.checkpoint, arguments.pretrained)
+    if arguments.json and any(value is not None for value in described):
+        raise ArgumentError("--json: describes the installation, and goes without a model or a preset")
     if arguments.preset is not None:
         _print_preset(arguments)
         return
     _refuse(arguments, _OF_PRESETS, "of a preset, which --preset names")
     if arguments.checkpoint is None and arguments.pretrained is None:
-        _print_installation()
+        if arguments.json:
+            print_json(device)
+        else:
+            print_installation(device)
+            _print_presets()
         return
     if arguments.checkpoint is not None and is_one_model(arguments.checkpoint):
         if (arguments.checkpoint / "checkpoints").is_dir():
@@ -176,22 +179,6 @@ def _print_training(arguments: argparse.Namespace, model: Config, size: tuple[in
     for name, value in dataclasses.asdict(found).items():
         if name in _TEXTS:
             print(f"  {name:12} {value / 1e6:12.2f} MB  {_TEXTS[name]}")
-
-
-def _print_installation() -> None:
-    reason = _engine.why_unavailable()
-    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    found = {
-        "fastvq": f"{__version__}, Python {platform.python_version()}, PyTorch {torch.__version__}",
-        "extension": "available" if reason is None else reason,
-        "cuda": cuda_summary(),
-        "devices": f"cpu ({torch.get_num_threads()} threads){''.join(', ' + name for name in devices)}",
-        "engines": ", ".join(ENGINES),
-        "pretrained": ", ".join(shipped()) or "none",
-    }
-    for name, value in found.items():
-        print(textwrap.fill(f"{name:12}{value}", width=100, subsequent_indent=" " * 12))
-    _print_presets()
 
 
 def _print_presets() -> None:

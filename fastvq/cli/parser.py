@@ -425,12 +425,14 @@ def _add_info(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "info",
         "fastvq.cli.describe:info",
         "describe a model, a preset, or this installation",
-        "Without a model: versions, compiled extension, devices, shipped models, and presets with what they take.\n"
+        "Without a model: what a report of a bug needs (versions, compiled extension, machine, which engines and\n"
+        "backends can run and why others cannot), and presets with what they take.\n"
         "Of a preset, which is never built: parameters, grids of codes, recipe, the memory of training and sampling\n"
         "it, and with --train what the memory of training goes into.",
     )
     group = add_model(parser, required=False)
     group.add_argument("--preset", metavar="NAME", help="an architecture")
+    parser.add_argument("--json", action="store_true", default=None, help="the installation, for programs to read")
     parser.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="change a field of the preset; repeatable"
     )

@@ -23,6 +23,8 @@ from fastvq.errors import ArgumentError, UnavailableError
 Candidate = tuple[str, str | None]
 
 _LEAST_TRITON = (3, 6)
+# Before, its compiler fails on some kernels for the newest GPUs.
+_LEAST_TRITON_OF_SM100 = (3, 8)
 _PLAIN = (Tensor, torch.nn.Parameter)
 # Bound once: `runs_directly` is asked by every small operation, and a look-up costs as much as an answer.
 _is_compiling = torch.compiler.is_compiling
@@ -212,15 +214,36 @@ def memory_reason(tensor: Tensor) -> str | None:
 
 
 @functools.cache
+def _triton_version() -> tuple[int, ...] | None:
+    """Major and minor version, or None where it is not installed."""
+    try:
+        return tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2])
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+@functools.cache
 def why_no_triton() -> str | None:
     """Why Triton kernels cannot be used in this process, or None when they can."""
-    try:
-        version = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
+    version = _triton_version()
+    if version is None:
         return "Triton is not installed (pip install fastvq[gpu])"
-    if tuple(int(part) for part in version.split(".")[:2]) < _LEAST_TRITON:
-        return f"it needs Triton {'.'.join(map(str, _LEAST_TRITON))} or newer, {version} is installed"
-    return None
+    return None if version >= _LEAST_TRITON else _too_old(_LEAST_TRITON, version)
+
+
+def sm100_reason(tensor: Tensor) -> str | None:
+    """Why a kernel that older versions of Triton do not compile for compute capability 10.0 cannot run, or None."""
+    version = _triton_version() or ()
+    if not tensor.is_cuda or version >= _LEAST_TRITON_OF_SM100:
+        return None
+    major, minor = torch.cuda.get_device_capability(tensor.device)
+    too_old = _too_old(_LEAST_TRITON_OF_SM100, version)
+    return f"{too_old}, for compute capability {major}.{minor}" if major >= 10 else None
+
+
+def _too_old(least: tuple[int, ...], version: tuple[int, ...]) -> str:
+    needed, found = (".".join(map(str, number)) for number in (least, version))
+    return f"it needs Triton {needed} or newer, {found} is installed"
 
 
 def triton_reason(*tensors: Tensor) -> str | None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from fastvq.errors import ArgumentError
 from fastvq.ops.causal_attention.backends import BACKENDS as CAUSAL_ATTENTION
 from fastvq.ops.causal_conv.backends import BACKENDS as CAUSAL_CONV
-from fastvq.ops.dispatch import select_backend
+from fastvq.ops.dispatch import Candidate, select_backend
 from fastvq.ops.draw.backends import BACKENDS as DRAW
 from fastvq.ops.ema_update.backends import BACKENDS as EMA_UPDATE
 from fastvq.ops.nearest_code.backends import BACKENDS as NEAREST_CODE
@@ -48,3 +50,22 @@ def explain_backend(op: str, *args: Any, backend: str | None = None, **options: 
         why = "chosen: the first that can run"
     lines = (f"{name}: {why if name == chosen else reason or 'could run, not chosen'}" for name, reason in candidates)
     return "\n".join(lines)
+
+
+def usable_backends(device: torch.device) -> dict[str, list[Candidate]]:
+    """Of each operation its backends, best first, with the reason against each or None, for float32 on a device.
+
+    That is for small tensors without gradient, which a backend that can run there at all takes.
+    """
+    vectors, codebook = torch.zeros(1, 2, 4, device=device), torch.zeros(1, 3, 4, device=device)
+    counts, row = torch.zeros(1, 3, dtype=torch.int64, device=device), torch.zeros(1, 3, device=device)
+    heads = torch.zeros(1, 1, 16, 16, device=device)
+    examples: dict[str, tuple[torch.Tensor, ...]] = {
+        "causal_attention": (heads, heads, heads),
+        "causal_conv2d": (heads, torch.zeros(1, 1, 3, 3, device=device)),
+        "draw": (row,),
+        "ema_update": (counts, codebook, row, codebook, codebook),
+        "nearest_code": (vectors, codebook),
+        "residual_codes": (vectors, codebook),
+    }
+    return {op: table.candidates(*examples[op]) for op, table in _TABLES.items()}

@@ -208,6 +208,7 @@ BAD: dict[str, list[str]] = {
         "--set channels=0 --preset tiny",
         "--set chanels=3 --preset tiny",
         "--set dropout",
+        "--json --preset tiny",
         "--size 20 --preset tiny",
         "--size 1 2 3 --preset tiny",
         "--size 8 --preset tiny-top",

@@ -7,7 +7,7 @@ import re
 import pytest
 from toys.model import Bigram
 
-from fastvq.cli import describe, main
+from fastvq.cli import describe, installation, main
 from fastvq.models import PRESETS
 from fastvq.training.recipes import Measured
 
@@ -36,7 +36,7 @@ def test_a_build_for_many_architectures_fits_too(
 ) -> None:
     architectures = " ".join(f"{number}-real" for number in (80, 86, 89, 90, 100, 103, 110, 120))
     error = "CUDA driver version is insufficient for CUDA runtime version"
-    monkeypatch.setattr(describe, "cuda_summary", lambda: f"13.0 for {architectures} 120-virtual; {error}")
+    monkeypatch.setattr(installation, "cuda_summary", lambda: f"13.0 for {architectures} 120-virtual; {error}")
     assert rows(capsys)["cuda"].startswith("cuda        13.0 for 80-real 86-real")
 
 

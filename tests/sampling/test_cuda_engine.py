@@ -327,14 +327,18 @@ def test_grids_of_one_step_take_turns() -> None:
 
 
 def test_info_says_what_the_extension_was_built_for(
-    capsys: pytest.CaptureFixture[str], extension: types.SimpleNamespace
+    capsys: pytest.CaptureFixture[str], extension: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     extension.info["error"] = "no driver"
-    info(build_parser().parse_args(["info"]))
+    extension.__file__, extension.build_info = "_ext.so", lambda: {"compiler": "GCC 99", "instruction_sets": ["avx"]}
+    gpus = [types.SimpleNamespace(name=f"GPU {i}", major=9, minor=0, total_memory=80e9) for i in range(2)]
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpus[index])
+    info(build_parser().parse_args(["info", "--device", "cpu"]))
     lines = capsys.readouterr().out.splitlines()
     assert "cuda        13.0 for 80 90a 100 + PTX; no driver" in lines
-    assert any(line.endswith(" threads), GPU 0, GPU 1") for line in lines)
-    assert "engines     cuda, cpu, torch, naive" in lines
+    assert "extension   available, built by GCC 99; this processor has avx" in lines
+    assert any(line.endswith(" threads), GPU 0 (9.0, 80 GB), GPU 1 (9.0, 80 GB)") for line in lines)
+    assert "engines     cpu, torch, naive (on cpu)" in lines
 
 
 # Graphs.

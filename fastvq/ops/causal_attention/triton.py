@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastvq._precision import product_precision
 from fastvq.ops.causal_attention.options import Gradients, Options
-from fastvq.ops.dispatch import triton_reason
+from fastvq.ops.dispatch import sm100_reason, triton_reason
 
 # Blocks of the kernels hold whole rows; wider ones of float32 do not fit into registers.
 _WIDEST_HEAD = 256
@@ -18,7 +18,7 @@ def why_not(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     widest = max(query.shape[-1], value.shape[-1])
     limit, of_type = (_WIDEST_FLOAT32_HEAD, " of float32") if query.dtype == torch.float32 else (_WIDEST_HEAD, "")
     too_wide = f"it takes widths{of_type} up to {limit}, not {widest}" if widest > limit else None
-    return triton_reason(query, key, value) or too_wide
+    return triton_reason(query, key, value) or sm100_reason(query) or too_wide
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, seed: Tensor | None, options: Options) -> tuple[Tensor, Tensor]:

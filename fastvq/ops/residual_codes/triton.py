@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastvq.ops.dispatch import triton_reason
+from fastvq.ops.dispatch import sm100_reason, triton_reason
 from fastvq.ops.residual_codes.options import Codes, Options, Statistics, StatisticsOptions
 
 _WIDEST_VECTOR = 256
@@ -14,7 +14,7 @@ def why_not(x: Tensor, codebooks: Tensor) -> str | None:
     width = x.shape[-1]
     fits = 0 < width <= _WIDEST_VECTOR
     reason = None if fits else f"it takes vectors of 1 to {_WIDEST_VECTOR} elements, not {width}"
-    return triton_reason(x, codebooks) or reason
+    return triton_reason(x, codebooks) or sm100_reason(x) or reason
 
 
 def codes(x: Tensor, codebooks: Tensor, depths: Tensor | None, options: Options) -> Codes:
