@@ -26,6 +26,13 @@ def is_accelerated(model: nn.Module) -> bool:
     return [one.accelerated for one in fastvq.acceleration(model).quantizers] == [True]
 
 
+def first_steps(work: Work) -> None:
+    """Details vary under the same top codes."""
+    out, varied = work.names["out"], work.names["varied"]
+    assert torch.equal(out.codes[0], varied.codes[0])
+    assert not torch.equal(out.codes[1], varied.codes[1])
+
+
 def sampling(work: Work) -> None:
     """One level at a time gives what both levels at once do, and kept codes are kept."""
     out, keep = work.names["out"], work.names["keep"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 
 from fastvq import Pipeline, evaluation, training
 from fastvq.evaluation import FeatureExtractor, score_shard
-from fastvq.models import Classifier, ClassifierConfig
 from fastvq.sampling import Shard, sample_shard
 
 
@@ -36,19 +34,6 @@ SMALL = {
     "reconstruct": "-n 2 --device cpu",
     "info": "--device cpu",
 }
-
-
-def trained_project(work: Work) -> dict[str, Any]:
-    """The shipped digits as the project ``my``, with a classifier."""
-    digits = Pipeline.from_pretrained("digits")
-    digits.vqvae.save_pretrained(work.folder / "my" / "vqvae" / "model")
-    for level, prior in enumerate(digits.priors):
-        prior.save_pretrained(work.folder / "my" / f"prior{level}" / "model")
-    names = [str(index) for index in range(10)]
-    (work.folder / "my" / "data.json").write_text(json.dumps({"class_names": names}))
-    classifier = Classifier(ClassifierConfig(in_channels=1, num_classes=10, channels=(8,), features=8))
-    classifier.save_pretrained(work.folder / "my" / "classifier" / "model")
-    return {}
 
 
 def photographs(work: Work) -> dict[str, Any]:
@@ -70,12 +55,9 @@ def models_of_the_port(work: Work) -> dict[str, Any]:
     return {"their_pixelsnail": theirs}
 
 
-def own_prior(work: Work) -> dict[str, Any]:
-    return {"my_prior": ForeignPixelCNN(512, 4, 1).eval()}
-
-
-def foreign_quantizer(work: Work) -> dict[str, Any]:
-    return {"model": nn.Sequential(nn.Linear(3, 4), Quantize(4, 6))}
+def own_models(work: Work) -> dict[str, Any]:
+    """A prior and an autoencoder's quantiser of other projects."""
+    return {"my_prior": ForeignPixelCNN(512, 4, 1).eval(), "model": nn.Sequential(nn.Linear(3, 4), Quantize(4, 6))}
 
 
 class _Means(nn.Module):

@@ -15,13 +15,21 @@ from fastvq.errors import AccelerationWarning
 _EXPLAINED = ("levels per position", "FLOP", "of weights", "memory", "times less")
 
 FIRST_STEPS = Entry(
+    "fastvq.sample(my_prior",
+    before=setups.own_models,
+    gives={
+        "out": lambda out: [grid.shape for grid in out.codes] == [(9, 8, 8), (9, 16, 16)],
+        "varied": lambda varied: varied.images.shape == (9, 3, 64, 64),
+        "top": lambda top: top.shape == (100, 8, 8),
+        "codes": lambda codes: codes.shape == (8, 32, 32) and codes.unique().numel() > 100,
+        "model": checks.is_accelerated,
+    },
+)
+PRESETS = Entry(
     "VQVAE2.from_preset",
     gives={
-        "out": lambda out: out.images.shape == (8, 1, 32, 32),
-        "images": lambda images: images.shape == (8, 1, 32, 32),
         "logits": lambda logits: logits.shape == (2, 512, 32, 32),
         "loss": lambda loss: loss.shape == () and bool(loss > 0),
-        "drawn": lambda drawn: drawn.shape == (8, 4, 4),
     },
 )
 EXPLAIN = Entry("fastvq.explain(prior)", prints=_EXPLAINED)
@@ -40,12 +48,6 @@ CAUSAL = Entry(
         "found": lambda found: found.shape == (8, 4, 1024, 64),
     },
 )
-ACCELERATE = Entry("fastvq.accelerate(model)", before=setups.foreign_quantizer, gives={"model": checks.is_accelerated})
-OWN_PRIOR = Entry(
-    "fastvq.sample(my_prior",
-    before=setups.own_prior,
-    gives={"codes": lambda codes: codes.shape == (8, 32, 32) and codes.unique().numel() > 100},
-)
 CHECKPOINTS = Entry(
     "their_pixelsnail",
     before=setups.models_of_the_port,
@@ -55,26 +57,10 @@ CHECKPOINTS = Entry(
         "vqvae": lambda vqvae: type(vqvae).__name__ == "VQVAE2",
     },
 )
-REJECTION = Entry(
-    "sample_with_rejection(pipeline, 64, classifier, keep=0.25, label=7, seed=0)\n",
-    before=setups.trained_project,
-    gives={"best": lambda best: best.images.shape == (64, 1, 32, 32) and best.labels.tolist() == [7] * 64},
-)
 OWN_IMAGES = Entry("--run my --data photos", before=setups.photographs, runs=setups.SMALL)
 
 KNOWN: dict[str, Page] = {
-    "README.md": Page(
-        (
-            FIRST_STEPS,
-            EXPLAIN,
-            QUANTISERS,
-            CAUSAL,
-            ACCELERATE,
-            OWN_PRIOR,
-            CHECKPOINTS,
-            REJECTION,
-        )
-    ),
+    "README.md": Page((FIRST_STEPS,), after=checks.first_steps),
     "docs/accelerate.md": Page(
         (
             Entry(
@@ -113,6 +99,7 @@ KNOWN: dict[str, Page] = {
     "docs/own-autoencoders.md": Page(runs={}, after=checks.own_autoencoders),
     "docs/own-images.md": Page((OWN_IMAGES,), after=checks.own_images),
     "docs/own-priors.md": Page(after=checks.own_priors),
+    "docs/presets.md": Page((PRESETS,)),
     "docs/quantisers.md": Page((QUANTISERS,)),
     "docs/sampling.md": Page(
         (
