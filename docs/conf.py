@@ -28,7 +28,14 @@ html_title = f"fastvq {__version__}"
 
 root_doc = "README"
 source_suffix = {".md": "markdown", ".rst": "restructuredtext"}
-include_patterns = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/**", "bench/results/gpu/README.md"]
+include_patterns = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "LICENSE-DATA.md",
+    "docs/**",
+    "bench/results/gpu/README.md",
+]
 # Folders that hold no page are not searched.
 exclude_patterns = [".*", "build", "csrc", "dist", "docs/_build", "fastvq", "kernels", "runs", "tests", "venv"]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from page_blocks import PAGES, ROOT
 
-LINKED = [*PAGES, "CHANGELOG.md", "bench/results/gpu/README.md"]
+LINKED = [*PAGES, "CHANGELOG.md", "LICENSE-DATA.md", "bench/results/gpu/README.md"]
 REFERENCE = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs" / "api").glob("*.rst"))
 
 
@@ -49,6 +49,8 @@ def test_links_and_pictures_lead_to_files_and_headings(page: str) -> None:
         target = (ROOT / page).parent / name if name else ROOT / page
         if not target.exists() or not target.resolve().is_relative_to(ROOT):
             wrong.append(f"{link}: nothing there in the repository")
+        elif target.suffix == ".md" and target.resolve().relative_to(ROOT).as_posix() not in LINKED:
+            wrong.append(f"{link}: no page of the site")
         elif anchor and target.suffix == ".md" and anchor not in anchors(target):
             wrong.append(f"{link}: no such heading")
     assert wrong == []
