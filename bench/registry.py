@@ -7,14 +7,16 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import pytest
 import torch
 
 from bench.cases import CASES, Case
 from bench.harness import Check, Entry, Memory, Peer, Result, Work
 from bench.machine import Ceilings
+
+if TYPE_CHECKING:
+    import pytest
 
 Made = TypeVar("Made", bound=Callable[..., Any])
 
@@ -170,6 +172,9 @@ def test_id(case: Case, name: str) -> str:
 
 def contest(*operations: str) -> pytest.MarkDecorator:
     """Parametrises a test over all cases of operations that this machine can run, and over their peers."""
+    # Reports read the registry too, where tests cannot run.
+    import pytest
+
     pairs = [(case, name) for case in runnable(operations) for name in peers_of(case)]
     return pytest.mark.parametrize(("case", "name"), pairs, ids=[test_id(case, name) for case, name in pairs])
 

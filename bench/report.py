@@ -15,6 +15,7 @@ from bench.harness import Entry, Result
 from bench.machine import Ceilings
 from bench.registry import PROBLEMS
 from bench.units import number, seconds
+from fastvq.errors import UnavailableError
 
 MISSING = "-"
 # Columns that hold text; the others are numbers, on the right.
@@ -165,7 +166,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Pictures are drawn by a library that tables do without.
         from bench.page import page
 
-        page(sessions).save(options.html)
+        try:
+            page(sessions).save(options.html)
+        except UnavailableError as error:
+            print(error, file=sys.stderr)
+            return 1
         print(f"written to {options.html}")
         return 0
     for path, session in sessions.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from fastvq.cli.project import Project
+from fastvq.cli.project import Project, say_next_priors
 from fastvq.data import CodeDataset, split_indices
 from fastvq.data import import_codes as import_from_files
 from fastvq.data.made_elsewhere import count_rows
@@ -28,4 +28,4 @@ def import_codes(arguments: argparse.Namespace) -> None:
         f"{height} x {width} of {count}" for (height, width), count in zip(codes.shapes, codes.num_codes, strict=True)
     )
     print(f"codes of {len(codes)} rows, and {len(validation)} held out, in {project.codes.parent}: {grids}")
-    print(f"next: fastvq train-prior --run {arguments.run} --level 0 ... {codes.num_levels - 1}")
+    say_next_priors(arguments.run, codes.num_levels)

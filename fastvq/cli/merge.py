@@ -7,7 +7,7 @@ import argparse
 from fastvq._files import remove_folder, remove_leftovers
 from fastvq.cli.codebook import say_use_of_codes
 from fastvq.cli.generate import check_free
-from fastvq.cli.project import Project, require_folder_name
+from fastvq.cli.project import Project, require_folder_name, say_next_priors
 from fastvq.data import CodeDataset, merge_codes
 from fastvq.data.codes import DESCRIPTION
 from fastvq.errors import ArgumentError
@@ -39,6 +39,7 @@ def _merge_extraction(project: Project) -> None:
             if folder == project.codes or (parts / folder.name).is_dir():  # there may be no validation images
                 merge_codes(parts / folder.name, folder)
         remove_folder(parts)
-    print(f"codes of {len(CodeDataset(project.codes))} rows in {project.codes}")
+    codes = CodeDataset(project.codes)
+    print(f"codes of {len(codes)} rows in {project.codes}")
     say_use_of_codes(project, whole=True)
-    print(f"next: fastvq train-prior --run {project.path} --level 0 ...")
+    say_next_priors(project.path, codes.num_levels)

@@ -18,7 +18,7 @@ from fastvq.errors import ArgumentError, FileConflictError, MissingFileError
 from fastvq.models import HierarchicalVQVAE
 from fastvq.models.limits import MOST_LEVELS
 from fastvq.models.pretrained import CONFIG_FILE
-from fastvq.sampling import Pipeline
+from fastvq.sampling import Pipeline, shipped
 from fastvq.sampling.project import (
     DATA_FILE,
     codes_folder,
@@ -140,6 +140,10 @@ def is_one_model(folder: Path) -> bool:
 
 def load_pipeline(checkpoint: Path | None, pretrained: str | None, device: str, weights: str = "last") -> Pipeline:
     """The pipeline that ``--checkpoint`` or ``--pretrained`` names; says on stderr what of it is unfinished."""
+    if checkpoint is not None and not checkpoint.exists() and str(checkpoint) in shipped():
+        raise MissingFileError(
+            f"--checkpoint: no folder {checkpoint}; the model that ships is --pretrained {checkpoint}"
+        )
     if checkpoint is None or not is_project(checkpoint):
         if weights != "last":
             raise ArgumentError(f"--weights: a saved pipeline has no {weights} weights, only those saved")
@@ -149,6 +153,12 @@ def load_pipeline(checkpoint: Path | None, pretrained: str | None, device: str, 
         if state.startswith("unfinished"):
             print(f"fastvq: note: {checkpoint / name} is {state}", file=sys.stderr)
     return pipeline
+
+
+def say_next_priors(project: Path, levels: int) -> None:
+    """What learns the codes that are there now."""
+    for level in range(levels):
+        print(f"{'next:' if level == 0 else '     '} fastvq train-prior --run {project} --level {level}")
 
 
 def augmentation(description: dict[str, Any]) -> Augment | None:

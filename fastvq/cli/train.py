@@ -26,7 +26,7 @@ from fastvq.cli.images import (
     start_project,
 )
 from fastvq.cli.loading import advise, keep_images, loading_threads, remember, require_cache_place, with_workers
-from fastvq.cli.project import Project, augmentation, choose_device
+from fastvq.cli.project import Project, augmentation, choose_device, say_next_priors
 from fastvq.cli.resume import follow_recipe, model_config, notes, preset_for_codes, preset_name, shown, train_config
 from fastvq.cli.summary import Start, announce, of_codes, of_images
 from fastvq.data import Augment, CodeDataset, ImageDataset, Shard, extract_codes, extract_shard, split_indices
@@ -210,7 +210,7 @@ def extract(arguments: argparse.Namespace) -> None:
         print(f"next, once all parts are there: fastvq merge {arguments.run}")
         return
     say_use_of_codes(project, whole=True)
-    print(f"next: fastvq train-prior --run {arguments.run} --level 0 ... {model.num_levels - 1}")
+    say_next_priors(arguments.run, model.num_levels)
 
 
 def train_prior(arguments: argparse.Namespace) -> None:

@@ -290,6 +290,7 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     [
         (["sample", "--pretrained", "digitz"], "--pretrained: 'digitz'"),
         (["sample", "--checkpoint", "no/such/folder"], "no folder no/such/folder"),
+        (["sample", "--checkpoint", "emoji"], "no folder emoji; the model that ships is --pretrained emoji"),
         (["sample", "--pretrained", "digits", "--label", "ten"], "'ten'"),
         (["sample", "--pretrained", "digits", "--label", "10"], "0..9"),
         (["sample", "--pretrained", "digits", "-n", "0"], "-n"),

@@ -103,7 +103,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert main(["import-codes", "in", "--run", "my", "--validation", "0.25"]) == 0
     told = capsys.readouterr().out
     assert "codes of 9 rows, and 3 held out, in my/codes: 2 x 3 of 5, 4 x 6 of 300" in told
-    assert "next: fastvq train-prior --run my --level 0 ... 1" in told
+    assert told.endswith("next: fastvq train-prior --run my --level 0\n      fastvq train-prior --run my --level 1\n")
     kept, held_out = CodeDataset("my/codes/train"), CodeDataset("my/codes/validation")
     assert sorted([*kept.source.tolist(), *held_out.source.tolist()]) == list(range(ROWS))
     assert main(["import-codes", "in", "--run", "my", "--validation", "0"]) == 1
