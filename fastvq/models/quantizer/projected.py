@@ -48,6 +48,14 @@ class Projected(nn.Module):
         wide = _mapped(self.project_out, vectors)
         return wide if present is None else torch.where(present[..., None], wide, 0)
 
+    def _looked_up(self, vectors: Tensor, absent: Tensor, *, heads: int, channels_last: bool) -> Tensor:
+        """Vectors of codes, [..., heads, width] with several heads, as output; 0 where codes are ``absent``."""
+        vectors = vectors.masked_fill(absent[..., None], 0)
+        if heads > 1:
+            vectors, absent = vectors.flatten(-2), absent.all(-1)
+        vectors = self._widened(vectors, ~absent)
+        return vectors if channels_last else vectors.movedim(-1, 1)
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         # Whole modules pickled by earlier versions have none.

@@ -127,11 +127,7 @@ class ScalarQuantizer(Projected):
         """
         codes, absent = require_code_grid(codes, self.heads, self.num_codes)
         digits = codes[..., None].div(self._places, rounding_mode="floor") % self._levels
-        vectors = self._values(digits).masked_fill(absent[..., None], 0)
-        if self.heads > 1:
-            vectors, absent = vectors.flatten(-2), absent.all(-1)
-        vectors = self._widened(vectors, ~absent)
-        return vectors if self.channels_last else vectors.movedim(-1, 1)
+        return self._looked_up(self._values(digits), absent, heads=self.heads, channels_last=self.channels_last)
 
     def _arranged(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Checked input as [..., heads * D]."""

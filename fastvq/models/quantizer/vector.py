@@ -282,11 +282,8 @@ class VectorQuantizer(Projected):
             ArgumentError, ArgumentTypeError: codes of another shape, type or (on the CPU) range.
         """
         codes, absent = require_code_grid(codes, self.heads, self.num_codes)
-        vectors = self.codebook.lookup(codes).masked_fill(absent[..., None], 0)
-        if self.heads > 1:
-            vectors, absent = vectors.flatten(-2), absent.all(-1)
-        vectors = self._widened(vectors, ~absent)
-        return vectors if self.channels_last else vectors.movedim(-1, 1)
+        found = self.codebook.lookup(codes)
+        return self._looked_up(found, absent, heads=self.heads, channels_last=self.channels_last)
 
     @torch.no_grad()
     def initialize(self, x: Tensor, mask: Tensor | None = None) -> None:
