@@ -18,6 +18,7 @@ from fastvq._schema import number, require_entries
 from fastvq.cli.generate import columns_by_class, reconstruction
 from fastvq.cli.images import DIGITS, start_project
 from fastvq.cli.project import Project, augmentation, choose_device, require_folder_name
+from fastvq.cli.resume import code_init
 from fastvq.cli.speed import compare_engines, naive_seconds
 from fastvq.cli.train import fit_to_codes, preview_of
 from fastvq.data import CodeDataset, Digits, extract_codes, load_images, save_grid, split_indices
@@ -98,6 +99,8 @@ def demo(arguments: argparse.Namespace) -> None:
         _, template = preset(name)
         assert isinstance(template, PriorConfig)
         run = project.prior(level)
+        resume = arguments.resume and (run / CONFIG).is_file()
+        alike = not resume or code_init(RunFolder(run).record()) == "codebooks"
         train_prior(
             project.codes,
             level,
@@ -105,9 +108,10 @@ def demo(arguments: argparse.Namespace) -> None:
             _config(arguments, f"prior{level}", device),
             run,
             validation_folder=project.validation_codes,
-            resume=arguments.resume and (run / CONFIG).is_file(),
+            resume=resume,
             progress=progress,
             sample_images=preview_of(vqvae, CodeDataset(project.validation_codes), level),
+            codebooks=vqvae.codebooks if alike else None,
         )
         bits = _validation_metrics(run, "bits")["bits"]
         uniform = math.log2(codes.num_codes[level])

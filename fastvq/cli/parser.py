@@ -206,6 +206,12 @@ def _add_train_prior(commands: argparse._SubParsersAction[argparse.ArgumentParse
     add_run(parser)
     parser.add_argument("--level", type=int, required=True, help="0 is the top (coarsest) level")
     parser.add_argument("--unconditional", action="store_true", default=None, help="ignore the labels")
+    parser.add_argument(
+        "--code-init",
+        choices=("codebooks", "random"),
+        help="first weights of each code: as similar as the codes in the autoencoder's codebooks, which learns faster\n"
+        "and generalises better (the default where there is an autoencoder and no --init-from), or random",
+    )
     add_training(parser, preset=None, kind="prior", learning_rate=3e-4, batch_size=32)
 
 

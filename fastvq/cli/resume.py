@@ -61,6 +61,11 @@ def recorded(arguments: argparse.Namespace, run: Path) -> dict[str, Any] | None:
     return RunFolder(run).record()
 
 
+def code_init(record: dict[str, Any]) -> str:
+    """What ``--code-init`` of a prior's run was, or as good as was in a version without it."""
+    return "random" if record.get("codebooks") is None else "codebooks"
+
+
 def starting_config(folder: Path) -> Config:
     """The architecture of the model that ``--init-from`` names."""
     with called("--init-from"):

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +28,17 @@ from fastvq.cli.images import (
 )
 from fastvq.cli.loading import advise, keep_images, loading_threads, remember, require_cache_place, with_workers
 from fastvq.cli.project import Project, augmentation, choose_device, say_next_priors
-from fastvq.cli.resume import follow_recipe, model_config, notes, preset_for_codes, preset_name, shown, train_config
+from fastvq.cli.resume import (
+    code_init,
+    follow_recipe,
+    model_config,
+    notes,
+    preset_for_codes,
+    preset_name,
+    recorded,
+    shown,
+    train_config,
+)
 from fastvq.cli.summary import Start, announce, of_codes, of_images
 from fastvq.data import Augment, CodeDataset, ImageDataset, Shard, extract_codes, extract_shard, split_indices
 from fastvq.data.base import spread_over_classes
@@ -217,7 +228,7 @@ def train_prior(arguments: argparse.Namespace) -> None:
     with join() as group:
         arguments.quiet |= not group.first
         with group.together():
-            project, codes, held_out, fitted, config, vqvae, taken = _prepare_prior(arguments)
+            project, codes, held_out, fitted, config, vqvae, codebooks, taken = _prepare_prior(arguments)
             run = project.prior(arguments.level)
             start = Start(
                 run=run,
@@ -243,6 +254,7 @@ def train_prior(arguments: argparse.Namespace) -> None:
             notes=notes(arguments),
             progress=shown(arguments),
             sample_images=None if vqvae is None else preview_of(vqvae, held_out or codes, arguments.level),
+            codebooks=codebooks,
         )
         if group.first:
             print(f"prior in {run / 'model'}")
@@ -260,6 +272,7 @@ class _Stage2(NamedTuple):
     fitted: PriorConfig
     config: TrainConfig
     vqvae: HierarchicalVQVAE | None
+    codebooks: tuple[Tensor, ...] | None
     taken: dict[str, Any]
 
 
@@ -287,7 +300,32 @@ def _prepare_prior(arguments: argparse.Namespace) -> _Stage2:
             f"project knows {', '.join(known) or 'none'}; move {project.codes.parent} elsewhere and extract again"
         )
     held_out = CodeDataset(project.validation_codes) if project.validation_codes.is_dir() else None
-    return _Stage2(project, codes, held_out, fitted, config, vqvae, taken)
+    codebooks = _codebooks_to_start_from(arguments, run, vqvae)
+    return _Stage2(project, codes, held_out, fitted, config, vqvae, codebooks, taken)
+
+
+def _codebooks_to_start_from(
+    arguments: argparse.Namespace, run: Path, vqvae: HierarchicalVQVAE | None
+) -> tuple[Tensor, ...] | None:
+    """What ``--code-init`` says; of a run that goes on, what its record says."""
+    typed = arguments.code_init
+    record = recorded(arguments, run)
+    if record is not None:
+        there = code_init(record)
+        if typed not in (None, there):
+            raise FileConflictError(f"--code-init: the prior in {run} was started with {there}, got {typed}")
+        typed = there
+    if arguments.init_from is not None:
+        if typed == "codebooks" and not arguments.resume:
+            raise ArgumentError("--code-init: codebooks cannot be with --init-from, whose weights are the first ones")
+        return None
+    if typed == "random":
+        return None
+    if vqvae is None:
+        if typed is None:
+            return None
+        raise ArgumentError(f"--code-init: codebooks are those of an autoencoder, and {arguments.run} has none")
+    return vqvae.codebooks
 
 
 def fit_to_codes(template: PriorConfig, codes: CodeDataset, level: int, num_classes: int | None) -> PriorConfig:

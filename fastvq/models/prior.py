@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastvq._check import (
     require_codes,
+    require_floating,
     require_integer,
     require_number,
     require_odd,
@@ -26,6 +27,7 @@ from fastvq._check import (
 from fastvq._config import Config
 from fastvq.errors import ArgumentError, ArgumentTypeError
 from fastvq.models.blocks import CodeConv2d, GatedBlock, centred_taps
+from fastvq.models.code_tables import mixed_by_codebook
 from fastvq.models.limits import LARGEST, LARGEST_KERNEL, MOST_LAYERS, MOST_LEVELS, MOST_POSITIONS
 from fastvq.models.pretrained import PretrainedModel
 
@@ -107,6 +109,28 @@ class PriorConfig(Config):
     @property
     def least_tensors(self) -> int:
         return self.condition_blocks if self.condition_shapes else 0
+
+    def check_codebooks(self, codebooks: Sequence[Tensor]) -> None:
+        """Whether codebooks can be those of this prior's codes.
+
+        Args:
+            codebooks: [K, D] of every level from the top down to this one.
+
+        Raises:
+            ArgumentError, ArgumentTypeError: another number of them or of codes, or values that are not finite
+                floating-point numbers.
+        """
+        counts = [*self.condition_num_codes, self.num_codes]
+        if len(codebooks) != len(counts):
+            raise ArgumentError(
+                f"codebooks: expected those of {self.level} level(s) above and of this one, got {len(codebooks)}"
+            )
+        for i, (codebook, count) in enumerate(zip(codebooks, counts, strict=True)):
+            name = f"codebooks[{i}]"
+            require_shape(name, require_tensor(name, codebook), [count, "D"])
+            require_floating(name, codebook)
+            if not codebook.isfinite().all():
+                raise ArgumentError(f"{name}: has values that are not finite")
 
 
 class ContextEncoder(nn.Module):
@@ -283,6 +307,32 @@ class Prior(PretrainedModel):
         """
         codes = require_integer("codes", codes)
         return F.cross_entropy(self(codes, condition, label).float(), codes, reduction="none")
+
+    @torch.no_grad()
+    def start_from_codebooks(self, codebooks: Sequence[Tensor]) -> None:
+        """Let a new prior treat similar codes alike: changes the weights that belong to codes, which should be random.
+
+        Codes are numbers without an order, so a prior with random weights has to find out from data which of them mean
+        nearly the same; the codebook knows. The weights of the layers over codes (:class:`CodeConv2d`, over those of
+        this level and of the levels above) and of the last layer, ``output``, are mixed over the codes until those of
+        two codes are as similar as the codes' vectors; they keep their variance. Training may change them in any way.
+
+        Args:
+            codebooks: [K, D] of every level from the top down to this one, each with its own D.
+
+        Raises:
+            ArgumentError, ArgumentTypeError: as of :meth:`PriorConfig.check_codebooks`.
+        """
+        self.config.check_codebooks(codebooks)
+        above = () if self.context_encoder is None else self.context_encoder.inputs
+        of_layer = dict(zip(above, codebooks, strict=False))
+        layers = [layer for layer in self.modules() if isinstance(layer, CodeConv2d)]
+        tables = [(layer.weight, 1, of_layer.get(layer, codebooks[-1])) for layer in layers]
+        output = getattr(getattr(self, "output", None), "weight", None)
+        if isinstance(output, nn.Parameter) and output.shape[0] == self.config.num_codes:
+            tables.append((output, 0, codebooks[-1]))
+        for weight, dim, codebook in tables:
+            weight.copy_(mixed_by_codebook(weight, codebook, dim))
 
     @abstractmethod
     def logits(self, codes: Tensor, context: Tensor | None) -> Tensor:

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -243,6 +243,11 @@ class HierarchicalVQVAE(PretrainedModel):
     def num_levels(self) -> int:
         """Number of grids of codes."""
         return len(self.config.strides)
+
+    @property
+    def codebooks(self) -> tuple[Tensor, ...]:
+        """The codes' vectors of each level, [K, D], top first: those of the quantisers, not copies."""
+        return tuple(cast(VectorQuantizer, quantizer).embedding.detach() for quantizer in self.quantizers)
 
     @property
     def total_stride(self) -> int:

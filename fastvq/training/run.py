@@ -16,7 +16,7 @@ import torch
 
 from fastvq._files import read_json, replacing_folder, sealed, sweep, write_json
 from fastvq._lock import locked
-from fastvq._schema import ENTRIES, TEXT, integer, require_entries
+from fastvq._schema import ENTRIES, TEXT, integer, optional, require_entries
 from fastvq._version import __version__
 from fastvq.distributed import Group
 from fastvq.errors import FileConflictError, MissingFileError
@@ -65,7 +65,10 @@ class RunFolder:
         record = read_json(self.config)
         require_entries(self.config, record, {"model": ENTRIES, "train": ENTRIES, "data": ENTRIES})
         require_entries(
-            self.config, record, {"init": ENTRIES, "notes": ENTRIES, "model_steps": integer(1)}, absent=True
+            self.config,
+            record,
+            {"init": ENTRIES, "notes": ENTRIES, "model_steps": integer(1), "codebooks": optional(TEXT)},
+            absent=True,
         )
         require_entries(self.config, record["train"], {_LENGTH: integer(1)})
         if "init" in record:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -43,6 +44,7 @@ def train_prior(
     notes: Mapping[str, Any] | None = None,
     progress: Show = False,
     sample_images: Callable[[Prior, int], Tensor | Picture] | None = None,
+    codebooks: Sequence[Tensor] | None = None,
 ) -> Prior:
     """Train a prior on the codes of one level, minimising the cross entropy in nats per code.
 
@@ -64,25 +66,40 @@ def train_prior(
         progress: as of :func:`train_vqvae`.
         sample_images: given the prior with averaged weights and the step, returns images [N, C, H, W] in [-1, 1], or a
             :class:`Picture` of them, which are written to ``images/samples_*.png`` every ``config.image_every`` steps.
+        codebooks: of the codes, [K, D] of each level from the top down to this one at least, such as
+            ``vqvae.codebooks``: similar codes start alike (:meth:`fastvq.models.Prior.start_from_codebooks`), which
+            spares training much. None: the prior starts from random weights, or from ``init_from``, which goes first.
 
     Returns:
         The prior with averaged weights, in evaluation mode.
 
     Raises:
-        ArgumentError: codes, model and settings do not fit together.
+        ArgumentError: codes, model, codebooks and settings do not fit together.
         MissingFileError, CorruptFileError: of the folders of codes, or as in :func:`train_vqvae`.
         FileConflictError, DivergedError, PeerError: as in :func:`train_vqvae`.
     """
 
+    used = None if codebooks is None or init_from is not None else tuple(codebooks[: level + 1])
+
+    def make() -> Prior:
+        prior = build(model_config)
+        assert isinstance(prior, Prior)
+        if used is not None:
+            prior.start_from_codebooks(used)
+        return prior
+
     def prepare() -> tuple[_Likelihood, dict[str, Any]]:
         codes, validation = _opened(codes_folder, validation_folder, level, model_config)
+        if used is not None:
+            model_config.check_codebooks(used)
         description = _described(codes, validation, level, model_config, config)
+        description["codebooks"] = None if used is None else _checksum(used)
         return _Likelihood(codes, validation, level, model_config, config, sample_images), description
 
     prior = train_in(
         run_dir,
         prepare,
-        lambda: build(model_config),
+        make,
         config,
         resume=resume,
         init_from=init_from,
@@ -155,6 +172,14 @@ def _check_fit(name: str, codes: CodeDataset, level: int, config: PriorConfig) -
             raise ArgumentError(
                 f"model_config.{field}: {getattr(config, field)}, but {name} {codes.folder} needs {value}"
             )
+
+
+def _checksum(codebooks: Sequence[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for codebook in codebooks:
+        digest.update(f"{list(codebook.shape)}\0".encode())
+        digest.update(codebook.detach().cpu().double().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 class _Likelihood:
