@@ -44,6 +44,8 @@ def test_mixes_by_the_square_root_of_the_gram_matrix(size: tuple[int, int], dim:
     shape[dim] = size[0]
     weight = torch.randn(shape)
     scaled = vectors.double() - vectors.double().mean(0)
+    lengths = (vectors - vectors.median(0).values).norm(dim=1)
+    assert lengths.max() < 3 * lengths.median()
     scaled /= scaled.std(unbiased=False)
     values, axes = torch.linalg.eigh(scaled @ scaled.T / size[1])
     root = axes @ torch.diag(values.clamp(min=0).sqrt()) @ axes.T
@@ -51,7 +53,7 @@ def test_mixes_by_the_square_root_of_the_gram_matrix(size: tuple[int, int], dim:
     mixed = mixed_by_codebook(weight, vectors, dim)
     assert mixed.dtype == torch.float32
     assert mixed.is_contiguous()
-    torch.testing.assert_close(mixed.double(), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(mixed.double(), expected, rtol=0, atol=1e-5)
 
 
 def test_keeps_the_variance() -> None:
@@ -60,6 +62,16 @@ def test_keeps_the_variance() -> None:
     assert abs(mixed.var().item() - 1) < 0.02
     similar = torch.corrcoef(mixed)
     assert similar[~torch.eye(64, dtype=torch.bool)].abs().mean() > 0.2
+
+
+def test_codes_far_away_do_not_drown_the_others() -> None:
+    vectors, weight = codebook(64, 8), torch.randn(64, 4000)
+    far = vectors.clone()
+    far[:16] *= 1000
+    near, drowned = mixed_by_codebook(weight, vectors, 0)[16:], mixed_by_codebook(weight, far, 0)[16:]
+    differences = torch.pdist(drowned).mean() / torch.pdist(near).mean()
+    assert 0.4 < differences < 1
+    assert torch.corrcoef(torch.stack([torch.pdist(near), torch.pdist(drowned)]))[0, 1] > 0.9
 
 
 def test_a_codebook_of_equal_codes_changes_nothing() -> None:
