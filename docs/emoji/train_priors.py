@@ -209,7 +209,7 @@ def train(options: argparse.Namespace) -> None:
     average = WeightAverage(prior, options.ema)
     decayed = [[p for p in prior.parameters() if (p.ndim > 1) == matrix] for matrix in (True, False)]
     optimizer = torch.optim.AdamW(
-        [{"params": decayed[0], "weight_decay": 0.05}, {"params": decayed[1], "weight_decay": 0.0}]
+        [{"params": decayed[0], "weight_decay": options.weight_decay}, {"params": decayed[1], "weight_decay": 0.0}]
     )
     prior.train()
     for step in range(options.steps):
@@ -265,6 +265,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     training.add_argument("--init", type=Path, help="weights that another call wrote")
     training.add_argument("--batch-size", type=int, default=32)
     training.add_argument("--lr", type=float, default=2e-3, help="learning rate at its peak")
+    training.add_argument("--weight-decay", type=float, default=0.05)
     training.add_argument("--ema", type=float, default=0.999, help="decay of the average of the weights")
     training.add_argument(
         "--kinds", type=float, nargs=len(KINDS), default=[4, 1, 2, 2, 2], help="how often: " + ", ".join(KINDS)

@@ -150,6 +150,7 @@ COMMANDS_NOT_CHECKED: dict[str, dict[str, str]] = {
     },
     "docs/benchmarks.md": {"git switch": "takes a change that is not there"},
     "docs/emoji/README.md": {
+        "train_priors.py": "run by tests/data/test_emoji_training.py",
         "apt-get install": "installs packages of the system",
         "extract_emoji.py": "run by tests/data/test_emoji_script.py",
     },
