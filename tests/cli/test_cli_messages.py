@@ -119,6 +119,7 @@ BAD: dict[str, list[str]] = {
         "--set dropout=1",
         "--set attention_heads=3",
         "--set activation=relu",
+        "--code-init codebooks --init-from my/prior0/model",
     ],
     "sample": [
         *DRAWING,

@@ -230,7 +230,8 @@ def left(module: nn.Module) -> str:
     with pytest.warns(AccelerationWarning) as seen:
         fastvq.accelerate(module)
     assert type(module) is cls
-    torch.testing.assert_close(dict(module.state_dict()), dict(state))
+    # One of its buffers is memory as it was found, which may read as no number.
+    torch.testing.assert_close(dict(module.state_dict()), dict(state), equal_nan=True)
     (known,) = [known for known in fastvq.acceleration(module).quantizers if known.name == ""]
     assert known.reason is not None
     assert known.reason in str(seen[0].message)
