@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,6 +18,16 @@ from fastvq.models import GatedPixelCNN, GatedPixelCNNConfig, PixelSNAIL, PixelS
 def refuses(error: type[Exception], message: str) -> Any:
     """Expects an error of exactly this class whose message begins with ``message``."""
     return pytest.raises(error, match=f"^{message}", check=lambda raised: type(raised) is error)
+
+
+def script_at(path: Path) -> ModuleType:
+    """A script that belongs to no package, as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def random_codes(*shape: int, num_codes: int = 5, seed: int = 0) -> Tensor:

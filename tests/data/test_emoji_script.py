@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import script_at
 from PIL import Image
 
 SCRIPT = Path(__file__).parents[2] / "docs" / "emoji" / "extract_emoji.py"
@@ -31,12 +31,7 @@ LISTING = f"""\
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("extract_emoji", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script_at(SCRIPT)
 
 
 def bitmap(colour: tuple[int, int, int, int]) -> SimpleNamespace:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
+from helpers import script_at
 from PIL import Image
 from torch import Tensor
 
@@ -22,12 +22,7 @@ SCRIPT = Path(__file__).parents[2] / "docs" / "emoji" / "train_priors.py"
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("train_priors", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script_at(SCRIPT)
 
 
 def corners() -> Tensor:
