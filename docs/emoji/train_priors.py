@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fastvq.cli.train import fit_to_codes
 from fastvq.data import CodeDataset, ImageFolder
 from fastvq.models import HierarchicalVQVAE, Prior, PriorConfig, build, load_pretrained, preset
 from fastvq.training import WeightAverage
@@ -174,15 +175,11 @@ def bits(prior: Prior, level: int, rows: Rows) -> float:
     return total / len(rows.labels) / math.log(2)
 
 
-def prior_config(codes: CodeDataset, options: argparse.Namespace, **changes: Any) -> PriorConfig:
+def prior_config(codes: CodeDataset, options: argparse.Namespace, classes: int | None) -> PriorConfig:
     """Of ``--preset``, for the grids of the level and those above."""
-    level = options.level
-    _, template = preset(f"{options.preset}-{('top', 'bottom')[level]}")
+    _, template = preset(f"{options.preset}-{('top', 'bottom')[options.level]}")
     assert isinstance(template, PriorConfig)
-    shapes, counts = codes.shapes, codes.num_codes
-    fitted = {"shape": shapes[level], "num_codes": counts[level]}
-    fitted |= {"condition_shapes": shapes[:level], "condition_num_codes": counts[:level], "dropout": options.dropout}
-    return dataclasses.replace(template, **fitted, **changes)
+    return dataclasses.replace(fit_to_codes(template, codes, options.level, classes), dropout=options.dropout)
 
 
 def train(options: argparse.Namespace) -> None:
@@ -198,7 +195,7 @@ def train(options: argparse.Namespace) -> None:
     everything = np.arange(len(held_out))
     validation = Rows([held_out.codes(number, everything) for number in range(level + 1)], held_out.labels)
     classes = known.num_classes * len(KINDS)
-    prior = build(prior_config(known, options, num_classes=classes))
+    prior = build(prior_config(known, options, classes))
     assert isinstance(prior, Prior)
     prior.start_from_codebooks(vqvae.codebooks[: level + 1])
     if options.init is not None:
@@ -243,7 +240,7 @@ def train(options: argparse.Namespace) -> None:
 def keep(options: argparse.Namespace) -> None:
     """Write the model of the project's classes, without those of changed copies."""
     codes = CodeDataset(options.project / "codes" / "train")
-    prior = build(prior_config(codes, options, num_classes=codes.num_classes))
+    prior = build(prior_config(codes, options, codes.num_classes))
     state = load_file(options.weights)
     state[LABEL] = state[LABEL][: codes.num_classes].clone()
     prior.load_state_dict(state)

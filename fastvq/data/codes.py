@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +55,15 @@ def model_checksum(model: nn.Module) -> str:
     elif dataclasses.is_dataclass(config) and not isinstance(config, type):
         settings = dataclasses.asdict(config)
     digest = hashlib.sha256(json.dumps([type(model).__name__, settings], default=str).encode())
-    for name, tensor in sorted(model.state_dict().items()):
+    add_tensors(digest, sorted(model.state_dict().items()))
+    return digest.hexdigest()
+
+
+def add_tensors(digest: hashlib._Hash, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Let a checksum depend on tensors: on their names, types, shapes and values."""
+    for name, tensor in tensors:
         digest.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def checked_indices(indices: np.ndarray | Tensor | Sequence[int] | None, count: int) -> np.ndarray:

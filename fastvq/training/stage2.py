@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvq.data.codes import CodeDataset
+from fastvq.data.codes import CodeDataset, add_tensors
 from fastvq.data.usage import CodeUse
 from fastvq.distributed import Group
 from fastvq.errors import ArgumentError
@@ -176,9 +176,7 @@ def _check_fit(name: str, codes: CodeDataset, level: int, config: PriorConfig) -
 
 def _checksum(codebooks: Sequence[Tensor]) -> str:
     digest = hashlib.sha256()
-    for codebook in codebooks:
-        digest.update(f"{list(codebook.shape)}\0".encode())
-        digest.update(codebook.detach().cpu().double().contiguous().numpy().tobytes())
+    add_tensors(digest, ((f"level{level}", codebook) for level, codebook in enumerate(codebooks)))
     return digest.hexdigest()
 
 
